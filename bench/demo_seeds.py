@@ -84,7 +84,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_results(folders: list[Path]) -> None:
-    """Write docs/results.md from the run folders, one per seed; the page's section "The report" is kept."""
+    """Write docs/results.md from the run folders, one per seed; the page is kept from its section "The report" on."""
     runs = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
     seeds = [json.loads(json.dumps(_seed(f))) for f in folders]
     lines = [

@@ -15,7 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
-from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, parse_facts
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, check_trust, parse_facts
 from comtip_shards.slides.tiles import StainStats, stain_stats
 
 from comtip_fast.adaptation import adapt
@@ -106,7 +106,8 @@ class Model:
         Parameters
         ----------
         section
-            ``SHARDS_DIR:section_id``, a source folder, an ``.h5ad``, or an AnnData with an image.
+            ``SHARDS:section_id`` (``SHARDS`` is a folder or URL), a source folder, an ``.h5ad`` or ``FILE.h5ad:section_id``, or an
+            AnnData with an image.
         genes
             Symbols, Ensembl ids or previous symbols, including those of genes that were not trained; ``None`` selects the trained
             genes of the section's species.
@@ -186,13 +187,13 @@ class Model:
             section, self.tile, replace(options, counts=without_counts) if in_memory else options, fmt
         )
         answer = self._predict(opened, genes)
-        species = species_of(self.predictor, opened.species, opened.section_id)
+        species = species_of(self.predictor, opened.species, f"section {opened.section_id}")
         joined_with_measured(answer, measured_counts(section, species, options, fmt), opened.tiles)
         return answer
 
     def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
         var, queries = gene_queries(
-            self.predictor, genes, species_of(self.predictor, opened.species, opened.section_id)
+            self.predictor, genes, species_of(self.predictor, opened.species, f"section {opened.section_id}")
         )
         xy = np.asarray(opened.template.obsm["spatial"], np.float64)
         out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries)
@@ -259,7 +260,7 @@ class Model:
         """Predict expression on the tissue of an image without spots.
 
         Tissue is detected at low resolution and covered with a grid of tiles, which are read, encoded and predicted in pieces.
-        If the process is killed, the same call resumes from the finished pieces.
+        If the process is killed, the same call with the same ``out`` resumes from the finished pieces.
 
         Parameters
         ----------
@@ -378,18 +379,21 @@ class Model:
         self, slide: Path, genes: Sequence[str] | None, facts: Facts, grid: GridOptions, progress: bool
     ) -> SlideRequest:
         options = stated_options(facts, None, None)
-        unused = [f"`{k}`" for k in options.stated() if k not in ("mpp", "species", *RECORDED_FACTS)]
+        check_trust(options.facts)
+        unused = [f"`{k}`" for k in options.stated() if k not in ("mpp", "trust_mpp", "species", *RECORDED_FACTS)]
         if unused:
+            has, it = ("has", "it") if len(unused) == 1 else ("have", "them")
             raise SourceError(
-                f"{slide}: {', '.join(unused)} has no effect here: a slide has no spots and no counts; leave it out"
+                f"{slide}: {', '.join(unused)} {has} no effect here: a slide has no spots and no counts; leave {it} out"
             )
-        kind = species_of(self.predictor, options.facts.species or "", slide.name)
+        kind = species_of(self.predictor, options.facts.species or "", f"slide {slide.name}")
         var, queries = gene_queries(self.predictor, genes, kind)
         return SlideRequest(
             queries=queries,
             var=var,
             provenance=provenance(self.predictor, kind, recorded_facts(options)),
             mpp=options.facts.mpp,
+            trust_mpp=bool(options.facts.trust_mpp),
             grid=grid,
             progress=progress,
         )

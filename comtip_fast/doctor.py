@@ -19,7 +19,8 @@ class DoctorCheck:
 
     name: str
     state: str
-    """``ok``, ``missing`` (optional and not installed) or ``broken`` (installed but not working)."""
+    """``ok``, ``missing`` (optional and not available, or too little memory or disk for the demo) or ``broken`` (installed but not
+    working)."""
     detail: str
     """What was found, e.g. the version."""
     fix: str = ""
@@ -225,6 +226,6 @@ def render(checks: list[DoctorCheck]) -> str:
     lines.append(
         f"broken: {', '.join(broken)}"
         if broken
-        else "nothing is broken; `make demo` also needs Memory and Demo weights"
+        else "nothing is broken; `make demo` also needs [ok ] for Memory and Demo weights"
     )
     return "\n".join(lines) + ("" if sys.stdout.isatty() else "\n")

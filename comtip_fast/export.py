@@ -234,6 +234,7 @@ class Bundle:
 
 
 def _vectors_record(vectors: GeneVectors) -> LineageVectors:
+    """Return the lineage entry of gene vectors."""
     sources = vectors.header.get("sources")
     names = tuple(str(s.get("name", "")) for s in sources) if isinstance(sources, list) else ()
     return LineageVectors(sha256=vectors.sha256, licence=str(vectors.header.get("licence") or ""), sources=names)
@@ -380,6 +381,7 @@ def _card_adaptation(bundle: Bundle) -> str:
 
 
 def _card_sections(lineage: Lineage) -> str:
+    """Return the rows of the model card's table of sections, one per run and section."""
     rows = []
     for label, run in zip(lineage.labels(), lineage.runs, strict=True):
         for s in run.sections:
@@ -389,6 +391,7 @@ def _card_sections(lineage: Lineage) -> str:
 
 
 def _read_tensors(read: Any, path: Path) -> Any:
+    """Return ``read(path)``; raise ExportError if the file is not valid safetensors."""
     try:
         return read(path)
     except SafetensorError as error:

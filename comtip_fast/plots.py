@@ -29,7 +29,7 @@ RESIDUAL_LIMIT = 3.0
 """Residuals are drawn from minus to plus this many standard deviations."""
 MAX_LABEL = 80
 LEVELS = 10
-"""Number of groups of predictions in the calibration."""
+"""Largest number of groups of predictions in the calibration."""
 
 
 def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:

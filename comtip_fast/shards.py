@@ -20,7 +20,7 @@ from comtip_shards.sections.facts import (
     parse_facts,
     source_options,
 )
-from comtip_shards.slides.tiles import FIELD_UM
+from comtip_shards.slides.tiles import FIELD_UM, check_tile_um
 from comtip_shards.sources import SectionSource, open_source
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.selection.choose import check_where, choose
@@ -139,6 +139,7 @@ def open_each(
     """
     options = stated_options(facts, pooling, counts)
     opener = _opener(where, cache, tile_um, progress)
+    _check_cache(source, cache)
     if not is_study(source):
         return opener(str(source), samples, fmt, options), {}
     _check_study(source, fmt)
@@ -165,6 +166,7 @@ def plan_build(
 ) -> list[SectionPlan]:
     """Return what a build would do with each section, by reading headers only; parameters as in :func:`build_shards`."""
     options = stated_options(facts, pooling, counts)
+    _check_cache(source, cache)
     if is_study(source):
         _check_study(source, fmt)
         plans = plan_rows(Path(source), read_study(Path(source)), _opener(None, cache, tile_um, False), options)
@@ -190,10 +192,21 @@ def _check_study(source: str | Path, fmt: str) -> None:
         )
 
 
+def _check_cache(source: str | Path, cache: Path | None) -> None:
+    """Raise SourceError if a cache for downloads is stated, but nothing is downloaded."""
+    if cache is None:
+        return
+    paths = [row.path for row in read_study(Path(source))] if is_study(source) else [str(source)]
+    if not any(map(is_url, paths)):
+        raise SourceError(f"`cache` has no effect here: {source} names no URL, so nothing is downloaded; leave it out")
+
+
 def _opener(
     where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
 ) -> Opener:
     """Return a function that opens one source with the given selection, cache and default of ``pixels``."""
+    if tile_um is not None:
+        check_tile_um(tile_um)
 
     def open_one(path: str, samples: Sequence[str] | None, fmt: str, options: SourceOptions) -> list[SectionSource]:
         if is_url(path) and options.facts.pixels is None:
@@ -201,7 +214,13 @@ def _opener(
             pixels: PixelSource = "patches" if (tile_um or FIELD_UM) <= HEST_PATCH_UM else "wsi"
             options = replace(options, facts=replace(options.facts, pixels=pixels))
         return open_source(
-            path, samples=samples, fmt=fmt, overrides=options, where=where, cache=cache, progress=progress
+            path,
+            samples=samples,
+            fmt=fmt,
+            overrides=options,
+            where=where,
+            cache=cache if is_url(path) else None,
+            progress=progress,
         )
 
     return open_one

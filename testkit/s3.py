@@ -25,7 +25,7 @@ class S3:
     endpoint: str = ""
     """URL of the server."""
     fault: str = ""
-    """"" for none, ``slow``, ``busy`` (503 for every other GET), ``down`` (always 503) or ``cut`` (half of every other body)."""
+    """"" for none, ``slow`` (0.1 s per GET), ``busy`` (503 for every other GET), ``down`` (503) or ``cut`` (half of every other body)."""
     gets: dict[str, list[int]] = field(default_factory=dict)
     """{path: size in bytes of each body requested with GET}."""
     _number: int = 0

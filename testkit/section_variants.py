@@ -1,7 +1,7 @@
 """Section variants: differences between scanners, laboratories and stains, applied to a valid section that remains valid.
 
 The checks must not warn about a variant, and must find the faults of :mod:`testkit.section_faults` in it as in the original.
-The exception are variants in another stain, which the check ``stain`` must report, and no other check.
+The exceptions are variants in another stain, which the check ``stain`` must report, and no other check.
 """
 
 from __future__ import annotations

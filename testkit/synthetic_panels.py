@@ -7,10 +7,11 @@ from functools import cache
 
 import numpy as np
 
-from comtip_fast.collectives import share_of
+from comtip_fast.collectives import counts_of, share_of
 from comtip_fast.config.schema import PanelConfig, RunConfig, TextConfig
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.panel_sizes import padded_genes
 from comtip_fast.genes.tokens import HostTokens, gene_tokens
 from testkit.synthetic_task import gene_names
 
@@ -24,14 +25,36 @@ def table_shards(config: RunConfig, ranks: int) -> int:
     return ranks if config.engine.shard_table else 1
 
 
-def shapes_of(host: HostTokens, n_levels: int, shards: int) -> Shapes:
-    """Return a function from a panel (G,) to everything of it that shapes of a step depend on, on rank 0 of ``shards``."""
-    vocabulary = _vocabulary()
+def shapes_of(host: HostTokens, config: RunConfig, shards: int, rank: int = 0) -> Shapes:
+    """Return a function from a panel (G,) to everything of it that shapes of a step depend on.
+
+    Parameters
+    ----------
+    host
+        Tokens of all genes; with :attr:`HostTokens.padded`, the last one pads panels.
+    config
+        Config of the run.
+    shards, rank
+        Number of ranks over which the sentences of a panel are divided, and the rank whose shapes are returned.
+    """
+    vocabulary, n_levels = _vocabulary(), config.levels.n_levels
 
     def shapes(panel: np.ndarray) -> tuple[int, ...]:
+        if host.padded is not None:
+            size = padded_genes(panel.size, config.engine.panel_sizes, config.panel.max_genes)
+            # A panel of one gene has no pair loss.
+            single, panel = (
+                panel.size < 2,
+                np.pad(panel, (0, size - panel.size), constant_values=host.length_G.size - 1),
+            )
         taken, n = host.take(panel), panel.size * n_levels
-        sizes = taken.sizes(n_levels, vocabulary, share_of(n, 0, shards) if 1 < shards <= n else slice(0, n))
-        return panel.size, taken.ids_GT.shape[1], sizes.tokens, sizes.genes, sizes.names
+        counts = counts_of(n, shards if 1 < shards <= n else 1)
+        own = share_of(n, rank if len(counts) > 1 else 0, len(counts))
+        if host.padded is None:
+            sizes = taken.sizes(n_levels, vocabulary, own)
+            return panel.size, taken.ids_GT.shape[1], sizes.tokens, sizes.genes, sizes.names
+        sizes, added = taken.padded_sizes(n_levels, vocabulary, own, counts)
+        return int(single), panel.size, sizes.tokens, sizes.genes, sizes.names, added
 
     return shapes
 
@@ -46,43 +69,51 @@ def same_sizes(host: HostTokens, panel: np.ndarray, shapes: Shapes) -> np.ndarra
 
     Genes are exchanged with the next one whose name has as many tokens. The number of distinct tokens can differ then, so
     fewer lengths are exchanged until it agrees.
+
+    Raises
+    ------
+    ValueError
+        No such panel is found.
     """
-    following = np.arange(host.length_G.size)
+    n = host.length_G.size - (host.padded is not None)
+    following = np.arange(n)
     lengths = np.unique(host.length_G)
     while lengths.size:
         for length in lengths:
-            genes = np.flatnonzero(host.length_G == length)
+            genes = np.flatnonzero(host.length_G[:n] == length)
             following[genes] = np.roll(genes, -1)
         other = following[panel].astype(panel.dtype)
         if (other != panel).any() and shapes(other) == shapes(panel):
             return other
-        lengths, following = lengths[1:], np.arange(host.length_G.size)
-    raise ValueError("no other panel has these sizes; choose a larger panel")
+        lengths, following = lengths[1:], np.arange(n)
+    raise ValueError(
+        f"no other panel of {panel.size} genes with the sizes {shapes(panel)} is found; choose a larger panel"
+    )
 
 
 def shapes_over_steps(config: RunConfig, ranks: int) -> int:
     """Return the number of distinct sets of shapes over :data:`DRAWS` steps of panels, on rank 0."""
     n = max(config.genes.per_cohort, config.panel.max_genes)
-    shards = table_shards(config, ranks)
-    return _distinct_shapes(n, config.panel, config.train.seed, config.text, config.levels.n_levels, shards)
+    shapes = shapes_of(tokens_of(n, config.text, config.engine.panel_sizes > 0), config, table_shards(config, ranks))
+    return len({shapes(drawn) for drawn in panels_of(config)})
+
+
+def panels_of(config: RunConfig) -> list[np.ndarray]:
+    """Return the panels of the first :data:`DRAWS` steps of a run in which every section measured all genes."""
+    n = max(config.genes.per_cohort, config.panel.max_genes)
+    return _panels(n, config.panel, config.train.seed)
 
 
 @cache
-def _distinct_shapes(n: int, panel: PanelConfig, seed: int, text: TextConfig, n_levels: int, shards: int) -> int:
-    shapes = shapes_of(tokens_of(n, text), n_levels, shards)
-    return len({shapes(drawn) for drawn in _panels(n, panel, seed)})
-
-
-@cache
-def tokens_of(n: int, text: TextConfig) -> HostTokens:
-    """Return the tokens of the first n genes of the shipped table."""
-    host = gene_tokens(GeneTokenizer.load(), gene_names(n), np.arange(1, n + 1), text).host
+def tokens_of(n: int, text: TextConfig, padded: bool = False) -> HostTokens:
+    """Return the tokens of the first n protein-coding genes of the shipped table, with ``padded`` also those of the padding gene."""
+    tokens = gene_tokens(GeneTokenizer.load(), gene_names(n), np.arange(1, n + 1), text)
+    host = tokens.with_padding().host if padded else tokens.host
     assert host is not None
     return host
 
 
 @cache
 def _panels(n: int, panel: PanelConfig, seed: int) -> list[np.ndarray]:
-    """Return the panels of the first steps of a run in which every section measured all of its n genes."""
     all_genes, weight = np.arange(n), np.ones(n)
     return [draw_panel(all_genes, weight, weight > 0, panel, seed=seed, step=step) for step in range(1, DRAWS + 1)]

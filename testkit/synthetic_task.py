@@ -11,9 +11,10 @@ from comtip_shards.genes.identifiers import GeneResource
 
 from comtip_fast.collectives import Group, share_of
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.data.batch import Batch
+from comtip_fast.data.batch import Batch, pads_panels
 from comtip_fast.data.upload import PackedTensors
 from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.panel_sizes import padded_genes
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.losses import StepLosses
@@ -84,6 +85,9 @@ class SyntheticLoader:
         section = (index % self.config.data.sections_per_batch).to(torch.int32)
         measured = torch.ones(b, G, dtype=torch.bool)
         batch = Batch(tiles, features, panel, levels, measured, section, index, step, panel_host=self.panel)
+        if pads_panels(self.config, self.device):
+            size = padded_genes(G, self.config.engine.panel_sizes, self.config.panel.max_genes)
+            batch = batch.padded(size, self.n_genes)
         return batch.with_tensors(PackedTensors.pack(batch.tensors(), self.device).to(self.device))
 
 

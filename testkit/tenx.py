@@ -172,8 +172,8 @@ def write_xenium(
     root
         The folder.
     transcripts
-        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; the centre of a cell is
-        the mean of its transcripts.
+        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``. Transcripts of ``names``
+        with qv >= 20 are the counts of their cell, and their mean is its centre.
     ids, names
         Ensembl ids and names of the genes.
     pixel_size

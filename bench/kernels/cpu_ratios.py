@@ -83,8 +83,8 @@ def problems(ratios: Mapping[str, float], committed: Mapping[str, float]) -> lis
         if op in committed and ratio > MARGIN * committed[op]:
             peer = PEERS[op][1]
             out.append(
-                f"{op}: the CPU path takes {ratio:.2f} x the time of {peer}, it was {committed[op]:.2f}; make it faster, or run "
-                "python bench/kernels/cpu_ratios.py if it has to be slower"
+                f"{op}: the CPU path takes {ratio:.2f} x the time of {peer}, the table has {committed[op]:.2f}; make the CPU path "
+                "faster, or run python bench/kernels/cpu_ratios.py if it has to be slower"
             )
     return out
 

@@ -67,9 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, help="shard set to read (default: build one from --source)")
-    parser.add_argument("--source", type=Path, default=Path("data_shards/samples"), help="sections to build it from")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=Path("data_shards/samples"),
+        help="sections to build it from (default data_shards/samples)",
+    )
     parser.add_argument("--px", type=int, default=224, help="tile width in px (default 224)")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_loader"), help="folder for built files")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/bench_loader"),
+        help="folder for built files (default runs/bench_loader)",
+    )
     parser.add_argument("--out", type=Path, help="folder for the result files (default: the --work folder)")
     parser.add_argument("--workers", type=int, default=2, help="threads or processes per contender (default 2)")
     parser.add_argument("--batch-size", type=int, default=64, help="spots per batch (default 64)")

@@ -56,10 +56,17 @@ def fill(page: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=HERE, help="folder of the result files")
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "loader.png", help="file of the figure")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the result files (default bench/loader)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE.parents[1] / "docs" / "loader.png",
+        help="file of the figure (default docs/loader.png)",
+    )
     page = HERE.parents[1] / "docs" / "data_loading.md"
-    parser.add_argument("--page", type=Path, default=page, help="Markdown page whose table is replaced")
+    parser.add_argument(
+        "--page", type=Path, default=page, help="Markdown page whose table is replaced (default docs/data_loading.md)"
+    )
     args = parser.parse_args()
     notes, rows = read(args.results / "results.csv")
     _, memory = read(args.results / "memory.csv")

@@ -61,9 +61,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets, of {', '.join(SETS)} (default: all)")
-    parser.add_argument("--batch", type=int, default=65_536, help="spots per batch")
-    parser.add_argument("--run", type=int, default=16, help="data.run: consecutive records read together")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 64], help="numbers of nodes")
+    parser.add_argument("--batch", type=int, default=65_536, help="spots per batch (default 65536)")
+    parser.add_argument("--run", type=int, default=16, help="data.run: consecutive records read together (default 16)")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 64], help="numbers of nodes (default 1 8 64)")
     args = parser.parse_args()
     print(
         "| set | nodes | slots | balance | tars per rank-step | GB per node, whole tars | largest | GB per node, ranges |"

@@ -217,20 +217,24 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("build", help="write a synthetic shard set")
     one.add_argument("--out", type=Path, required=True, help="new folder of the set")
-    one.add_argument("--spots", type=int, default=1_500_000, help="number of spots")
-    one.add_argument("--sections", type=int, default=1_100, help="number of sections")
-    one.add_argument("--genes", type=int, default=20_000, help="number of genes")
-    one.add_argument("--jobs", type=int, default=2, help="processes that write")
+    one.add_argument("--spots", type=int, default=1_500_000, help="number of spots (default 1500000)")
+    one.add_argument("--sections", type=int, default=1_100, help="number of sections (default 1100)")
+    one.add_argument("--genes", type=int, default=20_000, help="number of genes (default 20000)")
+    one.add_argument("--jobs", type=int, default=2, help="processes that write (default 2)")
     two = commands.add_parser("measure", help="measure a start with a set")
     two.add_argument("set", type=Path, help="folder of the set")
-    two.add_argument("--fit-spots", type=int, default=50_000, help="levels.fit_spots")
+    two.add_argument("--fit-spots", type=int, default=50_000, help="levels.fit_spots (default 50000)")
     two.add_argument(
-        "--expression", default="auto", help="data.expression; records on a small set acts as auto on a large one"
+        "--expression",
+        default="auto",
+        help="data.expression; records on a small set acts as auto on a large one (default auto)",
     )
-    three = commands.add_parser("first-step")
-    three.add_argument("sets", type=Path, nargs="+")
-    three.add_argument("--ranks", type=int, default=2)
-    three.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    three = commands.add_parser("first-step", help="measure the time to the first step of ranks")
+    three.add_argument("sets", type=Path, nargs="+", help="folders of sets")
+    three.add_argument("--ranks", type=int, default=2, help="number of ranks (default 2)")
+    three.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="override a key of the config"
+    )
     args = parser.parse_args()
     if args.command == "build":
         build(args.out, args.spots, args.sections, args.genes, args.jobs)

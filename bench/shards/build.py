@@ -105,9 +105,9 @@ def run(samples: list[str], tile_um: float, min_mpp: float, quality: int, rounds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     breast = "her2st_C2,her2st_C3,her2st_C4,her2st_C5"
-    parser.add_argument("--samples", default=breast, help="section ids, comma-separated")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each way; the median is printed")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of the parallel build")
+    parser.add_argument("--samples", default=breast, help=f"section ids, comma-separated (default {breast})")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way; the median is printed (default 3)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the parallel build (default 2)")
     args = parser.parse_args()
     samples = args.samples.split(",")
     finest = min(s.meta.mpp for s in open_source(SAMPLES, samples=samples))

@@ -34,10 +34,10 @@ def hang(*_: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=10_000, help="number of mutations")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations")
-    parser.add_argument("--limit", type=int, default=60, help="time limit of one mutation in seconds")
-    parser.add_argument("--memory-gb", type=float, default=8.0, help="limit of the address space in GiB")
+    parser.add_argument("--n", type=int, default=10_000, help="number of mutations (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations (default 0)")
+    parser.add_argument("--limit", type=int, default=60, help="time limit of one mutation in seconds (default 60)")
+    parser.add_argument("--memory-gb", type=float, default=8.0, help="limit of the address space in GiB (default 8.0)")
     args = parser.parse_args()
     size = int(args.memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))

@@ -43,8 +43,8 @@ def cpu_seconds(read: Callable[[], Iterable[object]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=60_000, help="cells in the file")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median is printed")
+    parser.add_argument("--cells", type=int, default=60_000, help="cells in the file (default 60000)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median is printed (default 5)")
     args = parser.parse_args()
     import ijson
 

@@ -56,8 +56,8 @@ def _seconds(act: Callable[[], None]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=float, default=256, help="size of the checkpoint in MiB")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median is printed")
+    parser.add_argument("--mib", type=float, default=256, help="size of the checkpoint in MiB (default 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median is printed (default 5)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         blocking, asynchronous = measure(args.mib, args.rounds, Path(name))

@@ -192,7 +192,7 @@ def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) ->
     for world in worlds:
         below = folder / str(world)
         arguments = [__file__, "--rank", shards, str(below), "--steps", str(steps), "--runs", which]
-        run_distributed(arguments, world, timeout_s=1800)
+        run_distributed(arguments, world, timeout_s=1800, fork=True)
         for one in RUNS[which]:
             off = deviations(losses(below / one.name), wanted)
             rows.append({"W": world, "run": one, "off": off, "ok": all(off[n] <= LIMITS[n] for n in off)})
@@ -202,8 +202,8 @@ def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", choices=RUNS, default="all", help="which runs to compare (default all)")
-    parser.add_argument("--steps", type=int, default=50, help="steps of each run")
-    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each run (default 50)")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated (default 1,2,4)")
     parser.add_argument("--golden", type=Path, help="write the curve of one process to this file and exit")
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "FOLDER"), help="run as one rank (used internally)")
     args = parser.parse_args()

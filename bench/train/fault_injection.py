@@ -199,7 +199,7 @@ def _is_served(port: int) -> bool:
 
 def _wait(ready: Callable[[], bool], agents: Sequence[subprocess.Popen[bytes]], limit_s: float = 120) -> None:
     if not _wait_until(lambda: ready() or any(a.poll() is not None for a in agents), limit_s) or not ready():
-        raise RuntimeError("the run ended or stalled before the fault; see the logs of the agents in its folder")
+        raise RuntimeError("the run ended or stalled before the fault; see the logs of its agents (--work keeps them)")
 
 
 def _wait_until(ready: Callable[[], bool], limit_s: float) -> bool:
@@ -287,8 +287,8 @@ def table(config: Path, folder: Path, kills: int, seed: int, fresh: bool) -> lis
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="number of seeded kills")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the kills")
+    parser.add_argument("--kills", type=int, default=50, help="number of seeded kills (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default 0)")
     parser.add_argument("--fresh", action="store_true", help="start ranks as new interpreters")
     parser.add_argument("--work", type=Path, help="keep the runs and their logs in this folder")
     args = parser.parse_args(argv)

@@ -26,7 +26,6 @@ from comtip_fast.config.io import load_config
 from comtip_fast.training.distributed.process_group import broadcast, distributed_env, init_distributed
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
-from comtip_fast.training.engines.paged_weights import paging
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.task import CoMTIPTask, build_task
 from testkit.distributed import run_distributed
@@ -133,7 +132,7 @@ def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
     # At initialisation all image vectors are nearly equal and gradients are small differences of large numbers: in fp32 one
     # process alone deviates by 5e-6 from its own fp64 result. With perturbed weights it is 2e-6.
     noise = torch.Generator().manual_seed(1)
-    with torch.no_grad(), paging(task.model):
+    with torch.no_grad():
         for p in task.model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=noise))
     if case.dtype == "fp64":
@@ -219,7 +218,7 @@ def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[d
         for world in worlds:
             out = Path(folder) / f"{world}.json"
             arguments = [__file__, "--rank", shards, str(out), "--engine", engine, *(["--quick"] if quick else [])]
-            run_distributed(arguments, world, timeout_s=1800)
+            run_distributed(arguments, world, timeout_s=1800, fork=True)
             rows += json.loads(out.read_text())
     return rows
 
@@ -227,7 +226,7 @@ def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="run the subset of `make test`")
-    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated (default 1,2,4)")
     parser.add_argument("--engine", default="", help="run only this engine: ddp, zero0, zero1, zero2 or zero3")
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="run as one rank (used internally)")
     args = parser.parse_args()

@@ -132,9 +132,9 @@ def run(worlds: list[int], spots: int, width: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", default="2,4", help="numbers of ranks, comma-separated")
-    parser.add_argument("--spots", type=int, default=64, help="spots per rank")
-    parser.add_argument("--width", type=int, default=512, help="values of a vector (D)")
+    parser.add_argument("--worlds", default="2,4", help="numbers of ranks, comma-separated (default 2,4)")
+    parser.add_argument("--spots", type=int, default=64, help="spots per rank (default 64)")
+    parser.add_argument("--width", type=int, default=512, help="values of a vector (D) (default 512)")
     parser.add_argument("--rank", help="run as one rank (used internally)")
     args = parser.parse_args()
     if args.rank:

@@ -80,7 +80,7 @@ def read_section(
     assert readout is not None
     geometry = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     opened = open_section(spec, geometry, _tile_options(spec, options), fmt)
-    species = species_of(predictor, opened.species, opened.section_id)
+    species = species_of(predictor, opened.species, f"section {opened.section_id}")
     counts = measured_counts(spec, species, options, fmt)
     facts = _facts(spec, opened, species, options, counts)
     keys = [k for k in predictor.trained_genes if k in set(counts.keys)]
@@ -146,8 +146,8 @@ def _facts(
     missing = [f"`{name}`" for name in ("tissue", "donor") if not getattr(facts, name)]
     if missing:
         raise SourceError(
-            f"section {opened.section_id}: {' and '.join(missing)} unknown; set them, because the adapted model records "
-            "them and evaluation reports sections of the same donor as seen"
+            f"section {opened.section_id}: unknown {' and '.join(missing)}; set {'both' if len(missing) == 2 else 'it'}, "
+            "because the adapted model records tissue and donor, and evaluation reports sections of the same donor as seen"
         )
     return LineageSection(
         section_id=opened.section_id,

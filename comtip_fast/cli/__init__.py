@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from comtip_shards.errors import name_origins
 from comtip_shards.names import printable
 
 from comtip_fast._version import __version__
@@ -79,7 +80,7 @@ def _main(arguments: list[str]) -> int:
     except BAD_INPUT as error:
         if args.debug:
             raise
-        write_line(f"comtip: error: {printable(args.with_options(str(error)))}", sys.stderr)
+        write_line(f"comtip: error: {printable(args.with_options(name_origins(str(error))))}", sys.stderr)
         return USER_ERROR
     except Exception as error:
         disk_error = _disk_error(error)
@@ -112,7 +113,7 @@ class _Message(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the message as it is shown."""
-        return printable(self._with_options(super().format(record)))
+        return printable(self._with_options(name_origins(super().format(record))))
 
 
 @functools.cache

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_format, add_out, read_facts
+from comtip_fast.cli.options import (
+    SECTION_HELP,
+    add_device,
+    add_facts,
+    add_format,
+    add_out,
+    at_least,
+    out_folder,
+    read_facts,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fraction", type=float, default=1.0, help="share of the spots to adapt to, in blocks (default 1: all)"
     )
     parser.add_argument(
-        "--splits", type=int, default=5, help="number of random choices of blocks for the comparison (default 5)"
+        "--splits",
+        type=at_least(1),
+        default=5,
+        help="number of random choices of blocks for the comparison (default 5)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the blocks (default 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the blocks (default 0)")
     add_facts(parser)
     add_format(parser)
     add_device(parser)
@@ -33,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     result = adapt(
         args.run_dir,
         args.section,
-        args.out,
+        out_folder(args),
         fraction=args.fraction,
         splits=args.splits,
         facts=facts,

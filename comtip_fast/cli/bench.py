@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comtip_fast.benchmarks.hest.variants import VARIANTS
-from comtip_fast.cli.options import add_device, add_out, refuse_unused
+from comtip_fast.cli.options import add_device, add_out, at_least, out_folder, refuse_unused
 from comtip_fast.constants import ENCODER_HELP
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
     loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     loader.add_argument(
-        "--epochs", type=int, default=20, help="epochs after which memory is recorded (default 20; 0: none)"
+        "--epochs", type=at_least(0), default=20, help="epochs after which memory is recorded (default 20; 0: none)"
     )
     loader.set_defaults(act=_loader)
     _add_step(sub)
@@ -126,6 +126,8 @@ def _open_set(args: argparse.Namespace, px: int) -> ShardSet:
     """Open ``--shards``, or build a set with tiles of ``px`` px (or ``--px``) from ``--source``."""
     from comtip_fast.benchmarks.loaders import open_set
 
+    if args.out is not None:
+        out_folder(args)
     if args.shards is not None:
         refuse_unused({"--source": args.source, "--px": args.px}, "the set of --shards is built already")
     source = Path("data_shards/samples") if args.source is None else args.source
@@ -139,6 +141,8 @@ def _loader(args: argparse.Namespace) -> int:
     from comtip_fast.benchmarks import loaders
 
     _check_positive(args, "workers", "batch_size", "rounds", "spots")
+    if args.epochs < 0:
+        raise ValueError(f"--epochs {args.epochs}: must be at least 0 (0: memory is not recorded)")
     torch.set_num_threads(1)
     shards = _open_set(args, 224)
     setting = loaders.Setting(shards, args.workers, args.batch_size, args.rounds, args.spots)
@@ -176,6 +180,7 @@ def _hest(args: argparse.Namespace) -> int:
     """Score the encoders, print the table and write the results."""
     from comtip_fast.benchmarks.hest.run import benchmark_hest
 
+    out_folder(args)
     scores = benchmark_hest(
         args.folder,
         args.encoders,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comtip_fast.cli.options import add_device, add_out, gene_list, refuse_unused
+from comtip_fast.cli.options import add_device, add_out, at_least, gene_list, names_in, out_folder, refuse_unused
 from comtip_fast.constants import ENCODER_HELP
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.trained import EPOCHS, METHODS
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder for metrics.json, genes.csv and report.html")
     parser.add_argument(
         "--sections",
-        help="comma-separated section ids (default: split test; if it is empty, all sections not used for training)",
+        help="comma-separated section ids (default: those of split test; without such sections, all not used for training)",
     )
     parser.add_argument(
         "--genes",
@@ -47,8 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gene-vectors", type=Path, help="file of `comtip genes vectors`, to predict genes that were not trained"
     )
-    parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the nulls and baselines (default 0)")
+    parser.add_argument(
+        "--null-draws", type=at_least(0), default=200, help="draws of the spatial null (default 200; 0: none)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the nulls and baselines (default 0)")
     _add_tasks(parser)
     add_device(parser)
 
@@ -76,12 +78,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bootstrap",
         dest="n_bootstrap",
-        type=int,
+        type=at_least(0),
         help="draws behind the 95 %% intervals (default 200; 0: none)",
     )
     group.add_argument(
         "--epochs",
-        type=int,
+        type=at_least(1),
         help=f"largest number of passes over the training spots, per learning rate, for {', '.join(METHODS)} (default {EPOCHS})",
     )
 
@@ -91,10 +93,9 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.evaluation.evaluate import summary_table
     from comtip_fast.evaluation.run import evaluate_run
 
-    sections = [s.strip() for s in args.sections.split(",") if s.strip()] if args.sections else None
-    if sections == []:
-        raise ValueError(f"--sections {args.sections!r} names no section; give section ids such as A1,B1")
+    sections = None if args.sections is None else names_in("--sections", [args.sections])
     names = tasks_of(args.tasks, args.gene_sets)
+    out_folder(args)
     options = _task_options(args, names)  # before the slow work
     result = evaluate_run(
         args.run_dir,
@@ -152,8 +153,6 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
     from comtip_fast.runtime.devices import pick_device
 
     n_bootstrap = 200 if args.n_bootstrap is None else args.n_bootstrap
-    if n_bootstrap < 0:
-        raise ValueError(f"--bootstrap {n_bootstrap}: must be at least 0 (0: no intervals)")
     options = task_options(
         Predictor.load(args.run_dir, pick_device(args.device)),
         encoders=args.encoders,

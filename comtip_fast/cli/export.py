@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_fast.cli.options import add_out, refuse_unused
+from comtip_fast.cli.options import add_out, out_folder, refuse_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Verify and copy the run's export, or export a checkpoint."""
     from comtip_fast.inference import Predictor
 
-    if args.out.exists() and not args.out.is_dir():
-        raise NotADirectoryError(f"--out {args.out}: is a file; give a new folder")
-    if args.out.exists() and any(args.out.iterdir()):
+    if out_folder(args).exists() and any(args.out.iterdir()):
         raise FileExistsError(f"--out {args.out} exists and is not empty; give a new folder")
     if args.checkpoint is None:
         refuse_unused({"--shards": args.shards}, "used with --checkpoint only")

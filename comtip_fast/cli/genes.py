@@ -6,7 +6,7 @@ import argparse
 
 from comtip_shards.genes.identifiers import GeneResource
 
-from comtip_fast.cli.options import add_out
+from comtip_fast.cli.options import add_out, at_least, new_file
 from comtip_fast.genes import GeneTokenizer
 
 
@@ -28,7 +28,9 @@ def add_vectors(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--species", choices=("human", "mouse"), help="species of symbols in COUNTS (default: detect)")
     add_out(parser, "the .safetensors file to write")
-    parser.add_argument("--components", type=int, default=30, help="number of principal components (default 30)")
+    parser.add_argument(
+        "--components", type=at_least(1), default=30, help="number of principal components (default 30)"
+    )
     parser.add_argument(
         "--weigh",
         choices=("cells", "sources"),
@@ -71,12 +73,7 @@ def _vectors(args: argparse.Namespace) -> int:
     """Compute gene vectors and write them to ``--out``."""
     from comtip_fast.data.coexpression.vectors import gene_vectors
 
-    if args.out.suffix != ".safetensors":
-        raise ValueError(
-            f"--out {args.out}: gene vectors are one safetensors file; give a name that ends in .safetensors"
-        )
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
+    new_file(args.out, ".safetensors", "one safetensors file with gene vectors")
     vectors = gene_vectors(
         args.counts,
         components=args.components,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,65 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help=what)
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """Return a parser of integers of at least ``low``, for ``type=`` of an option."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: give an integer of at least {low}")
+        return value
+
+    return parse
+
+
+def names_in(option: str, values: Sequence[str]) -> list[str]:
+    """Return the names in an option's values, which may be comma-separated.
+
+    Raises
+    ------
+    ValueError
+        There is none; the message names the option.
+    """
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            f"{option} {' '.join(map(repr, values))} names nothing; give at least one name, or leave it out"
+        )
+    return list(dict.fromkeys(names))
+
+
+def new_file(option_value: Path, suffix: str, what: str) -> Path:
+    """Return ``--out`` after checks, before slow work, that a file of this name can be written.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, IsADirectoryError, PermissionError
+        The path cannot be used; the message names the reason.
+    """
+    path = option_value
+    if path.suffix != suffix:
+        raise ValueError(f"--out {path}: the output is {what}; give a name that ends in {suffix}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out {path}: no permission to write to {path.parent}; give another folder")
+    return path
+
+
+def out_folder(args: argparse.Namespace) -> Path:
+    """Return ``--out``; raise NotADirectoryError, before slow work, if it is a file."""
+    path: Path = args.out
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"--out {path}: is a file; give a folder")
+    return path
+
+
 def refuse_unused(given: Mapping[str, object], why: str) -> None:
     """Raise ValueError if an option that would be ignored is given.
 
@@ -81,7 +140,8 @@ def refuse_unused(given: Mapping[str, object], why: str) -> None:
     """
     unused = [name for name, value in given.items() if value is not None and value is not False and value != []]
     if unused:
-        raise ValueError(f"{', '.join(unused)} has no effect here: {why}; leave it out")
+        verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        raise ValueError(f"{', '.join(unused)} {verb} no effect here: {why}; leave {them} out")
 
 
 def fresh_h5ad(args: argparse.Namespace) -> Path:
@@ -89,16 +149,10 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
 
     Raises
     ------
-    ValueError, FileNotFoundError, PermissionError
+    ValueError, FileNotFoundError, IsADirectoryError, PermissionError
         The path cannot be used; the message names the reason.
     """
-    path: Path = args.out
-    if path.suffix != ".h5ad":
-        raise ValueError(f"--out {path}: the output is an AnnData file; give a name that ends in .h5ad")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--out {path}: no permission to write to {path.parent}; give another folder")
+    path = new_file(args.out, ".h5ad", "an AnnData file")
     given = [args.section, args.section.rpartition(":")[0], args.image, args.alignment]
     given += [g[1:] for value in getattr(args, "genes", None) or [] for g in value.split(",") if g.startswith("@")]
     inputs = [Path(p) for p in given if p]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comtip_fast.cli.options import refuse_unused
+from comtip_fast.cli.options import out_folder, refuse_unused
 
 if TYPE_CHECKING:
     from comtip_fast.config.schema import RunConfig
@@ -43,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--loader-tiles-per-s", type=float, metavar="N", help="measured throughput of the loader per node, if known"
     )
-    assumed = parser.add_argument_group("assumptions: achieved shares of peak rates (0 to 1), and launch time")
+    data.add_argument(
+        "--validation-spots",
+        type=int,
+        metavar="N",
+        help="spots that a validation scores (default: train.validate_spots)",
+    )
+    assumed = parser.add_argument_group("assumptions: achieved shares of peak rates (0 to 1), launch time, loading")
     assumed.add_argument(
         "--compute-efficiency", type=float, default=0.5, metavar="X", help="share of peak FLOP/s (default 0.5)"
     )
@@ -55,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     assumed.add_argument(
         "--launch-us", type=float, default=10.0, metavar="US", help="launch time of an operation in us (default 10)"
+    )
+    assumed.add_argument(
+        "--loader-cores", type=int, default=12, metavar="N", help="CPU cores per device that load tiles (default 12)"
+    )
+    assumed.add_argument(
+        "--tile-ms", type=float, default=1.0, metavar="MS", help="CPU time to load a tile of 224 px in ms (default 1)"
     )
     sweep = parser.add_argument_group("sweep over the number of devices")
     sweep.add_argument("--sweep", action="store_true", help="compare designs from 1 to --most devices")
@@ -77,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         memory=args.memory_efficiency,
         link=args.link_efficiency,
         launch_s=args.launch_us * 1e-6,
+        cores=args.loader_cores,
+        tile_ms=args.tile_ms,
     )
     cluster = make_cluster(
         args.device, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
@@ -84,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
     stated = config.data.tile_px
     if None not in (stated, args.tile_px) and stated != args.tile_px:
         raise ValueError(f"--tile-px {args.tile_px}: the config states data.tile_px={stated}; leave one of them out")
-    if not args.tile_kb > 0:
-        raise ValueError(f"--tile-kb {args.tile_kb:g}: must be above 0; leave it out for the default")
+    if not 0 < args.tile_kb < math.inf:
+        raise ValueError(f"--tile-kb {args.tile_kb:g}: must be a finite number above 0; leave it out for the default")
     inputs = Inputs(
         tile_px=args.tile_px if args.tile_px is not None else stated or 224,
         tile_bytes=args.tile_kb * 1e3,
@@ -94,7 +109,17 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.sweep:
         return _sweep(args, config, cluster, inputs)
-    plan = make_plan(config, cluster, inputs, loader_tiles_per_s=args.loader_tiles_per_s)
+    if args.validation_spots is not None and args.validation_spots < 1:
+        raise ValueError(
+            f"--validation-spots {args.validation_spots}: must be at least 1; leave it out for the default"
+        )
+    plan = make_plan(
+        config,
+        cluster,
+        inputs,
+        loader_tiles_per_s=args.loader_tiles_per_s,
+        validation_spots=args.validation_spots,
+    )
     mean = at_mean_panel(plan, config) if args.panel is None else None
     if args.brief:
         print("\n".join(summary(plan, mean)))
@@ -106,7 +131,11 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_unused(args: argparse.Namespace) -> None:
     """Raise ValueError for options that the chosen output does not use."""
     if args.sweep:
-        alone = {"--brief": args.brief, "--loader-tiles-per-s": args.loader_tiles_per_s}
+        alone = {
+            "--brief": args.brief,
+            "--loader-tiles-per-s": args.loader_tiles_per_s,
+            "--validation-spots": args.validation_spots,
+        }
         refuse_unused(alone, "a sweep compares designs instead of printing one plan (--sweep)")
         if args.out is not None:
             refuse_unused({"--json": args.json}, "a sweep writes its table to --out")
@@ -121,6 +150,8 @@ def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs
     from comtip_fast.plan.scaling.figures import write
     from comtip_fast.plan.scaling.sweep import as_rows, sweep, table
 
+    if args.out is not None:
+        out_folder(args)
     found = sweep(config, cluster, inputs, most=1024 if args.most is None else args.most)
     if args.out is not None:
         for path in write(found, args.out):

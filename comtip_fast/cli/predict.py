@@ -25,7 +25,9 @@ from comtip_fast.cli.options import (
     fresh_h5ad,
     gene_list,
     is_answer,
+    names_in,
     read_facts,
+    refuse_unused,
 )
 from comtip_fast.constants import OBSM_EMBEDDING
 
@@ -93,10 +95,10 @@ def _predict_section(args: argparse.Namespace) -> int:
 
 
 def _is_slide(path: Path) -> bool:
-    """Return whether the path is an image or whole-slide file."""
-    from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES
+    """Return whether the path is an image or whole-slide file, by its suffix or its first bytes."""
+    from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES, is_image
 
-    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | VENDOR_SUFFIXES
+    return path.is_file() and (path.suffix.lower() in IMAGE_SUFFIXES | VENDOR_SUFFIXES or is_image(path))
 
 
 def _source_format(folder: Path) -> str:
@@ -117,9 +119,8 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
     given = [
         name for name in ("grid", "step_um", "min_tissue", "overlays", "geojson") if getattr(args, name) is not None
     ]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{args.section}: {options} has no effect here: it is for slides without spots; leave it out")
+    why = f"used for slides without spots only, and {args.section} has spots"
+    refuse_unused({f"--{name.replace('_', '-')}": True for name in given}, why)
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
@@ -153,11 +154,8 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
 
     facts, pooling, counts = read_facts(args)
     refused = [*stated(pooling, counts), *(["format"] if args.fmt != "auto" else [])]
-    if refused:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
-        raise ValueError(
-            f"{args.section}: {options} has no effect here: a slide has no spots and no counts; leave it out"
-        )
+    why = f"used for sections with counts only, and {args.section} is a slide without spots"
+    refuse_unused({f"--{name.replace('_', '-')}": True for name in refused}, why)
     model, genes = load(args.run_dir, args.device, args.gene_vectors), gene_list(args.genes)
     _check_drawings(args, model, genes, facts)
     failed = []
@@ -174,23 +172,25 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
     return 1 if failed else 0
 
 
-def _names(values: list[str]) -> list[str]:
-    """Return gene names from an option, which may be comma-separated."""
-    return [g.strip() for value in values for g in value.split(",") if g.strip()]
+def _drawn(args: argparse.Namespace) -> tuple[list[str] | None, list[str] | None]:
+    """Return the genes of ``--overlays`` and ``--geojson``; None where the option is not given, or names no gene to mean all."""
+    overlays = None if args.overlays is None else names_in("--overlays", args.overlays)
+    return overlays, names_in("--geojson", args.geojson) if args.geojson else None
 
 
 def _check_drawings(args: argparse.Namespace, model: Model, genes: list[str] | None, facts: SectionFacts) -> None:
     """Check before the prediction, which takes long, that the genes to draw will be predicted."""
     from comtip_fast.slide_prediction.drawings import check_genes, check_measurements
 
+    overlays, measured = _drawn(args)
     predicted = genes
     if predicted is None:
         own = {g.key: g.symbol for g in model.predictor.bundle.genes}
         predicted = [own[key] for key in model.trained_genes if key.startswith(facts.species or "")]
-    if args.overlays:
-        check_genes(predicted, _names(args.overlays), "--overlays")
+    if overlays is not None:
+        check_genes(predicted, overlays, "--overlays")
     if args.geojson is not None:
-        check_measurements(predicted, _names(args.geojson) or None, "--geojson")
+        check_measurements(predicted, measured, "--geojson")
 
 
 def _predict_slide(
@@ -205,13 +205,14 @@ def _predict_slide(
     answer = model.predict_slide(path, genes, out=out, facts=facts, grid=grid, progress=True)
     print(f"{out}: {answer.n_obs} tiles x {answer.n_vars} genes")
     answer.file.close()
-    if args.overlays:
+    overlays, measured = _drawn(args)
+    if overlays is not None:
         folder = out.with_name(f"{out.stem}.overlays")
-        written = write_overlays(Answer(out), _names(args.overlays), folder)
+        written = write_overlays(Answer(out), overlays, folder)
         print(f"{folder}: {', '.join(p.name for p in written)}")
     if args.geojson is not None:
         target = out.with_name(f"{out.stem}.geojson")
-        written_tiles = write_geojson(Answer(out), _names(args.geojson) or None, target)
+        written_tiles = write_geojson(Answer(out), measured, target)
         print(f"{target}: {written_tiles} tiles")
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from comtip_fast.cli import BAD_INPUT, KILLED, USER_ERROR
-from comtip_fast.cli.options import add_out
+from comtip_fast.cli.options import add_out, out_folder
 from comtip_fast.runtime.streams import write_line
 
 log = logging.getLogger("comtip_fast")
@@ -82,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
 
     result = pretrain(
         args.config,
-        args.out,
+        out_folder(args),
         overrides=args.overrides,
         start_from=args.start_from,
         resume=args.resume,

@@ -21,10 +21,11 @@ from comtip_shards.storage.remote import is_url
 from comtip_shards.study import is_study
 from comtip_shards.study.dry_run import plan_splits, plan_text
 
-from comtip_fast.cli.options import add_facts, add_out, read_facts, refuse_unused
+from comtip_fast.cli.options import add_facts, add_out, at_least, names_in, read_facts, refuse_unused
 from comtip_fast.shards import build_shards, open_sections, plan_build
 
 FORMATS = ("auto", *SOURCE_FORMATS)
+_POLICY = {"stop": "ends with the first of these sections", "skip": "leaves these sections out"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +132,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         metavar="TRAIN,VAL,TEST",
         help="assign donors without a split at random, e.g. 0.8,0.1,0.1",
     )
-    group.add_argument("--seed", type=int, help="seed of --auto-split (default 0)")
+    group.add_argument("--seed", type=at_least(0), help="seed of --auto-split (default 0)")
     group.add_argument(
         "--allow-benchmark",
         action="append",
@@ -152,18 +153,11 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
     """Add ``--jobs``."""
     parser.add_argument(
         "--jobs",
-        type=_positive,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="number of processes (default 1); the output does not depend on it",
     )
-
-
-def _positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give an integer of at least 1")
-    return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -188,6 +182,7 @@ def _build(args: argparse.Namespace) -> int:
     args.seed = 0 if args.seed is None else args.seed
     args.quality = 95 if args.quality is None else args.quality
     if args.dry_run:
+        refuse_unused({"--strict": args.strict}, "a dry run reads headers only, so it runs no check")
         return _dry_run(args)
     report = build_shards(
         args.source,
@@ -234,7 +229,10 @@ def _dry_run(args: argparse.Namespace) -> int:
     if args.part is not None and all(p.source is not None for p in plans):
         part = part_of([p.source.meta for p in plans if p.source is not None], args.part)
         plans = plans if part is None else [plans[i] for i in part.sections]
-    print(printable(args.with_options(plan_text(plans, tile, args.out, args.jobs, refused))))
+    text = plan_text(plans, tile, args.out, args.jobs, refused)
+    if any(p.problems for p in plans):
+        text += f"with `on_error={args.on_error}` a build {_POLICY[args.on_error]}\n"
+    print(printable(args.with_options(text)))
     return int(refused is not None or any(p.problems for p in plans))
 
 
@@ -273,7 +271,7 @@ def _open(args: argparse.Namespace) -> list[SectionSource]:
 def _source_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that select and open sections."""
     facts, pooling, counts = read_facts(args)
-    samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
+    samples = None if args.samples is None else names_in("--samples", [args.samples])
     return {
         "facts": facts,
         "pooling": pooling,

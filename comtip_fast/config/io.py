@@ -21,6 +21,8 @@ class ConfigError(ValueError):
     """A config cannot be used. The message names the file, the key and the fix."""
 
 
+MAX_BYTES = 1 << 20
+"""Largest size of a config file."""
 MAX_NODES = 100_000
 """Largest number of YAML nodes after expansion of aliases."""
 
@@ -90,14 +92,16 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     Raises
     ------
     ConfigError
-        The file cannot be read, an override is not ``key=value``, or there is an unknown key, a wrong type, a value out of
-        bounds or an invalid combination of values.
+        The file is missing or is not YAML in UTF-8, an override is not ``key=value``, or there is an unknown key, a wrong type, a
+        value out of bounds or an invalid combination of values.
     """
     where = "defaults" if path is None else str(path)
     data: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
             raise ConfigError(f"{path}: no such file; check the path (configs/ of the repository has examples)")
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a config; check the path")
         try:
             read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except UnicodeDecodeError as error:
@@ -257,10 +261,10 @@ def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples_to_lists(value: Any) -> Any:
-    """Return nested dicts in which tuples are lists."""
+    """Return nested dicts and tuples with lists instead of tuples."""
     if isinstance(value, dict):
         return {k: _tuples_to_lists(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_tuples_to_lists(v) for v in value] if isinstance(value, tuple) else value
 
 
 def validate(config: RunConfig, where: str = "config") -> None:
@@ -319,7 +323,10 @@ def _model_rules(c: RunConfig) -> list[Rule]:
             c.panel.min_genes <= c.panel.max_genes,
             f"panel.max_genes: {c.panel.max_genes}; must not be below panel.min_genes ({c.panel.min_genes})",
         ),
-        (v.width % v.heads == 0, f"vision.heads: {v.heads}; must divide vision.width ({v.width})"),
+        (
+            v.backbone != "small" or v.width % v.heads == 0,
+            f"vision.heads: {v.heads}; must divide vision.width ({v.width})",
+        ),
         (
             v.backbone != "small" or v.vit == VitConfig(),
             (
@@ -370,7 +377,7 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
         ),
         (
             on_state != "nvme" or e.zero_stage == 3,
-            f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, not {e.zero_stage}; or set it to cpu",
+            f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, not {e.zero_stage}; or set engine.offload_optimizer=cpu",
         ),
         (
             not thaws or e.kind != "deepspeed",
@@ -387,11 +394,11 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
             c.train.checkpoint != "sharded" or (e.kind == "deepspeed" and e.zero_stage == 3 and not nvme),
             (
                 "train.checkpoint=sharded: needs engine.kind=deepspeed with engine.zero_stage=3, without offloading to nvme; "
-                "otherwise ranks hold no parts of the weights in memory; set it to auto"
+                "otherwise ranks hold no parts of the weights in memory; set train.checkpoint=auto"
             ),
         ),
         (
             not nvme or e.nvme_path != "",
-            "engine.nvme_path: empty; offloading to nvme needs a folder on a local NVMe drive",
+            "engine.nvme_path: empty, but offloading to nvme needs a folder; set engine.nvme_path to a folder on a local NVMe drive",
         ),
     ]

@@ -38,8 +38,9 @@ class DataConfig:
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
     slots: Count | None = None
-    """Number of virtual slots that the tars are divided into, for many nodes. Each batch has equally many spots of every slot,
-    so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the number of nodes.
+    """Number of virtual slots that the tars are divided into, for many nodes. Each batch but the last of an epoch has equally many
+    spots of every slot, so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the
+    number of nodes.
     ``batch_size`` and ``sections_per_batch`` must be multiples of ``slots``. ``null`` orders all spots together."""
     stain: Literal["none", "section"] = "section"
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and standard
@@ -71,7 +72,7 @@ class DataConfig:
     """Reading of a remote set. ``files`` keeps whole tars in a cache that the ranks of a node share; ``ranges`` requests the
     records of a batch and keeps nothing, for a cache that cannot hold what a node reads in an epoch."""
     fetch_ahead: CountOrZero = 8
-    """With ``files``: number of batches whose tars are fetched in the background before they are read."""
+    """With ``fetch=files``: number of batches whose tars are fetched in the background before they are read."""
     expression: Literal["auto", "table", "records"] = "auto"
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB and 200,000 spots."""
@@ -144,7 +145,7 @@ class TextConfig:
     heads: Count = 4
     """Number of attention heads."""
     max_tokens: Count = 16
-    """T, largest number of tokens of symbol and full name; longer names are truncated at the end."""
+    """Largest number of tokens of symbol and full name, T - 2; longer names are truncated at the end."""
     full_name: bool = True
     """Whether the full name of a gene follows its symbol in the sentence."""
     identity: bool = True
@@ -177,7 +178,7 @@ class AlignConfig:
     temperature: Positive = 0.07
     """Initial temperature of InfoNCE; its inverse is learnt, up to ``max_scale``."""
     max_scale: Positive = 100.0
-    """Upper bound of the inverse temperature."""
+    """Upper bound of the inverse temperatures of InfoNCE and of the level logits."""
     negatives: Literal["all", "same_group", "other_group"] = "same_group"
     """Which other spots are negatives of a spot: ``all``, those of the same section (``same_group``), or those of other
     sections (``other_group``)."""
@@ -234,7 +235,8 @@ class ReadoutConfig:
     context: bool = True
     """Whether features are concatenated with their mean over neighbouring spots."""
     max_spots: Annotated[int, Field(ge=10)] = 20_000
-    """Largest number of training spots of the fit, an equal number per section."""
+    """Largest number of training spots of the fit, divided equally over the training sections; each section provides at least 10,
+    or all that it has."""
     min_donors: Count = 1
     """Smallest number of training donors of a cohort for a head on the shared-space vector; 2 omits this head for cohorts with
     a single training donor (docs/ablations.md)."""
@@ -322,6 +324,9 @@ class EngineConfig:
     """Whether only the input of each transformer block is stored, and the block is recomputed in the backward pass."""
     compile: bool = False
     """Whether ``torch.compile`` compiles the blocks of both encoders."""
+    panel_sizes: Annotated[int, Field(ge=0, le=64)] = 0
+    """Number of sizes per doubling to which a GPU pads the panel's genes and tokens, so that few distinct shapes occur; 0 pads
+    nothing. kernels/README.md has the cost. A CPU never pads."""
     timeout_s: Positive = 600.0
     """Timeout of a collective in seconds; if a rank does not reach the collective in time, the run ends on every rank."""
     wait_timeout_s: Positive = 7200.0

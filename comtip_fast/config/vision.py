@@ -79,7 +79,7 @@ class VisionConfig:
     depth: Count = 3
     """Number of transformer blocks (``small`` only)."""
     heads: Count = 4
-    """Number of attention heads of ``small`` and of the mask feature generator."""
+    """Number of attention heads of ``small`` and of the mask feature generator; must divide the encoder's width."""
     mask_ratio: OpenShare = 0.5
     """r, share of patches hidden from the masked branch; ``loss.mfm=0`` disables masking."""
     target: Literal["self", "ema"] = "self"

@@ -9,6 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime import devices
+
+
+def pads_panels(config: RunConfig, device: torch.device) -> bool:
+    """Return whether panels of batches on ``device`` are padded to few sizes (``engine.panel_sizes``)."""
+    return config.engine.panel_sizes > 0 and not devices.reads_are_free(device)
 
 
 @dataclass
@@ -35,6 +44,28 @@ class Batch:
     """Number of spots in the global batch; 0 if this batch is the global batch."""
     panel_host: np.ndarray | None = None
     """The panel in host memory, from which sizes are computed; None if sizes must be read from the device."""
+    padding: int = 0
+    """Number of genes at the end of the panel that only pad it (:meth:`padded`)."""
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes of the panel without padding."""
+        return self.panel.numel() - self.padding
+
+    def padded(self, size: int, gene: int) -> Batch:
+        """Return the batch, on the host, with its panel padded to ``size`` genes by the index ``gene``, which no spot measured."""
+        n = size - self.panel.numel()
+        if n == 0:
+            return self
+        assert self.panel_host is not None
+        return replace(
+            self,
+            panel=F.pad(self.panel, (0, n), value=gene),
+            levels=F.pad(self.levels, (0, n)),
+            measured=F.pad(self.measured, (0, n)),
+            panel_host=np.pad(self.panel_host, (0, n), constant_values=gene),
+            padding=self.padding + n,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on ``device``."""

@@ -41,8 +41,8 @@ def read_section(spec: str | Path) -> ad.AnnData:
     Parameters
     ----------
     spec
-        An ``.h5ad`` with ``obsm["spatial"]``, e.g. of ``comtip predict`` or ``comtip embed``, or ``SET:SECTION`` of a shard set,
-        whose raw counts are read into ``X``.
+        An ``.h5ad`` with ``obsm["spatial"]``, e.g. of ``comtip predict`` or ``comtip embed``, or ``FILE.h5ad:SECTION`` if it has several
+        sections; or ``SET:SECTION`` of a shard set in a folder, whose raw counts are read into ``X``.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | Non
         try:
             value = scale_factor(entry, key, name)
         except SourceError as error:
-            log.warning("%s; it is left out", error)
+            log.warning("%s; the output is written without this scale factor", error)
             continue
         factors[str(key)] = float(value or 0)
     return name, library_slide(entry, picture, Path(name)).pixels, factors
@@ -170,14 +170,14 @@ def to_spatialdata(data: ad.AnnData) -> Any:
 
 
 def write_spatialdata(data: ad.AnnData, target: Path) -> None:
-    """Write the result of :func:`to_spatialdata` to a temporary folder next to ``target`` and rename it.
+    """Write the result of :func:`to_spatialdata` to a temporary folder next to ``target`` and rename it; replaces ``target``.
 
     Raises
     ------
     SourceError
         As :func:`to_spatialdata`.
     OSError
-        ``target`` exists or cannot be written.
+        ``target`` cannot be written.
     """
     store = to_spatialdata(data)
     with atomic_folder(target) as tmp_path, warnings.catch_warnings():
@@ -193,14 +193,14 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     data
         A section with expression and an image, and unique spot names. Predicted values are written unchanged, as float32.
     target
-        Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``.
+        Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``; an existing folder is replaced.
 
     Raises
     ------
     SourceError
         There is no expression or no image, spot names are not unique or begin as a formula, or a spot has no array position.
     OSError
-        ``target`` exists or cannot be written.
+        ``target`` cannot be written.
     """
     library = _library(data)
     if not data.n_vars or data.X is None:

@@ -33,7 +33,7 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
             if value is not None
         ]
         raise ValueError(
-            f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
+            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
             f"again with `tile_um={um:g}` `tile_px={px}`, or train on this set with "
             f"`data.tile_px={tile.px}` `data.tile_um={tile.um:g}`"
         )
@@ -41,10 +41,10 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
     if data.tile_px is None and native is not None and int(native[1]) != tile.px:
         log.warning(
             "vision.backbone=%s was designed for tiles of %s px, but %s has %d px; build the set with `tile_px=%s`, or "
-            "state `data.tile_px=%d`",
+            "set `data.tile_px=%d` to keep this set",
             config.vision.backbone,
             native[1],
-            shards.path,
+            shards.name,
             tile.px,
             native[1],
             tile.px,

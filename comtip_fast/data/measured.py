@@ -55,8 +55,12 @@ def measured_counts(
 
     Raises
     ------
+    FileNotFoundError
+        The path does not exist.
     SourceError
-        The section does not exist or has no raw counts, or no gene identifier belongs to the species.
+        The source has no such section or no raw counts, or no gene identifier belongs to the species.
+    ShardError
+        The shard set has no such section, or a record is damaged.
     """
     if isinstance(spec, ad.AnnData):
         return _of_anndata(spec, Path("the AnnData"), species, options, "")
@@ -74,6 +78,7 @@ def measured_counts(
 
 
 def _of_shards(shards: ShardSet, section_id: str) -> MeasuredCounts:
+    """Read the counts of a section of a shard set, for the genes that the section measured."""
     number = shards.section_number(section_id)
     measured = np.flatnonzero(shards.measured(number))
     counts = shards.counts(shards.source_order(number))[:, measured]
@@ -81,6 +86,7 @@ def _of_shards(shards: ShardSet, section_id: str) -> MeasuredCounts:
 
 
 def _of_anndata(data: ad.AnnData, where: Path, species: str, options: SourceOptions, section_id: str) -> MeasuredCounts:
+    """Read the counts of a section of an AnnData."""
     store = MemoryStore(data, where)
     rows = chosen_library(store, section_id)[1].rows(data.obs)
     matrix, var, _ = raw_counts(store, where, options.counts)
@@ -92,5 +98,7 @@ def _mapped(counts: sparse.csr_matrix, ids: list[str], symbols: list[str], speci
     """Return the counts by gene key, summed over columns of the same gene."""
     genes = map_genes(ids, species, symbols=symbols if any(symbols) else ())
     if not genes.keys:
-        raise SourceError(f"{where}: none of {len(ids)} gene columns is a {species} gene; set `species`")
+        raise SourceError(
+            f"{where}: none of the {len(ids)} gene columns is a {species} gene; set `species`, or use symbols or Ensembl ids"
+        )
     return MeasuredCounts(genes.sum_columns(counts), genes.keys)

@@ -1,8 +1,8 @@
 """Opening of a SECTION as tiles: a section of a shard set, a source, or an AnnData with an image.
 
-A SECTION is ``SHARDS_DIR:section_id``, ``SOURCE`` or ``SOURCE:section_id`` (anything that ``comtip shards build``
-reads), or a path to an ``.h5ad``. Tiles always have the model's physical size and resolution, so that a model cannot
-distinguish sections by size or resolution.
+A SECTION is ``SHARDS:section_id`` (``SHARDS`` is the folder or URL of a shard set), ``SOURCE`` or ``SOURCE:section_id``
+(anything that ``comtip shards build`` reads from a path), or ``FILE.h5ad`` or ``FILE.h5ad:section_id``. Tiles always have the
+model's physical size and resolution, so that a model cannot distinguish sections by size or resolution.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, source_options
+from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, check_trust, source_options
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
+from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_slide
@@ -139,10 +140,11 @@ def _refuse_format(fmt: str, what: str, own: str = "") -> None:
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
     """Raise SourceError if facts are stated for a section of a shard set, because its manifest states them."""
-    if options.stated():
+    stated = [f"`{name}`" for name in options.stated()]
+    if stated:
+        has, it = ("has", "it") if len(stated) == 1 else ("have", "them")
         raise SourceError(
-            f"{where}: {', '.join(f'`{name}`' for name in options.stated())} has no effect here: a shard set states the facts of its "
-            "sections; leave it out"
+            f"{where}: {', '.join(stated)} {has} no effect here: a shard set states the facts of its sections; leave {it} out"
         )
 
 
@@ -169,7 +171,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
-            f"{shards.path}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
+            f"{shards.name}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
             f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build the set with `tile_um={tile.um:g}` "
             f"`tile_px={tile.px}` `min_mpp={tile.min_mpp:g}`"
         )
@@ -190,7 +192,7 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
     """
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
-        raise SourceError(f"{shards.path} has no section {section_id!r}; choose one of {', '.join(ids)}")
+        raise SourceError(f"{shards.name} has no section {section_id!r}; choose one of {', '.join(ids)}")
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)
@@ -222,7 +224,8 @@ def _from_anndata(
     data: ad.AnnData, where: str, tile: TileGeometry, options: SourceOptions, section_id: str = ""
 ) -> SectionTiles:
     """Return the tiles of an AnnData, cut from its library's image or from a stated image."""
-    check_options(options, ("image", "positions"), "an AnnData whose counts are not read")
+    check_trust(options.facts)
+    check_options(options, ("image", "positions", "trust_mpp"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
     name, library = chosen_library(store, section_id)
     own = data.uns.get("comtip", {})
@@ -239,6 +242,10 @@ def _from_anndata(
 
     with opener() as slide:
         _check_positions(xy, mpp, slide, where)
+        if options.facts.mpp is not None:
+            trusted = bool(options.facts.trust_mpp)
+            check_side(slide.size, mpp, where, trusted=trusted)
+            check_stated_mpp(mpp, slide.mpp, slide.path.name, where, trusted=trusted)
     template = ad.AnnData(
         obs=data.obs.iloc[view.rows].copy(),
         obsm={"spatial": view.xy.copy()},

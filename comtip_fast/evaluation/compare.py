@@ -18,7 +18,8 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: Ti
     """Add measured layers and scores per gene to predicted expression, in place.
 
     The layers are ``measured_log1p_cp10k`` and ``measured_log1p_raw``; the columns of ``var`` are ``measured``,
-    ``detection``, ``pcc``, ``pcc_partial`` and ``pcc_raw``. Genes that the section did not measure are NaN.
+    ``detection``, ``pcc``, ``pcc_partial`` and ``pcc_raw``. For genes that the section did not measure, ``measured`` is False
+    and the rest NaN.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: Ti
     columns, found = measured.select(answer.var["key"].tolist())
     if not found.size:
         raise ValueError(
-            f"the section measured none of the {answer.n_vars} genes; name genes that it measured, or use predict"
+            f"the section measured none of the {answer.n_vars} genes to compare; pass `genes` that it measured, or call predict"
         )
     counts = measured.counts
     values = {

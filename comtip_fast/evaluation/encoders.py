@@ -184,7 +184,7 @@ def _load_weights(network: nn.Module, file: Path, name: str) -> None:
         raise ValueError(f"{file}: does not fit {name} ({reason}); give weights of this model") from error
     if missing:
         raise ValueError(
-            f"{file}: lacks {len(missing)} weights of {name} ({', '.join(missing[:3])}); give weights of this model"
+            f"{file}: lacks {len(missing)} of the weights of {name} ({', '.join(missing[:3])}); give weights of this model"
         )
 
 

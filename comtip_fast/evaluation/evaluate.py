@@ -185,7 +185,7 @@ def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
     tile, model = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if (tile.px, tile.um, tile.min_mpp) != model:
         raise ValueError(
-            f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px, but the model reads "
+            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px, but the model reads "
             f"{model[1]:g} um in {model[0]} px at {model[2]:g} um/px; "
             f"build with `tile_um={model[1]:g}` `tile_px={model[0]}` `min_mpp={model[2]:g}`"
         )
@@ -209,7 +209,9 @@ def _choose_genes(
     keys = list(dict.fromkeys([*hvg, *panel, *unseen]))
     if not keys:
         section_id = shards.manifest.sections[number].section_id
-        raise ValueError(f"{shards.path}: section {section_id} measured none of the model's genes; choose another")
+        raise ValueError(
+            f"{shards.name}: section {section_id} measured none of the model's genes; leave it out of `sections`, or pass `genes`"
+        )
     index, rank = {k: i for i, k in enumerate(keys)}, {k: i for i, k in enumerate(ranked)}
     unseen.sort(key=lambda k: (rank.get(k, len(ranked)), index[k]))
     hvg_i, panel_i, unseen_i = (np.array([index[k] for k in group], np.int64) for group in (hvg, panel, unseen))

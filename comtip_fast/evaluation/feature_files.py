@@ -39,7 +39,8 @@ class SpotFeatures:
         if len(row) < len(self.names):
             twice = next(name for i, name in enumerate(self.names) if row[name] != i)
             raise ValueError(
-                f"{where}: {len(self.names) - len(row)} duplicate rows (e.g. of spot {twice}); keep one row per spot"
+                f"{where}: several rows of a spot (duplicate rows: {len(self.names) - len(row)}, the first of spot {twice}); "
+                "keep one row per spot"
             )
         missing = [n for n in names if n not in row]
         if missing:
@@ -63,7 +64,8 @@ class FeatureFiles:
     FileNotFoundError
         The path does not exist.
     ValueError
-        The table lacks a column, or a feature is not a finite number.
+        The path is not a folder, ``.csv``, ``.tsv`` or ``.parquet``, the table cannot be read, lacks a column, or has a column
+        of features that are not numbers.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -117,12 +119,14 @@ def read_embeddings(path: Path) -> SpotFeatures:
         key = next((k for k in NAME_KEYS if k in file), None)
         if key is None or "embeddings" not in file:
             raise ValueError(
-                f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected the datasets embeddings and barcodes"
+                f"{path}: has {', '.join(sorted(file)) or 'no data'}; write the datasets embeddings and barcodes"
             )
         names = text_of(file[key][:])
         values = np.asarray(file["embeddings"][:], np.float32)
     if values.ndim != 2 or len(values) != len(names):
-        raise ValueError(f"{path}: embeddings of shape {values.shape} for {len(names)} barcodes; expected one row each")
+        raise ValueError(
+            f"{path}: embeddings of shape {values.shape} for {len(names)} barcodes; write one row of features per barcode"
+        )
     return SpotFeatures(names, _finite(values, str(path)))
 
 
@@ -135,7 +139,9 @@ def _finite(values_NF: np.ndarray, where: str) -> np.ndarray:
     """Return the values; raise ValueError if one of them is not finite."""
     if not np.isfinite(values_NF).all():
         lost = int((~np.isfinite(values_NF)).any(axis=1).sum())
-        raise ValueError(f"{where}: {lost} rows have embeddings that are not finite; compute them again")
+        raise ValueError(
+            f"{where}: values that are not finite in {lost} of {len(values_NF)} embeddings; compute these embeddings again"
+        )
     return values_NF
 
 

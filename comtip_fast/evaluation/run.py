@@ -52,7 +52,7 @@ def evaluate_run(
         Symbols or Ensembl ids to score, so that models with other training genes are compared on the same ones; default:
         the model's genes.
     null_draws
-        Number of draws of the spatial null.
+        Number of draws of the spatial null; 0 computes none.
     trained
         Methods to train on the training sections and to score: names in :data:`comtip_fast.evaluation.trained.METHODS`. Their
         checkpoints are in ``out/trained``, from which an interrupted call continues.
@@ -73,7 +73,8 @@ def evaluate_run(
     FileNotFoundError
         There is no export, no file of gene vectors, or no shard set with the training sections.
     ValueError
-        Unknown sections, genes or methods, tiles of another size, or a trained cohort without its training sections.
+        Unknown sections, genes or methods, a negative ``null_draws``, tiles of another size, or a trained cohort without its
+        training sections.
     PermissionError
         ``out`` cannot be written.
 
@@ -86,6 +87,8 @@ def evaluate_run(
     """
     options = TrainOptions(tuple(trained), epochs, None if out is None else Path(out) / "trained", seed)
     options.check()
+    if null_draws < 0:
+        raise ValueError(f"`null_draws` {null_draws}: must be at least 0 (0: no spatial null)")
     if out is not None:
         _check_writable(Path(out))  # before the slow work
     predictor = Predictor.load(run, pick_device(device), gene_vectors)

@@ -48,7 +48,7 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
     ]
     if not rest:
         raise ValueError(
-            f"{shards.path}: no section is left to score, because training used {'; '.join(left_out)}; name sections with "
+            f"{shards.name}: no section is left to score, because training used {'; '.join(left_out)}; name sections with "
             "`sections` to score them anyway, labelled as seen in training"
         )
     if left_out:

@@ -47,7 +47,7 @@ class RidgeFit:
     def predict(self, x: dict[str, FeatureStore], n_spots: int, columns: np.ndarray) -> np.ndarray:
         """Return the prediction of some of the fitted genes, float64 (N, g); the inputs are read in blocks of spots.
 
-        A gene that no training section measured is predicted as constant, so that its PCC is undefined.
+        A gene that fewer than 10 training spots measured is predicted as 0 everywhere, so that its PCC is undefined.
         """
         out = np.zeros((n_spots, columns.size))
         for rows in row_blocks(n_spots):
@@ -192,13 +192,13 @@ class TrainReference:
             # A model that was adapted or fine-tuned elsewhere may still have its parents' sections here.
             if len(missing) == len(set(self.trained[cohort])) and not self._cohort_sections(cohort):
                 raise ValueError(
-                    f"{self.shards.path} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
+                    f"{self.shards.name} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
                     "which the 50 most variable genes and the baselines are computed; give their shard set with `train_shards`"
                 )
             log.warning(
                 "%s lacks training sections of %s (%s): genes and baselines are computed from the others; "
                 "give the complete set with `train_shards`",
-                self.shards.path,
+                self.shards.name,
                 cohort,
                 ", ".join(missing),
             )

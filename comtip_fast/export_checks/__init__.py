@@ -69,7 +69,7 @@ def write_sums(folder: Path, files: Sequence[str]) -> None:
 
 
 def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> dict[str, str]:
-    """Check that every file exists and matches its hash; return the stated SHA-256 of each file of the export.
+    """Check that every file exists and matches its hash; return the stated SHA-256 by file, empty for an export without hashes.
 
     Parameters
     ----------
@@ -253,7 +253,7 @@ def check_levels(arrays: Mapping[str, np.ndarray], path: Path, n_trained: int, n
             raise ExportError(f"{path}: {name} is {array.dtype} {array.shape}, expected float32 {shape}; {FIX}")
         bad = np.isnan(array) if name == "edges" else ~np.isfinite(array)  # an unused edge is +inf
         if bad.any():
-            raise ExportError(f"{path}: {name} has {int(bad.sum())} values that are not finite; {FIX}")
+            raise ExportError(f"{path}: {name} has values that are not finite ({int(bad.sum())}); {FIX}")
     if (arrays["edges"][:, 1:] < arrays["edges"][:, :-1]).any():
         raise ExportError(f"{path}: the edges of a gene are not ascending; {FIX}")
 

@@ -92,7 +92,7 @@ def check_readout(
             raise ExportError(f"{path}: {name} is {array.dtype} {array.shape}, expected float32 {shape}; {FIX}")
         if not np.isfinite(array).all():
             raise ExportError(
-                f"{path}: {name} has {int((~np.isfinite(array)).sum())} values that are not finite; {FIX}"
+                f"{path}: {name} has values that are not finite ({int((~np.isfinite(array)).sum())}); {FIX}"
             )
         if name.endswith((".std", ".std_G")) and (array < 0).any():
             raise ExportError(f"{path}: {name} has negative values; {FIX}")

@@ -48,7 +48,7 @@ class GeneTokenizer:
     def encode(self, symbol: str, name: str, max_tokens: int) -> list[int]:
         """Return the ids of the symbol followed by those of the full name, truncated at the end.
 
-        There are at least one and at most ``max_tokens`` ids. An empty symbol is encoded as ``?``.
+        The list has at least one and at most ``max_tokens`` ids. An empty symbol is encoded as ``?``.
 
         Raises
         ------

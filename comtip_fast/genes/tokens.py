@@ -11,6 +11,7 @@ from comtip_kernels import SentenceSizes
 from torch import Tensor
 
 from comtip_fast.config.schema import TextConfig
+from comtip_fast.genes.panel_sizes import TokenSizes
 from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
 
@@ -24,11 +25,14 @@ class HostTokens:
 
     ids_GT: np.ndarray
     length_G: np.ndarray
+    padded: TokenSizes | None = None
+    """Numbers of tokens to which the sentences of a panel are padded; None pads nothing."""
 
     def take(self, rows: np.ndarray) -> HostTokens:
-        """Return the genes in ``rows``, padded to the longest of these genes."""
+        """Return the genes in ``rows``, padded to the longest of these genes, or of all genes if :attr:`padded` is set."""
         length = self.length_G[rows]
-        return HostTokens(self.ids_GT[rows, : int(length.max(initial=2))], length)
+        width = int(length.max(initial=2)) if self.padded is None else self.ids_GT.shape[1]
+        return HostTokens(self.ids_GT[rows, :width], length, self.padded)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
         """Return the sizes that a slice of the sentence table, in gene-major order, has on the device.
@@ -54,6 +58,36 @@ class HostTokens:
         names = -(-int(found.sum()) // _NAMES) * _NAMES
         return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
+    def tokens_of_ranks(self, n_levels: int, counts: Sequence[int]) -> np.ndarray:
+        """Return the number of tokens of every rank, whose numbers of sentences, in gene-major order, are ``counts``."""
+        bound = np.concatenate([[0], np.cumsum(counts)])
+        gene, rest = bound // n_levels, bound % n_levels
+        start = np.concatenate([[0], np.cumsum(self.length_G)]) * n_levels
+        return np.diff(start[gene] + rest * np.append(self.length_G, 0)[gene])
+
+    def padded_sizes(
+        self, n_levels: int, vocabulary: int, sentences: slice, counts: Sequence[int]
+    ) -> tuple[SentenceSizes, int]:
+        """Return the sizes of :meth:`sizes` after padding to :attr:`padded`, and the number of sentences that padding adds.
+
+        Parameters
+        ----------
+        n_levels, vocabulary, sentences
+            As in :meth:`sizes`.
+        counts
+            Number of sentences of every rank; the padded number of tokens is the same on all of them.
+        """
+        assert self.padded is not None
+        most = int(self.tokens_of_ranks(n_levels, counts).max())
+        T, S = self.ids_GT.shape[1], self.padded.padded(max(counts), n_levels, most)
+        first, last = sentences.start // n_levels, -(-sentences.stop // n_levels)
+        # An upper bound of the distinct pairs: each token of a gene is one, and the added sentences may be longer than theirs.
+        names = min(S // n_levels + 3 * T, vocabulary * T)
+        names = -(-names // _NAMES) * _NAMES
+        # A sentence has at least two tokens.
+        added = -(-(S - 2 * (sentences.stop - sentences.start)) // T)
+        return SentenceSizes(S, last - first, names, n_levels, vocabulary), added
+
 
 @dataclass
 class GeneTokens:
@@ -75,6 +109,25 @@ class GeneTokens:
         vector = None if self.vector_GK is None else self.vector_GK.to(device)
         return GeneTokens(
             self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device), vector, self.host
+        )
+
+    def with_padding(self) -> GeneTokens:
+        """Return the tokens with one more gene, without name and identity, which pads panels; their tokens are padded too."""
+        assert self.host is not None
+        ids = self.ids_GT.new_zeros(1, self.ids_GT.shape[1])
+        ids[0, 0], ids[0, 1] = GENE_ID, VALUE_ID
+        host = HostTokens(
+            np.concatenate([self.host.ids_GT, [[GENE_ID, VALUE_ID, *[0] * (ids.shape[1] - 2)]]]),
+            np.append(self.host.length_G, 2),
+            TokenSizes.of(self.host.length_G, ids.shape[1]),
+        )
+        vector = None if self.vector_GK is None else torch.nn.functional.pad(self.vector_GK, (0, 0, 0, 1))
+        return GeneTokens(
+            torch.cat([self.ids_GT, ids]),
+            torch.nn.functional.pad(self.length_G, (0, 1), value=2),
+            torch.nn.functional.pad(self.identity_G, (0, 1)),
+            vector,
+            host,
         )
 
     def rows(self, index: Tensor) -> GeneTokens:

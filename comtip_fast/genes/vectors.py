@@ -135,18 +135,23 @@ class GeneVectors:
         return vectors
 
     def check(self, path: Path) -> None:
-        """Raise ValueError if shapes or values are invalid, or if the contents do not match the hash; ``path`` is for messages."""
+        """Raise ValueError if keys, shapes or values are invalid, or do not match the hash; ``path`` is for messages."""
         G, vector = len(self.keys), self.vector_GK
         shapes = {"vectors": vector.shape[:1] == (G,) and vector.ndim == 2, "moments": self.moments_G4.shape == (G, 4)}
         shapes["detection"] = self.detection_G.shape == (G,)
         for name, array in zip(shapes, (vector, self.moments_G4, self.detection_G), strict=True):
             if not shapes[name] or array.dtype != np.float32:
                 raise ValueError(
-                    f"{path}: {name} is {array.dtype} {array.shape} for {G} genes; copy or compute the file again"
+                    f"{path}: the array {name} has dtype {array.dtype} and shape {array.shape}, which does not fit {G} genes in "
+                    "float32; copy or compute the file again"
                 )
             if not np.isfinite(array).all():
-                raise ValueError(f"{path}: {name} has values that are not finite; copy or compute the file again")
-        if self.sha256 != self.header.get("sha256") or len(self.row) < G:
+                raise ValueError(
+                    f"{path}: the array {name} has values that are not finite; copy or compute the file again"
+                )
+        if len(self.row) < G:
+            raise ValueError(f"{path}: {G - len(self.row)} of {G} gene keys are duplicates; compute the file again")
+        if self.sha256 != self.header.get("sha256"):
             raise ValueError(
                 f"{path}: the contents do not match the hash in the header; copy or compute the file again"
             )

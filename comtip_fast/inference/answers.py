@@ -21,37 +21,47 @@ log = logging.getLogger("comtip_fast")
 
 
 def species_of(model: Predictor, known: str, what: str) -> str:
-    """Return the species of a section; if it is not stated, the model must have been trained on one species only.
+    """Return the species of a section; if it is not stated, that of the model, which must have been trained on one species only.
+
+    Parameters
+    ----------
+    model
+        The model.
+    known
+        The stated species; empty if none is stated.
+    what
+        Subject of messages, e.g. ``section x1``.
 
     Raises
     ------
     SourceError
-        The species of ``what`` is unknown, and the model was trained on several.
+        The species is not stated, and the model was trained on several.
     """
     if known:
         return known
     trained = sorted({key.split(":")[0] for key in model.trained_genes})
     if len(trained) == 1:
         log.warning(
-            "section %s does not state its species; %s is assumed, the only one in training; set `species` if it is wrong",
+            "%s: the species is not stated; %s is assumed, the only species that the model was trained on; set `species` if this "
+            "is wrong",
             what,
             trained[0],
         )
         return trained[0]
     raise SourceError(
-        f"section {what}: the species is unknown, and the model was trained on {' and '.join(trained)}; set `species`"
+        f"{what}: the species is not stated, and the model was trained on {' and '.join(trained)}; set `species`"
     )
 
 
 def provenance(model: Predictor, species: str, facts: SectionFacts) -> dict[str, str]:
-    """Return the entries of ``uns["comtip"]``: versions, runs and licences of the model, and stated facts."""
+    """Return the entries of ``uns["comtip"]``: version, model, species, stated facts, lineage, licences and gene vectors."""
     lineage, vectors = model.lineage, model.vectors
     out = {"version": __version__, "model": model.config.name, "species": species, **stated(facts)}
     runs = " > ".join(lineage.labels())
     out["lineage"] = runs if lineage.parents_known else f"unknown > {runs}"
     out["training_licences"] = "; ".join(lineage.licences())
     if vectors is not None:
-        out |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
+        out |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence") or "")}
     return out
 
 
@@ -97,7 +107,9 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
     else:
         asked = [_resolve(g, species) for g in genes]
     if not asked:
-        raise ValueError("`genes`: the list is empty; name genes to predict, or omit it to predict all trained genes")
+        raise ValueError(
+            "`genes`: the list is empty; name genes to predict, or leave out `genes` to predict all trained genes"
+        )
     scores = model.lineage.own.gene_scores
     var = pd.DataFrame(
         {
@@ -120,7 +132,7 @@ def _resolve(gene: str, species: str) -> _Asked:
     hit = GeneResource.load().resolve(gene, species)
     if hit.how == "unmapped":
         log.warning(
-            "gene %r: not in the table of %s genes, so its sentence is the symbol alone; check the spelling",
+            "gene %r: not in the table of %s genes, so the prediction uses the symbol alone; check the spelling",
             gene,
             species,
         )

@@ -61,10 +61,10 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
     if given is not None and further is None and bundle.readout is None:
         raise ValueError(
             "gene vectors were given, but the model has no linear readout to use them with; train with "
-            "readout.kind=linear, or load it without them"
+            "readout.kind=linear, or load the model without gene vectors"
             if own is None
-            else "the gene vectors have other axes than those that the model was trained with, and it has no linear readout to "
-            "use them with; give vectors that agree with the export's on the genes of both"
+            else "the gene vectors have other axes than those that the model was trained with, and the model has no linear "
+            "readout to use them with; give a file in which the genes of the model's own vectors have the same vectors"
         )
     if own is not None and given is not None and further is None:
         log.warning(
@@ -171,7 +171,7 @@ class Predictor:
         tiles_NSS3
             uint8 tiles (n, S, S, 3).
         stain
-            Stain statistics of the section.
+            Stain statistics of the section, used if the model normalises stain; None leaves the tiles unchanged.
         readout
             Whether to compute the readout's features, which encodes each tile under ``readout.views`` views.
         """
@@ -205,7 +205,7 @@ class Predictor:
         tiles
             uint8 tiles (N, 3, S, S), or a source that reads them in chunks.
         stain
-            Stain statistics of the section.
+            As in :meth:`encode`.
         xy_N2
             Positions of the spots in any unit, which define the neighbours in the linear readout; None uses each spot alone.
         readout

@@ -39,7 +39,7 @@ class SectionFeatures:
     tiles
         Tiles of N spots.
     stain
-        Stain statistics of the section.
+        As in :meth:`Predictor.encode`.
 
     Attributes
     ----------
@@ -312,7 +312,7 @@ def predict_section(
     tiles
         Tiles of N spots.
     stain
-        Stain statistics of the section.
+        As in :meth:`Predictor.encode`.
     xy_N2
         Positions in any unit, which define neighbours; None uses each spot alone.
     genes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -197,18 +198,21 @@ class CoMTIP(nn.Module):
         if group is None or group.size == 1 or group.size > G * Q:
             rows_ND, scores_N = self._rows_and_scores(genes, slice(0, G * Q))
         else:
-            rows, scores = self._rows_and_scores(genes, share_of(G * Q, group.rank, group.size))
+            counts = counts_of(G * Q, group.size)
+            rows, scores = self._rows_and_scores(genes, share_of(G * Q, group.rank, group.size), counts)
             packed = torch.cat([rows, scores[:, None].to(rows.dtype)], dim=-1)
-            packed = gather_rows(packed, group, counts_of(G * Q, group.size))
+            packed = gather_rows(packed, group, counts)
             # A row of D + 1 elements begins at an odd address: kernels would load it element by element.
             rows_ND, scores_N = packed[:, :-1].contiguous(), packed[:, -1]
         rows_GQD = rows_ND.view(G, Q, -1)
         unit_GQD = F.normalize(rows_GQD, dim=-1)
         return SentenceTable(rows_GQD, unit_GQD, scores_N.view(G, Q), self.pair_head(unit_GQD))
 
-    def _rows_and_scores(self, genes: GeneTokens, sentences: slice) -> tuple[Tensor, Tensor]:
-        """Return projected rows (N, D) and pooling scores (N,) of a slice of the sentences."""
-        h_Nd = self.genes(genes, sentences)
+    def _rows_and_scores(
+        self, genes: GeneTokens, sentences: slice, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return projected rows (N, D) and pooling scores (N,) of a slice of the sentences, of ``counts`` on every rank."""
+        h_Nd = self.genes(genes, sentences, counts)
         return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 
     def compile_blocks(self) -> None:

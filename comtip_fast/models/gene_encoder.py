@@ -8,6 +8,8 @@ Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from comtip_kernels import (
     SentenceSizes,
@@ -115,10 +117,17 @@ class GeneEncoder(nn.Module):
             assert isinstance(block, SentenceBlock)
             block.attention = name
 
-    def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
+    def forward(self, genes: GeneTokens, sentences: slice | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order.
 
-        ``sentences`` is a slice of the G * Q rows; None returns all rows.
+        Parameters
+        ----------
+        genes
+            Tokens of the G genes.
+        sentences
+            Slice of the G * Q rows; None returns all rows.
+        counts
+            Number of rows of every rank, from which padded sizes are computed; None is one rank with all of them.
         """
         G, Q, device = genes.length_G.shape[0], self.n_levels, genes.ids_GT.device
         first, stop, _ = (sentences or slice(None)).indices(G * Q)
@@ -126,8 +135,12 @@ class GeneEncoder(nn.Module):
         gene_N = index_N // Q
         if genes.host is None or devices.reads_are_free(device):
             return self.encode(genes.rows(gene_N), index_N % Q)
-        sizes = genes.host.sizes(Q, self.token_Vd.shape[0], slice(first, stop))
-        return self.encode(genes.rows(gene_N), index_N % Q, panel=(gene_N - first // Q, sizes))
+        V, own, added = self.token_Vd.shape[0], slice(first, stop), 0
+        if genes.host.padded is None:
+            sizes = genes.host.sizes(Q, V, own)
+        else:
+            sizes, added = genes.host.padded_sizes(Q, V, own, [G * Q] if counts is None else counts)
+        return self.encode(genes.rows(gene_N), index_N % Q, panel=(gene_N - first // Q, sizes), added=added)
 
     def encode(
         self,
@@ -137,6 +150,7 @@ class GeneEncoder(nn.Module):
         mix_N: Tensor | None = None,
         *,
         panel: tuple[Tensor, SentenceSizes] | None = None,
+        added: int = 0,
     ) -> Tensor:
         """Encode N sentences to vectors (N, d).
 
@@ -149,10 +163,15 @@ class GeneEncoder(nn.Module):
             interpolated linearly, with the weight ``mix_N`` in [0, 1] of the latter.
         panel
             Gene of each sentence, int64 (N,), and sizes in host memory, with which no size is read from the device.
+        added
+            Number of sentences to add, so that the number of tokens is that of ``panel``; their vectors are not returned.
         """
         # Sentences are sorted by length once, so that attention processes equal lengths together in every layer without
         # moving data.
         length_N, order_N = torch.sort(genes.length_G, stable=True)
+        back_N = torch.argsort(order_N)
+        if panel is not None and added:
+            length_N, order_N = _with_padding(length_N, order_N, panel[1].tokens, added, genes.ids_GT.shape[1])
         genes = genes.rows(order_N)
         level_lo_N = level_lo_N[order_N]
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
@@ -174,7 +193,7 @@ class GeneEncoder(nn.Module):
             eps=self.norm_in.eps,
             plan=plan,
         )
-        longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
+        longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)[: back_N.shape[0]]
         if self.project_vector is not None and genes.vector_GK is not None:
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
@@ -185,4 +204,24 @@ class GeneEncoder(nn.Module):
         for i, block in enumerate(self.blocks):
             rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used
             x_Sd = run_block(block, x_Sd, length_N, longest, rows, first_S, recompute=self.recompute)
-        return self.norm_out(x_Sd).index_select(0, torch.argsort(order_N))
+        return self.norm_out(x_Sd).index_select(0, back_N)
+
+
+def _with_padding(length_N: Tensor, order_N: Tensor, tokens: int, added: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Append copies of the last sentence, of other lengths, so that there are ``tokens`` tokens.
+
+    Parameters
+    ----------
+    length_N, order_N
+        Lengths of the sentences, and their indices.
+    tokens
+        Number of tokens of all sentences and copies.
+    added
+        Number of copies. Those that no token is left for have length 0.
+    longest
+        Largest length of a copy.
+    """
+    left = tokens - length_N.sum()
+    used = torch.arange(0, added * longest, longest, device=length_N.device)
+    length = torch.cat([length_N, (left - used).clamp(0, longest)])
+    return length, torch.cat([order_N, order_N[-1:].expand(added)])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class VisionEncoder(nn.Module):
             # Patches are embedded separately (see forward), so timm's check of the image size does not apply.
             vit.patch_embed.strict_img_size = False
             self.patch_embed = vit.patch_embed
+            self.patch_embed.proj = _PatchProjection.of(vit.patch_embed.proj)
         if vit.pos_embed is None:
             raise ValueError(
                 f"vision.backbone={config.backbone}: the model has no absolute position embedding, which masking needs; "
@@ -131,7 +133,6 @@ class VisionEncoder(nn.Module):
         if self.stem is not None:
             x_BVd = self.patch_embed(features_BP)
         else:
-            # The stride-p convolution of a single p x p patch gives the embedding of that patch.
             x_BVd = self.patch_embed(features_BP.flatten(0, 1)).reshape(B, V, self.width)
         x_BVd = x_BVd + self.positions(visible_BV, B)
         x = torch.cat([*self._prefix(B), x_BVd], dim=1)
@@ -211,9 +212,32 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
             f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "a single patch cannot be both hidden and visible"
         )
         raise ValueError(
-            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase it, "
+            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase the ratio, "
             "make patches smaller (vision.patch_px), or disable masking with loss.mfm=0"
         )
+
+
+class _PatchProjection(nn.Conv2d):
+    """Projection of patches: the convolution of timm, computed as one matrix product where every input is one patch.
+
+    On a CPU, the gradient of that convolution takes twenty times as long as the product.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> _PatchProjection:
+        """Return a module with the parameters of ``conv``, whose stride is its kernel size."""
+        height, width = conv.kernel_size
+        size = (height, width)
+        # On the meta device the initialisation draws no random numbers.
+        new = cls(conv.in_channels, conv.out_channels, size, size, bias=conv.bias is not None, device="meta")
+        new.weight, new.bias = conv.weight, conv.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the projections (N, d, 1, 1) of patches (N, 3, p, p), or (N, d, k, k) of images with k x k patches."""
+        if x.shape[-2:] != self.kernel_size:
+            return super().forward(x)
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:

@@ -14,10 +14,28 @@ class MaskFeatureGenerator(nn.Module):
 
     A query is a learnable vector plus the position embedding of the patch. Position embeddings are not shared with the encoder,
     so that the module works with sharded parameters (ZeRO 3).
+
+    Parameters
+    ----------
+    width
+        The encoder's width, d.
+    heads
+        Number of attention heads.
+    n_patches
+        Number of patches of a tile, P.
+
+    Raises
+    ------
+    ValueError
+        ``heads`` does not divide ``width``.
     """
 
     def __init__(self, width: int, heads: int, n_patches: int) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(
+                f"vision.heads={heads}: does not divide the width of the image encoder ({width}); choose a divisor"
+            )
         self.query_1d = nn.Parameter(torch.zeros(1, width))
         self.position_Pd = nn.Parameter(torch.randn(n_patches, width) * 0.02)
         self.norm_query, self.norm_visible = nn.LayerNorm(width), nn.LayerNorm(width)

@@ -65,7 +65,8 @@ def load_weights(vit: VisionTransformer, path: Path) -> LoadReport:
     try:
         state = checkpoint_filter_fn(read, vit)
     except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(_misfit(path, str(error), read)) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(_misfit(path, f"cannot be converted for this model ({reason})", read)) from error
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     own = vit.state_dict()
     used = {k for k in own if not k.startswith(UNUSED)}
@@ -105,19 +106,20 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     Raises
     ------
     ValueError
-        The ``config.json`` next to the weights is not one of timm.
+        The ``config.json`` next to the weights is not one of timm, or a mean or standard deviation is taken from it and cannot be
+        used.
     """
     mean: Channels = PIXEL_MEAN
     std: Channels = PIXEL_STD
     origin = "ImageNet"
     if config.pretrained == "hub" and vit is not None:
         facts_of_timm: Any = vit.pretrained_cfg
-        mean, std = _of_facts(facts_of_timm, "timm", config.backbone)
+        mean, std = _of_facts(facts_of_timm, "timm", config)
         origin = "timm"
     elif config.pretrained and config.backbone != "small":
         facts = Path(config.pretrained).parent / "config.json"
         if facts.is_file():
-            mean, std = _of_facts(_read_facts(facts, config), str(facts), config.backbone)
+            mean, std = _of_facts(_read_facts(facts, config), str(facts), config)
             origin = str(facts)
     mean, std = config.pixel_mean or mean, config.pixel_std or std
     if config.pretrained and config.backbone != "small":
@@ -126,19 +128,18 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     return mean, std
 
 
-def _of_facts(facts: dict[str, Any], origin: str, backbone: str) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation from a model description; ImageNet's for missing keys."""
+def _of_facts(facts: dict[str, Any], origin: str, config: VisionConfig) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of the config or, where it has none, of a model description; ImageNet's if both lack them."""
     out: list[Channels] = []
-    for key, default in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
-        value = facts.get(key, default)
+    for key, stated, default in (("mean", config.pixel_mean, PIXEL_MEAN), ("std", config.pixel_std, PIXEL_STD)):
+        value = facts.get(key, default) if stated is None else stated
         try:
             r, g, b = (float(v) for v in value)
         except (TypeError, ValueError):
             r = g = b = math.nan
         if not all(map(math.isfinite, (r, g, b))) or (key == "std" and min(r, g, b) <= 0):
             raise ValueError(
-                f"{origin}: {key}={value!r} of {backbone} is not a list of three usable numbers; set vision.pixel_mean and "
-                "vision.pixel_std"
+                f"{origin}: {key}={value!r} of {config.backbone} is not a list of three usable numbers; set vision.pixel_{key}"
             )
         out.append((r, g, b))
     return out[0], out[1]
@@ -158,7 +159,10 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
     named = facts.get("architecture")
     if isinstance(named, str) and named != config.backbone:
         log.warning(
-            "%s describes %s, but vision.backbone=%s; check that the weights belong to it", path, named, config.backbone
+            "%s describes %s, but vision.backbone=%s; check that the weights are those of this backbone",
+            path,
+            named,
+            config.backbone,
         )
     return inner
 

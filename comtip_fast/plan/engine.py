@@ -30,6 +30,8 @@ class EngineSpec:
     offload_optimizer: OffloadTarget = "none"
     offload_param: OffloadTarget = "none"
     bucket_bytes: float = 25 * MEGABYTE
+    compiled: bool = False
+    """Whether blocks are compiled (``engine.compile``), so that the host issues fewer operators than are counted."""
     ema: bool = False
     """Whether every rank holds an average of the trained weights (``optim.ema``)."""
 
@@ -78,6 +80,7 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
         shard_table=e.shard_table,
         micro_batches=e.micro_batches,
         activation_checkpointing=e.activation_checkpointing,
+        compiled=e.compile,
         offload_optimizer=e.offload_optimizer,
         offload_param=e.offload_param,
         bucket_bytes=e.bucket_mb * MEGABYTE,

@@ -6,6 +6,7 @@ Peaks are the vendors' figures for dense matrix products and for bytes per secon
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -50,6 +51,10 @@ class Efficiency:
     """Fraction of the link bandwidth in collectives."""
     launch_s: float = 10e-6
     """Minimum seconds of an operation in the forward pass, for kernel launches; twice that in the backward pass."""
+    cores: int = 12
+    """CPU cores per device that load tiles."""
+    tile_ms: float = 1.0
+    """CPU milliseconds to read, check, decode and augment one tile of 224 px; other widths in proportion to their area."""
 
 
 LINKS = {
@@ -142,7 +147,8 @@ class Cluster:
         Raises
         ------
         ValueError
-            There is no device or node, an efficiency is outside (0, 1], or the launch time is negative.
+            There is no device or node, an efficiency is outside (0, 1], the launch time is
+            negative, or no core or no time is left for loading.
         """
         if self.per_node < 1 or self.nodes < 1:
             raise ValueError(
@@ -152,7 +158,12 @@ class Cluster:
             share = getattr(self.efficiency, name)
             if not 0 < share <= 1:
                 raise ValueError(f"efficiency {name}={share}: give a share of the peak rate, above 0 and at most 1")
-        if self.efficiency.launch_s < 0:
+        if self.efficiency.cores < 1 or not 0 < self.efficiency.tile_ms < math.inf:
+            raise ValueError(
+                f"efficiency cores={self.efficiency.cores}, tile_ms={self.efficiency.tile_ms:g}: give at least one core and a "
+                "time above 0"
+            )
+        if not 0 <= self.efficiency.launch_s < math.inf:
             raise ValueError(f"efficiency launch_s={self.efficiency.launch_s}: give a number of seconds of at least 0")
 
     @property

@@ -149,5 +149,5 @@ def _batch(s: Sizes, w: RankShare, ranks: int) -> list[MemoryRow]:
 
 
 def on_device(rows: Sequence[MemoryRow]) -> float:
-    """Return the bytes on the device, the sum of all rows: an upper bound of the peak, reached or nearly reached."""
+    """Return the bytes of all rows on the device: an upper bound of the peak, reached or nearly reached."""
     return sum(r.bytes for r in rows if r.where == "device")

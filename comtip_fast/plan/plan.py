@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.plan.cost import forward_only
 from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
+from comtip_fast.plan.host import operators
 from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, step_rows
-from comtip_fast.plan.parts import RankShare, StepPart, step_parts
+from comtip_fast.plan.parts import RankShare, StepPart, image_head, sentence_table, step_parts, vision
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
 from comtip_fast.plan.timing import PartTime, compute_time, optimizer_cost, time_collectives, time_parts
 from comtip_fast.plan.traffic import Collective, step_traffic
@@ -24,8 +27,21 @@ class LoaderRate:
     """Required tiles per second."""
     bytes_per_s: float
     """Required bytes of encoded tiles per second."""
-    given_tiles_per_s: float | None
-    """Available tiles per second; None if not given, then the loader does not limit the step."""
+    available_tiles_per_s: float | None
+    """Measured tiles per second, or what the assumed cores decode; None on a CPU without a measured rate, where loading shares
+    the cores with the step and does not limit it."""
+    measured: bool
+    """Whether the available rate was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationTime:
+    """Time of one validation, whose spots are split over the ranks."""
+
+    spots: int
+    seconds: float
+    every: int
+    """Steps between two validations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +59,20 @@ class Plan:
     traffic: tuple[Collective, ...]
     times: tuple[PartTime, ...]
     loader: LoaderRate
+    operators: int
+    """Operators that the host issues in a step without compilation."""
+    validation: ValidationTime | None
+    """None if ``train.validate_every`` is 0."""
 
     @property
     def step_seconds(self) -> float:
         """Seconds of one step."""
         return sum(t.seconds for t in self.times)
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds in which the host issues the operators of a step, without compilation."""
+        return self.operators * self.cluster.efficiency.launch_s
 
     @property
     def spots_per_s(self) -> float:
@@ -88,6 +113,7 @@ def make_plan(
     engine: EngineSpec | None = None,
     sizes: Sizes | None = None,
     loader_tiles_per_s: float | None = None,
+    validation_spots: int | None = None,
 ) -> Plan:
     """Predict a run.
 
@@ -104,7 +130,9 @@ def make_plan(
     sizes
         The sizes, if known; otherwise the model is built on the meta device.
     loader_tiles_per_s
-        Measured rate of the loader per node; None plans without waits for the loader.
+        Measured rate of the loader per node; None assumes the cores and the time per tile of ``cluster.efficiency``.
+    validation_spots
+        Spots that a validation scores; None assumes one section of ``train.validate_spots``.
 
     Raises
     ------
@@ -112,9 +140,9 @@ def make_plan(
         The batch has fewer spots than there are ranks, the engine runs on one device only, no costs are known for the
         blocks of the image encoder, or the rate of the loader is not positive.
     """
-    if loader_tiles_per_s is not None and not loader_tiles_per_s > 0:
+    if loader_tiles_per_s is not None and not 0 < loader_tiles_per_s < math.inf:
         raise ValueError(
-            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be above 0; leave it out to plan without the loader"
+            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be a finite number above 0; leave it out to plan without the loader"
         )
     inputs, W = inputs or Inputs(), cluster.ranks
     s = sizes or sizes_of(config, inputs)
@@ -132,9 +160,16 @@ def make_plan(
         *time_collectives(traffic, cluster, _overlap(parts, cluster, e)),
     ]
     tiles = s.B / cluster.nodes / sum(t.seconds for t in times)
-    if loader_tiles_per_s is not None:
-        wait = s.B / cluster.nodes / loader_tiles_per_s - sum(t.seconds for t in times)
-        times.append(PartTime("wait: loader", max(0.0, wait), "loader"))
+    issued = operators(s, e, W)
+    if cluster.device.name != "cpu" and not e.compiled:
+        ahead = issued * cluster.efficiency.launch_s - sum(t.seconds for t in times)
+        if ahead > 0:
+            times.append(PartTime("wait: host", ahead, "host"))
+    available = loader_tiles_per_s if loader_tiles_per_s is not None else assumed_loader_rate(cluster, inputs.tile_px)
+    if available is not None:
+        wait = s.B / cluster.nodes / available - sum(t.seconds for t in times)
+        if wait > 0 or loader_tiles_per_s is not None:
+            times.append(PartTime("wait: loader", max(0.0, wait), "loader"))
     return Plan(
         name=config.name,
         cluster=cluster,
@@ -146,8 +181,40 @@ def make_plan(
         memory=(*state_rows(s, e, W), *step_rows(s, e, w, parts, W)),
         traffic=tuple(traffic),
         times=tuple(times),
-        loader=LoaderRate(tiles_per_s=tiles, bytes_per_s=tiles * s.tile_bytes, given_tiles_per_s=loader_tiles_per_s),
+        loader=LoaderRate(
+            tiles_per_s=tiles,
+            bytes_per_s=tiles * s.tile_bytes,
+            available_tiles_per_s=available,
+            measured=loader_tiles_per_s is not None,
+        ),
+        operators=issued,
+        validation=_validation(config, s, e, cluster, available, validation_spots),
     )
+
+
+def assumed_loader_rate(cluster: Cluster, tile_px: int) -> float | None:
+    """Return the tiles of ``tile_px`` px per second and node that the assumed cores load; None on a CPU."""
+    if cluster.device.name == "cpu":
+        return None
+    f = cluster.efficiency
+    return cluster.per_node * f.cores * 1e3 / f.tile_ms * (224 / tile_px) ** 2
+
+
+def _validation(
+    config: RunConfig, s: Sizes, e: EngineSpec, c: Cluster, loader_rate: float | None, spots: int | None
+) -> ValidationTime | None:
+    """Return the time of a validation: the image encoder on every spot and the sentences of all trained genes, or the loader's."""
+    if config.train.validate_every == 0:
+        return None
+    spots = config.train.validate_spots if spots is None else spots
+    all_genes = s.at_panel(s.genes)
+    share = replace(rank_share(all_genes, e, c), spots=ceil(spots / c.ranks), micro_batches=1)
+    costs = forward_only(vision(all_genes, share, s.P, masked=False) + image_head(all_genes, share))
+    costs += forward_only(sentence_table(all_genes, share))
+    seconds = compute_time(costs, c, e.precision).forward
+    if loader_rate is not None:
+        seconds = max(seconds, spots / c.nodes / loader_rate)
+    return ValidationTime(spots=spots, seconds=seconds, every=config.train.validate_every)
 
 
 def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
@@ -159,7 +226,8 @@ def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
         plan.inputs,
         engine=plan.engine,
         sizes=plan.sizes.at_panel(G),
-        loader_tiles_per_s=plan.loader.given_tiles_per_s,
+        loader_tiles_per_s=plan.loader.available_tiles_per_s if plan.loader.measured else None,
+        validation_spots=plan.validation.spots if plan.validation else None,
     )
 
 

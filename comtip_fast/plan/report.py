@@ -143,7 +143,37 @@ def _times(plan: Plan, mean: Plan | None) -> list[str]:
     lines.append(
         f"  required of the loader: {typical.loader.tiles_per_s:,.0f} tiles/s per node, {size(typical.loader.bytes_per_s)}/s of encoded tiles"
     )
-    return lines
+    return [*lines, *_host(plan), *_loader(typical), *_validation(plan)]
+
+
+def _host(plan: Plan) -> list[str]:
+    """Return the line on the host's time; none for a CPU, where it is part of each operation's."""
+    if plan.cluster.device.name == "cpu":
+        return []
+    issued = f"  host: {plan.operators:,} operators in {seconds(plan.host_seconds)}"
+    if plan.engine.compiled:
+        return [f"{issued} without engine.compile, which issues fewer"]
+    return [f"{issued}: it {'limits' if plan.host_seconds >= plan.step_seconds else 'does not limit'} the step"]
+
+
+def _loader(plan: Plan) -> list[str]:
+    """Return the line on what the loader delivers."""
+    available = plan.loader.available_tiles_per_s
+    if available is None:
+        return []
+    f = plan.cluster.efficiency
+    source = "measured" if plan.loader.measured else f"{f.cores} cores per device, {f.tile_ms:g} ms per tile of 224 px"
+    enough = "enough" if available >= plan.loader.tiles_per_s else "the loader limits the step"
+    return [f"  available from it: {available:,.0f} tiles/s per node ({source}): {enough}"]
+
+
+def _validation(plan: Plan) -> list[str]:
+    """Return the line on validation."""
+    v = plan.validation
+    if v is None:
+        return []
+    share = v.seconds / (v.seconds + v.every * plan.step_seconds)
+    return [f"  validation of {v.spots:,} spots: {seconds(v.seconds)} every {v.every} steps, {share:.1%} of the run"]
 
 
 def _assumed(plan: Plan) -> list[str]:
@@ -190,7 +220,15 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
         "step_seconds": plan.step_seconds,
         "spots_per_s": plan.spots_per_s,
         "utilisation": plan.utilisation,
-        "loader": {"tiles_per_s": plan.loader.tiles_per_s, "bytes_per_s": plan.loader.bytes_per_s},
+        "loader": {
+            "tiles_per_s": plan.loader.tiles_per_s,
+            "bytes_per_s": plan.loader.bytes_per_s,
+            "available_tiles_per_s": plan.loader.available_tiles_per_s,
+        },
+        "host": {"operators": plan.operators, "seconds": plan.host_seconds},
+        "validation": None
+        if plan.validation is None
+        else {"spots": plan.validation.spots, "seconds": plan.validation.seconds, "every": plan.validation.every},
         "mean_panel": None
         if mean is None
         else {"G": mean.sizes.G, "step_seconds": mean.step_seconds, "spots_per_s": mean.spots_per_s},
@@ -213,6 +251,8 @@ def _assumptions(plan: Plan) -> dict[str, Any]:
             "memory": c.efficiency.memory,
             "link": c.efficiency.link,
             "launch_s": c.efficiency.launch_s,
+            "loader_cores": c.efficiency.cores,
+            "tile_ms": c.efficiency.tile_ms,
             "tile_px": plan.inputs.tile_px,
             "tile_bytes": plan.inputs.tile_bytes,
             "sentence_tokens": s.tokens,

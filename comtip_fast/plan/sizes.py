@@ -57,8 +57,8 @@ class Inputs:
         """
         for name in ("tile_px", "tile_bytes", "trained_genes", "panel", "sentence_tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` {value:g}: must be above 0; leave it out for the default")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` {value:g}: must be a finite number above 0; leave it out for the default")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,8 @@ class Sizes:
     mlp: int
     layer_scale: bool
     generator_heads: int
+    genes: int
+    """Number of trained genes, all of which a validation encodes."""
     G: int
     Q: int
     tokens: float
@@ -233,6 +235,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         mlp=block.mlp.fc1.out_features,
         layer_scale=not isinstance(block.ls1, nn.Identity),
         generator_heads=config.vision.heads,
+        genes=genes,
         G=inputs.panel or min(config.panel.max_genes, genes),
         Q=config.levels.n_levels,
         tokens=tokens,

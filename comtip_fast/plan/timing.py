@@ -18,7 +18,7 @@ class PartTime:
     name: str
     seconds: float
     bound: str
-    """What limits the part: ``compute``, ``memory``, ``launches``, ``link`` or ``loader``."""
+    """What limits the part: ``compute``, ``memory``, ``launches``, ``link``, ``host`` or ``loader``."""
     hidden: float = 0.0
     """Further seconds that overlap with computation."""
 

@@ -55,7 +55,7 @@ class Collective:
         return sent - between, between
 
     def seconds(self, c: Cluster) -> float:
-        """Return its duration without overlap."""
+        """Return the seconds of the collective without overlap."""
         if c.ranks == 1:
             return 0.0
         link, fabric = self.on_links(c)

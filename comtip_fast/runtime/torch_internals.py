@@ -31,7 +31,6 @@ __all__ = [
     "norms",
     "packet_of",
     "parameters_of",
-    "storage_key",
     "tree_map",
     "untested",
 ]
@@ -60,7 +59,7 @@ def untested(version: str | None = None) -> str | None:
     newest, first = f"{TESTED[0]}.{TESTED[1]}", f"{TESTED[0]}.{TESTED[1] + 1}"
     return (
         f"PyTorch {version} is newer than {newest}, the newest release tested with the private functions that this package uses; "
-        f"compare results, or install torch<{first}"
+        f"check that results agree with those of PyTorch {newest}, or install torch<{first}"
     )
 
 
@@ -94,11 +93,6 @@ def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: flo
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """Return the dict of a module's own parameters by attribute name, in which an entry may be replaced by any tensor."""
     return module._parameters
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return a number that two tensors share if they share their storage, also if it is empty; valid while the storage exists."""
-    return tensor.untyped_storage()._cdata
 
 
 def is_compiled(module: nn.Module) -> bool:

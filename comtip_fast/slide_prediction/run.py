@@ -20,6 +20,7 @@ from comtip_shards import SourceError
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
+from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from PIL import Image
@@ -45,8 +46,6 @@ PIECE_BYTES = 64 << 20
 STAIN_TILES = 512
 """Tiles, evenly spaced over the tissue, from which stain statistics are computed."""
 LOG_EVERY_S = 30.0
-MPP_DISAGREEMENT = 1.2
-"""Ratio of the stated scale to that of the file above which a warning is logged."""
 FORMAT = 1
 
 
@@ -62,6 +61,8 @@ class SlideRequest:
     """Record of the model and of stated facts, ``uns["comtip"]`` of the output."""
     mpp: float | None = None
     """um per px; None uses the scale of the file."""
+    trust_mpp: bool = False
+    """Whether ``mpp`` is used although the file, or the size of the slide, contradicts it."""
     grid: GridOptions = field(default_factory=GridOptions)
     progress: bool = False
     """Whether to show a progress bar on a terminal, or log the progress otherwise."""
@@ -108,8 +109,10 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
     ------
     SourceError
         The slide cannot be read, has no scale, or shows no tissue.
+    ValueError
+        The grid has too many tiles.
     FileExistsError
-        Another process predicts the same output.
+        Another process predicts the same output, or the folder of the pieces contains other files.
     """
     with open_slide(path) as slide:
         plan = _plan(predictor, path, slide, request)
@@ -152,7 +155,7 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
         "model": predictor.fingerprint,
         "precision": [predictor.config.train.precision, predictor.device.type],
         "slide": [path.name, size, ends.hexdigest(), slide.reader, list(slide.size)],
-        "mpp": _scale(slide, path, request.mpp, quiet=True),
+        "mpp": _scale(slide, path, request),
         "grid": asdict(request.grid),
         "pieces": [PIECE_TILES, PIECE_BYTES, MASK_PX, STAIN_TILES],
         "genes": [[q.symbol, q.name, q.key] for q in request.queries],
@@ -161,23 +164,24 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
     }
 
 
-def _scale(slide: Slide, path: Path, stated: float | None, *, quiet: bool = False) -> float:
-    """Return um per px, stated or from the file; raise SourceError if it is missing or not plausible."""
-    mpp = slide.mpp if stated is None else stated
+def _scale(slide: Slide, path: Path, request: SlideRequest) -> float:
+    """Return um per px, stated or from the file; raise SourceError if it is missing, not plausible or contradicted."""
+    mpp = slide.mpp if request.mpp is None else request.mpp
     if mpp is None:
         raise SourceError(f"{path}: the file states no resolution; set `mpp` to its um per px")
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SourceError(
             f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
         )
-    if stated and slide.mpp and not quiet and not 1 / MPP_DISAGREEMENT < stated / slide.mpp < MPP_DISAGREEMENT:
-        log.warning("%s: `mpp` %g is used, but the file states %g um per px; check `mpp`", path, stated, slide.mpp)
+    check_side(slide.size, mpp, str(path), trusted=request.trust_mpp)
     return float(mpp)
 
 
 def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideRequest) -> _Layout:
     """Find the tissue and lay out the tiles; raise SourceError if no tile has enough tissue."""
-    mpp = _scale(slide, path, request.mpp)
+    mpp = _scale(slide, path, request)
+    if request.mpp is not None:
+        check_stated_mpp(mpp, slide.mpp, "the file", str(path), trusted=request.trust_mpp)
     tile = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if tile.um / mpp < tile.px / 4 and mpp > tile.min_mpp:
         log.warning(

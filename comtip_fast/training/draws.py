@@ -52,7 +52,7 @@ def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
 
 
 def mispair_uniforms(seed: int, purpose: str, step: int, n: int, spot_index: Tensor, genes: Tensor) -> Tensor:
-    """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene; ``purpose`` separates uses of a step."""
+    """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene; different purposes have independent numbers."""
     index = spot_index[:, None] * (1 << GENE_BITS) + genes
     return uniforms(seed, purpose, step, n=n, index=index)
 

@@ -45,6 +45,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
         a download.
     FileNotFoundError
         The shard set is not found.
+    FileExistsError
+        ``out`` contains a file that is not part of an export.
     CheckpointError
         The run has no such checkpoint, it is damaged, or the shard set or tokenizer is not that of the run.
     """

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
 from torch import Tensor
+from torch.nn import functional as F
 
 from comtip_fast.collectives import Group, counts_of, share_of
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.data.batch import Batch
+from comtip_fast.data.batch import Batch, pads_panels
 from comtip_fast.genes.tokens import GeneTokens, drop_names_or_vectors, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
@@ -112,6 +113,10 @@ class StepLosses:
     """
 
     def __init__(self, config: RunConfig, genes: GeneTokens, log_prior: Tensor, strata: Tensor, group: Group) -> None:
+        if pads_panels(config, genes.ids_GT.device):
+            # One more gene, which pads panels, in a stratum of its own: no level of it reaches another gene.
+            genes = genes.with_padding()
+            log_prior, strata = F.pad(log_prior, (0, 0, 0, 1)), F.pad(strata, (0, 1), value=-1)
         self.config, self.genes, self.log_prior, self.strata, self.group = config, genes, log_prior, strata, group
 
     # -- model inputs -----------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ class StepLosses:
     def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[dict[str, LossPart], Numbers]:
         """Return this rank's shares of L_nce, L_pair and L_level (those with a weight above 0), and numbers to log."""
         weights, parts = self.config.loss, {}
-        numbers: Numbers = {"genes": float(batch.panel.numel()), "scale": heads.scale_nce.detach()}
+        numbers: Numbers = {"genes": float(batch.n_genes), "scale": heads.scale_nce.detach()}
         numbers["tokens"] = self._tokens(batch) * self.config.levels.n_levels
         mispaired, counted = self._mispair(batch, heads)
         n_level, n_pair = self._shares(batch.measured, counted)
@@ -182,7 +187,7 @@ class StepLosses:
     def _tokens(self, batch: Batch) -> float:
         """Return the number of tokens of the panel's genes, read from host memory if the panel is there too."""
         if batch.panel_host is not None and self.genes.host is not None:
-            return float(self.genes.host.length_G[batch.panel_host].sum())
+            return float(self.genes.host.length_G[batch.panel_host[: batch.n_genes]].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
@@ -230,7 +235,7 @@ class StepLosses:
         """Return the levels (b, G) chosen by the adversary and a bool mask of the counted swaps; None if there are none to draw."""
         paat = self.config.loss.paat
         wanted = self.config.loss.pair > 0 or paat.hard_columns
-        if batch.panel.numel() < 2 or not wanted:
+        if batch.n_genes < 2 or not wanted:
             return None, None
         levels = batch.levels.long()
         candidates = self._candidates(batch, levels)

@@ -84,7 +84,7 @@ def mask_steps(optimizer: torch.optim.Optimizer, good: torch.Tensor) -> None:
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Return the learning rate of step ``step`` (from 1) of ``total``; that of the last step is ``lr * final_lr``."""
+    """Return the learning rate of step ``step`` (from 1) of ``total``: warm-up to ``lr``, then a cosine to ``lr * final_lr``."""
     if step <= config.warmup_steps:
         return config.lr * step / max(1, config.warmup_steps)
     share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)

@@ -36,7 +36,6 @@ from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.checkpoint.run_state import GENES
 from comtip_fast.training.distributed.process_group import on_rank_zero
-from comtip_fast.training.engines.paged_weights import PagedWeights, is_paged, paging
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.protocol import ValidationResult
 from comtip_fast.training.readout.fit import fit_readout
@@ -93,32 +92,16 @@ def build_task(
         longest=config.text.max_tokens + 2,
         vector_dim=0 if vectors is None else vectors.vector_GK.shape[1],
     )
-    group = group or SingleProcessGroup()
-    model = _build_in_pieces(config, device, sizes, initialise, group)
+    model = _build_model(config, device, sizes, initialise)
     parents = parents_of(config, required=initialise) if parents is None else parents
-    task = CoMTIPTask(config, shards, tables, tokenizer, model, sizes, group, parents, vectors)
+    group = group or SingleProcessGroup()
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors)
     if config.train.start_from and initialise:
         # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
         keys = [shards.genes[row].key for row in tables.genes.trained]
         sha256 = "" if vectors is None else vectors.sha256
-        with paging(task.model):
-            start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
+        start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
     return task
-
-
-def _build_in_pieces(
-    config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool, group: Group
-) -> CoMTIP:
-    """Build the model on the CPU and move it to the device; under ZeRO 3, no rank holds it whole (:mod:`.paged_weights`)."""
-    if not is_paged(config, group):
-        return _build_model(config, device, sizes, initialise).to(device)
-    weights = PagedWeights(group)
-    with weights:
-        model = _build_model(config, device, sizes, initialise)
-    # The loader uses a frozen stem between steps.
-    weights.adopt(model, keep=() if model.vision.stem is None else model.vision.stem.parameters())
-    weights.move(model, device)
-    return model.to(device)
 
 
 def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool) -> CoMTIP:
@@ -390,7 +373,7 @@ class CoMTIPTask:
         if known.sum() < 2:
             raise ValueError(
                 f"text.gene_vectors={self.config.text.gene_vectors}: the file has vectors of {int(known.sum())} of the {len(keys)} "
-                "trained genes; give vectors of the same species"
+                "trained genes, but at least 2 are needed; give vectors of the same species"
             )
         self.model.genes.vector_scale.fill_(float(np.sqrt((vector_GK[known] ** 2).mean())))
         return vector_GK

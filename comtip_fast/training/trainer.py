@@ -36,7 +36,6 @@ from comtip_fast.training.distributed.process_group import on_every_rank, on_ran
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
-from comtip_fast.training.engines.paged_weights import paging
 from comtip_fast.training.freezing import Freezing
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
@@ -200,7 +199,7 @@ class Trainer:
     def _loop(self, caught: Signals) -> None:
         p = self.progress
         if p.stopped:
-            log.info("training has already finished (%s); writing the export again", p.stopped)
+            log.info("training has already finished after %d steps; writing the export again", p.step)
         elif self._validation_is_due() or p.step >= self.config.train.steps:
             self._finish_step()
         while not p.stopped:
@@ -326,7 +325,9 @@ class Trainer:
         else:
             # Not counted for train.patience: there is no score to compare.
             log.warning(
-                "step %d: validation has no score; check split val for trained genes, and losses for NaN", p.step
+                "step %d: validation has no score; check that sections of split val measured trained genes, and that losses are "
+                "finite",
+                p.step,
             )
         self._reporter.log(
             {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better}
@@ -363,8 +364,7 @@ class Trainer:
         self._freezing.apply(self.task.module, self.progress.step + 1)
         self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
         if loaded.parts is None:
-            with paging(self.task.module):
-                load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
+            load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
             self._build_engine(loaded.ema)
             self.engine.restore(loaded.optim)
         else:
@@ -378,8 +378,7 @@ class Trainer:
         """Restore weights and optimizer state from a checkpoint in parts; every rank reads the elements that it owns."""
         with ShardReader(folder) as reader:
             reader.check_fits(self.task.module)
-            with paging(self.task.module):
-                reader.load_untrained(self.task.module)
+            reader.load_untrained(self.task.module)
             self._build_engine()
             assert self.engine.shards is not None
             self.engine.shards.restore(reader)

@@ -34,7 +34,7 @@ log = logging.getLogger("comtip_fast")
 LOG_S = 30.0
 """Seconds between progress messages."""
 VALIDATION_GENES = 50
-"""Number of most variable trained genes that are scored per section."""
+"""Largest number of trained genes that are scored per section: the most variable ones."""
 SCORED_SPOTS, MIN_SCORED_SPOTS, MAX_SCORED_SPOTS = 20_000, 200, 2000
 """Number of spots on which an export is scored: over all validation sections, and smallest and largest number per section."""
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
@@ -151,7 +151,7 @@ class Validation:
         encoded, image = self._encode(spots, progress)
         if encoded.size == 0:
             log.warning(
-                "validation: section %s has no readable spot and is left out; check it with `comtip shards verify`",
+                "validation: section %s has no readable spot and is left out; check the set with `comtip shards verify`",
                 self.shards.manifest.sections[section].section_id,
             )
             return None

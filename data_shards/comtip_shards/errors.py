@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 RECORD_FAULTS = ("vanished", "truncated", "checksum", "unreadable", "remote", "index", "tile", "counts")
 """Kinds of :class:`ShardError` for which a single record may be skipped; FORMAT.md defines each."""
@@ -17,8 +18,31 @@ def install_extra(name: str) -> str:
     return f"pip install 'comtip-shards[{name}]'"
 
 
+_ORIGINS: dict[str, str] = {}
+"""{path of a temporary copy: the user's file from which it was unpacked}."""
+
+
+def register_copy(copy: Path, origin: Path) -> None:
+    """Remember that ``copy`` was unpacked from ``origin``, so that messages name the file that the user knows."""
+    for path in {str(copy), str(copy.resolve())}:
+        _ORIGINS[path] = str(origin)
+
+
+def name_origins(text: str) -> str:
+    """Return a message with the user's files instead of their temporary copies; a member of an archive is ``ARCHIVE/MEMBER``."""
+    for copy in sorted(_ORIGINS, key=len, reverse=True):  # the name of a copy may begin with that of another
+        text = text.replace(copy, _ORIGINS[copy])
+    return text
+
+
 class SourceError(ValueError):
-    """A source (table, image, counts, request) cannot be used; the message names the file and the fix."""
+    """A source (table, image, counts, request) cannot be used; the message names the file and the fix.
+
+    If it names a temporary copy of a packed file, the packed file is named instead.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(name_origins(message))
 
 
 class UnforeseenError(SourceError):

@@ -24,7 +24,7 @@ ROW_GROUP = 8
 """Rows of tiles that the forward pass of InfoNCE works through together, so that each column is read from memory once for all."""
 
 FULL_GPU = 512
-"""Programs that occupy a GPU well: the last of four waves is nearly full on an H100 (132 multiprocessors) and on an A100 (108).
+"""Programs that occupy a GPU well: 3.9 waves on an H100 (132 multiprocessors), 4.7 on an A100 (108).
 A constant: the order of a sum must not depend on the GPU."""
 
 PART_GENES, MAX_PARTS = 64, 16
@@ -168,7 +168,12 @@ def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> in
     ValueError
         No tile holds such a sentence.
     """
-    return min((t for t in tiles if t >= longest), key=lambda t: t * t // (t - longest + 1))
+    fitting = [t for t in tiles if t >= longest]
+    if not fitting:
+        raise ValueError(
+            f"packed_attention: a sentence has {longest} tokens and the largest Triton tile has {max(tiles)}; use impl='auto'"
+        )
+    return min(fitting, key=lambda t: t * t // (t - longest + 1))
 
 
 def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -> Flops:
@@ -182,6 +187,16 @@ def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -
     return Flops(2 * u, 5 * u)
 
 
-def sentence_rows_backward(sentences: float, width: float, small_rows: float) -> float:
-    """Return the operations of the embedding's gradient: the one-hot product with the tables of type, position and level."""
-    return product(sentences, small_rows, width)
+def sentence_rows_backward(rows: float, width: float, small_rows: float) -> float:
+    """Return the operations of the embedding's gradient: the one-hot product for the tables of type, position and level.
+
+    Parameters
+    ----------
+    rows
+        Distinct rows, U.
+    width
+        Width D.
+    small_rows
+        Rows of the three tables together.
+    """
+    return product(rows, small_rows, width)

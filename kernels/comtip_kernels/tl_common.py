@@ -113,7 +113,8 @@ def fit_tiles(config: dict[str, Any], width: int, small: dict[str, int] | None =
     Parameters
     ----------
     config
-        Tile sizes, ``num_warps`` and ``num_stages``; ``BK`` is reduced to the width if that is smaller.
+        Tile sizes, ``num_warps`` and ``num_stages``; ``BK`` is reduced to the padded width (:func:`power_of_2`) if that is
+        smaller.
     width
         Length D of the vectors.
     small

@@ -330,8 +330,9 @@ def next_step(trainer: Trainer, rules: GraphRules) -> list[Finding]:
     """
     task: Any = trainer.task
     shards = table_shards(trainer.config, trainer.group.size)
-    shapes = shapes_of(task.genes.host, trainer.config.levels.n_levels, shards)
-    task.loader.panel, task.loader.first_spot = same_sizes(task.genes.host, task.loader.panel, shapes), 1
+    host = task.step.genes.host
+    shapes = shapes_of(host, trainer.config, shards)
+    task.loader.panel, task.loader.first_spot = same_sizes(host, task.loader.panel, shapes), 1
     with rules.record.pause(), of_trainer(trainer, rules):
         trainer._one_step(Signals())
     graphs = Finding("graphs", "", f"over {DRAWS} steps", shapes_over_steps(trainer.config, trainer.group.size))
@@ -381,6 +382,7 @@ def changed_rules(rows: Rows, before: Rows) -> tuple[list[str], list[str]]:
     for key in sorted(rows.keys() | before.keys()):
         config, ranks, walk, rule, where, what = key
         new, old = rows.get(key, 0), before.get(key, 0)
-        text = f"{config}, {ranks} ranks, {walk}: CUDA graphs, {rule}, {where or 'panels'}: {what}, {new} times, it was {old}"
+        prefix = f"{config}, ranks {ranks}, {walk}: CUDA graphs, {rule}, {where or 'panels'}"
+        text = f"{prefix}: {what}, {new} times, the table has {old}"
         (worse if new > old else better if new < old else []).append(text)
     return worse, better

@@ -130,7 +130,8 @@ class StandInMode(TorchDispatchMode):
         declared = self._compute(func, args, kwargs)
         for a, b in zip(tree_leaves(out), tree_leaves(declared), strict=True):
             if isinstance(a, Tensor) and (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-                raise RehearsalError(f"{func}: returns {a.dtype} {tuple(a.shape)}, its fake {b.dtype} {tuple(b.shape)}")
+                kinds = [f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (a, b)]
+                raise RehearsalError(f"{func}: returns {kinds[0]}, its fake {kinds[1]}; make both the same")
         return out
 
     def _collective(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -302,7 +303,7 @@ class StandInMode(TorchDispatchMode):
         return out
 
     def stand_in(self, x: Tensor) -> FakeTensor:
-        """Return a stand-in on the GPU for a CPU tensor; it keeps the values of integers."""
+        """Return a stand-in on the GPU for a CPU tensor, with its values if :func:`_keeps_values` is True."""
         with self.fake:
             out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
         if _keeps_values(x):

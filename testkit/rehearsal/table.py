@@ -182,10 +182,13 @@ def missing_rows(
                 row = rows.get((*names[signature], arch))
                 if row is None:
                     out[signature] = (
-                        f"{where}: {names[signature]} has no row of sm_{arch}; run python -m comtip_kernels.ledger"
+                        f"{where}: {'/'.join(names[signature])} has no row of sm_{arch}; "
+                        "run python -m comtip_kernels.ledger"
                     )
                 elif arch in (80, 90) and (row.stack or row.spills):
-                    out[signature] = f"{where}: {names[signature]} spills on sm_{arch}"
+                    out[signature] = (
+                        f"{where}: {'/'.join(names[signature])} spills on sm_{arch}; choose smaller tiles or more warps"
+                    )
     return sorted(out.values())
 
 
@@ -207,12 +210,14 @@ def slow_products(
             where = f"{one.walk.config} ({one.walk.name}): {variant['op']}/{variant['kernel']}"
             operands = {types[name] for name in ("q_ptr", "k_ptr", "vector_ptr", "table_ptr") if name in types}
             if operands != {"*bf16"}:
-                out[signature] = f"{where} multiplies {', '.join(sorted(operands))}, not bf16: {signature}"
+                out[signature] = (
+                    f"{where} multiplies {', '.join(sorted(operands))}, not bf16; cast the operands: {signature}"
+                )
                 continue
             strides = {name for name in types if "_stride_" in name and not name.endswith("_dim")}
             if unaligned := sorted(strides - set(variant["aligned"])):
                 out[signature] = (
-                    f"{where}: {', '.join(unaligned)} is no multiple of 16, make the operand contiguous: {signature}"
+                    f"{where}: not a multiple of 16: {', '.join(unaligned)}; make the operand contiguous: {signature}"
                 )
                 continue
             row = rows.get((*names[signature], 90)) if signature in names else None
@@ -258,7 +263,7 @@ def write_table(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write_launches(walked: Iterable[Walked], *, keep: bool) -> None:
-    """Write the kernel variants for the ledger; with ``keep``, the variants already in the file are kept."""
+    """Write ``launches.json``: the kernel variants that the ledger does not list by hand; ``keep`` keeps those in the file."""
     known = (
         {row["signature"]: row for row in json.loads(LAUNCHES.read_text(encoding="utf-8"))}
         if keep and LAUNCHES.is_file()

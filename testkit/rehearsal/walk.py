@@ -44,7 +44,7 @@ class Walk:
     overrides: tuple[str, ...] = ()
     """``KEY=VALUE`` overrides of the config."""
     part: str = "step"
-    """``step``, ``logged step``, or an entry of :mod:`.inference`."""
+    """``step``, ``logged step``, or a part that :func:`.inference.infer` runs."""
 
     def load(self) -> RunConfig:
         """Return the config for a GPU, without compilation, because Inductor needs tensors with storage."""
@@ -53,8 +53,9 @@ class Walk:
 
     @property
     def judged(self) -> bool:
-        """Whether the rules of CUDA graphs are applied: to a step in one piece of each config and engine."""
-        return self.part == "step" and all(o.startswith(("engine.kind", "engine.zero_stage")) for o in self.overrides)
+        """Whether the rules of CUDA graphs are applied: to a step in one piece of each config and engine, padded or not."""
+        in_one_piece = ("engine.kind", "engine.zero_stage", "engine.panel_sizes")
+        return self.part == "step" and all(o.startswith(in_one_piece) for o in self.overrides)
 
     @property
     def name(self) -> str:

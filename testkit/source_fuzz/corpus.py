@@ -157,7 +157,7 @@ def legacy(folder: Path) -> Path:
 
 
 def slide(folder: Path) -> Path:
-    """Write a pyramid TIFF of 16-bit planes and OME-XML, opened as a slide without spots."""
+    """Write a pyramid TIFF of 16-bit RGB with OME-XML, opened as a slide without spots."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.asarray(he_picture(300, 200)).astype(np.uint16) * 257
     with tifffile.TiffWriter(folder / "s.ome.tif", ome=True) as out:

@@ -245,7 +245,7 @@ class SourceFuzzer:
         if changed:
             outcome, detail = "escaped", f"changes outside the output folder: {changed[:3]}"
         if peak > MEMORY_BYTES >= held:
-            outcome, detail = "escaped", f"{peak >> 20} MB of memory; {detail}"
+            outcome, detail = "escaped", f"{peak >> 20} MiB of memory; {detail}"
         return Outcome(number, name, what, outcome, detail, round(seconds, 3), peak >> 20)
 
     def _attempt(self, path: Path, source: Source, out: Path) -> tuple[str, str]:
@@ -402,7 +402,7 @@ def _report(outcomes: list[Outcome]) -> int:
         print(f"{name:18} {by[name, 'reads']:7} {by[name, 'refused']:8} {by[name, 'escaped']:8}")
     total = Counter(o.outcome for o in outcomes)
     print(f"{'all':18} {total['reads']:7} {total['refused']:8} {total['escaped']:8}")
-    print(f"slowest {max(o.seconds for o in outcomes)} s, largest peak {max(o.peak_mb for o in outcomes)} MB")
+    print(f"slowest {max(o.seconds for o in outcomes)} s, largest peak {max(o.peak_mb for o in outcomes)} MiB")
     kinds: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.outcome == "escaped":

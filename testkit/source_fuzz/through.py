@@ -45,6 +45,7 @@ REFUSED = (1, 2)
 def build_and_predict(folder: Path) -> Through:
     """Train a small model for two steps, and return a function that builds a set from a source and predicts on it.
 
+    A slide without spots is only predicted on.
     The function raises SourceError with a command's output if the command refuses the source, and RuntimeError if it fails.
     """
     config = load_config(None, [*SMALL, f"data.shards={tiny_shards(folder / 'tiny')}"])

@@ -73,7 +73,6 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
     """Run three steps and measure the third."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.engines.factory import make_engine
-    from comtip_fast.training.engines.paged_weights import paged_weights
     from comtip_fast.training.engines.torch import TorchEngine
     from comtip_fast.training.grad_cache import forward_backward
     from comtip_fast.training.task import build_task
@@ -83,8 +82,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
     task = build_task(config, torch.device("cpu"), group)
     batches = [task.batch(task.batches(0)[0], step, 0) for step in (1, 2, 3)]
     model = [*task.model.parameters(), *task.model.buffers()]
-    divided = paged_weights(task.module)
-    before = live() - sum(t.untyped_storage().nbytes() for t in model) - (0 if divided is None else divided.bytes)
+    before = live() - sum(t.nbytes for t in model)
     engine = make_engine(task.module, config, group)
     if isinstance(engine, TorchEngine) and group.size > 1:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook

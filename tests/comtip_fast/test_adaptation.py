@@ -349,7 +349,7 @@ def test_an_anndata_states_its_donor(tiny_run: Path, large: ShardSet, tmp_path: 
         "microns_per_pixel": meta.mpp,
     }
     data.uns["spatial"] = {"lib": {"images": {"hires": overview}, "scalefactors": factors}}
-    with pytest.raises(SourceError, match=r"section lib: `donor` unknown; set them"):
+    with pytest.raises(SourceError, match=r"section lib: unknown `donor`; set it,"):
         comtip_fast.adapt(tiny_run, data, facts={"species": "human", "tissue": "breast", "mpp": meta.mpp}, device="cpu")
     facts = {"species": "human", "tissue": "breast", "donor": "me", "mpp": meta.mpp}
     with caplog.at_level(logging.WARNING, "comtip_fast"):

@@ -127,13 +127,31 @@ def test_deepspeeds_config_is_derived_from_ours():
     json.dumps(derived)
 
 
-def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path, fork: bool):
     script = tmp_path / "s.py"
     script.write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('no such thing'); sys.exit(3)\ntime.sleep(60)\n"
     )
     with pytest.raises(RankError, match=r"rank 1 of 2 exited with code 3:\nno such thing"):
-        run_distributed([str(script)], 2, timeout_s=50)
+        run_distributed([str(script)], 2, timeout_s=50, fork=fork)
+
+
+def test_a_forked_rank_runs_a_script_as_python_does(tmp_path: Path):
+    script = tmp_path / "s.py"
+    script.write_text(
+        "import atexit, os, sys\nimport nearby\natexit.register(print, 'at exit', os.environ['RANK'])\n"
+        "print(__name__, sys.argv[1:], nearby.VALUE, os.environ['OMP_NUM_THREADS'], 'deepspeed' in sys.modules)\n"
+    )
+    (tmp_path / "nearby.py").write_text("VALUE = 7\n")
+    outputs = run_distributed([str(script), "a"], 2, timeout_s=50, fork=True)
+    assert outputs == [f"__main__ ['a'] 7 1 True\nat exit {rank}\n" for rank in range(2)]
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(RankError, match="exited with code -9"):
+        run_distributed([str(script)], 1, timeout_s=50, fork=True)
+    script.write_text("raise ValueError('no such thing')\n")
+    with pytest.raises(RankError, match=r"exited with code 1:\n(.*\n)+ValueError: no such thing"):
+        run_distributed([str(script)], 1, timeout_s=50, fork=True)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from comtip_fast.config.schema import RunConfig, VisionConfig
 from comtip_fast.config.vision import LoraConfig, VitConfig
 from comtip_fast.models import CoMTIP, ModelSizes, VisionEncoder
 from comtip_fast.models.adapters import merged_state
+from comtip_fast.models.pretrained import normalisation
 from comtip_fast.plan.sizes import build_on_meta
 
 # One of each kind of timm ViT: class and register tokens, none of them, tokens of distillation, norms before, after and around
@@ -105,6 +106,33 @@ def test_patches_and_pooled_features_are_those_of_timm(name: str, tmp_path: Path
     torch.testing.assert_close(got.patches_BVd, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.pooled_Bd, theirs.fc_norm(want.mean(1)), rtol=1e-5, atol=1e-5)
     assert masked.patches_BVd.shape == (2, some.shape[1], 32)
+
+
+def test_patches_are_projected_without_a_convolution() -> None:
+    """The gradient of a convolution over single patches takes twenty times as long on a CPU as that of the product."""
+    encoder = VisionEncoder(VisionConfig(backbone="test_vit", vit=TINY), 64)
+    projection = encoder.get_submodule("patch_embed.proj")
+    assert isinstance(projection, nn.Conv2d)
+    tiles_B3SS = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    patches = encoder.stem_features(tiles_B3SS)
+    with torch.profiler.profile() as profile:
+        encoder(patches).pooled_Bd.sum().backward()
+        embedded = projection(patches.flatten(0, 1))
+    assert not [e.key for e in profile.key_averages() if "conv" in e.key]
+    copy = nn.Conv2d(3, TINY.width or 0, projection.kernel_size, projection.stride)
+    copy.load_state_dict(projection.state_dict())
+    images = tiles_B3SS.float()
+    torch.testing.assert_close(projection(images), copy(images))
+    projection.zero_grad()
+    weights = torch.randn(embedded.shape)
+    (embedded * weights).sum().backward()
+    expected = copy(patches.flatten(0, 1))
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(embedded, expected)
+    torch.testing.assert_close(projection.weight.grad, copy.weight.grad)
+    assert projection.bias is not None
+    assert copy.bias is not None
+    torch.testing.assert_close(projection.bias.grad, copy.bias.grad)
 
 
 @pytest.mark.parametrize(("name", "vit", "millions"), TRUE_SHAPES)
@@ -213,6 +241,14 @@ def test_files_that_do_not_fit_are_refused_with_the_settings_that_would(
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: not a model description"):
         load(deep, depth=3, init_values=1e-5)
+
+
+def test_a_normalisation_in_the_config_replaces_an_unusable_one_of_the_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"std": [0, 1]}}')
+    config = VisionConfig(backbone="vit_tiny_patch16_224", pretrained=str(tmp_path / "w.safetensors"))
+    with pytest.raises(ValueError, match=r"std=\[0, 1\] of vit_tiny.* set vision\.pixel_std"):
+        normalisation(config)
+    assert normalisation(replace(config, pixel_std=(0.1, 0.2, 0.3)))[1] == (0.1, 0.2, 0.3)
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------

@@ -44,6 +44,14 @@ def test_the_stated_tile_is_accepted_and_an_unstated_one_is_not_checked(
     assert not caplog.records
 
 
+def test_a_remote_set_is_named_by_its_url_and_not_by_its_cache(
+    tiny_overrides: list[str], tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tiny_shards, "name", "https://host/set")
+    with pytest.raises(ValueError, match=r"^https://host/set: tiles of 224 um"):
+        check_expected_tile(load_config(None, [*tiny_overrides, "data.tile_px=64"]), tiny_shards)
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

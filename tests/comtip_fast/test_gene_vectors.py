@@ -212,6 +212,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     cut.write_bytes(table.read_bytes()[:-40])
     with pytest.raises(SourceError, match="truncated"):
         gene_vectors([cut], species="human")
+    cut.write_bytes(b"a text file with the wrong name")
+    with pytest.raises(SourceError, match=r"truncated or damaged .*Not a gzipped file"):
+        open_counts(cut)
 
 
 def test_the_command_writes_the_file_and_names_what_it_covers(tmp_path: Path, capsys) -> None:
@@ -231,10 +234,16 @@ def edit_file(path: Path, change) -> None:
     save_file(arrays, path, metadata={"header": json.dumps(header)})
 
 
+def duplicate_key(arrays: dict[str, np.ndarray], header: dict) -> None:
+    keys = arrays["keys"].tobytes().decode().split("\n")
+    arrays["keys"] = np.frombuffer("\n".join([keys[1], *keys[1:]]).encode(), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("cut", lambda a, h: a.update(moments=a["moments"][:-1].copy()), "moments is float32 .27, 4. for 28 genes"),
+        ("cut", lambda a, h: a.update(moments=a["moments"][:-1].copy()), "moments has .*shape .27, 4., .* 28 genes"),
+        ("duplicate", duplicate_key, "1 of 28 gene keys are duplicates"),
         ("nan", lambda a, h: a["vectors"].__setitem__((0, 0), np.nan), "vectors has values that are not finite"),
         ("version", lambda a, h: h.update(version=9), "version 9"),
         ("missing", lambda a, h: a.pop("detection"), "not a file of gene vectors"),

@@ -178,8 +178,16 @@ def test_patches_are_cropped_to_the_width_of_the_model(tmp_path: Path):
     assert cropped.shape == (2, 16, 16, 3)
     assert (cropped[:, 2:-2, 2:-2] == 50).all()
     assert H5Patches(path, TileGeometry(16, 224.0, 1.0), whole=True).all()[0, 0, 0, 0] == 200
-    with pytest.raises(ValueError, match="112 um wide, but the model reads tiles of 224 um"):
+    with pytest.raises(
+        ValueError, match=r"R1\.h5: tiles: 32 px .* are 112 um wide, but the model reads tiles of 224 um"
+    ):
         H5Patches(path, TileGeometry(16, 224.0, 1.0))
+    with h5py.File(path, "r+") as file:
+        values = file["img"][:].astype("f4")
+        del file["img"]
+        file["img"] = values
+    with pytest.raises(ValueError, match=r"R1\.h5: tiles: dtype float32; convert to uint8"):
+        H5Patches(path, TileGeometry(16, 56.0, 1.0))
 
 
 def test_a_timm_model_with_random_weights_or_a_file(folder: Path, tmp_path: Path):
@@ -200,7 +208,7 @@ def test_a_timm_model_with_random_weights_or_a_file(folder: Path, tmp_path: Path
     assert pcc.iloc[0] != pytest.approx(pcc.iloc[1])
     other = timm.create_model("test_resnet", num_classes=0)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"lacks \d+ weights of test_vit"):
+    with pytest.raises(ValueError, match=r"lacks \d+ of the weights of test_vit"):
         benchmark_hest(folder, [f"timm:{name}@{tmp_path / 'other.safetensors'}"], device="cpu")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cut\.safetensors: cannot be read as weights"):

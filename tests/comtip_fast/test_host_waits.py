@@ -63,6 +63,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("train.precision=bf16",),
         ("optim.spike.policy=skip", "optim.ema=0.99"),
         ("optim.spike.policy=clip",),
+        ("engine.panel_sizes=4",),
     ],
 )
 def test_a_step_that_logs_nothing_reads_nothing(
@@ -260,7 +261,7 @@ def test_masked_hard_columns_over_ranks_equal_selected_ones(form: str):
 
 def on_two_ranks(folder: Path, overrides: list[str], signal_step: int = 0) -> list[dict[str, Any]]:
     worker = Path(__file__).with_name("masked_worker.py")
-    outputs = run_distributed([str(worker), str(folder), ",".join(overrides), str(signal_step)], 2)
+    outputs = run_distributed([str(worker), str(folder), ",".join(overrides), str(signal_step)], 2, fork=True)
     return [json.loads(text.strip().splitlines()[-1]) for text in outputs]
 
 

@@ -49,7 +49,6 @@ TORCH = {
     "torch.autograd.Variable": "_execution_engine",
     "torch": "_foreach_norm",
     "torch.nn.Module()": "_parameters",
-    "torch.zeros(1).untyped_storage()": "_cdata",
     "torch.ops.aten.mm.default": "_overloadpacket",
     "torch.utils.cpp_extension": "_get_build_directory",
     "torch.utils": "_python_dispatch",

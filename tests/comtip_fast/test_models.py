@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from comtip_fast.config.schema import AlignConfig, RunConfig, TextConfig, VisionConfig
 from comtip_fast.genes.tokens import GeneTokens
-from comtip_fast.models import CoMTIP, GeneEncoder, ModelSizes, VisionEncoder
+from comtip_fast.models import CoMTIP, GeneEncoder, MaskFeatureGenerator, ModelSizes, VisionEncoder
 
 TEXT = TextConfig(width=16, depth=2, heads=2, max_tokens=5)
 VISION = VisionConfig(patch_px=8, width=16, depth=2, heads=2)
@@ -31,6 +31,11 @@ def genes(n: int = 6, seed: int = 0) -> GeneTokens:
 def encoder() -> GeneEncoder:
     torch.manual_seed(0)
     return GeneEncoder(TEXT, 4, 40, 6, 7).double()
+
+
+def test_heads_that_do_not_divide_the_width_of_a_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"vision\.heads=3: does not divide the width of the image encoder \(16\)"):
+        MaskFeatureGenerator(16, 3, 4)
 
 
 def model(**vision: object) -> CoMTIP:

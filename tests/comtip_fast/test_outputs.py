@@ -215,7 +215,7 @@ def test_a_table_holds_no_formula():
 def test_export_looks_at_its_output_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "out").write_text("x")
     assert main(["export", str(tmp_path / "no_run"), "--out", str(tmp_path / "out")]) == 2
-    assert f"--out {tmp_path / 'out'}: is a file; give a new folder" in capsys.readouterr().err
+    assert f"--out {tmp_path / 'out'}: is a file; give a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predict", "embed"])

@@ -48,11 +48,14 @@ def test_the_text_marks_predictions_and_lists_assumptions(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--loader-tiles-per-s", "0"], "--loader-tiles-per-s 0: must be above 0; leave it out"),
-        (["--panel", "0"], "--panel 0: must be above 0; leave it out for the default"),
-        (["--trained-genes", "-5"], "--trained-genes -5: must be above 0"),
-        (["--tile-px", "0"], "--tile-px 0: must be above 0"),
-        (["--tile-kb", "0"], "--tile-kb 0: must be above 0"),
+        (["--loader-tiles-per-s", "0"], "--loader-tiles-per-s 0: must be a finite number above 0; leave it out"),
+        (["--validation-spots", "0"], "--validation-spots 0: must be at least 1; leave it out"),
+        (["--loader-cores", "0"], "give at least one core"),
+        (["--tile-ms", "0"], "a time above 0"),
+        (["--panel", "0"], "--panel 0: must be a finite number above 0; leave it out for the default"),
+        (["--trained-genes", "-5"], "--trained-genes -5: must be a finite number above 0"),
+        (["--tile-px", "0"], "--tile-px 0: must be a finite number above 0"),
+        (["--tile-kb", "0"], "--tile-kb 0: must be a finite number above 0"),
         (["--gpu", "v100"], "--gpu 'v100': unknown; choose one of"),
         (["--gpus", "0"], "0 devices per node, 1 nodes: not a cluster; give at least one device per node"),
     ],
@@ -89,6 +92,32 @@ def test_a_slow_loader_limits_the_step(capsys: pytest.CaptureFixture[str]):
     data = plan(capsys, "--loader-tiles-per-s", "100")
     assert data["step_seconds"] == pytest.approx(40.96)
     assert data["times"][-1]["bound"] == "loader"
+
+
+def test_the_loader_is_limited_by_the_assumed_cores(capsys: pytest.CaptureFixture[str]):
+    usual = plan(capsys, "--gpus", "8")
+    assert usual["loader"]["available_tiles_per_s"] == pytest.approx(8 * 12_000 * (224 / 128) ** 2)
+    assert all(t["bound"] != "loader" for t in usual["times"])
+    slow = plan(capsys, "--gpus", "8", "--loader-cores", "2", "--tile-ms", "20")
+    assert slow["loader"]["available_tiles_per_s"] == pytest.approx(8 * 100 * (224 / 128) ** 2)
+    assert slow["spots_per_s"] == pytest.approx(slow["loader"]["available_tiles_per_s"])
+    assert main(["plan", *LARGE, "--gpus", "8", "--loader-cores", "2", "--tile-ms", "20"]) == 0
+    assert "(2 cores per device, 20 ms per tile of 224 px): the loader limits the step" in capsys.readouterr().out
+
+
+def test_a_validation_takes_the_time_of_its_forward_pass_or_of_the_loader(capsys: pytest.CaptureFixture[str]):
+    fast = ("--loader-cores", "1000")
+    one, ten = (plan(capsys, *fast, "--validation-spots", str(n))["validation"] for n in (100_000, 1_000_000))
+    assert one["every"] == 50
+    encoder, table = (p["flops"] for p in plan(capsys)["parts"] if p["name"] in ("vision, full", "sentence table"))
+    # 300 trained genes instead of the panel's 256.
+    per_second = 0.5 * 989e12
+    products = (encoder / 4096 * 1e6 + table * 300 / 256) / per_second
+    assert products < ten["seconds"] < 2 * products
+    assert 8 < ten["seconds"] / one["seconds"] < 10
+    slow = plan(capsys, "--validation-spots", "100000", "--tile-ms", "1000")["validation"]
+    assert slow["seconds"] == pytest.approx(100_000 / (12 * (224 / 128) ** 2))
+    assert plan(capsys, "--set", "train.validate_every=0")["validation"] is None
 
 
 def test_offloading_moves_state_off_the_device(capsys: pytest.CaptureFixture[str]):

@@ -125,7 +125,7 @@ def _losses(rows: list[dict[str, Any]]) -> list[float]:
 def test_runs_end_where_batches_have_fewer_spots_than_ranks(engines: str, tiny_shards: ShardSet, tmp_path: Path):
     if engines == "zero":
         pytest.importorskip("deepspeed")
-    outputs = run_distributed([str(WORKER), str(tiny_shards.path), str(tmp_path), engines], 3, timeout_s=300)
+    outputs = run_distributed([str(WORKER), str(tiny_shards.path), str(tmp_path), engines], 3, timeout_s=300, fork=True)
     runs = {r["run"]: r["rows"] for r in (json.loads(li) for li in outputs[0].splitlines() if li.startswith('{"run"'))}
     few = worker()
     assert list(runs) == list(few.RUNS[engines])

@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"whole-stopped={small};train.checkpoint=whole",
         f"full={small}",
     ]
-    run_distributed([WORKER, str(folder), "train", *names], 2, timeout_s=280)
+    run_distributed([WORKER, str(folder), "train", *names], 2, timeout_s=280, fork=True)
     return folder
 
 
@@ -96,7 +96,7 @@ def test_every_rank_writes_its_part_only(runs: Path) -> None:
 @pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.nightly)])
 def test_another_number_of_ranks_loads_the_same_bits(runs: Path, tmp_path: Path, world: int) -> None:
     (tmp_path / "parts").symlink_to(runs / "parts")
-    run_distributed([WORKER, str(tmp_path), "load", "parts"], world, timeout_s=200)
+    run_distributed([WORKER, str(tmp_path), "load", "parts"], world, timeout_s=200, fork=True)
     saved, loaded = checkpoints.load(last(runs / "parts")), load_file(tmp_path / "loaded")
     wanted = {f"model/{k}": v for k, v in saved.model.items()} | {f"optim/{k}": v for k, v in saved.optim.items()}
     assert loaded.keys() == wanted.keys()

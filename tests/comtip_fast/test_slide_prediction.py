@@ -377,7 +377,7 @@ def test_options_are_honoured_or_refused(quick: Path, slide: Path, tiny_shards: 
     section = f"{tiny_shards.path}:x1"
     for option in (["--grid", "square"], ["--step-um", "9"], ["--min-tissue", "0"], ["--overlays", "A"], ["--geojson"]):
         assert main(["predict", str(quick), section, "--out", str(tmp_path / "x.h5ad"), *option]) == 2
-        assert f"{option[0]} has no effect here: it is for slides without spots" in capsys.readouterr().err
+        assert f"{option[0]} has no effect here: used for slides without spots only" in capsys.readouterr().err
     arguments = ["predict", str(quick), str(slide), "--out", str(tmp_path / "x.h5ad")]
     assert main(arguments) == 2
     assert "the file states no resolution; set --mpp" in capsys.readouterr().err
@@ -400,6 +400,11 @@ def test_the_scale_of_the_file_is_used_and_a_stated_one_takes_precedence(
     other = model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": 10.0})
     assert other.n_obs > 2 * own.n_obs
     assert "`mpp` 10 is used, but the file states 5 um per px" in caplog.text
+    for wrong in (MPP / 10, MPP * 10):
+        with pytest.raises(SourceError, match=r"a\.tif: `mpp` .* times the 5 um per px that the file states"):
+            model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": wrong})
+    trusted = model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": MPP * 10, "trust_mpp": True})
+    assert float(trusted.uns["comtip"]["mpp"]) == pytest.approx(MPP * 10)
 
 
 def test_a_slide_of_another_stain_is_predicted_with_a_warning(

@@ -282,7 +282,7 @@ def test_a_finished_run_continues_with_more_steps_and_another_rate(
     longer = ["train.steps=20", "optim.lr=0.01", "train.validate_every=4", "train.threads=1"]
     result = fit(run, *longer, resume=True, at_step=seen.append)
     assert (result.stopped, result.step, seen) == ("steps", 20, [18, 19, 20])
-    assert "optim.lr changed from 0.05 to 0.01; it applies from step 18" in caplog.text
+    assert "optim.lr changed from 0.05 to 0.01; the new value applies from step 18" in caplog.text
     rows = trace(run)
     assert [r["step"] for r in rows if r["kind"] == "valid"] == [3, 6, 9, 12, 15, 17, 20]
     rates = {r["step"]: r["lr"] for r in rows if r["kind"] == "train"}

@@ -179,7 +179,7 @@ def test_spikes_and_averages_resume_to_the_bit(policy: str, stop: int, tmp_path:
 def test_every_engine_reacts_to_a_spike_as_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    outputs = run_distributed([str(Path(__file__).with_name("spike_worker.py")), str(tmp_path)], 2)
+    outputs = run_distributed([str(Path(__file__).with_name("spike_worker.py")), str(tmp_path)], 2, fork=True)
     runs = json.loads(outputs[0].splitlines()[-1])
     for policy, by_engine in runs.items():
         assert by_engine["ddp"][-1][2:] == [int(policy == "skip"), 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders import factory
+from comtip_fast.data.loaders.dali import Decoder
 from comtip_fast.data.upload import ALIGNMENT, PackedTensors, can_pin
 from comtip_fast.training.task import build_task
 
@@ -95,3 +98,43 @@ def test_features_of_a_frozen_stem_are_one_copy(tiny_overrides: list[str], monke
     assert batch.features is not None
     assert batch.features.device == META
     assert batch.panel_host is not None
+
+
+def test_memory_of_dali_is_released_after_the_copy_is_complete(monkeypatch: pytest.MonkeyPatch):
+    """A copy that is only queued would read what DALI decodes next; there is no GPU here, so streams are stand-ins."""
+    done: list[str] = []
+
+    class Recorder:
+        """A stream, a tensor or DALI's pipeline: every method that is called is recorded."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, method: str):
+            return lambda *_args: done.append(f"{self.name}.{method}") or Recorder("copy")
+
+    @contextmanager
+    def stream(_stream: Recorder) -> Iterator[None]:
+        done.append("begin")
+        yield
+        done.append("end")
+
+    pipe = Recorder("dali")
+    pipe.share_outputs = lambda: (Recorder("dali"),)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: Recorder("stream"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Recorder("current"))
+    monkeypatch.setattr(torch, "from_dlpack", lambda _tiles: Recorder("tiles"))
+    decoder = Decoder.__new__(Decoder)
+    decoder._settings, decoder._pipe = (4, 1, 0), pipe
+    decoder.get()
+    decoder.release()
+    assert done == [
+        "begin",
+        "dali.as_tensor",
+        "tiles.clone",
+        "end",
+        "stream.synchronize",
+        "copy.record_stream",
+        "dali.release_outputs",
+    ]

@@ -138,7 +138,7 @@ def three_val(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def on_two_ranks(mode: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    outputs = run_distributed([str(WORKER), mode, str(folder), *overrides], 2, timeout_s=240)
+    outputs = run_distributed([str(WORKER), mode, str(folder), *overrides], 2, timeout_s=240, fork=True)
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 

@@ -68,7 +68,7 @@ def test_waiting_for_a_slow_rank_is_counted_for_every_engine(tiny_shards, tiny_o
     pytest.importorskip("deepspeed")
     worker = Path(__file__).with_name("comm_worker.py")
     overrides = ",".join([*tiny_overrides, f"data.shards={tiny_shards.path}"])
-    outputs = run_distributed([str(worker), overrides], 2)
+    outputs = run_distributed([str(worker), overrides], 2, fork=True)
     ranks = [json.loads(text.strip().splitlines()[-1]) for text in outputs]
     assert ranks[0].keys() == {"ddp", "zero0", "zero1", "zero2", "zero3"}
     for name, waited in ranks[0].items():
@@ -103,6 +103,9 @@ def test_the_spike_detector_needs_a_history_and_names_what_jumped():
     assert message is not None
     assert message.startswith("gradient norm")
     assert SpikeDetector(WatchConfig(loss_jump=0, norm_jump=0)).update(math.inf, math.inf) is None
+    alarm = SpikeDetector(WatchConfig())
+    assert all(alarm.update(1.0, 0.0) is None for _ in range(20))
+    assert alarm.update(1.0, 1e-3) is None, "there is no multiple of a median of 0"
 
 
 def test_the_watchdog_reports_a_stall_once_with_stacks(tmp_path: Path):

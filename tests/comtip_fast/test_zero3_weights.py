@@ -1,4 +1,4 @@
-"""ZeRO 3: a model is built and loaded without a rank that holds it whole, and nothing is gathered that is not read."""
+"""ZeRO 3: the update of the EMA teacher sends nothing, and a validation gathers only what it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comtip_shards import ShardSet
 from testkit.distributed import run_distributed
 
 WORKER = str(Path(__file__).with_name("zero3_worker.py"))
-CHECKS = ["build", "resume", "warm", "teacher", "validation"]
+CHECKS = ["teacher", "validation"]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,6 @@ CHECKS = ["build", "resume", "warm", "teacher", "validation"]
 )
 def test_weights_under_zero_3(case: str, tiny_shards: ShardSet, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    output = run_distributed([WORKER, str(tiny_shards.path), str(tmp_path), case], 2, timeout_s=280)
+    output = run_distributed([WORKER, str(tiny_shards.path), str(tmp_path), case], 2, timeout_s=280, fork=True)
     for check in CHECKS:
         assert all(f"OK {check} {case.partition('=')[0]}\n" in text for text in output)

@@ -219,7 +219,7 @@ def test_parts_are_sets_and_merge_to_the_whole(
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ([0, 1], "part 3/3 is missing"),
+        ([0, 1], "missing parts of the build: 3/3"),
         ([0, 1, 1], "given twice"),
         ([], "nothing to merge"),
     ],
@@ -323,7 +323,7 @@ def test_the_commands(tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["shards", "verify", f"file://{tmp_path}/set"]) == 0
     assert "valid; 196 records" in capsys.readouterr().out
     assert main(["shards", "merge", str(tmp_path / "1"), "--out", str(tmp_path / "half")]) == 2
-    assert "part 2/2 is missing" in capsys.readouterr().err
+    assert "missing parts of the build: 2/2" in capsys.readouterr().err
     assert main(["shards", "build", str(tiny_source), "--out", str(tmp_path / "x"), "--quality", "0", *how]) == 2
     assert "quality 0 is out of range; use 1 to 100" in capsys.readouterr().err
     for bad in (["--part", "1-2"], ["--jobs", "0"]):

@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from comtip_shards import ShardSet, SourceError
 from comtip_shards.builder.build import build_shards
 from comtip_shards.qc import check_section, check_source, check_sources
 from comtip_shards.qc import context as look_module
+from comtip_shards.qc.counts import join
+from comtip_shards.qc.geometry import platform_pitch
 from comtip_shards.qc.page import overlay, pages, ramp
 from comtip_shards.qc.result import FAIL, NOT_APPLICABLE, OK, WARN, Finding, SectionReport, explain, graded
 from comtip_shards.qc.run import build_context
@@ -100,6 +104,25 @@ def test_scale_names_the_factor_to_the_right_um_per_px(sound: Section):
     assert found.status == FAIL
     factor = float(re.search(r"\(`mpp`\) by ([\d.]+)", found.advice)[1])
     assert factor * wrong.meta.mpp == pytest.approx(sound.meta.mpp, rel=0.03)
+
+
+def test_only_spots_without_counts_or_without_a_position_are_a_loss(tiny: Section):
+    """Spots that a reader excludes for another reason, such as sparse pseudo-spots, have both."""
+    excluded = {"not in tissue": 9, "no patch: too little tissue": 400, "pseudo-spots with under 5 cells": 900}
+    found = join(SimpleNamespace(section=replace(tiny, dropped=excluded)))
+    assert (found.status, found.message) == (OK, "every spot has counts and a position")
+    lost = {"in the counts but without a position": 300, "table rows without a shape": 200}
+    found = join(SimpleNamespace(section=replace(tiny, dropped=lost)))
+    assert found.status == FAIL
+    assert found.message == "300 spots in the counts but without a position; 200 table rows without a shape"
+
+
+@pytest.mark.parametrize(
+    ("platform", "pitch"),
+    [("ST 1k array", 200.0), ("ST 2k array", 150.0), ("10x Visium", 100.0), ("Stereo-seq", None), ("VisiumHD", None)],
+)
+def test_the_name_of_a_platform_is_matched_by_words(platform: str, pitch: float | None):
+    assert platform_pitch(platform) == pytest.approx(math.nan if pitch is None else pitch, nan_ok=True)
 
 
 def test_scale_knows_the_platform(sound: Section):
@@ -226,7 +249,7 @@ def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
     Image.fromarray(purple.astype(np.uint8)).save(tmp_path / "s/a.png")
     Image.open(tmp_path / "s/b.png").convert("L").convert("RGB").save(tmp_path / "s/b.png")
     out = tmp_path / "out"
-    with pytest.raises(SourceError, match=r"`strict`: 1 sections fail checks.*\n  b: stain: grey.*`image`"):
+    with pytest.raises(SourceError, match=r"`strict`: sections that fail checks.*: 1\n  b: stain: grey.*`image`"):
         build_shards(open_source(tmp_path / "s"), out, strict=True, **SIZE)
     assert (out / "report/b.html").is_file()
     assert not (out / "manifest.json").exists()

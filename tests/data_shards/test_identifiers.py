@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import GeneEntry, GeneResource, map_genes
 from scipy import sparse
 
@@ -137,6 +138,15 @@ def test_tails_of_make_unique_are_summed_where_the_name_is_a_column():
     counts = sparse.csr_matrix(np.arange(1, 9, dtype=np.int32)[None])
     np.testing.assert_array_equal(genes.sum_columns(counts).toarray(), [[1, 2, 3, 4, 5 + 6 + 7]])
     assert "6 names changed by a spreadsheet or by R were repaired: 2-Sep -> SEPTIN2, HLA.A -> HLA-A" in genes.report()
+
+
+def test_a_sum_of_columns_that_cannot_be_stored_is_refused_by_key():
+    genes = map_genes(["CD74", "TBCE", "TBCE-1"], "human")
+    counts = sparse.csr_matrix(np.array([[1, 1, 1], [1, 2_000_000_000, 2_000_000_000]], np.int32))
+    with pytest.raises(
+        SourceError, match=r"^section a: the columns of human:TBCE sum to 4,000,000,000 in one spot.*raw"
+    ):
+        genes.sum_columns(counts, "section a")
 
 
 def test_ambiguous_dates_are_named_with_their_candidates():

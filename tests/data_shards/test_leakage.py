@@ -275,7 +275,7 @@ def test_a_build_refuses_what_leaks(tmp_path: Path):
     sections = [TinySection("TENX95", "p2", ""), TinySection("b", "p2", "train"), TinySection("c", "p3", "")]
     write_tiny_source(tmp_path / "s", sections, side=4)
     sources = open_source(tmp_path / "s")
-    with pytest.raises(SourceError, match="that of TENX95, which a benchmark scores"):
+    with pytest.raises(SourceError, match="that of TENX95, which is on the list of benchmark sections"):
         build_shards(sources, tmp_path / "out", **SIZE)
     assert not (tmp_path / "out").exists()
     report = build_shards(sources, tmp_path / "out", splits={"b": "test", "c": "train"}, **SIZE)

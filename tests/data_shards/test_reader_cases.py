@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.sources import detect, open_source
+from comtip_shards.sources import detect, open_source, space_ranger
 from PIL import Image
 from scipy import io as sio
 from scipy import sparse as sp
@@ -258,7 +258,7 @@ def test_the_folder_above_the_data_is_enough(tmp_path: Path, where: str):
 def test_a_folder_of_several_runs_names_them(tmp_path: Path):
     for name in ("A", "B"):
         visium(tmp_path / "study" / name)
-    with pytest.raises(SourceError, match=r"contains 2 sources: A \(space_ranger\), B \(space_ranger\)"):
+    with pytest.raises(SourceError, match=r"contains sources: A \(space_ranger\), B \(space_ranger\)"):
         detect(tmp_path / "study")
 
 
@@ -271,6 +271,27 @@ def test_one_table_of_positions_in_two_forms(run: Path, suffix: str):
     table["pxl_row_in_fullres"] += 40
     table.to_parquet(second) if suffix == "parquet" else table.to_csv(second, index=False)
     with pytest.raises(SourceError, match=r"tissue_positions\.\S+ and tissue_positions\.\S+ differ; remove"):
+        read(run)
+
+
+@pytest.mark.parametrize(
+    ("sep", "encoding", "end"),
+    [(";", "utf-8", "\n"), ("\t", "utf-8-sig", "\r\n"), (",", "utf-16", "\n"), (", ", "utf-8", "\r\n")],
+)
+def test_positions_that_a_spreadsheet_wrote(run: Path, sep: str, encoding: str, end: str):
+    path = run / "spatial/tissue_positions.csv"
+    text = positions().to_csv(index=False).replace(",", sep).replace("\n", end)
+    path.write_bytes(text.encode(encoding))
+    is_the_run(read(run)[0])
+
+
+def test_a_table_of_positions_with_a_billion_rows_is_not_read(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Parquet stores repeated values once, so a file of some kB can hold them."""
+    (run / "spatial/tissue_positions.csv").unlink()
+    positions().to_parquet(run / "spatial/tissue_positions.parquet", index=False)
+    is_the_run(read(run)[0])
+    monkeypatch.setattr(space_ranger, "MAX_ROWS", N - 1)
+    with pytest.raises(SourceError, match=r"tissue_positions\.parquet: 60 rows of .* at most 14,336 spots"):
         read(run)
 
 

@@ -87,12 +87,12 @@ def test_a_file_is_fetched_once(server: ThreadingHTTPServer, tmp_path: Path, beh
 @pytest.mark.parametrize(
     ("behaviour", "kind", "message"),
     [
-        ("500", "remote", r"not fetched after 3 attempts.*check the network"),
-        ("cut", "remote", r"not fetched after 3 attempts"),
+        ("500", "remote", r"not fetched \(attempts: 3;.*check the network"),
+        ("cut", "remote", r"not fetched \(attempts: 3;"),
         ("silent", "remote", r"no data for 0\.4 s.*check the network"),
-        ("wrong", "checksum", r"do not match the manifest, 3 times.*upload the set again"),
+        ("wrong", "checksum", r"does not match its SHA-256 in the manifest \(attempts: 3\).*upload the files again"),
         ("404", "vanished", r"no such file"),
-        ("403", "remote", r"after 1 attempts.*credentials"),
+        ("403", "remote", r"\(attempts: 1;.*credentials"),
     ],
 )
 def test_failures_are_reported_and_leave_nothing(
@@ -124,6 +124,7 @@ def test_a_file_larger_than_its_limit_is_refused(server: ThreadingHTTPServer, tm
         remote(server, "good", tmp_path).read("x", limit=1000)
     with pytest.raises(ShardError, match="larger than"):
         remote(server, "good", tmp_path, max_bytes=1000).fetch("x", sha256=SHA)
+    assert server.asked == {"/good/x": 2}, "a file over the limit is not fetched again"
 
 
 @pytest.fixture

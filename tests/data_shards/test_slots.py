@@ -66,7 +66,7 @@ def test_a_part_has_few_sections(layout: tuple[np.ndarray, ...]):
 
 def test_slots_must_divide_the_batch(layout: tuple[np.ndarray, ...]):
     tar, section, spots = layout
-    with pytest.raises(ValueError, match="batch_size=500 and sections_per_batch=None must be multiples"):
+    with pytest.raises(ValueError, match="batch_size=500 must be divisible by n_slots="):
         slot_batches(tar, section, spots, 500, SLOTS, None, 0, 0)
 
 

@@ -43,9 +43,12 @@ def test_mutated_sources_are_read_or_refused_by_name(fuzzer: SourceFuzzer, block
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("seed", "number"), [(29111, 117), (29111, 1010), (29111, 1796), (29112, 1024)])
+@pytest.mark.parametrize(
+    ("seed", "number"), [(29111, 117), (29111, 1010), (29111, 1796), (29112, 1024), (29111, 4797), (29112, 4311)]
+)
 def test_cases_that_once_escaped(tmp_path: Path, seed: int, number: int):
-    """A pitch of 0, counts in half precision, an attribute that is an array, a flag that is binary."""
+    """A pitch of 0, counts in half precision, an attribute that is an array, a flag that is binary, a JPEG that ends in a hole,
+    an image named by its temporary copy."""
     outcome = SourceFuzzer(tmp_path, seed=seed, limit_s=30).run(number)
     assert outcome.outcome in ("reads", "refused"), outcome.detail
 
@@ -97,7 +100,7 @@ def unforeseen(path: Path, source: object, out: Path) -> None:
         (hang, "hang"),
         (write_outside, "changes outside the output folder.*outside"),
         (write_into_the_source, "the source was changed"),
-        (use_memory, "MB of memory"),
+        (use_memory, "MiB of memory"),
         (start_a_process, "os.system"),
         (refuse_without_a_name, "names neither file nor section"),
         (crash, "KeyError"),

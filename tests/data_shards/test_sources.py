@@ -147,7 +147,7 @@ BAD = {
     "spot twice": (repeat_spot, "spot ids.*more than once"),
     "positions gone": (lambda f: edit_drop(f, "t1_spots.tsv", "pixel_x"), "missing column pixel_x"),
     "position is text": (lambda f: edit(f, "t1_spots.tsv", pixel_x="here"), "'here', not a number"),
-    "position missing": (lambda f: edit(f, "t1_spots.tsv", pixel_x=""), "have no position"),
+    "position missing": (lambda f: edit(f, "t1_spots.tsv", pixel_x=""), "spots without a position: 1"),
 }
 
 
@@ -222,6 +222,17 @@ def test_legacy_st_without_a_pitch_is_refused(legacy: Path, column: str, facts: 
     table.to_csv(legacy / "A1_selection.tsv", sep="\t", index=False)
     with pytest.raises(SourceError, match=r"give a pitch of \S+ px; correct positions and array coordinates"):
         open_source(legacy, overrides=facts)
+
+
+def test_legacy_st_without_array_coordinates_needs_a_scale(legacy: Path):
+    ids = pd.read_csv(legacy / "A1.tsv.gz", sep="\t", index_col=0).index
+    table = pd.DataFrame({"spot_id": ids, "pixel_x": np.arange(9) * 60.0, "pixel_y": np.arange(9) * 50.0})
+    table.to_csv(legacy / "A1_spots.tsv", sep="\t", index=False)
+    with pytest.raises(SourceError, match=r"spots without array coordinates.*set `mpp`"):
+        open_source(legacy, overrides=FACTS)
+    section = open_source(legacy, overrides=FACTS | {"mpp": 8.0})[0].read()
+    assert section.meta.mpp == 8.0
+    assert any("not compared with the array" in n for n in section.notes)
 
 
 def test_legacy_st_asks_for_what_it_cannot_know(legacy: Path):

@@ -200,20 +200,29 @@ def test_a_stated_scale_that_the_file_contradicts_is_used_and_reported(
     data.uns["spatial"]["V1"]["scalefactors"]["microns_per_pixel"] = 1.25
     path = write(data, tmp_path / "a.h5ad")
     read(path, platform="Slide-seq")
-    assert "check the stated" not in caplog.text
-    section = read(path, platform="Slide-seq", mpp="0.125")
-    assert section.meta.mpp == pytest.approx(0.25)
-    assert "the stated scale of 0.125 um per px is used, but the file states 1.25" in section.notes
-    assert (
-        "a.h5ad: the stated scale of 0.125 um per px is used, but the file states 1.25; check the stated `mpp`"
-        in caplog.text
-    )
+    assert "check `mpp`" not in caplog.text
+    section = read(path, platform="Slide-seq", mpp="0.625")
+    assert section.meta.mpp == pytest.approx(1.25)
+    assert "the stated scale of 0.625 um per px is used, but the file states 1.25" in section.notes
+    assert "a.h5ad: `mpp` 0.625 is used, but uns['spatial'] states 1.25 um per px; check `mpp`" in caplog.text
+
+
+@pytest.mark.parametrize("mpp", ["0.125", "12.5"])
+def test_a_tenfold_wrong_scale_is_refused_and_used_where_it_is_trusted(data: ad.AnnData, tmp_path: Path, mpp: str):
+    data.uns["spatial"]["V1"]["scalefactors"]["microns_per_pixel"] = 1.25
+    path = write(data, tmp_path / "a.h5ad")
+    with pytest.raises(SourceError, match=r"a\.h5ad: `mpp` [\d.]+ is (0\.1|10) times the 1\.25 .*set `trust_mpp=yes`"):
+        read(path, platform="Slide-seq", mpp=mpp)
+    assert read(path, platform="Slide-seq", mpp=mpp, trust_mpp="yes").meta.mpp == pytest.approx(2 * float(mpp))
+    with pytest.raises(SourceError, match="`trust_mpp` has no effect here: no `mpp` is stated"):
+        open_source(path, overrides=FACTS | {"trust_mpp": "yes"})
 
 
 @pytest.mark.parametrize("mpp", ["25", "0.00001"])
 def test_a_distance_of_spots_that_no_platform_has_is_refused(data: ad.AnnData, tmp_path: Path, mpp: str):
     path = write(data, tmp_path / "a.h5ad")
     with pytest.raises(
-        SourceError, match=r"the spots are \S+ um apart, but on any platform it is 0.1 to 1000 um; correct `mpp`"
+        SourceError,
+        match=r"the spots are \S+ um apart, but those of every platform are 0.1 to 1000 um apart; correct `mpp`",
     ):
         read(path, platform="Slide-seq", mpp=mpp)

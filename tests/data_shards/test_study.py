@@ -167,7 +167,7 @@ def test_a_bad_row_ends_the_build_or_is_left_out(sources: Path, tmp_path: Path, 
     assert not (tmp_path / "set/manifest.json").exists()
     assert main([*args, "--on-error", "skip"]) == 1
     out = capsys.readouterr().out
-    assert "1 of 3 sections could not be built and were left out" in out
+    assert "sections that could not be built and were left out (1 of 3)" in out
     assert re.search(message, out)
     assert [s.section_id for s in ShardSet(tmp_path / "set").manifest.sections] == ["sa", "sc"]
 

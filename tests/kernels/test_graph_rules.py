@@ -160,7 +160,7 @@ def test_the_limit_on_the_gradient_norm_keeps_the_rules(rules: GraphRules):
 def test_panels_of_the_same_sizes_differ():
     config = load_config(ROOT / "configs/demo_cpu.yaml", [])
     host = tokens_of(60, config.text)
-    shapes = shapes_of(host, config.levels.n_levels, 1)
+    shapes = shapes_of(host, config, 1)
     panel = torch.arange(0, 60, 2).numpy()
     other = same_sizes(host, panel, shapes)
     assert shapes(other) == shapes(panel)
@@ -176,7 +176,9 @@ def test_rows_of_the_table_are_gated(tmp_path: Path):
     assert committed == {key: 2}
     assert changed_rules(committed, committed) == ([], [])
     worse, better = changed_rules({key: 3}, committed)
-    assert worse == ["1gpu, 1 ranks, step: CUDA graphs, number, comtip_fast/a.py f: aten::add, 3 times, it was 2"]
+    assert worse == [
+        "1gpu, ranks 1, step: CUDA graphs, number, comtip_fast/a.py f: aten::add, 3 times, the table has 2"
+    ]
     assert not better
     assert changed_rules({}, committed) == ([], [worse[0].replace("3 times", "0 times")])
 

@@ -39,16 +39,16 @@ def as_text(row: LedgerRow) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"registers": 129}, "129 registers, it was 120"),
+        ({"registers": 129}, "129 registers, the table has 120"),
         ({"spills": 2}, "spills"),
         ({"stack": 8}, "spills"),
-        ({"shared_kib": 97}, "97 KiB of shared memory, it was 96"),
+        ({"shared_kib": 97}, "97 KiB of shared memory, the table has 96"),
         ({"shared_kib": 228}, "the limit is 227 KiB"),
-        ({"mma": "HMMA"}, "HMMA, it was HGMMA"),
-        ({"loads_128": 23}, "23 128-bit loads, it was 24"),
+        ({"mma": "HMMA"}, "HMMA, the table has HGMMA"),
+        ({"loads_128": 23}, "23 128-bit loads, the table has 24"),
         ({"async_copies": 0}, "asynchronous copies"),
-        ({"mma_count": 9}, "9 tensor-core instructions, it was 8"),
-        ({"special": 7}, "7 special-function instructions, it was 6"),
+        ({"mma_count": 9}, "9 tensor-core instructions, the table has 8"),
+        ({"special": 7}, "7 special-function instructions, the table has 6"),
     ],
 )
 def test_a_worse_row_is_reported(change: dict, message: str):

@@ -165,7 +165,7 @@ def test_rows_at_odd_addresses_are_reported(mode: StandInMode):
         pair_scores(context, rows[..., :512], levels)
     told = slow_products([summary(Walk("test"), mode.record)], {}, {})
     assert len(told) == 1
-    assert "table/sampled_dot: t_stride_level is no multiple of 16, make the operand contiguous" in told[0]
+    assert "table/sampled_dot: not a multiple of 16: t_stride_level; make the operand contiguous" in told[0]
 
 
 def test_every_config_is_in_the_ledger_and_none_spills():
@@ -287,7 +287,7 @@ def test_a_count_that_grew_is_reported():
     row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
     assert worse([row], [row]) == []
     assert worse([row | {"waits": "4"}], [row]) == []
-    assert worse([row | {"waits": "6"}], [row]) == ["1gpu, 1 ranks, step: waits is 6, it was 5"]
+    assert worse([row | {"waits": "6"}], [row]) == ["1gpu, ranks 1, step: waits is 6, the table has 5"]
     assert "hgmma_share is 0.800" in worse([row | {"hgmma_share": "0.800"}], [row])[0]
     assert "not in rehearsal.csv" in worse([row], [])[0]
 
@@ -296,14 +296,14 @@ def test_a_count_that_fell_passes_and_is_reported():
     row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
     lower = row | {"saved_mb": "4.5"}
     assert worse([lower], [row]) == []
-    assert better([lower], [row]) == ["1gpu, 1 ranks, step: saved_mb is 4.5, it was 5"]
+    assert better([lower], [row]) == ["1gpu, ranks 1, step: saved_mb is 4.5, the table has 5"]
     assert better([row], [row]) == better([row], []) == []
 
 
 @pytest.mark.parametrize("column", ["gflop", "saved_mb", "moved_gb", "all_reduce", "all_gather_mb", "send_mb"])
 def test_every_cost_is_gated(column: str):
     row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "-"} | dict.fromkeys(NOT_ABOVE, "5")
-    assert worse([row | {column: "5.1"}], [row]) == [f"1gpu, 1 ranks, step: {column} is 5.1, it was 5"]
+    assert worse([row | {column: "5.1"}], [row]) == [f"1gpu, ranks 1, step: {column} is 5.1, the table has 5"]
 
 
 def test_flops_bytes_and_saved_tensors_of_operators_are_counted(mode: StandInMode):

@@ -84,10 +84,14 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
             f"{folder}: no such folder; give the folder of HEST-Benchmark, with a subfolder per task"
         )
     found = sorted(p.name for p in folder.iterdir() if (p / "splits").is_dir())
-    missing = [t for t in tasks or [] if t not in found]
-    if missing or not found:
+    if not found:
         raise FileNotFoundError(
-            f"{folder}: no task {', '.join(missing) or '(a subfolder with splits/)'}; it has: {', '.join(found) or 'none'}; name one of its tasks"
+            f"{folder}: no subfolder with splits/, so no task; give the folder of HEST-Benchmark, with a subfolder per task"
+        )
+    missing = [t for t in tasks or [] if t not in found]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: no task {', '.join(missing)}; it has: {', '.join(found)}; name tasks that it has with `tasks`"
         )
     return [_read_task(folder / name) for name in (tasks or found)]
 
@@ -177,7 +181,9 @@ def _index(have: list[str], want: Sequence[str], sample: BenchmarkSample, what: 
     """Return the positions of the names ``want`` in ``have``, int64; raise ValueError for duplicate or missing names."""
     index = {name: i for i, name in enumerate(have)}
     if len(index) < len(have):
-        raise ValueError(f"{sample.expression}: {len(have) - len(index)} duplicate {what}; rename or remove them")
+        raise ValueError(
+            f"{sample.expression}: duplicate names of {what} ({len(have) - len(index)}); rename or remove the duplicates"
+        )
     missing = [n for n in want if n not in index]
     if missing:
         raise ValueError(
@@ -202,7 +208,7 @@ class H5Patches(TileSource):
     Raises
     ------
     FileNotFoundError, ValueError
-        The file is missing, cannot be read, or its patches are too narrow for the encoder.
+        The file is missing or cannot be read, or its patches are not square uint8 RGB or too narrow for the encoder.
     """
 
     def __init__(self, path: Path, geometry: TileGeometry | None = None, *, whole: bool = False) -> None:
@@ -217,7 +223,7 @@ class H5Patches(TileSource):
                 )
             self.barcodes = text_of(file[key][:])
             shape = file["img"].shape
-        if len(shape) != 4 or shape[0] != len(self.barcodes) or shape[0] == 0:
+        if len(shape) != 4 or shape[0] != len(self.barcodes) or 0 in shape:
             raise ValueError(
                 f"{path}: img of shape {shape} for {len(self.barcodes)} barcodes; expected one patch each; download the file again"
             )
@@ -227,7 +233,11 @@ class H5Patches(TileSource):
             self._geometry = TileGeometry(geometry.px, PATCH_UM, min_mpp=0.0)
         if self._geometry is not None:
             with self._open() as file:
-                check_tiles(file["img"][:1], self._mpp, self._geometry)
+                first = file["img"][:1]
+            try:
+                check_tiles(first, self._mpp, self._geometry)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from error
         self.tile_px = shape[1] if self._geometry is None else self._geometry.px
 
     def _open(self) -> h5py.File:

@@ -247,7 +247,7 @@ def encoder_facts(
 
 
 def seen_in_training(lineage: Lineage, tasks: Sequence[BenchmarkTask]) -> list[str]:
-    """Return the ids of benchmark sections that a run of the lineage trained or stopped on, or on other sections of their donor."""
+    """Return the ids of the benchmark sections that a run of the lineage used for training or early stopping, or whose donor it used."""
     ids = {i.lower(): BenchmarkSection(t.name, i, "scored", "", "the folder") for t in tasks for i in t.samples()}
     donors = {_folded(s.donor): s.id for k, s in load_benchmark().items() if s.donor and k in ids}
     found = set()

@@ -91,7 +91,7 @@ def _wait(device: torch.device) -> None:
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """Return the FLOP/s of a large square product in the precision of the run, best of five, on the threads of the run."""
+    """Return the FLOP/s of a large square product in the precision of the run, best of six, on the threads of the run."""
     n = RATE_WIDTH.get(device.type, 1024)
     dtype = torch.bfloat16 if devices.in_bf16(precision, device) else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

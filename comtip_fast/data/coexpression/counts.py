@@ -7,7 +7,9 @@ the number of cells. Features of other types (antibodies, controls) are dropped.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from comtip_shards.genes.identifiers import SPECIES
 from comtip_shards.sources.anndata_parts.counts import COUNTS, has_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
 from comtip_shards.sources.anndata_parts.store import SUFFIXES, open_h5ad, read_part
+from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.sources.files.tables import as_counts
 from comtip_shards.sources.tenx.features import GENE_KIND
 from comtip_shards.sources.tenx.matrix import TenxMatrix
@@ -103,9 +106,9 @@ class _Table:
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
-        with _text(path) as file:
-            names = [n.strip().strip('"') for n in file.readline().rstrip("\r\n").split("\t")]
-            columns = file.readline().rstrip("\r\n").count("\t")
+        with _explained(path), _text(path) as file:
+            names = [n.strip().strip('"') for n in file.readline(MAX_LINE).rstrip("\r\n").split("\t")]
+            columns = file.readline(MAX_LINE).rstrip("\r\n").count("\t")
         # R omits the name of the id column, other writers include it.
         genes = names[1:] if len(names) == columns + 1 else names
         if columns < 1 or len(genes) != columns:
@@ -119,17 +122,14 @@ class _Table:
     def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
         n_genes = len(_Table.genes(path)[0])
         rows: list[np.ndarray] = []
-        try:
-            with _text(path) as file:
-                file.readline()
-                for number, line in enumerate(file, start=2):
-                    if line.strip():
-                        rows.append(_row(line, n_genes, path, number))
-                    if len(rows) == TABLE_ROWS:
-                        yield sparse.csr_matrix(np.stack(rows))
-                        rows = []
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path}: truncated or damaged ({error}); copy or download the file again") from error
+        with _explained(path), _text(path) as file:
+            file.readline(MAX_LINE)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), start=2):
+                if line.strip():
+                    rows.append(_row(line, n_genes, path, number))
+                if len(rows) == TABLE_ROWS:
+                    yield sparse.csr_matrix(np.stack(rows))
+                    rows = []
         if rows:
             yield sparse.csr_matrix(np.stack(rows))
 
@@ -148,6 +148,15 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
             f"{path}, line {number}: {values.size} values for {n_genes} genes; copy or download the file again"
         )
     return values
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn errors of reading a text file, also one that is compressed, into SourceError."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise SourceError(f"{path}: truncated or damaged ({error}); copy or download the file again") from error
 
 
 def _text(path: Path) -> Any:

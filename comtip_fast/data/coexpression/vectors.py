@@ -67,7 +67,7 @@ def gene_vectors(
     Returns
     -------
     GeneVectors
-        The vectors of all genes that vary in at least one source.
+        The vectors of the genes that vary in at least one source and are detected often enough (``min_detection``).
 
     Raises
     ------
@@ -230,7 +230,10 @@ class _Standard:
         moments = np.stack([m for n in (0, 1) for m in _moments(total[n].sum(0), square[n].sum(0), cells_G)], axis=1)
         kept = np.flatnonzero(varies.any(0) & (detection >= min_detection))
         if kept.size < 2:
-            raise ValueError("fewer than 2 genes vary; give more cells, or a lower `min_detection`")
+            raise ValueError(
+                f"fewer than 2 genes vary and are detected in a share of at least `min_detection`={min_detection:g} of the cells; give "
+                "more cells, or lower `min_detection`"
+            )
         weight = 1 / cells / S if weigh == "sources" else np.full(S, 1 / cells.sum())
         coverage = ((weight * cells)[:, None] * varies)[:, kept].sum(0)
         return cls(mean_SG[:, kept], inverse_SG[:, kept], weight, coverage, kept, moments, detection)
@@ -243,6 +246,7 @@ def _moments(total: np.ndarray, square: np.ndarray, n: np.ndarray) -> tuple[np.n
 
 
 def _log1p(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return log1p of raw counts as float32 CSR."""
     out = counts.astype(np.float32)
     out.data = np.log1p(out.data)
     return out

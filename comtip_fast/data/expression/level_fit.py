@@ -63,7 +63,7 @@ class CountSample:
         return sum(s.size for s in self._scale)
 
     def add(self, counts: sparse.csr_matrix, genes: np.ndarray) -> None:
-        """Add the counts of up to ``CHUNK`` spots over all genes of the set, of which the rows ``genes`` (G,) are kept."""
+        """Add the counts (n, genes of the set) of up to ``CHUNK`` spots, of which the columns ``genes`` (G,) are kept."""
         own = counts[:, genes].tocsc()
         own.sort_indices()
         self.nnz += own.nnz
@@ -209,6 +209,7 @@ def _level(positive: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _set_prior(table: LevelTable, row: int, n_level: np.ndarray, n_zero: int) -> None:
+    """Set the log frequencies of a row from the numbers of values per level (Q,), of which level 0 has ``n_zero``."""
     count = n_level.astype(np.float64)
     count[0] = n_zero
     table.log_prior[row] = np.log((count + 0.5) / (count.sum() + 0.5 * table.n_levels))

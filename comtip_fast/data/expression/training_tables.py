@@ -66,12 +66,12 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     train = shards.select(split="train")
     if train.size == 0:
         raise ValueError(
-            f"{shards.path}: no section has split 'train'; build the set again with sections in split train"
+            f"{shards.name}: no section has split 'train'; build the set again with sections in split train"
         )
     genes, variance = _genes(shards, np.unique(shards.sections_of(train)), config)
     if genes.trained.size < 2:
         raise ValueError(
-            f"{shards.path}: {genes.trained.size} genes can be trained, but at least 2 are needed; lower genes.min_detection "
+            f"{shards.name}: {genes.trained.size} genes can be trained, but at least 2 are needed; lower genes.min_detection "
             f"({config.genes.min_detection:g}) or hold out fewer genes"
         )
     with shards.files.by_ranges():  # a few records of every shard
@@ -179,7 +179,7 @@ def _read_counts(
     n_damaged = damaged_before + damaged.size
     if n_damaged > config.data.max_faults:
         raise ShardError(
-            f"{shards.path}: {n_damaged} records are damaged, more than data.max_faults={config.data.max_faults}; "
+            f"{shards.name}: {n_damaged} records are damaged, more than data.max_faults={config.data.max_faults}; "
             "check the set with `comtip shards verify`, then build it again or raise data.max_faults"
         )
     return np.setdiff1d(spots, damaged), counts, damaged

@@ -24,7 +24,7 @@ from comtip_fast.collectives import share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.augment.apply_views import apply_views
 from comtip_fast.data.augment.views import ViewPlan, plan_views, view_indices
-from comtip_fast.data.batch import Batch
+from comtip_fast.data.batch import Batch, pads_panels
 from comtip_fast.data.expression.batch_levels import levels_from_counts, levels_from_table
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
@@ -32,6 +32,7 @@ from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
 from comtip_fast.data.records import Csr, DecodedSpots, SpotReader
 from comtip_fast.data.upload import PackedTensors
+from comtip_fast.genes.panel_sizes import padded_genes
 
 log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
@@ -244,8 +245,8 @@ class BaseLoader(ABC):
             spares = self._replacements(scheduled.spots, own.start + i)
             if not any(decoded.replace(i, self.records.read(spare)) for spare in spares):
                 raise ShardError(
-                    f"{self.shards.path}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
-                    "the set with `comtip shards verify`"
+                    f"{self.shards.name}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
+                    "the set with `comtip shards verify`, then build it again"
                 )
         return decoded
 
@@ -295,7 +296,7 @@ class BaseLoader(ABC):
             self.faults[spot] = error
             if len(self.faults) > limit:
                 raise ShardError(
-                    f"{self.shards.path}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
+                    f"{self.shards.name}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
                     "set with `comtip shards verify`, then build it again or raise data.max_faults"
                 )
 
@@ -307,7 +308,7 @@ class BaseLoader(ABC):
             levels = levels_from_table(self.tables, spots, panel)
         else:
             levels = levels_from_counts(self.tables, csr, panel)
-        return Batch(
+        batch = Batch(
             tiles=None,
             features=None,
             panel=torch.from_numpy(panel.astype(np.int32)),
@@ -318,6 +319,10 @@ class BaseLoader(ABC):
             step=scheduled.step,
             panel_host=panel,
         )
+        if not pads_panels(self.config, self.device):
+            return batch
+        size = padded_genes(panel.size, self.config.engine.panel_sizes, self.config.panel.max_genes)
+        return batch.padded(size, self.tables.genes.trained.size)
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:
         """Draw the step panel from the genes that the given sections measured; return indices into the trained genes."""
@@ -366,7 +371,7 @@ class BaseLoader(ABC):
     def _run_stem(self, stem: Stem, view: int, size: int = 128) -> Tensor:
         """Return one view's features (n_spots, P, c); the rows of damaged spots are zero."""
         views, spots = self.config.data.views, self.tables.spots
-        log.info("frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
+        log.info("computing the features of the frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
         out: Tensor | None = None
         label = f"frozen stem, view {view + 1} of {views}"
         for start in tqdm(range(0, spots.size, size), desc=label, leave=False, disable=None):

@@ -135,7 +135,15 @@ class Decoder:
         (out,) = self._pipe.share_outputs()
         if self._settings[2] is None:
             return np.asarray(out.as_tensor())
-        return torch.from_dlpack(out.as_tensor()).clone()
+        # The copy is complete before :meth:`release` lets DALI overwrite the source. It runs on a stream of its own, so that the
+        # host waits for the copy and not for the training step.
+        device = torch.device("cuda", self._settings[2])
+        copies = torch.cuda.Stream(device)
+        with torch.cuda.stream(copies):
+            tiles = torch.from_dlpack(out.as_tensor()).clone()
+        copies.synchronize()
+        tiles.record_stream(torch.cuda.current_stream(device))
+        return tiles
 
     def release(self) -> None:
         """Return the memory of the last batch to DALI."""

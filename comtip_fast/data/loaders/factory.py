@@ -62,6 +62,7 @@ def make_loader(
 
 
 def _kept_in_memory(stem: Stem, shards: ShardSet, tables: TrainingTables, config: RunConfig) -> bool:
+    """Return whether ``data.stem_features`` keeps the stem's features in memory; log why ``auto`` does not."""
     if config.data.stem_features != "auto":
         return config.data.stem_features == "memory"
     px = shards.manifest.tile.px

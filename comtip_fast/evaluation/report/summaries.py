@@ -97,7 +97,7 @@ def clusters(
 
 
 def _matched(label: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """Return cluster numbers from 1, ordered by the label that they overlap most, so that colours of maps agree."""
+    """Return cluster numbers from 1, those of the labels in the one-to-one match with most overlap, so that colours of maps agree."""
     from scipy.optimize import linear_sum_assignment
 
     names, of_label = np.unique(label, return_inverse=True)

@@ -119,7 +119,7 @@ class TaskContext:
         return [self._section(self.shards, n, train=False) for n in self.numbers]
 
     def train_sections(self, cohort: str) -> list[SectionInputs]:
-        """Return the training sections of a cohort; empty if it was not trained."""
+        """Return the training sections of a cohort; empty for a cohort that was not trained."""
         own = [n for n in self.reference.numbers if self._train_shards.cohort_of_section(n) == cohort]
         return [self._section(self._train_shards, n, train=True) for n in own]
 

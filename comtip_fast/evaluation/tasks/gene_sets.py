@@ -26,7 +26,7 @@ def read_gmt(path: Path) -> GeneSets:
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no such file, it is too large or not UTF-8, or a line has no genes or a name occurs twice.
+        There is no such file, it is too large or not UTF-8 or has no gene set, a line has no genes, or a name occurs twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give gene sets in GMT format")
@@ -97,8 +97,8 @@ class SetCloseness:
     """Similarity of two genes of one set, compared with that of two genes without a common set."""
 
     auc: float
-    """Probability that a pair within a set is more alike than a pair without a common set; 0.5 is chance. NaN if all
-    pairs have one."""
+    """Probability that a pair within a set is more alike than a pair without a common set, mean over sets; 0.5 is
+    chance. NaN if every sampled pair has a common set."""
     set_auc_S: np.ndarray
     """The same, for the pairs of each set."""
     shuffled: float

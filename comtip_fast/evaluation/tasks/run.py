@@ -208,7 +208,7 @@ def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
     Raises
     ------
     ValueError
-        A task is unknown, or lacks its gene sets.
+        A task is unknown or lacks its gene sets, or the training options are wrong.
     """
     unknown = [t for t in tasks if t not in TASKS]
     if unknown:

@@ -103,9 +103,9 @@ def _across_rows(
 def domain_rows(context: TaskContext) -> list[TaskRow]:
     """Score clusters of features against labels, by adjusted Rand index and normalised mutual information.
 
-    There are as many clusters as labels; spots without a label are left out. Each kind of features is clustered unchanged, and once more
-    averaged with the mean over neighbouring spots. Measured expression (50 most variable genes) is a reference. The control is the cluster map
-    after a rotation and a shift.
+    There are as many clusters as labels; spots without a label, and those of labels with fewer than three spots, are left out. Each kind of
+    features is clustered unchanged, and once more averaged with the mean over neighbouring spots. Measured expression (50 most variable genes)
+    is a reference. The control is the cluster map after a rotation and a shift.
     """
     rows = []
     for section in context.sections:
@@ -114,7 +114,11 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
         values, count = np.unique(labels[known], return_counts=True)
         known &= np.isin(labels, values[count >= MIN_PER_LABEL])
         if np.unique(labels[known]).size < 2:
-            log.warning("domains: section %s has fewer than two labels; it is left out", section.section_id)
+            log.warning(
+                "domains: section %s is left out: it has fewer than two labels with at least %d spots each; give labels with `labels`",
+                section.section_id,
+                MIN_PER_LABEL,
+            )
             continue
         for name, features in _domain_features(context, section).items():
             for method, x in (
@@ -197,7 +201,12 @@ def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotS
         counted_swaps(levels, wrong, torch.ones_like(levels, dtype=torch.bool), paat.min_level_shift).cpu().numpy()
     )
     if not counted.any():
-        log.warning("pairs: section %s has no swap that counts (%s); it is left out", section.section_id, mode)
+        log.warning(
+            "pairs: section %s is left out for levels mispaired by %s: none differs from the true level by loss.paat.min_level_shift=%d",
+            section.section_id,
+            mode,
+            paat.min_level_shift,
+        )
         return []
     n = len(levels)
     first, second = (_derangement(n, rng) for _ in range(2))

@@ -74,7 +74,7 @@ class TrainingData:
         self.numbers = [n for n in reference.numbers if sections[n].split == "train"]
         if not self.numbers:
             raise ValueError(
-                f"{self.shards.path}: none of the model's training sections is of split 'train' here, but methods are trained "
+                f"{self.shards.name}: none of the model's training sections is of split 'train' here, but methods are trained "
                 "on them; give the shard set that the model was trained on with `train_shards`"
             )
         self.cohorts = {self.shards.cohort_of_section(n) for n in self.numbers}
@@ -141,7 +141,7 @@ class TrainingData:
             if found.size < chunk.size:
                 # Targets were read for these spots, so that rows would no longer agree.
                 raise ValueError(
-                    f"{self.shards.path}: a tile is damaged; run `comtip shards verify`, then rebuild the set"
+                    f"{self.shards.name}: a tile is damaged; run `comtip shards verify`, then rebuild the set"
                 )
             yield self.predictor.model.vision.stem_features(tiles.to(self.device))
 

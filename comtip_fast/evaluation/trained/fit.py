@@ -105,7 +105,7 @@ def fit_methods(
         log.warning(
             "%s: no section of split 'val' in a trained cohort: methods are trained for all %d epochs with optim.lr, without early "
             "stopping",
-            reference.shards.path,
+            reference.shards.name,
             options.epochs,
         )
     with tempfile.TemporaryDirectory() as temporary:

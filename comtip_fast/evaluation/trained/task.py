@@ -65,7 +65,10 @@ class ExpressionTask(ABC):
 
     @abstractmethod
     def predicted(self, features: Iterable[Tensor], cohort: str) -> dict[str, np.ndarray]:
-        """Return predicted targets (N, G) for each setting that is chosen by validation, from chunks of N tiles."""
+        """Return predicted targets (N, G) by setting; ``features`` yields the encoder's inputs of N tiles in chunks.
+
+        Validation chooses the setting.
+        """
 
     def choose(self, setting: str) -> None:  # noqa: B027 - most methods have one setting
         """Use one of the settings of :meth:`predicted` from now on."""

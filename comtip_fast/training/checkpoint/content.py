@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comtip_shards.storage.regular_file import MAX_BYTES, read_regular
 
 SUMS = "SHA256SUMS"
 """File with one line per file of the checkpoint, in the format of ``sha256sum -c``."""
@@ -44,7 +45,7 @@ def sha256_of(path: Path) -> str:
 
 def stated_sums(path: Path) -> dict[str, str]:
     """Return ``{file: hash}`` of a file of hashes."""
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    lines = read_regular(path, MAX_BYTES).decode("utf-8", "replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 

@@ -128,7 +128,8 @@ class RunState:
         longer = self.stopped == "steps" and self.step < train.steps
         patient = self.stopped == "patience" and not (train.patience and self.bad_validations >= train.patience)
         if longer or (patient and self.step < train.steps):
-            log.info("the run had finished (%s after %d steps) and continues", self.stopped, self.step)
+            reason = "train.steps" if self.stopped == "steps" else "train.patience"
+            log.info("the run had ended after %d steps (by %s) and continues", self.step, reason)
             self.stopped = ""
 
     def as_plain(self) -> dict[str, Any]:
@@ -179,7 +180,13 @@ def check_same_run(
         )
     for key in sorted(SCHEDULE_KEYS):
         if old[key] != new[key]:
-            log.warning("%s changed from %s to %s; it applies from step %d", key, old[key], new[key], state["step"] + 1)
+            log.warning(
+                "%s changed from %s to %s; the new value applies from step %d",
+                key,
+                old[key],
+                new[key],
+                state["step"] + 1,
+            )
     if config.train.steps < state["step"]:
         raise TrainingError(
             f"{run_dir}: cannot resume, train.steps={config.train.steps} is below the step of the checkpoint ({state['step']}); "
@@ -193,14 +200,16 @@ def check_same_run(
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
             "the checkpoint was written by an earlier version. If the set has more than levels.fit_spots=%d training spots, that version "
-            "selected genes and fitted levels on other spots; then start a new run from these weights (`start_from`) instead",
+            "selected genes and fitted levels on other spots; in that case, start a new run from these weights with `start_from`",
             config.levels.fit_spots,
         )
     now_run = config.engine.kind, size
     then_run = state["config"].get("engine", {}).get("kind", "auto"), state.get("world_size", 1)
     if now_run != then_run:
         log.warning(
-            "engine changed from %s on %d ranks to %s on %d; results may differ by rounding", *then_run, *now_run
+            "engine.kind and the number of ranks changed from %s and %d to %s and %d; results may differ by rounding",
+            *then_run,
+            *now_run,
         )
     for what, now in (("device", device.type), ("torch", torch.__version__)):
         if state.get(what, now) != now:

@@ -30,7 +30,7 @@ def in_parts(config: RunConfig, size: int) -> bool:
     """Return whether checkpoints have one file per rank (``train.checkpoint``): by default under ZeRO 3 on several ranks.
 
     No rank then needs memory for the whole model. Everywhere else rank 0 holds all weights anyway, and files of whole tensors are
-    simpler to read. Parts on NVMe are gathered one by one, as before.
+    simpler to read. Parameters on NVMe are gathered one by one into whole tensors.
     """
     engine = config.engine
     nvme = "nvme" in (engine.offload_optimizer, engine.offload_param)
@@ -150,9 +150,7 @@ class CheckpointSaver:
     def load_best(self, progress: RunState) -> None:
         """Load the best weights into the task's module, unless they are the current weights or there was no validation.
 
-        Called on rank 0 only.
-
-        The best weights are those that were validated: the averaged weights, if the checkpoint has any.
+        Called on rank 0 only. The best weights are those that were validated: the averaged weights, if the checkpoint has any.
         """
         self._check_best(progress)
         if progress.best_step and progress.best_step != progress.step:

@@ -26,7 +26,7 @@ def damage_of_parts(root: Path, group: Group, pause: Pause) -> dict[int, str]:
     Returns
     -------
     dict
-        What is damaged by step, or an empty text; equal on all ranks.
+        For each verified step, the error of its index or of a damaged file, or an empty text if it is valid; equal on all ranks.
     """
     damage: dict[int, str] = {}
     while True:

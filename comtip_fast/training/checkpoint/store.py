@@ -136,7 +136,7 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
 
 @contextmanager
 def cannot_write(root: Path, step: int, size: int) -> Iterator[None]:
-    """Turn errors of the disk while a checkpoint of ``size`` bytes is written into a :class:`RestartError`."""
+    """Turn errors of the disk while a checkpoint of ``size`` bytes (0 if unknown) is written into a :class:`RestartError`."""
     try:
         yield
     except Exception as error:
@@ -146,9 +146,10 @@ def cannot_write(root: Path, step: int, size: int) -> Iterator[None]:
         free = shutil.disk_usage(root).free / 2**20
         older = [s for s in steps_of(root) if s != step]
         last = f"the checkpoint of step {older[-1]} is unchanged" if older else "there is no earlier checkpoint"
+        needed = f"it needs {size / 2**20:.1f} MiB, " if size else ""
         raise RestartError(
-            f"{folder_of(root, step)}: cannot write this checkpoint: {problem}; it needs {size / 2**20:.1f} MiB, "
-            f"{free:.1f} MiB are free; {last}; {disk_fix(error)}, then {ADVICE}"
+            f"{folder_of(root, step)}: cannot write this checkpoint: {problem}; {needed}{free:.1f} MiB are free; {last}; "
+            f"{disk_fix(error)}, then {ADVICE}"
         ) from error
 
 
@@ -284,7 +285,8 @@ def newest_good(
     root
         Folder of the checkpoints.
     damage
-        What is known of checkpoints in parts, by step: what is damaged, or an empty text if nothing is. Others are verified here.
+        Result of :func:`.shard_verify.damage_of_parts`: the error of each verified checkpoint in parts, by step, or an empty text if
+        it is valid. Others are verified here.
     in_parts
         Whether the tensors of a checkpoint in parts are left on disk.
     moments

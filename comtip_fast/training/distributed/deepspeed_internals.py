@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def disable_shm_comm(deepspeed: ModuleType) -> None:
@@ -73,32 +73,6 @@ class NormLimit:
         total = torch.linalg.vector_norm(known.masked_fill(known < 0, torch.inf))
         self._norm = total
         return list(known.masked_fill(total > self._limit, torch.inf).unbind())
-
-
-class Partition:
-    """Partitions parameters for ZeRO 3, one at a time, before DeepSpeed is initialized with their module.
-
-    Parameters
-    ----------
-    deepspeed
-        The package.
-    settings
-        DeepSpeed's config of the run.
-    """
-
-    def __init__(self, deepspeed: ModuleType, settings: dict[str, Any]) -> None:
-        self._deepspeed, self._settings = deepspeed, settings
-        self._first: Any = None
-
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """Replace the data of a parameter by this rank's part; a collective call."""
-        if self._first is None:
-            holder = nn.ParameterList([parameter])
-            self._deepspeed.zero.Init(module=holder, config_dict_or_path=self._settings)
-            self._first = parameter
-        else:
-            # As DeepSpeed partitions what is added to a module that it has partitioned.
-            self._first.convert_to_zero_parameters(param_list=[parameter])
 
 
 def shards_of(zero_optimizer: Any, stage: int) -> list[tuple[int, Tensor]]:

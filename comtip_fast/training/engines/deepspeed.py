@@ -1,8 +1,8 @@
 """Engine for DeepSpeed ZeRO 0 to 3; DeepSpeed's config is derived from the run's config (:func:`deepspeed_config`).
 
 Precision, gradient accumulation and checkpoints do not use DeepSpeed's own implementation: autocast runs inside the forward
-pass, accumulation is gradient caching with the negatives of the global batch, and checkpoints hold full tensors, so that a
-run can resume with another engine, ZeRO stage or number of ranks.
+pass, accumulation is gradient caching with the negatives of the global batch, and checkpoints hold full tensors or indexed
+parts of them, so that a run can resume with another engine, ZeRO stage or number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
 from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, clip, exceeds
-from comtip_fast.training.engines.paged_weights import paged_weights, release
 from comtip_fast.training.engines.zero3_shards import Zero3Shards
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
@@ -97,11 +96,7 @@ class DeepSpeedEngine:
         os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed, also without a launcher
         # ZeRO 3 partitions the parameters of its module, so it gets a copy; see :meth:`gathered_for_read`.
         self._task_module = module
-        paged = paged_weights(module) if self.stage == 3 else None
-        self._taken = (
-            _taken_names(module, set() if paged is None else paged.names(module)) if self.stage == 3 else set()
-        )
-        self.module = _moved(module, self._taken) if self.stage == 3 else module
+        self.module = _moved(module) if self.stage == 3 else module
         # Optimizer state that is offloaded is updated on the host.
         self._fused = not devices.reads_are_free(device) and config.engine.offload_optimizer == "none"
         self.optimizer = make_optimizer(self.module, config.optim, fused=self._fused)
@@ -109,14 +104,10 @@ class DeepSpeedEngine:
         group_of = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
         self._group_of = {name: group_of[id(p)] for name, p in self._trained()}
         self.autocast = autocast_of(config, device)
-        settings = deepspeed_config(config, group.size, device.type == "cuda")
-        if paged is not None:
-            paged.hand_over(self.module, internals.Partition(self._deepspeed, settings))
-            release(module)
         initialized = self._deepspeed.initialize(
             model=StepModule(self.module, self.autocast),
             optimizer=self.optimizer,
-            config=settings,
+            config=deepspeed_config(config, group.size, device.type == "cuda"),
             dist_init_required=False,
         )
         self._engine = initialized[0]
@@ -199,7 +190,7 @@ class DeepSpeedEngine:
     ) -> Iterator[None]:
         """See :meth:`.base.Engine.gathered_for_read`; ZeRO 3 gathers one tensor at a time into the task's module.
 
-        With ZeRO 3, the weights that the engine has taken over are empty in the task's module outside of this context.
+        With ZeRO 3, the trained weights of the task's module are empty outside of this context.
         """
         if self.stage < 3:
             yield
@@ -217,7 +208,7 @@ class DeepSpeedEngine:
         try:
             yield
         finally:
-            _empty(self._task_module, self._taken)
+            _empty(self._task_module)
 
     def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
         """See :meth:`.base.Engine.optimizer_state`; gathers one tensor at a time."""
@@ -326,7 +317,11 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
     folder = torch_internals.build_folder(builder.name)
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
         # Older PyTorch waits forever for the lock of a killed build (PyTorch issue 189245).
-        log.info("DeepSpeed compiles %s (a few minutes); if it hangs, delete %s", builder.name, folder / "lock")
+        log.info(
+            "DeepSpeed compiles %s (a few minutes); if this hangs, delete %s",
+            builder.name,
+            folder / "lock",
+        )
     try:
         builder.load(verbose=False)
     except (RuntimeError, ImportError) as error:
@@ -336,26 +331,18 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
         ) from error
 
 
-def _taken_names(module: nn.Module, divided: set[str]) -> set[str]:
-    """Return the names of the parameters that ZeRO 3 takes over: trained ones, and those that are divided over ranks.
-
-    Other frozen weights stay in the task's module too, because the loader uses a frozen stem between steps.
-    """
-    return divided | {name for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _moved(module: nn.Module, taken: set[str]) -> nn.Module:
-    """Return a copy of ``module`` that takes over the named weights; these weights of ``module`` become empty."""
-    named = [(name, q) for name, q in module.named_parameters() if name in taken]
-    moved = copy.deepcopy(module, {id(q): nn.Parameter(q.data, requires_grad=q.requires_grad) for _, q in named})
-    _empty(module, taken)
+def _moved(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` that takes over its trained weights; the weights of ``module`` become empty."""
+    taken: dict[int, Any] = {id(q): nn.Parameter(q.data) for q in module.parameters() if q.requires_grad}
+    moved = copy.deepcopy(module, taken)
+    _empty(module)
     return moved
 
 
-def _empty(module: nn.Module, names: set[str]) -> None:
-    """Free the named weights of a module."""
-    for name, parameter in module.named_parameters():
-        if name in names:
+def _empty(module: nn.Module) -> None:
+    """Free the trained weights of a module; frozen weights stay, because the loader uses a frozen stem between steps."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
             parameter.data = parameter.data.new_empty(0)
 
 

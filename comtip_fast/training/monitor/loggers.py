@@ -64,7 +64,8 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
-                "train.tensorboard=true: TensorBoard is not installed; run pip install 'comtip-fast[log]', or set it to false"
+                "train.tensorboard=true: TensorBoard is not installed; run pip install 'comtip-fast[log]', or set "
+                "train.tensorboard=false"
             ) from error
         # A resumed run repeats the steps after its checkpoint; purge_step hides their earlier events.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
@@ -88,7 +89,8 @@ class WandbLogger:
             import wandb
         except ImportError as error:
             raise ValueError(
-                f"train.wandb={project}: Weights & Biases is not installed; run pip install 'comtip-fast[log]', or leave it empty"
+                f"train.wandb={project}: Weights & Biases is not installed; run pip install 'comtip-fast[log]', or leave "
+                "train.wandb empty"
             ) from error
         known = folder / "wandb_id"
         if not known.exists():

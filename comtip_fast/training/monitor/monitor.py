@@ -104,7 +104,7 @@ class SpikeDetector:
             (norm, self._norms, self.config.norm_jump, "gradient norm"),
         ):
             usual = statistics.median(before) if len(before) >= 20 else math.nan
-            if message is None and limit and value > limit * abs(usual):
+            if message is None and limit and usual and value > limit * abs(usual):
                 message = f"{what} {value:.4g} is {value / usual:.1f} times the median of the last {len(before)} steps"
             if math.isfinite(value):
                 before.append(value)

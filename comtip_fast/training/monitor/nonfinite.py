@@ -65,7 +65,14 @@ def report_spike(path: Path, done: FinishedStep, parts: dict[str, float], policy
 def nonfinite_message(path: Path, step: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]) -> str:
     """Return an error message that names the non-finite loss parts and gradients, the first spots, and the file at ``path``."""
     bad = [k for k, v in parts.items() if not math.isfinite(v)]
-    what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
+    named = [k for k in bad if k != "loss"]
+    what = ("the loss" if bad else "the gradient") + " is not finite"
+    if named:
+        what = (
+            f"loss part {named[0]} is not finite"
+            if len(named) == 1
+            else f"loss parts {', '.join(named)} are not finite"
+        )
     first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
     some = ", ".join(str(i) for i in spots[:5].tolist())
-    return f"step {step}: {what} is not finite{first}; spots {some} ...; the full batch is in {path}"
+    return f"step {step}: {what}{first}; spots {some} ...; the full batch is in {path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
-from comtip_fast.models.readout import LinearReadout, ReadoutSettings, tile_features
+from comtip_fast.models.readout import BLOCKS, LinearReadout, ReadoutSettings, tile_features
 from comtip_fast.models.section_statistics import standardise
 from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_cohort
 
@@ -39,7 +40,7 @@ def fit_readout(
     Returns
     -------
     LinearReadout or None
-        None if no cohort has enough training spots.
+        None if no cohort has at least :data:`MIN_SPOTS` readable training spots and 2 genes.
     """
     readout = LinearReadout(ReadoutSettings(config.readout.views, config.readout.context, config.align.dim), [])
     cohorts: dict[str, list[int]] = {}
@@ -54,8 +55,20 @@ def fit_readout(
         head = fit_cohort(data, readout.settings, min_donors=config.readout.min_donors)
         readout.heads.append(head)
         n = sum(len(s.x_NF) for s in data.train)
-        log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, head.facts)
+        log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, _choices(head.facts))
     return readout if readout.heads else None
+
+
+def _choices(facts: dict[str, Any]) -> str:
+    """Return the number of programmes and the ridge penalty of every block of features as text for the log."""
+    parts = []
+    for block in BLOCKS:
+        for norm, one in facts.get(block, {}).items():
+            score = "not scored" if one["score"] is None else f"PCC {one['score']:.3f}"
+            parts.append(
+                f"{block}, {norm}: {one['programmes'] or 'all'} programmes, ridge penalty {one['alpha']:g} ({score})"
+            )
+    return "; ".join(parts)
 
 
 def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: list[int]) -> CohortData | None:
@@ -69,7 +82,7 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     n = sum(len(raw[i][0]) for i in fitted)
     if n < MIN_SPOTS or rows.size < 2:
         log.warning(
-            "no linear readout for %s: %d readable training spots and %d genes; it needs %d spots and 2 genes",
+            "no linear readout for %s: %d readable training spots and %d genes, but at least %d spots and 2 genes are needed",
             cohort,
             n,
             rows.size,

@@ -27,7 +27,8 @@ class SpikeLimit:
     """Limit on the gradient norm of one step."""
 
     norm: Tensor
-    """Largest norm that is not a spike, fp32 scalar on the device; infinite while fewer than :data:`LEAST` norms are known."""
+    """Largest norm that is not a spike, fp32 scalar on the device; infinite while fewer than :data:`LEAST` norms are known, or if
+    their median is 0."""
     skip: bool
     """Whether the update of a spike is skipped; otherwise its gradients are clipped to the limit."""
 

@@ -103,7 +103,8 @@ def build_shards(
     max_records
         Maximum number of records per tar file.
     strict
-        Raise if a section fails a check; otherwise failures are reported in ``report/`` and the manifest's notes.
+        Raise if a section fails a check (with ``on_error="skip"``, leave it out); otherwise failures are only reported, in
+        ``report/`` and in the manifest.
     allow_benchmark, benchmark_ids, auto_split, seed
         See :func:`comtip_shards.sections.leakage.enforce_split_policy`.
     jobs
@@ -122,8 +123,8 @@ def build_shards(
     Raises
     ------
     SourceError, ShardError
-        An argument or a source is invalid, a donor in ``test`` is also in ``train`` or ``val``, ``out`` holds other files
-        or cannot be written, or a worker process was killed.
+        An argument or a source is invalid, a donor in ``test`` is also in ``train`` or ``val``, duplicate sections are in
+        different splits, ``out`` holds other files or cannot be written, or a worker process was killed.
     """
     policy = check_policy(on_error, part)
     unopened = [Failure(name, reason) for name, reason in (failed or {}).items()]
@@ -250,7 +251,7 @@ def check_sections(sections: Sequence[SectionRecords], out: Path, *, strict: boo
     Raises
     ------
     SourceError
-        With ``strict``, a section failed a check; or two splits share a section.
+        With ``strict``, a section failed a check; or duplicate sections are in different splits.
     """
     heads = (s.head() for s in sections)  # one at a time, to bound memory
     write_pages(((h.meta.section_id, h.pages, h.source["checks"]) for h in heads), out / REPORTS)
@@ -297,7 +298,7 @@ def assign_splits(
 
 
 def part_of(metas: Sequence[SectionMeta], part: tuple[int, int] | None) -> BuildPart | None:
-    """Return the sections of part (i, n), or None if ``part`` is None.
+    """Return part (i, n) of a set with the positions of its sections, or None if ``part`` is None.
 
     A part holds every n-th section, so that similar neighbours in the source are distributed over the parts.
 

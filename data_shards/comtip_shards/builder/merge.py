@@ -164,8 +164,8 @@ def _check_settings(manifests: dict[str, Manifest]) -> None:
             one, two = getattr(first, what), getattr(other, what)
             if one != two:
                 raise ShardError(
-                    f"{name} and {other_name} differ in {what}: {one} and {two}; build both with the same settings and "
-                    "package versions"
+                    f"{name} and {other_name}: the manifests differ in {what}: {one} and {two}; build both sets with the same "
+                    "settings and package versions"
                 )
 
 
@@ -206,7 +206,7 @@ def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
         by_index[part.index] = name
     missing = [f"{i}/{of}" for i in range(1, of + 1) if i not in by_index]
     if missing:
-        raise ShardError(f"part {', '.join(missing)} is missing; build it with `part` and add it")
+        raise ShardError(f"missing parts of the build: {', '.join(missing)}; build each with `part` and add it")
     by_position = {
         position: FinishedSection(name, manifests[name].digest, i)
         for name, part in parts.items()

@@ -37,8 +37,8 @@ def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
         raise SourceError(f"`on_error` {on_error!r} is unknown; use {' or '.join(get_args(OnError))}")
     if on_error == "skip" and part is not None:
         raise SourceError(
-            "`on_error=skip` cannot be combined with `part`, because all parts must agree on the sections; remove the "
-            "failing rows from the table"
+            "`on_error=skip` cannot be combined with `part`, because all parts must agree on the sections; leave `on_error` "
+            "out, and exclude the sections that fail from every part"
         )
     return on_error  # type: ignore[return-value]
 
@@ -80,7 +80,7 @@ def text_of(failures: list[Failure], n_sections: int, staging: Path) -> str:
     """Return the message about the sections that were left out, empty if there are none."""
     if not failures:
         return ""
-    lines = [f"\n{len(failures)} of {n_sections} sections could not be built and were left out:"]
+    lines = [f"\nsections that could not be built and were left out ({len(failures)} of {n_sections}):"]
     lines += [f"  {f.section_id}: {f.reason}" for f in failures]
     kept = f": finished sections are kept in {staging} (delete it if the set is final)" if staging.is_dir() else ""
     lines.append(f"fix them and run the same command again{kept}")

@@ -113,7 +113,7 @@ def _write_section(section: Section, meta: SectionMeta, tile: TileSpec, folder: 
         checked = check_section(replace(section, meta=meta), slide, tile_um=tile.um)
         notes = [*section.notes, *slide.notes, *_notes(meta, tile), *checked.lines]
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
-    counts = genes.sum_columns(section.counts)
+    counts = genes.sum_columns(section.counts, f"section {meta.section_id}")
     np.savez(
         folder / "counts.npz",
         indptr=counts.indptr.astype(np.int64),

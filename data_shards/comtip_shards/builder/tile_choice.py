@@ -51,18 +51,18 @@ def choose_tile(
     sections
         All sections of the set.
     px, um
-        Width in px and in um. Default: 112 um in 224 px, or in fewer px (a multiple of 32) if the coarsest image is coarser
-        than 0.5 um per px.
+        Width in px and in um. Default: 112 um, in 224 px or, if the coarsest image has fewer px in the width of the tile, in
+        fewer (a multiple of 32).
     min_mpp
         Finer images are downsampled to this many um per px. Default: the tile's own um per px, at which no detail of the
-        tile is lost; or, if sections differ, the um per px of the coarsest.
+        tile is lost, or that of the images if they are coarser; if they differ by more than 5 %, that of the coarsest.
     codec, quality
         Encoding of the tiles.
 
     Raises
     ------
     SourceError
-        A value is out of range.
+        A value is out of range, or ``codec`` is unknown.
     """
     um = FIELD_UM if um is None else um
     check_tile(TileSpec(FIELD_PX if px is None else px, float(um), FIELD_UM / FIELD_PX, codec, quality))
@@ -83,7 +83,7 @@ def _seen(scales: Sequence[float], tile_mpp: float) -> tuple[float, float]:
 
 
 def check_tile(tile: TileSpec) -> TileSpec:
-    """Return the tile, or raise :class:`SourceError` if a value is out of range."""
+    """Return the tile; raises :class:`SourceError` if a value is out of range or the codec is unknown."""
     if tile.codec not in record.CODECS:
         raise SourceError(f"`codec` {tile.codec!r} is unknown; use {', '.join(record.CODECS)}")
     if not 1 <= tile.quality <= 100:
@@ -91,7 +91,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
     if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
         raise SourceError(
             f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; set `tile_um` to 1 to 10000, "
-            "`tile_px` to 8 to 4096 and `min_mpp` to at most 100"
+            "`tile_px` to 8 to 4096 and `min_mpp` to above 0 and at most 100"
         )
     return tile
 
@@ -99,7 +99,8 @@ def check_tile(tile: TileSpec) -> TileSpec:
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
     """Return the cost of the tile for a section: resolution that its image has and the set does not, or the reverse.
 
-    ``None`` if the tile keeps the image's resolution within 5 %, or is at least as fine as the default tile.
+    ``None`` if the tile keeps the image's resolution within 5 %, or if the image is only downsampled to the tile's own um per
+    px, and this is at most that of the default tile (0.5, within 5 %).
     """
     tile_mpp = tile.um / tile.px
     kept = max(tile_mpp, tile.min_mpp)

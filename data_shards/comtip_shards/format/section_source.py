@@ -65,8 +65,6 @@ def check_source(source: dict[str, Any]) -> dict[str, Any]:
     for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):
         size = len(base64.b64decode(text, validate=True))
         if size % unit or not (name == "spots" or size) or size > most:
-            raise ValueError(
-                f"print.{name} (fingerprint of the section) has {size} bytes, expected a multiple of {unit} and at most "
-                f"{most}"
-            )
+            wanted = f"{most}" if unit == most else f"a multiple of {unit} and at most {most}"
+            raise ValueError(f"print.{name} (fingerprint of the section) has {size} bytes, expected {wanted}")
     return source

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from comtip_shards.errors import SourceError
+
 SPECIES = ("human", "mouse")
 RESOURCE = "genes_v1.tsv.gz"
 _ENSEMBL = re.compile(r"(ENS(?:MUS)?G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
@@ -167,7 +169,7 @@ class GeneResource:
         )  # ambiguous: more than one candidate
 
     def _dots(self, text: str, species: str) -> set[int]:
-        """Return the symbols whose separators R or Seurat replaced (HLA.A), and those with an X before a digit."""
+        """Return the rows of symbols that R or Seurat may have changed to ``text``: separators replaced (HLA.A), X before a digit."""
         if _SEPARATOR.search(text):
             return self._dotted.get((species, _dotted(text)), set())
         if text[:1] in "Xx" and text[1:2].isdigit():
@@ -225,13 +227,13 @@ class GeneMap:
             out[hit.how] = out.get(hit.how, 0) + 1
         return out
 
-    def sum_columns(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    def sum_columns(self, counts: sparse.csr_matrix, where: str = "the counts") -> sparse.csr_matrix:
         """Return counts per key, int32 (n, len(keys)): the columns of a key are summed, unmapped columns are dropped.
 
         Raises
         ------
-        OverflowError
-            A summed count exceeds int32.
+        SourceError
+            A summed count exceeds int32; the message starts with ``where`` and names the key.
         """
         known = np.flatnonzero(self.column_to_key >= 0)
         shape = (counts.shape[1], len(self.keys))
@@ -240,7 +242,11 @@ class GeneMap:
         out = sparse.csr_matrix(counts.astype(np.int64) @ to_key, dtype=np.int64)
         out.sort_indices()
         if out.nnz and out.data.max() > np.iinfo(np.int32).max:
-            raise OverflowError("a summed count exceeds 2,147,483,647; check that the counts are raw")
+            key = self.keys[int(out.indices[out.data.argmax()])]
+            raise SourceError(
+                f"{where}: the columns of {key} sum to {out.data.max():,} in one spot, but at most 2,147,483,647 can be stored; check "
+                "that the counts are raw"
+            )
         return out.astype(np.int32)
 
     def report(self) -> str:
@@ -249,7 +255,7 @@ class GeneMap:
         lines = [f"{len(self.hits)} gene columns: {parts or 'none mapped'}; {len(self.unmapped)} not mapped"]
         if self.collisions:
             shown = "; ".join(f"{k} <- {' + '.join(v)}" for k, v in list(self.collisions.items())[:3])
-            lines.append(f"{len(self.collisions)} keys sum several columns: {shown}")
+            lines.append(f"keys that sum several columns: {len(self.collisions)}, e.g. {shown}")
         if self.unmapped:
             lines.append(
                 f"not mapped, left out: {', '.join(self.unmapped[:8])}{' ...' if len(self.unmapped) > 8 else ''}"

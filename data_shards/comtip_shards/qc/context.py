@@ -61,7 +61,7 @@ class SectionContext:
     """Their centres, px of the downsampled image, float (n, 2)."""
     tile_um: float
     hires: dict[str, float] = field(default_factory=dict)
-    """Scale factors from a scalefactors_json.json next to the image, such as ``tissue_hires_scalef``."""
+    """Scale factors from a scalefactors_json.json next to the image or in ``spatial/``, such as ``tissue_hires_scalef``."""
     memo: dict[Hashable, Any] = field(default_factory=dict)
     """Cache of values shared by several checks."""
 
@@ -167,7 +167,7 @@ class SectionContext:
 
     @cached_property
     def _expression(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the spots used for the fit, and their standardised expression (n, 1 + components)."""
+        """Rows of the spots used for the fit, and their :func:`expression_components`; (n, 0) if there are too few spots."""
         enough = np.flatnonzero(self.totals >= max(20, 0.1 * np.median(self.totals)))
         if len(enough) > MAX_FIT_SPOTS:
             enough = enough[np.linspace(0, len(enough) - 1, MAX_FIT_SPOTS).astype(int)]
@@ -214,7 +214,10 @@ class SectionContext:
 
 
 def expression_components(counts: sparse.csr_matrix) -> np.ndarray:
-    """Return log total counts and the first principal components of log1p CP10K, standardised (n, 1 + k)."""
+    """Return log total counts and the first principal components of log1p CP10K, standardised, float64 (n, at most 6).
+
+    Constant columns are left out.
+    """
     totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
     logged = sparse.csr_matrix(counts.multiply(1e4 / totals[:, None]))
     logged.data = np.log1p(logged.data)

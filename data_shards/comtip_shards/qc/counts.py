@@ -9,12 +9,15 @@ import numpy as np
 from comtip_shards.genes.identifiers import map_genes
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import Finding, graded, not_applicable
+from comtip_shards.sources.files.spots import NO_COUNTS, NO_POSITION
+from comtip_shards.sources.spatialdata_source import NO_ROW, NO_SHAPE
 
 JOIN_WARN, JOIN_FAIL = 0.01, 0.2
 """Share of spots with only counts or only a position. Some arrays omit spots at the rim; if a fifth is missing, the two
 files belong to different sections or name spots differently."""
-NOT_LOST = "not in tissue"
-"""The reason for dropping spots that does not count as a loss."""
+LOST = {NO_COUNTS: "spots", NO_POSITION: "spots", NO_SHAPE: "", NO_ROW: ""}
+"""{reason: its subject} for spots with only counts or only a position. Other reasons, such as "not in tissue", excluded spots with
+both."""
 GENES_WARN, GENES_FAIL = 0.05, 0.5
 """Share of counts of genes without a known identifier: clones and control probes are 1 to 3 %; half or more indicates
 another species or another kind of identifier."""
@@ -27,9 +30,9 @@ REPEATED_COUNTS, REPEATED_WARN, REPEATED_FAIL = 20, 0.001, 0.05
 def join(context: SectionContext) -> Finding:
     """Check for spots that are in only one of the two files, counts and positions."""
     dropped = context.section.dropped
-    lost = {reason: n for reason, n in dropped.items() if reason != NOT_LOST}
+    lost = {f"{LOST[reason]} {reason}".strip(): n for reason, n in dropped.items() if reason in LOST}
     figure = sum(lost.values()) / (len(context.section.spot_ids) + sum(dropped.values()))
-    message = "; ".join(f"{n} spots {reason}" for reason, n in lost.items()) or "every spot has counts and a position"
+    message = "; ".join(f"{n} {what}" for what, n in lost.items()) or "every spot has counts and a position"
     return graded(
         "join",
         figure,
@@ -41,16 +44,17 @@ def join(context: SectionContext) -> Finding:
 
 
 def genes(context: SectionContext) -> Finding:
-    """Check the share of counts lost with genes without a known identifier, and genes that share one."""
+    """Check the share of the counts of genes without a known identifier; the message also counts keys of several genes."""
     section = context.section
     mapped = map_genes(section.gene_ids, section.meta.species, symbols=section.gene_symbols)
     total = int(context.totals.sum())
     if not total:
         return not_applicable("genes", "there are no counts")
-    kept = int(mapped.sum_columns(section.counts).sum(dtype=np.int64))
+    summed = mapped.sum_columns(section.counts, f"section {section.meta.section_id}")
+    kept = int(summed.sum(dtype=np.int64))
     message = (
         f"{len(mapped.unmapped)} of {len(section.gene_ids)} genes, with {1 - kept / total:.2%} of all counts, have no known "
-        f"identifier; {len(mapped.collisions)} keys are sums of several"
+        f"identifier; keys that are sums of several genes: {len(mapped.collisions)}"
     )
     return graded(
         "genes",

@@ -8,12 +8,13 @@ than that of shifted maps by chance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import inf, isfinite
+from math import isfinite
 
 import numpy as np
 
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, OK, WARN, Finding, graded, not_applicable
+from comtip_shards.sources.geometry import platform_pitch
 
 ON_TISSUE_WARN, ON_TISSUE_FAIL = 0.9, 0.6
 """Share of spots on tissue. A careful in-tissue list has at most a tenth of its spots on torn or empty areas; with four in
@@ -21,18 +22,11 @@ ten on glass, the list or the positions are wrong."""
 SCALE_WARN, SCALE_FAIL = 0.05, 0.2
 """Relative error of the spacing. Arrays are printed to within 2 % and positions detected to within 1 %; the common errors
 (um per px of another scanner, 20x for 40x, pixels of a downsampled image) exceed 25 %."""
-PITCH_OF_PLATFORM = (
-    ("visium hd", inf),
-    ("visium", 100.0),
-    ("2k", 150.0),
-    ("st", 200.0),
-    ("spatial transcriptomics", 200.0),
-)
-"""(text, distance between spots in um): the first text that the platform's name contains applies; inf if the distance varies."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
-"""Largest scale searched, and smallest scale reported; hires images are 2 to 20 times smaller than full resolution."""
+"""Largest factor searched, and smallest factor reported (or their reciprocals); hires images are 2 to 20 times smaller than full
+resolution."""
 CORNER_MARGIN = 0.02
 """Minimum gain of fit of a shift. On good sections the best shift gains at most 0.005, and half a spot's width loses 0.03
 to 0.15."""
@@ -58,15 +52,6 @@ def on_tissue(context: SectionContext) -> Finding:
         "check the overlay: leave out spots off tissue (in_tissue = 0), or give positions in px of this image",
         spots=tuple(off.tolist()),
     )
-
-
-def platform_pitch(platform: str) -> float:
-    """Return the spot distance of a platform in um, NaN if it is not known."""
-    name = f" {platform.lower()} "
-    for text, pitch in PITCH_OF_PLATFORM:
-        if text in name:
-            return pitch if isfinite(pitch) else float("nan")
-    return float("nan")
 
 
 def scale(context: SectionContext) -> Finding:
@@ -147,7 +132,7 @@ def _best_scale(context: SectionContext) -> tuple[float, float]:
     """Return (factor on positions, its fit) of the best scale, from a grid search in 1 % steps that is then refined."""
     steps = int(np.log(RESOLUTION_RANGE) / 0.01)
     limits = np.array([context.picture_HW3.shape[1], context.picture_HW3.shape[0]]) * 1.05
-    # Exclude factors for which all positions are within a few px, or outside the image.
+    # Exclude factors that move a position outside the image, or all positions into a twentieth of its longer side.
     low, high = context.xy.min(0), context.xy.max(0)
     factors = [
         f
@@ -193,7 +178,7 @@ def corner(context: SectionContext) -> Finding:
         return Finding(name=name, status=OK, figure=round(gain, 4), threshold=CORNER_MARGIN, message=message)
     advice = "positions are shifted from their tissue: check the alignment of image and array"
     if dx == dy > 0:
-        advice = f"positions are top-left corners: add half a tile's width ({dx:g} um) to x and y"
+        advice = f"positions are top-left corners: add half the width of a tile or spot ({dx:g} um) to x and y"
     return Finding(
         name=name, status=WARN, figure=round(gain, 4), threshold=CORNER_MARGIN, message=message, advice=advice
     )

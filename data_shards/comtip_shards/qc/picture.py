@@ -25,7 +25,7 @@ def blur(context: SectionContext) -> Finding:
     figure = sharpness(context.patches_NPP3)
     if not np.isfinite(figure):
         return not_applicable("blur", "the image has a single colour")
-    message = f"edges of one px are {figure:.2f} as strong as edges of two px"
+    message = f"edges of one px are {figure:.2f} times as strong as edges of two px"
     return graded(
         "blur",
         figure,

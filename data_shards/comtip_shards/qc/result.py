@@ -69,6 +69,7 @@ class SectionReport:
     """Provenance of the section: dataset, donor, platform, um per px, ..."""
     findings: list[Finding]
     spot_ids: list[str] = field(default_factory=list)
+    """Ids of all spots, to which :attr:`Finding.spots` refers; empty if the section could not be read."""
     overlay: bytes = b""
     """JPEG of the image with its spots, empty if the section could not be read."""
 
@@ -153,4 +154,4 @@ def refuse_failed(sections: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -
     failed = [(i, f) for i, findings in sections for f in findings if f["status"] == FAIL]
     if failed:
         text = "\n".join(f"  {i}: {f['name']}: {f['said']}; {f['advice']}" for i, f in failed)
-        raise SourceError(f"`strict`: {len({i for i, _ in failed})} sections fail checks (see report/):\n{text}")
+        raise SourceError(f"`strict`: sections that fail checks (see report/): {len({i for i, _ in failed})}\n{text}")

@@ -17,7 +17,7 @@ from comtip_shards.qc.page import overlay, pages, write_pages
 from comtip_shards.qc.result import FAIL, Finding, SectionReport, explain
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
-from comtip_shards.slides.tiles import FIELD_UM, shrunk_size
+from comtip_shards.slides.tiles import FIELD_UM, check_tile_um, shrunk_size
 from comtip_shards.sources.base import SectionSource
 
 CHECKS: tuple[Callable[[SectionContext], Finding], ...] = (
@@ -183,8 +183,9 @@ def check_sources(
     Raises
     ------
     SourceError
-        ``out`` holds other files.
+        ``out`` is a file, or holds other files, or ``tile_um`` is out of range.
     """
+    check_tile_um(tile_um)
     out = Path(out).resolve()  # the folder itself may be a link; files below it must not be
     if out.exists() and not out.is_dir():
         raise SourceError(f"{out} is a file; give a folder")

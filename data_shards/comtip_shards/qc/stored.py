@@ -95,11 +95,11 @@ def _parse(text: str, section_id: str) -> _Report:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if (read.format, read.version, read.section_id) != (FORMAT, VERSION, section_id):
-        raise ValueError("it is not the report of this section")
+        raise ValueError("the JSON is the report of another section or version")
     if not {read.status, *(f.status for f in read.findings)} <= set(STATUSES) or len(read.findings) > MAX_FINDINGS:
-        raise ValueError("its findings are not from a check")
+        raise ValueError(f"the JSON has an unknown status or more than {MAX_FINDINGS} findings")
     if any(len(f.spots) != min(f.n_spots, MAX_LISTED_SPOTS) for f in read.findings):
-        raise ValueError("a finding does not list its spots")
+        raise ValueError("a finding in the JSON lists fewer or more spots than it states")
     return read
 
 
@@ -128,8 +128,10 @@ def _picture(html: str) -> bytes:
         overlay = base64.b64decode(found[1], validate=True)
         with Image.open(io.BytesIO(overlay), formats=["JPEG"]) as image:
             if max(image.size) > OVERLAY_PX:
-                raise ValueError(f"its image has {image.width} x {image.height} px")
+                raise ValueError(
+                    f"the image in the HTML has {image.width} x {image.height} px, more than {OVERLAY_PX} px on a side"
+                )
             image.load()
     except (binascii.Error, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"its image cannot be decoded ({error})") from error
+        raise ValueError(f"the image in the HTML cannot be decoded ({error})") from error
     return overlay

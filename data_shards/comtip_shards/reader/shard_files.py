@@ -34,7 +34,7 @@ class SetFiles:
     name
         The folder or URL, for error messages.
     folder
-        A local folder with at least ``manifest.json``.
+        A local folder with at least ``manifest.json``; for a URL, :meth:`manifest` sets it.
     ranges
         Whether parts of a remote shard are requested by byte ranges, unless the cache holds it. False fetches whole shards
         into the cache.

@@ -92,7 +92,7 @@ class ShardSet:
     def spots(self) -> pd.DataFrame:
         """The spot table, one row per spot, indexed by ``spot_index``.
 
-        Columns: section (number), spot_id, section_id, source_row (row in the source), x_px and y_px (px of the source
+        Columns: section (number), section_id, spot_id, source_row (row in the source), x_px and y_px (px of the source
         image), array_x, array_y (NaN if unknown), label, n_pooled (0 if the spot is not pooled).
         """
         data, n, where = self._reader.spots_table()

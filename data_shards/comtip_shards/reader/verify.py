@@ -48,7 +48,7 @@ class VerifyReport:
             return (
                 f"{self.name}: valid; {self.records} records, {self.counts} counts, every hash and every tile checked"
             )
-        return "\n".join([f"{self.name}: INVALID, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
+        return "\n".join([f"{self.name}: INVALID; problems: {len(self.problems)}", *(f"  {p}" for p in self.problems)])
 
 
 def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = None) -> VerifyReport:

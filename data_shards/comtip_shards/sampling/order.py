@@ -29,10 +29,12 @@ def epoch_batches(
     section, spot_index
         (n,) integers: section of each spot, and the spots.
     batch_size
-        B; the last batch may be smaller.
+        B; the last batch may be smaller, or larger by one spot. With ``sections_per_batch``, any batch may be smaller, because
+        pieces are not cut again to fill it.
     sections_per_batch
         k: spots are shuffled within their section and cut into pieces of about B / k; the pieces are shuffled, and a batch
-        is filled with about k of them, from different sections if available. None shuffles all spots globally.
+        is filled with about k of them, from different sections if available. None shuffles all spots globally, as does a
+        single section.
     seed, epoch
         The order depends only on these.
     run
@@ -112,7 +114,7 @@ def pieces_of(
 
 
 def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.ndarray]:
-    """Fill batches from the front of the queue, skipping sections that are already in the batch.
+    """Fill batches from the front of the queue, first with one piece per section, then with any that still fits.
 
     Only the first ``WINDOW`` pieces of the queue are considered, so that the time is linear in the number of pieces.
     """

@@ -54,8 +54,9 @@ def slot_batches(
     """
     k = sections_per_batch
     if batch_size % n_slots or (k is not None and k % n_slots):
+        also = "" if k is None else f" and sections_per_batch={k}"
         raise ValueError(
-            f"batch_size={batch_size} and sections_per_batch={k} must be multiples of n_slots={n_slots}; change one of them"
+            f"batch_size={batch_size}{also} must be divisible by n_slots={n_slots}; change the one that is not, or n_slots"
         )
     section, spot_index = np.asarray(section), np.asarray(spot_index, np.int64)
     size, streams = batch_size // n_slots, []

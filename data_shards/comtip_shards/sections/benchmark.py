@@ -13,8 +13,11 @@ from typing import Protocol
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.sections.splits import LEARNING, is_stated
+from comtip_shards.storage.regular_file import read_regular
 
 BENCHMARK_FILE = Path(__file__).parent / "benchmark_ids.tsv"
+MAX_BYTES = 64 << 20
+"""Largest size of a list of benchmark ids."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def load_benchmark(extra: Path | None = None) -> dict[str, BenchmarkSection]:
 
 def _read_list(path: Path) -> list[BenchmarkSection]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error}); write UTF-8 text") from error
     if not lines:
@@ -139,7 +143,8 @@ def guard_benchmark(
     if barred:
         text = "\n".join(f"  {m.section_id} (split {m.split}): {why[m.section_id]}" for m in barred)
         raise SourceError(
-            f"{len(barred)} training sections are scored by a benchmark, or share a donor with one that is:\n{text}\n"
+            "sections with split train or val that a benchmark scores, or whose donor has a section that it scores "
+            f"({len(barred)}):\n{text}\n"
             "leave them out (`samples`), move them to split test (`splits`), or allow them explicitly (`allow_benchmark`)"
         )
     out = [replace(m, split="test") if m.section_id in why and m.section_id not in allow else m for m in metas]
@@ -163,7 +168,9 @@ def _protected(metas: Sequence[SectionMeta], benchmark: Mapping[str, BenchmarkSe
         if meta.section_id in why:
             continue
         if meta.donor in donors:
-            why[meta.section_id] = f"its donor {meta.donor} is that of {donors[meta.donor]}, which a benchmark scores"
+            why[meta.section_id] = (
+                f"its donor {meta.donor} is also that of {donors[meta.donor]}, which is on the list of benchmark sections"
+            )
         elif _folded(meta.donor) in names:
             why[meta.section_id] = f"its donor {meta.donor} is that of benchmark section {names[_folded(meta.donor)]}"
     return why

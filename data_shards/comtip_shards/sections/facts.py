@@ -28,12 +28,16 @@ def _as_species(value: Any) -> Any:
     return species_name(value) if isinstance(value, str) else value
 
 
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
 def _as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Text = Annotated[str, Field(min_length=1)]
+_Text = Annotated[str, BeforeValidator(_stripped), Field(min_length=1)]
 _Location = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 
 
@@ -42,6 +46,12 @@ class SectionFacts:
     """Facts about a section; ``None`` means not stated. A stated fact takes precedence over what a reader finds."""
 
     mpp: Annotated[_Positive | None, Field(description="um per px of the image that the positions belong to")] = None
+    trust_mpp: Annotated[
+        bool | None,
+        Field(
+            description="use mpp although the file, the spacing of the spots or the image contradicts it (default: no)"
+        ),
+    ] = None
     species: Annotated[Species | None, BeforeValidator(_as_species), Field(description="species of the section")] = None
     tissue: Annotated[_Text | None, Field(description="organ, e.g. breast")] = None
     donor: Annotated[_Text | None, Field(description="patient or animal; no donor is in training and in test")] = None
@@ -81,7 +91,12 @@ class PoolingOptions:
     ] = None
     min_cover: Annotated[
         float | None,
-        Field(gt=0, le=1, description="smallest share of a pseudo-spot's bins in tissue, Visium HD (default 0.5)"),
+        Field(
+            gt=0,
+            le=1,
+            allow_inf_nan=False,
+            description="smallest share of a pseudo-spot's bins in tissue, Visium HD (default 0.5)",
+        ),
     ] = None
     min_pooled: Annotated[
         int | None,
@@ -109,7 +124,8 @@ class CountOptions:
         Field(description="AnnData, SpatialData: the layer with raw counts, or X or raw (default: found by content)"),
     ] = None
     positions: Annotated[
-        _Text | None, Field(description="AnnData: the key of obsm with spot centres (default: spatial)")
+        _Text | None,
+        Field(description="AnnData: the key of obsm with spot centres (default: spatial, else another usual name)"),
     ] = None
     round_counts: Annotated[
         bool | None,
@@ -163,7 +179,7 @@ def option_names(cls: type[Options]) -> tuple[str, ...]:
 
 
 POOL_KEYS = option_names(PoolingOptions)
-OPTION_KEYS = ("image", "pixels", *option_names(CountOptions))
+OPTION_KEYS = ("image", "pixels", "trust_mpp", *option_names(CountOptions))
 """Fields that only some readers use."""
 FACT_KEYS = tuple(name for name in option_names(SectionFacts) if name not in OPTION_KEYS)
 """Facts about a section, which every reader accepts."""
@@ -238,6 +254,12 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
             raise SourceError(f"`{name}` has no effect here: {what} does not use it; leave it out")
 
 
+def check_trust(facts: SectionFacts) -> None:
+    """Raise :class:`SourceError` if ``trust_mpp`` is stated without the scale that it is about."""
+    if facts.trust_mpp is not None and facts.mpp is None:
+        raise SourceError("`trust_mpp` has no effect here: no `mpp` is stated; state `mpp`, or leave it out")
+
+
 def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:
     """Raise :class:`SourceError` if one of the options ``names`` is stated; ``why`` completes the message."""
     for name in options.stated():
@@ -273,4 +295,5 @@ def _validated(cls: Any, values: Mapping[str, Any]) -> Any:
             must = f"must be {', '.join(most)} or {last}"
         else:
             must = re.sub(r"^\w+ should", "must", first["msg"])
-        raise SourceError(f"`{name}` {str(values[name]) or repr('')}: {must}") from None
+            must = "must not be empty" if first["type"] in ("too_short", "string_too_short") else must
+        raise SourceError(f"`{name}` {str(values[name]).strip() or repr(values[name])}: {must}") from None

@@ -58,7 +58,7 @@ def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
     Raises
     ------
     SourceError
-        A position is more than 2^30 squares away from the origin.
+        A position is 2^30 squares or more away from the origin.
     """
     xy = np.asarray(xy_N2, np.float64)
     index = np.floor(xy / width)

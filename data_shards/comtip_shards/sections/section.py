@@ -164,7 +164,7 @@ class Section:
         x, y = self.xy[:, 0], self.xy[:, 1]
         if not np.isfinite(self.xy).all():
             raise SourceError(
-                f"{self.image_path}: {int((~np.isfinite(self.xy)).any(1).sum())} spots have no position; leave them out"
+                f"{self.image_path}: spots without a position: {int((~np.isfinite(self.xy)).any(1).sum())}; leave them out"
             )
         slack = 0.5 * self.meta.spot_diameter_um / self.meta.mpp
         outside = (x < -slack) | (y < -slack) | (x > width + slack) | (y > height + slack)

@@ -63,7 +63,7 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
     SourceError
         Invalid shares, or an empty split, which can happen with few donors.
     """
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise SourceError(
             f"`auto_split` {','.join(f'{s:g}' for s in shares)}: invalid shares; give shares of train, val and test that "
             "sum to 1"

@@ -82,7 +82,8 @@ def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: i
     Raises
     ------
     SourceError
-        There are more pixels than :func:`whole_limit`, or more than :data:`MAX_EXPANSION` times the bytes of the file.
+        There are more pixels than :func:`whole_limit`; or more than :data:`BOMB_PX` pixels whose decoded bytes exceed
+        :data:`MAX_EXPANSION` times the bytes of the file, unless :data:`MAX_WHOLE_ENV` is set.
     """
     width, height = size
     limit, fix = (

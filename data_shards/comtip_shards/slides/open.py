@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
 from comtip_shards.slides.base import ArraySlide, Slide, check_image_size, check_whole_size
+from comtip_shards.slides.bounded_file import BoundedFile
 from comtip_shards.slides.colour import flattened
 from comtip_shards.slides.pixel_scale import square_mpp, tiff_mpp
 from comtip_shards.slides.wsi import open_windowed, orientation_note, scanner_format
@@ -27,25 +28,48 @@ X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
 """Tags of TIFF."""
 PILLOW_COMPRESSIONS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946}
 """TIFF compressions that every build of Pillow decodes; others depend on how its libtiff was built."""
-IMAGE_SUFFIXES = {".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp"}
+PILLOW_FORMATS = ("TIFF", "PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "GIF", "PPM")
+"""Formats that Pillow may decode. It has others that no section is stored in, and one of them (EPS) starts a program."""
+IMAGE_SUFFIXES = {".tif", ".tiff", ".btf", ".qptiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp"}
 """Suffixes by which images in a folder are found."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MAGIC = (
+    *_TIFF_MAGIC,
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+    b"ZISRAWFILE",
+)
+"""First bytes of TIFF, BigTIFF, JPEG, PNG, JPEG 2000 and CZI."""
 
 
 def open_slide(path: Path) -> Slide:
     """Open the image of a section.
 
-    Large TIFFs and scanner formats are read in windows, which requires the extra ``wsi`` (tifffile and zarr, or
-    openslide); Pillow decodes other images completely.
+    Scanner formats, and TIFFs that are large or that Pillow would decode differently, are read in windows, which requires the
+    extra ``wsi`` (tifffile and zarr, or openslide); Pillow decodes other images completely.
 
     Raises
     ------
     SourceError
         The file is missing, not an image, damaged or too large, or a required package is not installed.
     """
-    if not path.is_file():
-        raise SourceError(f"{path}: no such image; check the path")
+    _refuse_missing(path)
     return open_windowed(path) if _is_windowed(path) else _open_plain(path)
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a regular file is an image by its first bytes, whatever its suffix."""
+    if not path.is_file():  # opening a pipe waits for a writer
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(132)
+    except OSError:
+        return False
+    return head.startswith(_MAGIC) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP") or head[128:132] == b"DICM"
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -56,8 +80,7 @@ def image_size(path: Path) -> tuple[int, int]:
     SourceError
         The file is missing, is not an image, or has too many pixels for one (:func:`.base.check_image_size`).
     """
-    if not path.is_file():
-        raise SourceError(f"{path}: no such image; check the path")
+    _refuse_missing(path)
     if _is_windowed(path):
         with open_windowed(path) as slide:
             return slide.size
@@ -84,6 +107,13 @@ def load_rgb(path: Path) -> np.ndarray:
         return slide.whole()
 
 
+def _refuse_missing(path: Path) -> None:
+    """Raise :class:`SourceError` if there is no file of this name."""
+    if not path.is_file():
+        what = "is a folder, not an image" if path.is_dir() else "no such image"
+        raise SourceError(f"{path}: {what}; check the path")
+
+
 def _is_windowed(path: Path) -> bool:
     return path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path)
 
@@ -94,14 +124,16 @@ def _pillow(path: Path) -> Iterator[Image.Image]:
     # Pillow's default limit is too small for sections; check_image_size and check_whole_size apply instead.
     Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(path) as image:
+        with BoundedFile(path) as file, Image.open(file, formats=PILLOW_FORMATS) as image:
+            file.allow((int(image.width), int(image.height)))
             yield image
     except SourceError:
         raise
     except Exception as error:  # on damaged files also SyntaxError, struct.error, EOFError and others
+        known = f"none of {', '.join(PILLOW_FORMATS)}"
+        text = known if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         reason = not_data(path) or (
-            f"not an image that can be read, or it is truncated or damaged ({type(error).__name__}: {error}); copy it again, or "
-            "convert it to TIFF"
+            f"not an image that can be read, or it is truncated or damaged ({text}); copy it again, or convert it to TIFF"
         )
         raise SourceError(f"{path}: {reason}") from error
 
@@ -113,8 +145,7 @@ def _is_plain(path: Path) -> bool:
             return image.format != "TIFF" or (_is_plain_tiff(image) and scanner_format(path) is None)
     except SourceError:
         with path.open("rb") as file:
-            tiff = file.read(4) in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
-        return not tiff
+            return not file.read(4).startswith(_TIFF_MAGIC)
 
 
 def _is_plain_tiff(image: Image.Image) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from typing import Any
+
+from comtip_shards.errors import SourceError
+
+log = logging.getLogger(__name__)
 
 UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
 """{unit of OME-XML: um}; other units, such as ``pixel``, state no scale."""
@@ -13,13 +18,18 @@ PLAUSIBLE_MPP = (0.05, 20.0)
 """Range of um per px in which a scale is accepted. It excludes 72 and 96 dpi, which are defaults of programs."""
 SQUARE = 1.05
 """Maximum ratio of the scales along x and y for pixels that count as square."""
+DISAGREE, TENFOLD = 1.2, 5.0
+"""Ratio of two scales of an image from which a warning is logged, and from which the stated one is refused. Between them are
+images that were resized without a new tag; a wrong unit or magnification (10x, 40x), or px of another image, is above."""
+MAX_SIDE_UM = 150_000.0
+"""Maximum longer side of an image in um: the largest slides, of whole organs, have 102 x 127 mm."""
 INCH, CENTIMETER = 2, 3
 """Values of the TIFF tag ResolutionUnit; INCH is the default."""
 _UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0}
 
 
 def plausible_mpp(mpp: float | None) -> float | None:
-    """Return um per px rounded to 6 digits, None if it is outside :data:`PLAUSIBLE_MPP`."""
+    """Return um per px rounded to 6 decimals, None if it is outside :data:`PLAUSIBLE_MPP`."""
     if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
         return None
     return round(mpp, 6)
@@ -30,6 +40,50 @@ def square_mpp(x: float | None, y: float | None) -> float | None:
     if x and y and not 1 / SQUARE < x / y < SQUARE:
         return None
     return plausible_mpp(x)
+
+
+def check_stated_mpp(mpp: float, own: float | None, what: str, where: str, *, trusted: bool) -> None:
+    """Compare the stated scale with the one that a file states.
+
+    Parameters
+    ----------
+    mpp, own
+        Stated um per px, and that of the file, None if it states none.
+    what, where
+        What states ``own``, and the source, for messages.
+    trusted
+        Whether the caller states that the file is wrong (``trust_mpp``).
+
+    Raises
+    ------
+    SourceError
+        They differ by a factor of :data:`TENFOLD` or more; from :data:`DISAGREE` on, a warning is logged.
+    """
+    if own is None or 1 / DISAGREE < mpp / own < DISAGREE:
+        return
+    if trusted or 1 / TENFOLD < mpp / own < TENFOLD:
+        log.warning("%s: `mpp` %g is used, but %s states %g um per px; check `mpp`", where, mpp, what, own)
+        return
+    raise SourceError(
+        f"{where}: `mpp` {mpp:g} is {mpp / own:.3g} times the {own:g} um per px that {what} states; correct `mpp` or leave it "
+        "out, or set `trust_mpp=yes` if the file is wrong"
+    )
+
+
+def check_side(size: tuple[int, int], mpp: float, where: str, *, trusted: bool) -> None:
+    """Check that an image of ``size``, (width, height) in px, can show a slide at ``mpp`` um per px.
+
+    Raises
+    ------
+    SourceError
+        Its longer side would be above :data:`MAX_SIDE_UM`, and the scale is not ``trusted``.
+    """
+    side = max(size) * mpp
+    if side > MAX_SIDE_UM and not trusted:
+        raise SourceError(
+            f"{where}: at {mpp:g} um per px the image is {side / 1000:.0f} mm wide or high, more than any slide "
+            f"({MAX_SIDE_UM / 1000:g} mm); correct `mpp`, or set `trust_mpp=yes` if it is right"
+        )
 
 
 def ome_mpp(xml: str, size: tuple[int, int] | None = None) -> float | None:

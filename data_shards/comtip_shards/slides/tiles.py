@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from comtip_shards.errors import SourceError
+
 FIELD_UM, FIELD_PX = 112.0, 224
 """Width of the default tile in um and in px: 0.5 um per px (20x), as in HEST-1k and the encoders trained on it."""
 REFERENCE_MEAN, REFERENCE_STD = (0.20, 0.33, 0.20), (0.13, 0.17, 0.12)
@@ -30,6 +32,13 @@ def shrunk_size(size: tuple[int, int], mpp: float, min_mpp: float) -> tuple[tupl
     shrink, (width, height) = mpp / min_mpp, size
     small = (max(1, round(width * shrink)), max(1, round(height * shrink)))
     return small, mpp * width / small[0], small[0] / width
+
+
+def check_tile_um(um: float) -> float:
+    """Return the width of a tile in um, or raise :class:`SourceError` if it is not between 1 and 10000."""
+    if not 1 <= um <= 10_000:
+        raise SourceError(f"`tile_um` {um:g}: out of range; give the width of a tile in um, 1 to 10000")
+    return um
 
 
 def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple[np.ndarray, float, float]:
@@ -147,6 +156,6 @@ def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> tuple[float, float, float]:
-    """Round to 6 digits, so that the manifest stores exactly the values in use."""
+    """Round to 6 decimals, so that the manifest stores exactly the values in use."""
     a, b, c = (round(float(v), 6) for v in values)
     return a, b, c

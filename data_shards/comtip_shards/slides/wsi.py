@@ -28,6 +28,7 @@ from comtip_shards.slides.colour import (
     to_rgb8,
 )
 from comtip_shards.slides.pixel_scale import square_mpp, tiff_mpp
+from comtip_shards.slides.tiff_tags import check_tiff_tags
 
 CACHE_BYTES = 192 << 20
 """Size in bytes of the cache of decoded blocks, per open slide."""
@@ -50,6 +51,7 @@ def open_windowed(path: Path) -> Slide:
     SourceError
         Neither package can read the image, or the required package is not installed.
     """
+    check_tiff_tags(path)
     openslide = _optional("openslide")
     vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
     if openslide and scanner_format(path) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sections.facts import POOL_KEYS, SourceOptions, check_options, refuse, source_options
+from comtip_shards.sections.facts import POOL_KEYS, SourceOptions, check_options, check_trust, refuse, source_options
 from comtip_shards.sources import (
     anndata_source,
     hest,
@@ -38,6 +38,7 @@ READERS = (
         looks_for="a manifest.tsv with a column sample_id",
         recognise=manifest_table.recognise,
         open=manifest_table.open_sections,
+        options=("trust_mpp",),
         outranks=("*",),
     ),
     Reader(
@@ -58,7 +59,7 @@ READERS = (
     ),
     Reader(
         name="hest",
-        options=("image", "pixels"),
+        options=("image", "pixels", "trust_mpp"),
         looks_for="st/ID.h5ad with wsis/ or patches/ (HEST-1k)",
         recognise=hest.recognise,
         open=hest.open_sections,
@@ -66,7 +67,7 @@ READERS = (
     ),
     Reader(
         name="stimage",
-        options=("image",),
+        options=("image", "trust_mpp"),
         looks_for="ST/, Visium/ or VisiumHD/ with coord/SLIDE_coord.csv (STimage-1K4M)",
         recognise=stimage.recognise,
         open=stimage.open_sections,
@@ -74,14 +75,14 @@ READERS = (
     ),
     Reader(
         name="spatialdata",
-        options=("image", "layer", "round_counts"),
+        options=("image", "trust_mpp", "layer", "round_counts"),
         looks_for="a SpatialData store (.zarr)",
         recognise=spatialdata_source.recognise,
         open=spatialdata_source.open_sections,
     ),
     Reader(
         name="anndata",
-        options=("image", "layer", "positions", "round_counts"),
+        options=("image", "trust_mpp", "layer", "positions", "round_counts"),
         looks_for="an .h5ad with obsm['spatial'], or a folder of them",
         recognise=anndata_source.recognise,
         open=anndata_source.open_sections,
@@ -96,7 +97,7 @@ READERS = (
     ),
     Reader(
         name="legacy_st",
-        options=("image",),
+        options=("image", "trust_mpp"),
         looks_for="count tables ID.tsv.gz with images ID_*.jpg",
         recognise=legacy_st.recognise,
         open=legacy_st.open_sections,
@@ -220,6 +221,7 @@ def _read_by(
     options: SourceOptions,
 ) -> list[SectionSource]:
     """Check that the reader uses every stated option, and open the selected sections of a local source."""
+    check_trust(options.facts)
     if not reader.pools:
         refuse(options, POOL_KEYS, f"{reader.name} has one row per spot and is not pooled")
     check_options(options, reader.options, f"the format {reader.name}")

@@ -6,10 +6,10 @@ lowres); the option ``image`` states the full-resolution image, and ``{id}`` in 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import mpp_by_tag
+from comtip_shards.slides.pixel_scale import check_stated_mpp
 from comtip_shards.sources.anndata_parts.libraries import Library, libraries_of
 from comtip_shards.sources.anndata_parts.obs_facts import ObsFacts, facts_of
 from comtip_shards.sources.anndata_parts.picture import (
@@ -36,10 +37,16 @@ from comtip_shards.sources.anndata_parts.spots import gene_names, read_spots
 from comtip_shards.sources.anndata_parts.store import Store, files_of, open_store, stem_of
 from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
 from comtip_shards.sources.files.packaging import unpacked
-from comtip_shards.sources.geometry import MAX_RATIO, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap, visium_mpp
+from comtip_shards.sources.geometry import (
+    MAX_RATIO,
+    VISIUM_PITCH_UM,
+    ScaleCheck,
+    check_pitch,
+    max_ratio,
+    median_gap,
+    visium_mpp,
+)
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
-
-log = logging.getLogger("comtip_shards")
 
 
 def recognise(path: Path) -> str | None:
@@ -145,13 +152,17 @@ def view_library(
     facts = facts_of(obs.iloc[rows], options.facts, store)
     facts = replace(facts, species=_species(store, facts.species, need_species))
     mpp, own = options.facts.mpp, _own_scale(group, options, path) if key else None
+    limit = float("inf") if options.facts.trust_mpp else max_ratio(facts.platform, obs.iloc[rows])
+    if mpp is not None:
+        # On a Visium slide the pitch decides (check_pitch), whatever scale the file states.
+        trusted = bool(options.facts.trust_mpp) or isfinite(limit)
+        check_stated_mpp(mpp, own, "uns['spatial']", str(path), trusted=trusted)
     if mpp is not None and own is not None and not 1 / MAX_RATIO <= mpp / own <= MAX_RATIO:
         notes.append(f"the stated scale of {mpp:g} um per px is used, but the file states {own:g}")
-        log.warning("%s: %s; check the stated `mpp`", path, notes[-1])
     mpp = own if mpp is None else mpp
     if mpp is None:
         mpp = _scale(facts, image, xy, path, notes)
-    check_pitch(xy, mpp, max_ratio(facts.platform, obs.iloc[rows]), str(path))
+    check_pitch(xy, mpp, limit, str(path))
     if picture is not None:
         notes.append(f"tiles from the {picture.name} image in the file, scale {picture.factor:g} of the positions")
     try:
@@ -210,7 +221,7 @@ def _source(path: Path, library: Library, name: str, options: SourceOptions) -> 
         return section
 
     inputs = (path, view.image) if view.image is not None else (path,)
-    return SectionSource(meta, inputs, load, partial(load, counts=False), options.counts)
+    return SectionSource(meta, inputs, load, partial(load, counts=False), options.counts, ScaleCheck.of(options.facts))
 
 
 def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:

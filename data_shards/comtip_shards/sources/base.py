@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from comtip_shards.errors import ShardError, SourceError, UnforeseenError, UnknownSection
+from comtip_shards.errors import ShardError, SourceError, UnforeseenError, UnknownSection, name_origins
 from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.files.opening import existing
@@ -30,6 +30,9 @@ class SectionSource:
     counts: CountOptions = field(default_factory=CountOptions)
     """Options for counts and positions that change the content, but neither the metadata nor the input files."""
 
+    examine: Callable[[Section], None] | None = None
+    """Raises SourceError if a valid section cannot be right, such as :class:`comtip_shards.sources.geometry.ScaleCheck`."""
+
     def read(self) -> Section:
         """Read the section and validate it.
 
@@ -39,12 +42,17 @@ class SectionSource:
             The section cannot be read or is invalid; the message names it or one of its files.
         """
         with named(f"section {self.meta.section_id}", self.inputs):
-            return self.load().check()
+            return self._examined(self.load().check())
 
     def read_spots(self) -> Section:
         """Read and validate the section for its positions and image; its counts may be absent. Raises like :meth:`read`."""
         with named(f"section {self.meta.section_id}", self.inputs):
-            return (self.load_spots or self.load)().check()
+            return self._examined((self.load_spots or self.load)().check())
+
+    def _examined(self, section: Section) -> Section:
+        if self.examine is not None:
+            self.examine(section)
+        return section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +140,16 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
     """
     if wanted is None:
         return list(have)
+    if not wanted and have:
+        raise SourceError(
+            f"{where}: `samples` names no section; give ids such as {', '.join(have[:3])}, or leave it out"
+        )
     for name in wanted:
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1, cutoff=0)
             raise UnknownSection(
-                f"{where}: no section {name!r}; {f'did you mean {near[0]}? It has' if near else 'it has'}: {', '.join(have[:20]) or 'none'}"
+                f"{where}: no section {name!r}; {f'did you mean {near[0]}? The sections are' if near else 'the sections are'}: "
+                + (", ".join(have[:20]) or "none")
                 + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )
     return list(wanted)
@@ -158,7 +171,8 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
     SourceError
         As raised inside; if its message names no file, ``what`` is prepended.
     UnforeseenError
-        Replaces any other error except OSError and ShardError, which name their file.
+        Replaces any other error except ShardError and OSError, which name their file; an OSError that names a temporary
+        copy becomes a SourceError that names the packed file.
     """
     try:
         yield
@@ -167,7 +181,11 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
         if "section " in text or "/" in text or any(p.name in text for p in inputs):
             raise
         raise type(error)(f"{what}: {text}") from error
-    except (OSError, ShardError):
+    except OSError as error:
+        if name_origins(str(error)) == str(error):
+            raise
+        raise SourceError(f"{what}: {error}; check that its files are complete") from error
+    except ShardError:
         raise
     except Exception as error:  # the last resort: every known cause is refused where it occurs
         log.debug("%s: unforeseen error", what, exc_info=True)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from math import inf, isfinite, nan
+
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import SectionFacts
+from comtip_shards.sections.section import Section
+from comtip_shards.slides.open import mpp_by_tag
+from comtip_shards.slides.pixel_scale import TENFOLD, check_side, check_stated_mpp
 
 VISIUM_PITCH_UM, VISIUM_DIAMETER_UM = 100.0, 55.0
 MAX_RATIO, MAX_RATIO_INFERRED = 1.15, 4.0
@@ -14,6 +22,80 @@ MAX_RATIO, MAX_RATIO_INFERRED = 1.15, 4.0
 PITCH_UM = (0.1, 1000.0)
 """Range of the distance between spots, bins or cells on any platform: Stereo-seq has 0.5 um, legacy ST 200 um."""
 _MIN_SPOTS = 7
+DENSE_QUANTILE = 0.05
+"""Quantile of nearest-neighbour distances that is compared with the pitch: where spots are left out, most distances are longer."""
+PITCH_OF_PLATFORM = (
+    ("visium hd", inf),
+    ("visiumhd", inf),
+    ("visium", 100.0),
+    ("2k", 150.0),
+    ("st", 200.0),
+    ("spatial transcriptomics", 200.0),
+)
+"""(words, distance between spots in um): the first words that the platform's name contains apply; inf if the distance varies."""
+
+
+def platform_pitch(platform: str) -> float:
+    """Return the spot distance of a platform in um, NaN if it is not known."""
+    name = f" {' '.join(re.findall(r'[a-z0-9]+', platform.lower()))} "
+    for words, pitch in PITCH_OF_PLATFORM:
+        if f" {words} " in name:
+            return pitch if isfinite(pitch) else nan
+    return nan
+
+
+@dataclass(frozen=True)
+class ScaleCheck:
+    """Check of a section's scale against its pitch, its platform, and the scale and size of its image.
+
+    Parameters
+    ----------
+    mpp
+        The stated um per px of the positions; None if the scale is the source's own.
+    trusted
+        Whether the caller states that this scale is right.
+    pitch_is_stated
+        Whether the section's pitch is the source's own, not an assumption.
+    """
+
+    mpp: float | None
+    trusted: bool
+    pitch_is_stated: bool = True
+
+    @classmethod
+    def of(cls, facts: SectionFacts) -> ScaleCheck:
+        """Return the check for stated facts."""
+        return cls(facts.mpp, bool(facts.trust_mpp))
+
+    def __call__(self, section: Section) -> None:
+        """Raise :class:`SourceError` if the scale is wrong by a factor of :data:`TENFOLD` or more; log smaller differences."""
+        meta, where = section.meta, f"section {section.meta.section_id}"
+        if not self.trusted and self.pitch_is_stated:
+            _check_gaps(section.xy, meta.mpp, meta.spot_pitch_um, "the pitch that the source states", where)
+        if not self.trusted:
+            _check_gaps(section.xy, meta.mpp, platform_pitch(meta.platform), f"that of {meta.platform}", where)
+        if self.mpp is None:
+            return
+        check_side(section.image_size(), meta.mpp, where, trusted=self.trusted)
+        if section.slide_opener is None:
+            own = mpp_by_tag(section.image_path, [])
+            check_stated_mpp(meta.mpp, own, section.image_path.name, where, trusted=self.trusted)
+
+
+def _check_gaps(xy: np.ndarray, mpp: float, pitch_um: float, what: str, where: str) -> None:
+    """Raise SourceError if the spots are at least :data:`TENFOLD` times too near or too far for a pitch, NaN if unknown."""
+    if len(xy) < _MIN_SPOTS or not (isfinite(pitch_um) and pitch_um > 0):
+        return
+    distinct = np.unique(xy, axis=0)
+    gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] * mpp if len(distinct) > 1 else np.zeros(1)
+    near, typical = float(np.quantile(gaps, DENSE_QUANTILE)), float(np.median(gaps))
+    if near < TENFOLD * pitch_um and typical > pitch_um / TENFOLD:
+        return
+    right = mpp * pitch_um / typical if typical > 0 else nan
+    raise SourceError(
+        f"{where}: with {mpp:g} um per px the spots are {typical:.3g} um apart, but {what} is {pitch_um:g} um, which gives "
+        f"{right:.3g} um per px; correct `mpp`, the um per px of the positions, or set `trust_mpp=yes` if it is right"
+    )
 
 
 def median_gap(xy: np.ndarray) -> float:
@@ -80,8 +162,8 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     gap = median_gap(xy)
     if len(xy) >= _MIN_SPOTS and gap > 0 and not PITCH_UM[0] <= gap * mpp <= PITCH_UM[1]:
         raise SourceError(
-            f"{where}: with {mpp:g} um per px the spots are {gap * mpp:g} um apart, but on any platform it is {PITCH_UM[0]:g} to "
-            f"{PITCH_UM[1]:g} um; correct `mpp`, the um per px of the positions"
+            f"{where}: with {mpp:g} um per px the spots are {gap * mpp:g} um apart, but those of every platform are {PITCH_UM[0]:g} to "
+            f"{PITCH_UM[1]:g} um apart; correct `mpp`, the um per px of the positions"
         )
     if len(xy) < _MIN_SPOTS or not gap > 0 or 1 / limit <= gap * mpp / VISIUM_PITCH_UM <= limit:
         return

@@ -7,7 +7,7 @@ patch, so both are joined by barcode. Tiles are cut from the WSI if present, els
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptio
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import mpp_by_tag
+from comtip_shards.slides.pixel_scale import check_stated_mpp
 from comtip_shards.sources.anndata_parts.picture import library_picture, library_slide
 from comtip_shards.sources.anndata_parts.positions import centres
 from comtip_shards.sources.anndata_parts.spots import read_spots
@@ -28,7 +29,7 @@ from comtip_shards.sources.anndata_parts.store import open_h5ad, read_part
 from comtip_shards.sources.base import CatalogueRow, SectionSource, pick, stated_image
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.tables import number, read_table
-from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, check_pitch, median_gap
+from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, ScaleCheck, check_pitch, median_gap
 from comtip_shards.sources.patches import Patches, PatchSlide, read_patches
 from comtip_shards.storage.regular_file import read_regular
 
@@ -125,8 +126,13 @@ def _source(path: Path, row: CatalogueRow, metadata: Mapping[str, Any], facts: S
     notes: list[str] = []
     if not metadata:
         notes.append(f"no metadata for {name}: metadata/{name}.json and {TABLE} are missing")
-    mpp = facts.mpp or _scale(path, name, metadata, wsi, notes)
-    pitch, diameter = _geometry(table, mpp, metadata, row.platform, notes)
+    mpp = _scale(path, name, metadata, wsi, notes) if facts.mpp is None else facts.mpp
+    if facts.mpp is not None:
+        own = next((v for _, v in _own_scales(path, name, metadata)), None)
+        check_stated_mpp(mpp, own, f"metadata/{name}.json", str(table), trusted=bool(facts.trust_mpp))
+    visium = row.platform.lower() == "visium" and not facts.trust_mpp
+    limit = MAX_RATIO_INFERRED if visium else float("inf")
+    pitch, diameter = _geometry(table, mpp, metadata, row.platform, limit, notes)
     if not row.tissue:
         raise SourceError(f"{path}: no tissue for {name}; download metadata/{name}.json or set `tissue`")
     licence = f"{LICENCE}; the study's own: {metadata['license']}" if metadata.get("license") else LICENCE
@@ -146,7 +152,8 @@ def _source(path: Path, row: CatalogueRow, metadata: Mapping[str, Any], facts: S
         pooling=f"squares of {pitch:g} um, pooled by HEST" if row.platform.lower() in POOLED else "",
     )
     inputs = [p for p in (table, path / "metadata" / f"{name}.json", patches, wsi) if p is not None and p.is_file()]
-    return SectionSource(meta, tuple(inputs), partial(_load, meta, table, patches, wsi, dict(metadata), notes))
+    load = partial(_load, meta, table, patches, wsi, dict(metadata), notes)
+    return SectionSource(meta, tuple(inputs), load, examine=ScaleCheck.of(facts))
 
 
 def _wsi(path: Path, name: str, facts: SectionFacts) -> Path | None:
@@ -162,28 +169,39 @@ def _wsi(path: Path, name: str, facts: SectionFacts) -> Path | None:
 
 def _scale(path: Path, name: str, metadata: Mapping[str, Any], wsi: Path | None, notes: list[str]) -> float:
     """Return um per px of the WSI: HEST's estimate from spots, else HEST's embedded value, else the WSI's resolution tag."""
-    where = path / "metadata" / f"{name}.json"
-    for key in ("pixel_size_um_estimated", "pixel_size_um_embedded"):
-        value = number(metadata.get(key, ""), f"{where}: {key}")
-        if np.isfinite(value):
-            if key.endswith("embedded"):
-                notes.append("scale from pixel_size_um_embedded: HEST has no estimate from spots")
-            return value
+    for key, value in _own_scales(path, name, metadata):
+        if key.endswith("embedded"):
+            notes.append("scale from pixel_size_um_embedded: HEST has no estimate from spots")
+        return value
     tagged = mpp_by_tag(wsi, notes) if wsi is not None else None
     if tagged is not None:
         return tagged
+    where = path / "metadata" / f"{name}.json"
     raise SourceError(f"{where}: no pixel_size_um_estimated for {name}; download it or set `mpp`")
 
 
+def _own_scales(path: Path, name: str, metadata: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (key, um per px) of the scales that HEST states, the estimate from spots first."""
+    for key in ("pixel_size_um_estimated", "pixel_size_um_embedded"):
+        value = number(metadata.get(key, ""), f"{path / 'metadata' / name}.json: {key}")
+        if np.isfinite(value):
+            yield key, value
+
+
 def _geometry(
-    table: Path, mpp: float, metadata: Mapping[str, Any], platform: str, notes: list[str]
+    table: Path,
+    mpp: float,
+    metadata: Mapping[str, Any],
+    platform: str,
+    limit: float,
+    notes: list[str],
 ) -> tuple[float, float]:
     """Return (spot pitch, spot diameter) in um; the measured pitch takes precedence, and a difference is noted."""
     with open_h5ad(table) as file:
         if "obsm/spatial" not in file:
             raise SourceError(f"{table}: missing obsm['spatial']; download it again")
         xy = centres(read_part(file, "obsm/spatial", table), table)
-    check_pitch(xy, mpp, MAX_RATIO_INFERRED if platform.lower() == "visium" else float("inf"), str(table))
+    check_pitch(xy, mpp, limit, str(table))
     gap = median_gap(xy) * mpp
     stated = number(metadata.get("inter_spot_dist", ""), f"{table.stem}: inter_spot_dist")
     diameter = number(metadata.get("spot_diameter", ""), f"{table.stem}: spot_diameter")

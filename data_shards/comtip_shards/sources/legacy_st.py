@@ -21,6 +21,7 @@ from comtip_shards.sources.base import SectionSource, check_one_file, pick, stat
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.spots import SpotPositions, join, read_spots_table
 from comtip_shards.sources.files.tables import numbers, read_counts_table, read_table
+from comtip_shards.sources.geometry import ScaleCheck
 
 PITCH_UM, DIAMETER_UM = 200.0, 100.0
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
@@ -80,7 +81,7 @@ def _source(
     )
     spots = _read_spots(table, image) if table is not None else None
     notes = [] if table is not None else [f"no spot file: assumed that the 33 x 35 array frame fills {image.name}"]
-    mpp = _scale(path, facts.mpp, _pitch_px(spots, image, table), notes)
+    mpp = _scale(path, facts, _pitch_px(spots, image), notes)
     meta = SectionMeta(
         section_id=name,
         dataset=path.name,
@@ -100,23 +101,33 @@ def _source(
         positions = spots if spots is not None else _from_array(ids, image, counts)
         return join(meta, image, matrix, ids, genes, [""] * len(genes), positions, counts, table or counts, notes)
 
-    return SectionSource(meta, tuple(p for p in (image, counts, table) if p is not None), load)
+    inputs = tuple(p for p in (image, counts, table) if p is not None)
+    return SectionSource(meta, inputs, load, examine=ScaleCheck.of(facts))
 
 
-def _scale(path: Path, stated: float | None, pitch_px: float, notes: list[str]) -> float:
-    """Return um per px: the stated scale, which must give a plausible pitch, or else that of the array's pitch."""
+def _scale(path: Path, facts: SectionFacts, pitch_px: float | None, notes: list[str]) -> float:
+    """Return um per px: the stated scale, which must give a plausible pitch if that is known, or else that of the array's pitch."""
+    if pitch_px is None:
+        if facts.mpp is None:
+            raise SourceError(
+                f"{path}: the spot file has fewer than three spots, or spots without array coordinates, so the scale cannot be "
+                "derived; set `mpp`"
+            )
+        notes.append("the stated scale was not compared with the array: array coordinates of spots are missing")
+        return facts.mpp
     if not 1 <= pitch_px < np.inf:
         raise SourceError(
             f"{path}: the positions of the spots give a pitch of {pitch_px:g} px; correct positions and array coordinates in the spot file"
         )
+    stated = facts.mpp
     if stated is None:
         notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {PITCH_UM / pitch_px:.4f} um per px")
         return PITCH_UM / pitch_px
     pitch = pitch_px * stated
-    if not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
+    if not facts.trust_mpp and not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
         raise SourceError(
             f"{path}: with {stated:g} um per px the spot pitch is {pitch:.0f} um, but arrays have 150 or {PITCH_UM:g} um; "
-            f"set `mpp` to {PITCH_UM * stated / pitch:.4g} or omit it"
+            f"set `mpp` to {PITCH_UM * stated / pitch:.4g} or omit it, or set `trust_mpp=yes` for an array of another pitch"
         )
     return stated
 
@@ -149,12 +160,12 @@ def _from_array(ids: list[str], image: Path, counts: Path) -> SpotPositions:
     return SpotPositions(ids, xy, array, [""] * len(ids), np.ones(len(ids), bool))
 
 
-def _pitch_px(spots: SpotPositions | None, image: Path, table: Path | None) -> float:
-    """Return px per array step from a least-squares fit of positions to array coordinates."""
+def _pitch_px(spots: SpotPositions | None, image: Path) -> float | None:
+    """Return px per array step from a least-squares fit of positions to array coordinates, None if there are too few of these."""
     if spots is None:
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])
     if len(spots.ids) < 3 or not np.isfinite(design).all():
-        raise SourceError(f"{table}: too few array coordinates to estimate the scale; set `mpp`")
+        return None
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     return float(np.sqrt(abs(np.linalg.det(fit[:2]))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from comtip_shards.sources.base import CatalogueRow, SectionSource, pick
 from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.spots import join, read_spots_table
 from comtip_shards.sources.files.tables import number, read_counts_table, read_table
+from comtip_shards.sources.geometry import ScaleCheck
 
 NAME = "manifest.tsv"
 MAX_HEADER = 1 << 16
@@ -105,10 +107,14 @@ def _source(row: Mapping[Hashable, Any], where: Path, facts: SectionFacts) -> Se
     )
     check_meta(meta, where)
     if "genes x spots" in cell("counts_layout"):
-        raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")
+        raise SourceError(
+            f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} and correct the cell"
+        )
+
+    examine = replace(ScaleCheck.of(facts), pitch_is_stated=bool(cell("spot_pitch_um")))
 
     def load() -> Section:
         matrix, ids, genes = read_counts_table(counts)
         return join(meta, image, matrix, ids, genes, [""] * len(genes), read_spots_table(spots), counts, spots, notes)
 
-    return SectionSource(meta, (image, counts, spots), load)
+    return SectionSource(meta, (image, counts, spots), load, examine=examine)

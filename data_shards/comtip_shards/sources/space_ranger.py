@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
@@ -29,6 +30,8 @@ from comtip_shards.sources.tenx.space_ranger_files import RunFiles, find_runs, s
 PITCH_UM, DIAMETER_UM = 100.0, 55.0
 SLIDES = {4_992: "6.5 mm", 14_336: "11 mm"}
 """{number of spots: width of the capture area}."""
+MAX_ROWS, MAX_BYTES = 1_000_000, 1 << 28
+"""Maximum size of a table of positions."""
 COARSE_MPP = 2.0
 """um per px above which the image of the positions is probably not a microscope scan."""
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
@@ -138,12 +141,21 @@ def read_positions(path: Path) -> SpotPositions:
     existing(path, "table of positions")
     with reading(path, "tissue positions"):
         if ".parquet" in path.name:
-            table = pd.read_parquet(unpacked(path)).astype(str)
+            table = _parquet(path)
         else:
             # The file name does not tell whether there is a header: some tissue_positions_list.csv have one.
-            text = read_packed(path).decode("utf-8-sig")
+            raw = read_packed(path)
+            text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
             header = text.lower().lstrip('"').startswith("barcode")
-            table = pd.read_csv(io.StringIO(text), header=0 if header else None, dtype=str, keep_default_na=False)
+            first = text.partition("\n")[0]
+            table = pd.read_csv(
+                io.StringIO(text),
+                sep=max(",;\t", key=first.count),  # spreadsheets write the separator of their language
+                header=0 if header else None,
+                dtype=str,
+                keep_default_na=False,
+                skipinitialspace=True,
+            )
     if set(COLUMNS) <= set(table.columns):
         table = table[COLUMNS]
     elif table.shape[1] != len(COLUMNS) or "barcode" in table.columns:
@@ -169,6 +181,18 @@ def read_positions(path: Path) -> SpotPositions:
         [""] * len(table),
         tissue,
     )
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    """Read a table of positions in Parquet as text, after a check of its size, which may be a million times that of the file."""
+    file = pq.ParquetFile(unpacked(path))
+    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+    if file.metadata.num_rows > MAX_ROWS or size > MAX_BYTES:
+        raise SourceError(
+            f"{path}: {file.metadata.num_rows:,} rows of {size:,} bytes, but a Visium slide has at most {max(SLIDES):,} spots; copy "
+            "the table from the run again, or put bins of Visium HD into binned_outputs/"
+        )
+    return file.read().to_pandas().astype(str)
 
 
 def _scale(

@@ -24,8 +24,15 @@ from comtip_shards.sources.anndata_parts.spots import annotated, gene_names, no_
 from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.sources.base import SectionSource, pick
 from comtip_shards.sources.files.names import safe_id
-from comtip_shards.sources.files.zarr_metadata import check_store
-from comtip_shards.sources.geometry import VISIUM_DIAMETER_UM, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap
+from comtip_shards.sources.files.zarr_metadata import check_store, head_text
+from comtip_shards.sources.geometry import (
+    VISIUM_DIAMETER_UM,
+    VISIUM_PITCH_UM,
+    ScaleCheck,
+    check_pitch,
+    max_ratio,
+    median_gap,
+)
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
 NO_SHAPE, NO_ROW = "table rows without a shape", "shapes without a table row"
@@ -35,7 +42,7 @@ def recognise(path: Path) -> str | None:
     """Return a reason if ``path`` is a SpatialData store, else None."""
     for name in ("zarr.json", ".zattrs"):
         file = path / name
-        if file.is_file() and "spatialdata_attrs" in file.read_text(encoding="utf-8", errors="replace"):
+        if file.is_file() and "spatialdata_attrs" in head_text(file):
             return f"{name} has spatialdata_attrs"
     return None
 
@@ -70,7 +77,7 @@ def read_store(path: Path) -> Any:
             return spatialdata.read_zarr(path)
     except Exception as error:  # zarr, anndata and pyarrow raise errors of their own
         raise SourceError(
-            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); write it again with write()"
+            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); write it again with SpatialData.write"
         ) from error
 
 
@@ -110,7 +117,8 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
         mpp = _stated_scale(options.facts.mpp, units, notes)
     else:
         mpp = _scale(facts, gap, f"{path}: image {image}", system, notes)
-    check_pitch(xy * units, mpp / units, max_ratio(facts.platform, own), str(path))
+    limit = float("inf") if options.facts.trust_mpp else max_ratio(facts.platform, own)
+    check_pitch(xy * units, mpp / units, limit, str(path))
     meta = SectionMeta(
         section_id=name,
         dataset=path.stem,
@@ -127,7 +135,8 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
     parts = (f"images/{image}", f"tables/{table_name}", f"shapes/{region}", f"labels/{region}")
     files = [f for part in parts for f in sorted((path / part).rglob("*")) if f.is_file()]
     load = partial(_load, path, meta, table_name, region, image, system, notes, options.counts)
-    return SectionSource(meta, tuple(files), load, partial(load, counts=False), options.counts)
+    spots = partial(load, counts=False)
+    return SectionSource(meta, tuple(files), load, spots, options.counts, ScaleCheck.of(options.facts))
 
 
 def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:

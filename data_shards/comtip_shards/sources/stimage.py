@@ -23,8 +23,9 @@ from comtip_shards.sources.files.names import safe_id
 from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.spots import SpotPositions, join
+from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.sources.files.tables import numbers, read_counts_table, read_table
-from comtip_shards.sources.geometry import median_gap
+from comtip_shards.sources.geometry import ScaleCheck, median_gap
 
 TECHS = ("ST", "Visium", "VisiumHD")
 TABLE = "meta/meta_all_gene*.csv"
@@ -90,7 +91,7 @@ def _read_meta(path: Path) -> dict[str, _SlideRow]:
     if not tables:
         return {}
     with tables[-1].open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
+        header = file.readline(MAX_LINE)
     # The first release is tab-separated, later ones are comma-separated; all are named .csv.
     table = read_table(tables[-1], sep="\t" if header.count("\t") > header.count(",") else ",")
     missing = [c for c in ("slide", "species", "tissue", "tech") if c not in table]
@@ -153,7 +154,8 @@ def _source(coord: Path, row: CatalogueRow, study: str, facts: SectionFacts) -> 
         spot_diameter_um=DIAMETER_UM.get(tech.name, round(2 * radius * mpp, 3)),
         spot_pitch_um=PITCH_UM.get(tech.name, round(median_gap(spots.xy) * mpp, 3)),
     )
-    return SectionSource(meta, (image, counts, coord), partial(_load, meta, image, counts, coord, slide, spots, notes))
+    load = partial(_load, meta, image, counts, coord, slide, spots, notes)
+    return SectionSource(meta, (image, counts, coord), load, examine=ScaleCheck.of(facts))
 
 
 def _image(tech: Path, slide: str, facts: SectionFacts) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from comtip_shards.errors import ShardError, install_extra
-from comtip_shards.storage.cache import FileCache, default_cache, default_size
+from comtip_shards.storage.cache import SIZE_VARIABLE, FileCache, default_cache, default_size
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
@@ -251,16 +251,24 @@ class Remote:
                 with tmp_path.open("wb") as file:
                     for chunk in self._chunks(name, deadline):
                         n += len(chunk)
-                        if n > (limit if size is None else min(size, limit)):
-                            raise _MismatchError(f"larger than {n - 1} bytes")
+                        if n > limit:
+                            raise ShardError(
+                                f"{where}: larger than {limit:,} bytes, the limit for this file or for the cache; check the URL, or "
+                                f"set {SIZE_VARIABLE} to a larger cache",
+                                kind="checksum",
+                            )
+                        if size is not None and n > size:
+                            raise _MismatchError(f"received more than the expected {size:,} bytes")
                         digest.update(chunk)
                         file.write(chunk)
             except OSError as error:
                 if error.filename == str(tmp_path) or error.errno in _DISK:
                     raise self._files.unwritable(error) from error
                 raise
-            if (size is not None and n != size) or (sha256 and digest.hexdigest() != sha256):
-                raise _MismatchError(f"received {n} bytes that do not match the manifest")
+            if size is not None and n != size:
+                raise _MismatchError(f"received {n:,} bytes instead of {size:,}")
+            if sha256 and digest.hexdigest() != sha256:
+                raise _MismatchError("the content does not match its SHA-256 in the manifest")
 
         self._retry(where, deadline, attempt)
 
@@ -350,14 +358,14 @@ class Remote:
 
     def _given_up(self, where: str, error: Exception, attempts: int) -> ShardError:
         if isinstance(error, _MismatchError):
-            fix = "the remote copy is damaged or was changed: upload the set again"
-            return ShardError(f"{where}: {error}, {attempts} times; {fix}", kind="checksum")
+            fix = "the remote copy is damaged or was changed: upload the files again"
+            return ShardError(f"{where}: {error} (attempts: {attempts}); {fix}", kind="checksum")
         if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
             fix = "provide the credentials that this storage requires"
         else:
             fix = "check the network and the server, then run again: fetched files are kept"
         reason = str(error) or type(error).__name__
-        return ShardError(f"{where}: not fetched after {attempts} attempts ({reason}); {fix}", kind="remote")
+        return ShardError(f"{where}: not fetched (attempts: {attempts}; {reason}); {fix}", kind="remote")
 
 
 class NoRangesError(Exception):

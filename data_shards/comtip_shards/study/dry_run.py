@@ -69,7 +69,9 @@ def plan_rows(
     ----------
     path
         The table, to whose folder paths are relative.
-    rows, opener, common
+    rows
+        From :func:`comtip_shards.study.table.read_study`.
+    opener, common
         As for :func:`comtip_shards.study.sections.open_study`.
     """
     plans: list[SectionPlan] = []

@@ -23,6 +23,8 @@ from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES, image_size
 from comtip_shards.sources.base import SectionSource
 from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.table_size import MAX_LINE
+from comtip_shards.storage.regular_file import read_regular
 
 WIDE = 12
 """Minimum number of columns of a table that is read as counts, with a gene per column."""
@@ -133,16 +135,18 @@ def _matrix_market(path: Path) -> dict[str, Any]:
 def _table(path: Path) -> dict[str, Any]:
     """Return the number of rows (in tissue) of a table of spots, or the number of columns of a table of counts."""
     with _opened(path) as file:
-        header = file.readline(1 << 26)
+        header = file.readline(MAX_LINE)
         sep = b"\t" if b"\t" in header else b","
         columns = header.count(sep) + 1
         if columns >= WIDE:
             # R omits the name of the id column.
-            return {"genes": file.readline(1 << 26).count(sep)}
+            return {"genes": file.readline(MAX_LINE).count(sep)}
         names = [name.strip().strip(b'"') for name in header.lower().split(sep)]
         tissue = names.index(b"in_tissue") if b"in_tissue" in names else None
         rows = 0 if tissue is not None or not _is_number(names[-1]) else 1
-        for line in file:
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                return {}  # no table
             fields = line.split(sep) if tissue is not None else []
             rows += tissue is None or (tissue < len(fields) and _is_yes(fields[tissue]))
             if rows > MAX_LINES:
@@ -155,7 +159,7 @@ def _zarr_table(path: Path) -> dict[str, Any]:
     where = path.parts[path.parts.index("tables") + 2 :]
     if where[:1] != ("X",) or len(where) != 2:
         return {}
-    entry = json.loads(path.read_bytes()[:_BLOCK])
+    entry = json.loads(read_regular(path, _BLOCK))
     shape = entry.get("attributes", {}).get("shape") or entry.get("shape")
     return {"spots": int(shape[0]), "genes": int(shape[1])} if shape and len(shape) == 2 else {}
 

@@ -161,10 +161,8 @@ def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
     for name in names:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise SourceError(
-                f"{path}{where}: unknown column {name[:80]!r}; {meant}The columns are {', '.join(COLUMNS)}"
-            )
+            known = f"did you mean {near[0]}? The columns are" if near else "the columns are"
+            raise SourceError(f"{path}{where}: unknown column {name[:80]!r}; {known} {', '.join(COLUMNS)}")
         if names.count(name) > 1:
             raise SourceError(f"{path}{where}: duplicate column {name}; remove one")
     if "path" not in names:

@@ -66,7 +66,8 @@ def gene_sentence_embedding(
     level_lo_N, level_hi_N, mix_N
         Level of the value slot; with all three, the row is ``(1 - mix) lo + mix hi``.
     token_VD, type_3D, position_TD, level_QD
-        Tables, fp32 or bf16; rows are summed and normalised in fp32.
+        Tables. The Triton kernels take fp32 or bf16, and sum and normalise rows in fp32; the other implementations
+        compute in the widest dtype of the tables.
     identity_N, identity_ID
         Identity of the gene of each sentence and the table of identities, added at slot 0; identity 0 adds nothing.
     gain_D, bias_D, eps
@@ -79,12 +80,14 @@ def gene_sentence_embedding(
     Returns
     -------
     Tensor
-        (S, D) in the dtype of the token table: the tokens of the concatenated sentences, S = ``length_N.sum()``.
+        (S, D), the tokens of the concatenated sentences, S = ``length_N.sum()``; in the dtype of the token table on Triton
+        kernels, otherwise in the widest dtype of the tables.
 
     Raises
     ------
     ValueError
-        If mixing or identity is incomplete, or ``impl`` does not support the operands.
+        If only one of ``level_hi_N`` and ``mix_N`` is given, or ``identity_ID`` without ``identity_N``, or if ``impl`` does not
+        support the operands.
     """
     if (level_hi_N is None) != (mix_N is None):
         raise ValueError("gene_sentence_embedding: pass both level_hi_N and mix_N, or neither")

@@ -22,7 +22,7 @@ _KIND, _HIGH, _SLOT = 1 << 60, 1 << 32, 1 << 20
 class SentencePlan:
     """Equal tokens of N sentences with S tokens in all and U distinct rows.
 
-    Tensors are on the device of the sentences; the three that are read per token are int32, the others int64.
+    Tensors are on the device of the sentences; ``row_S``, ``order_S`` and ``start_U1`` are int32, the others int64.
     """
 
     row_S: Tensor

@@ -38,9 +38,9 @@ def infonce(
     Parameters
     ----------
     image_BD, text_MD
-        Floating-point vectors of any length; they are normalised here, in at least fp32. The Triton kernels round the unit
-        vectors once, to bf16 if either tensor is bf16 or bf16 autocast is enabled, and use the rounded vectors for
-        positives and negatives alike. The other implementations do not round.
+        Floating-point vectors of any length; they are normalised here. The Triton kernels round the unit vectors once, to
+        bf16 if either tensor is bf16 or bf16 autocast is enabled, and use the rounded vectors for positives and negatives
+        alike. ``cpu`` computes in at least fp32, ``reference`` in the wider dtype of the vectors.
     scale
         Inverse temperature, a scalar tensor; it is moved to the device of the vectors and receives a gradient.
     negatives
@@ -61,12 +61,12 @@ def infonce(
     Returns
     -------
     Tensor
-        Scalar loss in nats, fp32 (fp64 for fp64 vectors).
+        Scalar loss in nats, fp32 (fp64 for fp64 vectors); from ``reference``, in the wider dtype of the vectors.
 
     Raises
     ------
     ValueError
-        If M < B, an option is unknown, or ``impl`` does not support the operands.
+        If M < B, ``negatives`` is unknown or its group ids are missing, or ``impl`` does not support the operands.
     """
     B, M = image_BD.shape[0], text_MD.shape[0]
     if M < B:

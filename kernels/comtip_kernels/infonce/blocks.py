@@ -7,9 +7,9 @@ both vectors of a positive adds it. With the log-sum-exp taken over negatives, t
     lse_i  = log(exp(s_ii) + sum over blocks exp(row lse))      likewise per column
     ds_ij  = row_weight_i exp(s_ij - lse_i) + column_weight_j exp(s_ij - lse_j)
 
-``triton`` runs the kernels of the whole loss (:mod:`.blocks_triton_op`): no (R, C) tensor, nothing read on the host. ``cpu``
-allocates no (R, C) tensor either: it processes tiles of the block in turn, in plain PyTorch, on any device.
-``reference`` is the formula.
+``triton`` runs the kernels of the whole loss (:mod:`.blocks_triton_op`): it stores derivatives of the logits in chunks of
+rows, and the host reads nothing. ``cpu`` allocates no (R, C) tensor: it processes tiles of the block in turn, in plain PyTorch,
+on any device. ``reference`` is the formula.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
     if before is None:
         return out
     if row.registers > int(before["registers"]) + SLACK:
-        out.append(f"{where}: {row.registers} registers, it was {before['registers']}")
+        out.append(f"{where}: {row.registers} registers, the table has {before['registers']}")
     more_is_worse = {
         "spills": "spills",
         "stack": "bytes of stack",
@@ -44,12 +44,12 @@ def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
         if getattr(row, name) > int(
             before.get(name) or getattr(row, name)
         ):  # tables written before this column existed
-            out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
+            out.append(f"{where}: {getattr(row, name)} {text}, the table has {before[name]}")
     for name, text in (("loads_128", "128-bit loads"), ("async_copies", "asynchronous copies")):
         if getattr(row, name) < int(before[name]):
-            out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
+            out.append(f"{where}: {getattr(row, name)} {text}, the table has {before[name]}")
     if row.mma != before["mma"]:
-        out.append(f"{where}: tensor-core instruction {row.mma}, it was {before['mma']}")
+        out.append(f"{where}: tensor-core instruction {row.mma}, the table has {before['mma']}")
     return out
 
 
@@ -136,7 +136,7 @@ def sized_problems(path: Path) -> list[str]:
             continue
         for name in ("memory_mb", "loaded_mb", "gflop"):
             if float(row[name]) > float(before[name]):
-                out.append(f"{where}: {name} is {row[name]}, it was {before[name]}")
+                out.append(f"{where}: {name} is {row[name]}, the table has {before[name]}")
     return out
 
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", type=Path, default=Path("bench/traffic.csv"), help="traffic table (default bench/traffic.csv)"
     )
-    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    parser.add_argument("--check", action="store_true", help="compare with the tables and do not write them")
     parser.add_argument("--all", action="store_true", help="also compile entries whose source hash is unchanged")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     args = parser.parse_args(arguments)
@@ -193,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong += sized_problems(args.sizes) if args.check else []
     for problem in wrong:
         print(f"WORSE  {problem}", file=sys.stderr)
+    if wrong and args.check:
+        print("Correct the kernels. To accept worse counts, run python -m comtip_kernels.ledger", file=sys.stderr)
     if not args.check:
         write(args.table, rows, triton.__version__, kept)
         write_sizes(args.sizes)

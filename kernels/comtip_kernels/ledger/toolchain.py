@@ -33,7 +33,7 @@ def architectures(version: str) -> tuple[int, ...]:
 
 
 def cache_folder() -> Path:
-    """Return the folder that holds the releases, ``$XDG_CACHE_HOME/comtip-fast/triton``."""
+    """Return the folder that holds the releases, ``comtip-fast/triton`` in ``$XDG_CACHE_HOME`` (default ``~/.cache``)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comtip-fast" / "triton"
 
 

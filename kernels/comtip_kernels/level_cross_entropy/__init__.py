@@ -107,7 +107,7 @@ def pair_scores(
     Returns
     -------
     Tensor
-        (B, G), in the promoted dtype of context and table.
+        (B, G), in the promoted dtype of the floating-point operands.
 
     Raises
     ------

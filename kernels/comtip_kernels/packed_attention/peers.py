@@ -107,7 +107,7 @@ def _flash() -> Callable[..., Any]:
     function = flash_varlen()
     if function is None:
         raise ValueError(
-            "packed_attention: impl='flash' needs flash-attn, which is not installed; pip install flash-attn"
+            "packed_attention: impl='flash' needs flash-attn, which cannot be imported; pip install flash-attn"
         )
     if "deterministic" not in inspect.signature(function).parameters:
         raise ValueError(

@@ -25,7 +25,7 @@ MAX_LEVELS = 256
 
 
 def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, width: int) -> dict[str, Any]:
-    """Return the tile sizes for operands like ``x``; many levels reduce the width of the output or the spots of a tile.
+    """Return the tile sizes for operands like ``x``; the number of levels can reduce the width of the output or the spots of a tile.
 
     Raises
     ------

@@ -33,7 +33,8 @@ def pool_weights(scores_GQ: Tensor, levels_BG: Tensor, mask_BG: Tensor) -> Tenso
     score_BG = score_BG.masked_fill(~mask_BG, float("-inf"))
     if G == 0:
         return score_BG
-    top_B1 = score_BG.amax(dim=1, keepdim=True).detach()
+    # Detached before the maximum, which would otherwise store its input for a gradient that nothing computes.
+    top_B1 = score_BG.detach().amax(dim=1, keepdim=True)
     top_B1 = torch.where(torch.isfinite(top_B1), top_B1, torch.zeros_like(top_B1))
     weight_BG = torch.exp(score_BG - top_B1)
     return weight_BG / weight_BG.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weight_BG.dtype).tiny)

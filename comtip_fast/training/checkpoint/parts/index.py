@@ -131,7 +131,7 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def _problem(index: ShardIndex) -> str:
-    """Return what contradicts what within an index; empty if nothing does."""
+    """Return the first contradiction within an index as text; empty if there is none."""
     if [f.name for f in index.files] != [part_name(rank) for rank in range(index.world_size)]:
         return f"files are not those of {index.world_size} ranks"
     names = [item.name for item in index.items]
@@ -159,11 +159,11 @@ def _problem(index: ShardIndex) -> str:
 
 
 def _wrong_size(index: ShardIndex, folder: Path) -> str:
-    """Return which file is missing or has another size than stated; empty if none."""
+    """Return the first file that is missing or has another size than stated, and the problem, as text; empty if there is none."""
     for file in index.files:
         path = folder / file.name
         if not path.is_file():
             return f"{path}: missing"
         if path.stat().st_size != file.bytes:
-            return f"{path}: {path.stat().st_size} bytes, not {file.bytes}"
+            return f"{path}: {path.stat().st_size} bytes, but the index states {file.bytes}"
     return ""

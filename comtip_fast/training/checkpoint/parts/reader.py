@@ -96,7 +96,7 @@ class ShardReader:
             k = different[0]
             raise CheckpointError(
                 f"{self.folder}: the weights do not fit the model of the config ({len(different)} tensors, e.g. {k}: "
-                f"{found.get(k)} in the checkpoint, {wanted.get(k)} in the model); {DELETE}"
+                f"{found.get(k, 'absent')} in the checkpoint, {wanted.get(k, 'absent')} in the model); {DELETE}"
             )
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ def _on_host(tensor: Tensor, copy: bool) -> Tensor:
 
 
 def write_part(folder: Path, part: RankPart) -> Written:
-    """Write, flush and hash the file of one rank; an incomplete file is removed."""
+    """Write, flush and hash the file of one rank, and release its tensors; an incomplete file is removed."""
     path = folder / part_name(part.rank)
     try:
         save_file(part.tensors, path)

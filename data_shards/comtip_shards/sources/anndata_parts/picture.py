@@ -115,7 +115,7 @@ def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
     n_bytes, limit = int(np.prod(shape)) * np.dtype(getattr(stored, "dtype", np.uint8)).itemsize, 3 * whole_limit()
     if n_bytes > limit:
         raise SourceError(
-            f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px of {n_bytes:,} bytes, too many for memory (at "
+            f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px in {n_bytes:,} bytes, too many for memory (at "
             f"most {limit:,}); set `image` to a tiled TIFF"
         )
     pixels = np.asarray(stored[()] if hasattr(stored, "shape") and not isinstance(stored, np.ndarray) else stored)

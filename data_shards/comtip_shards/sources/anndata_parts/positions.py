@@ -46,7 +46,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     Raises
     ------
     SourceError
-        There are no positions, or the stated key does not exist; the message lists the keys of ``obsm``.
+        There are no positions, the stated key does not exist, or the positions are not numbers or not one row per spot.
     """
     keys, stated = store.keys("obsm"), options.positions
     if stated and stated not in keys:
@@ -56,7 +56,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     if key is not None:
         if key != "spatial":
             notes.append(f"positions from obsm[{key!r}]")
-        found, n_spots = centres(store[f"obsm/{key}"], store.path, key), len(store["obs"])
+        found, n_spots = centres(store[f"obsm/{key}"], store.path, f"obsm[{key!r}]"), len(store["obs"])
         if len(found) != n_spots:
             raise SourceError(
                 f"{store.path}: obsm[{key!r}] has {len(found)} rows and obs {n_spots}; write the file again with anndata"
@@ -66,7 +66,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     for pair in _OBS_COLUMNS:
         if set(pair) <= set(obs):
             notes.append(f"positions from obs columns {pair[0]} and {pair[1]}")
-            return centres(obs[list(pair)], store.path, "spatial")
+            return centres(obs[list(pair)], store.path, f"obs columns {pair[0]} and {pair[1]}")
     raise SourceError(
         f"{store.path}: no obsm['spatial']; store spot centres there, x and y in image px"
         + (f", or set `positions` to one of {', '.join(keys)}" if keys else "")
@@ -81,8 +81,8 @@ def centres_of(store: Store) -> np.ndarray | None:
         return None
 
 
-def centres(spatial: Any, path: Path, key: str = "spatial") -> np.ndarray:
-    """Return positions as float64 (n, 2), x and y.
+def centres(spatial: Any, path: Path, what: str = "obsm['spatial']") -> np.ndarray:
+    """Return positions as float64 (n, 2), x and y; ``path`` and ``what`` name them in messages.
 
     The columns of an array are x and y. The columns of a table may have any order, if names such as x, y, row or col identify
     them.
@@ -101,11 +101,7 @@ def centres(spatial: Any, path: Path, key: str = "spatial") -> np.ndarray:
     try:
         values = np.asarray(spatial, np.float64)
     except (TypeError, ValueError) as error:
-        raise SourceError(
-            f"{path}: obsm[{key!r}] holds values that are not numbers; store x and y in image px"
-        ) from error
+        raise SourceError(f"{path}: {what}: some values are not numbers; store x and y in image px") from error
     if values.ndim != 2 or values.shape[1] < 2:
-        raise SourceError(
-            f"{path}: obsm[{key!r}] has the shape {values.shape}, expected spots x 2; store x and y in image px"
-        )
+        raise SourceError(f"{path}: {what}: the shape is {values.shape}, expected spots x 2; store x and y in image px")
     return values[:, :2]

@@ -18,7 +18,7 @@ from comtip_shards.not_data import not_data
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.opening import reading
 from comtip_shards.sources.files.packaging import find, unpacked
-from comtip_shards.sources.files.zarr_metadata import check_store
+from comtip_shards.sources.files.zarr_metadata import check_store, head_text
 
 SUFFIXES = (".h5ad", ".h5ad.gz")
 _PLUGIN_IDS = 256
@@ -111,7 +111,7 @@ def is_zarr(path: Path) -> bool:
     for name in (".zattrs", "zarr.json"):
         file = path / name
         if file.is_file():
-            text = file.read_text(encoding="utf-8", errors="replace")
+            text = head_text(file)
             return '"anndata"' in text and "spatialdata_attrs" not in text[:2000]
     return False
 

@@ -30,6 +30,8 @@ def existing(path: Path, what: str) -> Path:
 
     ``what`` names the expected content, for the message.
     """
+    if path.is_dir():
+        raise SourceError(f"{path}: a folder, not the {what}; give the file itself")
     if not path.is_file():
         raise SourceError(f"{path}: no such file; copy the {what} there, or correct the path")
     return refuse_not_data(path)

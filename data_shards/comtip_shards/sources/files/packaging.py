@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import SourceError, register_copy
 
 SYSTEM_FILES = {
     "__macosx",
@@ -97,8 +98,10 @@ def read_packed(path: Path, limit: int = 1 << 30) -> bytes:
     Raises
     ------
     SourceError
-        The content exceeds ``limit`` bytes.
+        The content exceeds ``limit`` bytes, or is implausibly larger than the file.
     """
+    if is_gzip(path):
+        limit = min(limit, max(ALWAYS_UNPACKED, MAX_GROWTH * path.stat().st_size))
     with open_packed(path) as file:
         data = b"" if path.stat().st_size > limit else file.read(limit + 1)
     if len(data) > limit or path.stat().st_size > limit:
@@ -121,11 +124,14 @@ def unpacked(path: Path) -> Path:
     target = _copy_folder(path) / path.name.removesuffix(".gz")
     if not target.is_file():
         tmp_path = target.with_name(f"{target.name}.tmp")
+        register_copy(tmp_path, path)
+        register_copy(target, path)
         try:
             with gzip.open(path) as source, tmp_path.open("wb") as file:
                 _copy(source, file, path)
         except (OSError, EOFError, zlib.error) as error:
             tmp_path.unlink(missing_ok=True)
+            _raise_for_disk(error)
             raise SourceError(f"{path}: cannot be decompressed ({error}); copy or download it again") from error
         tmp_path.rename(target)
     return target
@@ -145,6 +151,8 @@ def unpacked_tar(path: Path) -> Path:
     if target.is_dir():
         return target
     tmp_path = target.with_name("members.tmp")
+    register_copy(tmp_path, path)
+    register_copy(target, path)
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
     try:
@@ -156,13 +164,15 @@ def unpacked_tar(path: Path) -> Path:
                 if not member.isreg() or unsafe or any(is_hidden(p) for p in parts if p != "."):
                     continue
                 total += member.size
-                _check_growth(total, path)
+                check_growth(total, path)
                 inside = tmp_path.joinpath(*(p for p in parts if p != "."))
                 inside.parent.mkdir(parents=True, exist_ok=True)
                 source = archive.extractfile(member)
                 with inside.open("wb") as file:
                     shutil.copyfileobj(source or io.BytesIO(), file, _BLOCK)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        _raise_for_disk(error)
         raise SourceError(f"{path}: cannot be unpacked ({error}); copy or download it again") from error
     tmp_path.rename(target)
     return target
@@ -172,11 +182,18 @@ def _copy(source: gzip.GzipFile, file: BinaryIO, path: Path) -> None:
     total = 0
     while block := source.read(_BLOCK):
         total += len(block)
-        _check_growth(total, path)
+        check_growth(total, path)
         file.write(block)
 
 
-def _check_growth(total: int, path: Path) -> None:
+def _raise_for_disk(error: BaseException) -> None:
+    """Raise OSError, with the folder of temporary copies as its file, if the copy failed because of the disk."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(error.errno, f"{error.strerror} (TMPDIR states the folder)", str(temporary_folder())) from error
+
+
+def check_growth(total: int, path: Path) -> None:
+    """Raise :class:`SourceError` if ``total`` bytes are implausibly many for the content of a packed file."""
     if total > max(ALWAYS_UNPACKED, MAX_GROWTH * path.stat().st_size):
         raise SourceError(
             f"{path}: unpacks to more than {MAX_GROWTH} times its size, so it is probably not data; check the file, "

@@ -12,6 +12,9 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.files.tables import flags, numbers, read_table
 
+NO_COUNTS, NO_POSITION = "in tissue but not in the counts", "in the counts but without a position"
+"""Reasons for which :func:`join` drops spots that are in only one of the two files."""
+
 
 @dataclass
 class SpotPositions:
@@ -107,8 +110,8 @@ def join(
     keep = np.flatnonzero(both & spots.in_tissue)
     dropped = {
         "not in tissue": int((both & ~spots.in_tissue).sum()),
-        "in tissue but not in the counts": lost,
-        "in the counts but without a position": len(count_ids) - int(both.sum()),
+        NO_COUNTS: lost,
+        NO_POSITION: len(count_ids) - int(both.sum()),
     }
     rows = [row_of[spots.ids[i]] for i in keep]
     return Section(

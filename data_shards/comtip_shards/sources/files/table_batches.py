@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sources.files.opening import existing, reading
-from comtip_shards.sources.files.packaging import is_gzip, unpacked
+from comtip_shards.sources.files.packaging import check_growth, is_gzip, unpacked
 
 BATCH = 1 << 17
 """Rows of a batch of Parquet."""
@@ -88,8 +89,27 @@ def _columns(path: Path) -> list[str]:
 def _open_csv(path: Path, names: Sequence[str]) -> pa_csv.CSVStreamingReader:
     types = {name: TEXT_COLUMNS.get(name, pa.float64()) for name in names}
     convert = pa_csv.ConvertOptions(include_columns=list(names) or None, column_types=types, strings_can_be_null=True)
-    stream = pa.input_stream(str(path), compression="gzip" if is_gzip(path) else None)
+    stream = _Unpacking(path) if is_gzip(path) else pa.input_stream(str(path), compression=None)
     return pa_csv.open_csv(stream, read_options=pa_csv.ReadOptions(block_size=_CSV_BLOCK), convert_options=convert)
+
+
+class _Unpacking(io.RawIOBase):
+    """A gzip file, decompressed; it refuses to become implausibly large, as blank lines without end would."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._stream, self._total = path, pa.input_stream(str(path), compression="gzip"), 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to ``size`` bytes; raise SourceError if the content is implausibly larger than the file."""
+        data: bytes = self._stream.read(None if size < 0 else size)
+        self._total += len(data)
+        check_growth(self._total, self._path)
+        return data
 
 
 def _open(path: Path, dictionary: Sequence[str] = ()) -> pq.ParquetFile:

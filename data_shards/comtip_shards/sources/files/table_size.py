@@ -11,6 +11,8 @@ from comtip_shards.sources.files.packaging import ALWAYS_UNPACKED, MAX_GROWTH, i
 
 MAX_TABLE_BYTES, MAX_COUNTS_BYTES = 1 << 30, 1 << 33
 """Maximum size of a table of spots or sections, and of a count matrix as text, after decompression."""
+MAX_LINE = 1 << 26
+"""Maximum length in bytes of a line, such as a header with all genes; in a file with a hole, a line has no end."""
 _BLOCK = 1 << 22
 
 

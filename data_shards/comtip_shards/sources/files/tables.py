@@ -16,7 +16,7 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import check_unique
 from comtip_shards.sources.files.opening import existing, reading
-from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_TABLE_BYTES, check_table_size
+from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_LINE, MAX_TABLE_BYTES, check_table_size
 
 _TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
 _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
@@ -100,7 +100,11 @@ def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
 
 def _header(path: Path, sep: str) -> list[str]:
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        line = file.readline().decode("utf-8").rstrip("\r\n")
+        line = file.readline(MAX_LINE + 1).decode("utf-8").rstrip("\r\n")
+    if len(line) > MAX_LINE:
+        raise SourceError(
+            f"{path}: the first line has more than {MAX_LINE:,} bytes, so this is no table; copy it again"
+        )
     return [n.strip().strip('"') for n in line.split(sep)]
 
 

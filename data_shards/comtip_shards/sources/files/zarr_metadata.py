@@ -8,13 +8,17 @@ independently of the installed versions of ``zarr`` and ``numcodecs``.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
+from comtip_shards.sources.files.hdf5 import MAX_RATIO, MAX_UNPACKED
 
 METADATA = {".zarray", ".zgroup", ".zmetadata", "zarr.json"}
 """Files that can name a codec, in formats 2 and 3; ``.zattrs`` cannot."""
@@ -42,10 +46,18 @@ CODECS = frozenset(
 )
 """Allowed codecs; they only convert bytes to numbers and text."""
 _KEYS = ("codecs", "compressor", "filters", "index_codecs", "serializer", "storage_transformers")
+_IN_WINDOWS = ("images", "labels")
+"""Groups of SpatialData whose arrays are read in windows; all other arrays are read whole."""
 _FREE = ("attributes", "fill_value")
 """Keys with user data, which do not name codecs."""
 MAX_BYTES = 256 * 2**20
 """Maximum size of a metadata file in bytes; consolidated metadata of 100,000 arrays take about 100 MB."""
+
+
+def head_text(file: Path) -> str:
+    """Return the first 16 MiB of a metadata file as text; attributes come before consolidated metadata."""
+    with file.open("rb") as opened:
+        return opened.read(1 << 24).decode("utf-8", "replace")
 
 
 def check_store(path: Path, what: str = "a Zarr store") -> None:
@@ -100,6 +112,7 @@ def _check_file(file: Path, store: Path, what: str) -> None:
                     f"{_shown(file)}: the codec {shown(str(codec))} is not allowed, because a codec can execute code from the "
                     "store; if you trust the store, write it again with blosc, zstd or gzip, and strings as vlen-utf8"
                 )
+        _check_claim(data, file, store)
     except (ValueError, RecursionError) as error:
         if isinstance(error, SourceError):
             raise
@@ -107,6 +120,26 @@ def _check_file(file: Path, store: Path, what: str) -> None:
             f"{_shown(store)}: cannot be read as {what} ({_shown(file.relative_to(store))} is not the metadata of a Zarr array or "
             f"group: {error}); copy the store again"
         ) from error
+
+
+def _check_claim(data: Any, file: Path, store: Path) -> None:
+    """Check that an array that is read whole does not claim many times the bytes that are stored for it."""
+    shape = data.get("shape") if isinstance(data, dict) else None
+    if not isinstance(shape, list) or file.relative_to(store).parts[0] in _IN_WINDOWS:
+        return
+    try:
+        width = np.dtype(data.get("dtype", data.get("data_type"))).itemsize or 8
+    except TypeError:  # text
+        width = 8
+    size = width * math.prod(n for n in shape if isinstance(n, int))
+    if size <= MAX_UNPACKED:
+        return
+    stored = sum(chunk.stat().st_size for chunk in file.parent.rglob("*") if chunk.is_file())
+    if size > MAX_RATIO * stored:
+        raise SourceError(
+            f"{_shown(file)}: claims {size / 2**30:.1f} GiB in {tuple(shape)}, but only {stored} bytes are stored; copy or download "
+            "the store again"
+        )
 
 
 def _codecs(value: Any) -> Iterator[Any]:

@@ -6,15 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comtip_shards.not_data import archive_kind, not_data
+from comtip_shards.slides.open import is_image
 from comtip_shards.sources.base import Reader
 from comtip_shards.sources.files.packaging import contents, is_gzip
 
 MAX_FILES = 200
+MICROSCOPE = "a microscope's own format, which cannot be read; convert it to OME-TIFF (QuPath, or bfconvert -pyramid-resolutions 5)"
 _SUFFIXES = {
     ".rds": "R objects cannot be read; write the object as .h5ad (zellkonverter::writeH5AD)",
     ".rdata": "R objects cannot be read; write the object as .h5ad (zellkonverter::writeH5AD)",
     ".h5seurat": "h5Seurat cannot be read; write the object as .h5ad (zellkonverter::writeH5AD, or SeuratDisk::Convert)",
     ".loom": "loom files have no image and no positions in px; write the object as .h5ad with obsm['spatial']",
+    ".vsi": MICROSCOPE,
+    ".lif": MICROSCOPE,
+    ".nd2": MICROSCOPE,
+    ".oir": MICROSCOPE,
+    ".ims": MICROSCOPE,
     ".gef": "Stereo-seq .gef cannot be read; write bins with positions as .h5ad (stereopy)",
 }
 _PARTS = (
@@ -53,6 +60,11 @@ def _of_file(path: Path) -> str | None:
     reason = not_data(path) or _SUFFIXES.get(path.suffix.lower())
     if reason:
         return reason
+    if is_image(path):
+        return (
+            "an image alone, without spots and counts; give the source that has them and state the image as `image`, or "
+            "predict on the image with `comtip predict`"
+        )
     kind = archive_kind(path)
     if kind and not (is_gzip(path) and path.name.endswith(".h5ad.gz")):
         return kind
@@ -65,7 +77,7 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     if runs:
         listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
         return (
-            f"the folder contains {len(runs)} sources: {listed}; give one of them, or a table of them "
+            f"the folder is not a source, but contains sources: {listed}; give one of them, or a table of them "
             "(csv with a column path, one row per source)"
         )
     files = [p for p in entries if p.is_file()]

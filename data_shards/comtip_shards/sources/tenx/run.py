@@ -89,7 +89,7 @@ def find_flat_mex(folder: Path) -> dict[str, TenxMatrix]:
 
 
 def find_matrix(folder: Path, stem: str) -> TenxMatrix | None:
-    """Return the matrix of a folder that has no prefix, or else the only one; raises SourceError if there are several."""
+    """Return the matrix without a prefix, or else the only one, None if there is none; raises SourceError if there are several."""
     found = find_matrices(folder, stem)
     if "" in found:
         return found[""]

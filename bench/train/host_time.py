@@ -1,0 +1,107 @@
+"""Host time of an eager training step: the step of ``configs/1gpu.yaml`` with as many layers, but near-empty tensors.
+
+    PYTHONPATH=.:kernels:data_shards python bench/train/host_time.py [--rounds 7] [--steps 20] [--set KEY=VALUE ...]
+
+What a GPU computes takes next to no time here, so that the time of a step is what the host needs to launch its operators. The step
+takes the path of a GPU (masked updates, no value read between logged rows), with this project's CPU operators instead of its
+kernels, in one thread. The time depends on the machine: compare two commits on one machine, in alternating rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from comtip_fast.collectives import SingleProcessGroup
+from comtip_fast.config.io import load_config
+from comtip_fast.runtime import devices
+from comtip_fast.training.distributed.signals import Signals
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.trainer import Trainer
+from testkit.synthetic_task import SyntheticTask
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TILE_PX = 16
+NEAR_EMPTY = [
+    "train.device=cpu",
+    "train.precision=fp32",
+    "train.log_every=1000000",
+    "engine.compile=false",
+    "data.tile_px=null",
+    "data.batch_size=4",
+    "panel.max_genes=3",
+    "genes.per_cohort=8",
+    "levels.n_levels=3",
+    "vision.backbone=small",
+    "vision.patch_px=8",
+    "vision.depth=12",
+    "vision.width=24",
+    "vision.heads=12",
+    "text.width=16",
+    "align.dim=8",
+]
+"""Overrides of ``1gpu.yaml``: its depths and options, with the smallest sizes."""
+
+
+class _Count(TorchDispatchMode):
+    """Counts operators, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    """Measure and print one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="number of medians (default 7)")
+    parser.add_argument("--steps", type=int, default=20, help="number of steps of a median (default 20)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="further overrides (repeatable)"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load_config(ROOT / "configs" / "1gpu.yaml", [*NEAR_EMPTY, *args.set])
+    # A step on the CPU takes the path of a device whose values the host must not read.
+    as_gpu = patch.object(devices, "reads_are_free", lambda device: False)
+    with as_gpu, tempfile.TemporaryDirectory() as folder:
+        group = SingleProcessGroup()
+        trainer = Trainer(SyntheticTask(config, group, TILE_PX, CPU), config, Path(folder), group)
+        trainer.engine = make_engine(trainer.task.module, config, group)
+        trainer.progress.step = 1  # the first step is logged
+        for _ in range(3):
+            trainer._one_step(Signals())
+        with _Count() as count:
+            trainer._one_step(Signals())
+        medians = [_median(trainer, args.steps) for _ in range(args.rounds)]
+    print(
+        f"{count.operators} operators; median of {args.steps} steps in ms over {args.rounds} rounds: "
+        f"{statistics.median(medians):.1f} ({min(medians):.1f} to {max(medians):.1f})"
+    )
+
+
+def _median(trainer: Trainer, steps: int) -> float:
+    """Return the median CPU time of a step in ms; CPU time, so that other processes count less."""
+    out = []
+    for _ in range(steps):
+        began = time.process_time()
+        trainer._one_step(Signals())
+        out.append(1e3 * (time.process_time() - began))
+    return statistics.median(out)
+
+
+if __name__ == "__main__":
+    main()

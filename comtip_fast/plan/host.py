@@ -1,0 +1,38 @@
+"""Operators that the host issues in a step without compilation, and the time that this takes.
+
+The counts were fitted to walks of the real step with other depths, micro-batches and engines
+(``python -m testkit.rehearsal``); a test compares them with every step in ``bench/rehearsal.csv`` to 2 %.
+"""
+
+from __future__ import annotations
+
+from comtip_fast.plan.engine import EngineSpec
+from comtip_fast.plan.sizes import Sizes
+
+# Operators of a transformer block: forward and backward, forward alone, and recomputation under activation checkpointing.
+VISION_BLOCK, VISION_FORWARD, VISION_AGAIN = 43, 19, 18
+TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 35, 14, 17
+PREFIX, PREFIX_FORWARD = 8, 4
+"""Operators of class and register tokens, per call of the image encoder."""
+FIXED = 861
+"""Everything else of a step in one piece: embeddings, heads, pooling, losses, draws, optimizer."""
+FIXED_PIECES, PER_PIECE = 716, 313
+"""The same with micro-batches: once, and per micro-batch."""
+DDP, ZERO_PIECE, RING_HOP = 59, 268, 43
+"""Further operators of DDP, of ZeRO per micro-batch, and of the ring per other rank."""
+
+
+def operators(s: Sizes, e: EngineSpec, ranks: int) -> int:
+    """Return the number of operators of a step of a rank, with the losses of the default config."""
+    n, branches = e.micro_batches, 2 if s.has_mfm else 1
+    image = branches * (VISION_BLOCK * s.depth + PREFIX * (s.prefix > 0))
+    text = TEXT_BLOCK * s.text_depth
+    if n == 1:
+        out = FIXED + image + text
+    else:
+        first_pass = VISION_FORWARD * s.depth + PREFIX_FORWARD * (s.prefix > 0)
+        out = FIXED_PIECES + n * (PER_PIECE + image + first_pass) + text + TEXT_FORWARD * s.text_depth
+    if e.activation_checkpointing:
+        out += n * branches * VISION_AGAIN * s.depth + TEXT_AGAIN * s.text_depth
+    out += {"single": 0, "ddp": DDP, "deepspeed": n * ZERO_PIECE}[e.kind]
+    return out + (RING_HOP * (ranks - 1) if e.loss_form == "ring" else 0)

@@ -1,0 +1,92 @@
+"""``comtip plan`` predicts what the rehearsal counted in the steps of every config (``bench/rehearsal.csv``)."""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from comtip_fast.config.io import load_config
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.tokens import gene_tokens
+from comtip_fast.plan.hardware import make_cluster
+from comtip_fast.plan.plan import Plan, make_plan
+from comtip_fast.plan.sizes import Inputs
+from testkit.synthetic_task import gene_names
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    row
+    for row in csv.DictReader((ROOT / "bench" / "rehearsal.csv").open(encoding="utf-8"))
+    if row["walk"].split()[0] == "step"
+]
+NAMES = [f"{r['config']} on {r['ranks']}: {r['walk']}" for r in ROWS]
+
+
+@cache
+def tokens_of(names: int, panel: int, max_tokens: int, full_name: bool) -> float:
+    """Return the mean tokens per sentence of the panel that the rehearsal uses."""
+    config = load_config(None, [f"text.max_tokens={max_tokens}", f"text.full_name={full_name}".lower()])
+    genes = gene_tokens(GeneTokenizer.load(), gene_names(names), np.arange(1, names + 1), config.text)
+    return float(genes.length_G[:: names // panel][:panel].double().mean())
+
+
+def planned(row: dict[str, str]) -> Plan:
+    """Return the plan of the config, engine and ranks of a row."""
+    overrides = [f"engine.{word}" for word in row["walk"].split()[1:]]
+    config: RunConfig = load_config(ROOT / "configs" / f"{row['config']}.yaml", overrides)
+    names, ranks = max(config.genes.per_cohort, config.panel.max_genes), int(row["ranks"])
+    panel = min(config.panel.max_genes, names)
+    inputs = Inputs(
+        tile_px=224,
+        trained_genes=names,
+        panel=panel,
+        sentence_tokens=tokens_of(names, panel, config.text.max_tokens, config.text.full_name),
+    )
+    cluster = make_cluster("h100", per_node=min(ranks, 8), nodes=max(1, ranks // 8))
+    return make_plan(config, cluster, inputs)
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=NAMES)
+def pair(request: pytest.FixtureRequest) -> tuple[dict[str, str], Plan]:
+    return request.param, planned(request.param)
+
+
+def test_flops_are_those_counted(pair: tuple[dict[str, str], Plan]):
+    row, plan = pair
+    assert plan.flops / 1e9 == pytest.approx(float(row["gflop"]), rel=0.02)
+
+
+def test_collectives_send_the_bytes_counted(pair: tuple[dict[str, str], Plan]):
+    """The rehearsal counts the operand of a rank; ZeRO's own collectives are DeepSpeed's and are not walked."""
+    row, plan = pair
+    W = int(row["ranks"])
+    # Operand of a rank, as a fraction of the complete tensor.
+    operand = {"all_reduce": 1.0, "all_gather": 1 / W, "reduce_scatter": 1.0, "ring": (W - 1) / W}
+    counted = {
+        "all_reduce": "all_reduce_mb",
+        "all_gather": "all_gather_mb",
+        "reduce_scatter": "reduce_scatter_mb",
+        "ring": "send_mb",
+    }
+    sent = dict.fromkeys(operand, 0.0)
+    for item in plan.traffic:
+        if not (plan.engine.kind == "deepspeed" and item.part in ("gradients", "parameters")):
+            sent[item.kind] += item.times * item.size * operand[item.kind] / 1e6
+    for kind, planned_mb in sent.items():
+        assert planned_mb == pytest.approx(float(row[counted[kind]]), rel=0.02, abs=0.1), kind
+
+
+def test_saved_bytes_are_those_counted(pair: tuple[dict[str, str], Plan]):
+    row, plan = pair
+    saved = sum(part.saved for part in plan.parts) / 1e6
+    assert saved == pytest.approx(float(row["saved_mb"]), rel=0.1 if plan.engine.activation_checkpointing else 0.02)
+
+
+def test_the_host_issues_the_operators_counted(pair: tuple[dict[str, str], Plan]):
+    row, plan = pair
+    assert plan.operators == pytest.approx(float(row["operators"]), rel=0.02)
