@@ -146,7 +146,7 @@ def test_an_error_names_the_argument_in_python_and_the_option_on_the_command_lin
             "'80,a,10': write TRAIN,VAL,TEST as numbers",
         ),
         (["bench", "loader", "--spots", "0"], "--spots 0: must be at least 1"),
-        (["bench", "loader", "--epochs", "-1"], "--epochs -1: must be at least 0"),
+        (["bench", "loader", "--epochs", "-1"], "--epochs: '-1': give an integer of at least 0"),
         (["bench", "step", "--config", "x.yaml", "--per-round", "0"], "--per-round 0: must be at least 1"),
     ],
 )

@@ -58,7 +58,7 @@ REFUSED = {
     "an export in a file": (["export", "run", "--out", "{file}"], "--out {file}: is a file; give a folder"),
     "a sweep in a file": ([*PLAN, "--sweep", "--out", "{file}"], "--out {file}: is a file; give a folder"),
     "a benchmark in a file": (["bench", "loader", "--out", "{file}"], "--out {file}: is a file; give a folder"),
-    "no draws": ([*EVALUATE, "--null-draws", "0"], "give an integer of at least 1"),
+    "negative draws of the null": ([*EVALUATE, "--null-draws", "-1"], "give an integer of at least 0"),
     "negative draws": ([*EVALUATE, "--tasks", "pairs", "--bootstrap", "-1"], "give an integer of at least 0"),
     "no epochs": ([*EVALUATE, "--tasks", "finetune", "--epochs", "0"], "give an integer of at least 1"),
     "a negative seed of nulls": ([*EVALUATE, "--seed", "-3"], "give an integer of at least 0"),
