@@ -251,7 +251,9 @@ def test_errors_of_the_set_and_of_the_disk_are_raised(sources: Path, tmp_path: P
 
 
 def test_nothing_is_written_if_every_section_fails(sources: Path, tmp_path: Path):
-    with pytest.raises(SourceError, match=r"no section can be built\nsections that could not be built and were left out \(2 of 2\)"):
+    with pytest.raises(
+        SourceError, match=r"no section can be built\nsections that could not be built and were left out \(2 of 2\)"
+    ):
         comtip_fast.build_shards(table(sources, "path\nx\ny\n"), tmp_path / "set", on_error="skip", **SIZE)
     assert not (tmp_path / "set").exists()
 
