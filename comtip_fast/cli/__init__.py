@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -33,6 +34,8 @@ COMMANDS = {
 # Commands in the module of another one: {command: module}.
 SHARED = {"embed": "predict"}
 USER_ERROR, RESTART, KILLED = 2, 75, 143
+SPIN_COUNT = "20000"
+"""Iterations that an idle OpenMP thread spins before it sleeps; docs/performance.md compares it with the default."""
 PIPE_CLOSED = 141  # as shells report a program that SIGPIPE terminated
 # Errors of these types are caused by the input and name it; all others are bugs and show a traceback.
 BAD_INPUT = (
@@ -57,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     """Parse the arguments, set up the log, run the command, and turn known errors into messages and exit codes."""
+    _limit_spinning()
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
@@ -91,6 +95,15 @@ def _main(arguments: list[str]) -> int:
         return code
     finally:
         drain(sys.stdout)
+
+
+def _limit_spinning() -> None:
+    """Let idle threads of OpenMP sleep soon, unless the environment says otherwise; read when torch is imported.
+
+    If another process uses the core of one thread, the others would otherwise spin until that thread is scheduled again.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def _disk_error(error: Exception) -> tuple[int, str] | None:

@@ -2,14 +2,18 @@
 
 import doctest
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from comtip_shards import SourceError
 
 import comtip_fast
 from comtip_fast import api, plots
+from comtip_fast.cli import main
 from comtip_fast.config.io import dump_config, load_config
+from comtip_fast.inference.predictor import Predictor
 from tests.conftest import TINY
 
 EXAMPLES = (
@@ -62,3 +66,33 @@ def test_facts_are_checked_before_anything_is_read(folder: Path):
     with pytest.raises(SourceError, match=r"unknown fact 'specie'"):
         comtip_fast.build_shards(folder / "sections", folder / "never", facts={"specie": "human"})
     assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        comtip_fast.load,
+        lambda run: comtip_fast.evaluate(run, "set"),
+        lambda run: comtip_fast.adapt(run, "set:x1"),
+        lambda run: main(["predict", run, "set:x1", "--genes", "ACTB", "--out", "x.h5ad"]),
+        lambda run: main(["embed", run, "set:x1", "--out", "x.h5ad"]),
+        lambda run: main(["evaluate", run, "--shards", "set", "--out", "o"]),
+        lambda run: main(["adapt", run, "set:x1", "--out", "o"]),
+    ],
+    ids=["load", "evaluate", "adapt", "comtip predict", "comtip embed", "comtip evaluate", "comtip adapt"],
+)
+def test_a_gpu_is_used_where_there_is_one(
+    call: Callable[[str], object], tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    class StopHereError(Exception):
+        pass
+
+    def stop(path: object, device: object = "cpu", vectors: object = None) -> None:
+        raise StopHereError(str(device))
+
+    monkeypatch.setattr(Predictor, "load", stop)
+    with pytest.raises(StopHereError, match=r"^cuda$"):
+        call(str(tiny_run))
