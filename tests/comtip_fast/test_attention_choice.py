@@ -178,7 +178,7 @@ def test_a_model_step_passes_through(name: str, tiny_overrides: list[str], monke
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash", "text.attention=flash: .*flash-attn, which is not installed.*set text.attention=auto"),
+        ("flash", "text.attention=flash: .*flash-attn, which cannot be imported.*set text.attention=auto"),
         ("varlen", "text.attention=varlen: .*upgrade torch"),
         ("triton", "text.attention=triton: .*needs a CUDA device"),
     ],

@@ -153,7 +153,7 @@ def set_one(name: str, value: float, at: Any = 0) -> Callable[[dict[str, np.ndar
 
 LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     **{
-        f"NaN in {n}": (set_one(n, np.nan), f"{n} has 1 values")
+        f"NaN in {n}": (set_one(n, np.nan), f"{n} has values that are not finite \\(1\\)")
         for n in ("edges", "value_cp10k", "value_raw", "log_prior")
     },
     "infinite value": (set_one("value_cp10k", np.inf, -1), "value_cp10k has"),
@@ -423,7 +423,7 @@ def _set_head(name: str, value: Any) -> Callable[[dict[str, np.ndarray], dict[st
 
 
 READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any], str]] = {
-    "NaN": (lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan), "loading_KG has 1 values"),
+    "NaN": (lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan), "loading_KG has values that are not finite"),
     "a gene cut": (lambda a, h: a.update({"0.vector.raw.mean_G": a["0.vector.raw.mean_G"][1:]}), "mean_G is float32"),
     "no programme": (
         lambda a, h: a.update({"0.vector.raw.weight_FK": a["0.vector.raw.weight_FK"][:, :0]}),

@@ -169,8 +169,9 @@ def test_a_bad_list_on_the_command_line_is_an_error_with_its_reason(
     assert "no such file" in capsys.readouterr().err
     assert run_cli(tiny_run, tiny_shards, tmp_path / "b", "--genes", "NOTAGENE") == 2
     assert "section x1: 1 of 1 are not human genes (NOTAGENE)" in capsys.readouterr().err
-    assert run_cli(tiny_run, tiny_shards, tmp_path / "c", "--null-draws", "-1") == 2
-    assert "--null-draws -1: must be at least 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(tiny_run, tiny_shards, tmp_path / "c", "--null-draws", "-1")
+    assert "--null-draws: '-1': give an integer of at least 0" in capsys.readouterr().err
 
 
 def test_predictions_have_ensembl_ids_and_validation_scores(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
