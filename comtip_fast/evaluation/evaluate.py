@@ -97,7 +97,10 @@ class Evaluation:
     """Methods that were trained to compare the model with."""
 
     def gene_table(self) -> pd.DataFrame:
-        """Return the scores of every gene in every section, one row each."""
+        """Return the scores of every gene in every section, one row each, as in ``genes.csv``.
+
+        The columns are :data:`comtip_fast.evaluation.gene_table.COLUMNS`, and ``pcc_`` and its name for each trained method.
+        """
         return pd.concat([data.gene_table for data in self.sections], ignore_index=True)
 
 
