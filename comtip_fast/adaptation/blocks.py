@@ -16,6 +16,8 @@ BLOCKS = 2
 """Number of blocks of fit spots."""
 MIN_FIT, MIN_TEST = 10, 10
 """Fewest spots to fit on, and to test on."""
+MIN_SPOTS = MIN_FIT + MIN_TEST
+"""Fewest spots of a section; with fewer, no ``fraction`` leaves enough spots for both."""
 FOLDS = 4
 """Spatial folds of the fit spots, by which penalties are chosen."""
 
@@ -54,7 +56,7 @@ def split_blocks(
     if n_fit < MIN_FIT:
         raise ValueError(
             f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; "
-            "give a larger `fraction` or a larger section"
+            + ("give a larger `fraction`" if len(xy) >= MIN_SPOTS else f"give a section of at least {MIN_SPOTS} spots")
         )
     rng = generator(seed, "adapt blocks", section, number)
     chosen = np.zeros(len(xy), bool)

@@ -57,7 +57,16 @@ class Adaptation:
     """The adapted model."""
 
     def summary(self) -> pd.DataFrame:
-        """Return one row per method, CP10K, over splits: lowest and highest mean PCC, mean scores, and splits above unadapted."""
+        """Summarise the scores of log1p CP10K over the splits.
+
+        Returns
+        -------
+        DataFrame
+            One row per method, with the columns ``method`` (a value of :data:`LABELS`); ``above_unadapted``, the number of splits
+            in which ``mean_pcc_50_hvg`` is above that of the unadapted model, as text (``3 of 5``; empty for the unadapted
+            model); ``lowest`` and ``highest``, the range of ``mean_pcc_50_hvg`` over splits; and the means over splits of
+            ``mean_pcc_50_hvg``, ``mean_pcc_all`` and ``partial_pcc_50_hvg``.
+        """
         rows = self.table[self.table["normalisation"] == "cp10k"]
         base = rows[rows["method"] == "unadapted"].set_index("split")["mean_pcc_50_hvg"]
         out = []

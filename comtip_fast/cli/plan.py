@@ -12,7 +12,7 @@ from comtip_fast.cli.options import out_folder, refuse_unused
 
 if TYPE_CHECKING:
     from comtip_fast.config.schema import RunConfig
-    from comtip_fast.plan.hardware import Cluster
+    from comtip_fast.plan.hardware import Cluster, Efficiency
     from comtip_fast.plan.sizes import Inputs
 
 
@@ -78,23 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; return 1 if the run does not fit into memory."""
     from comtip_fast.config.io import load_config
-    from comtip_fast.plan.hardware import Efficiency, make_cluster
+    from comtip_fast.plan.hardware import make_cluster
     from comtip_fast.plan.plan import at_mean_panel, make_plan
     from comtip_fast.plan.report import as_data, render, summary
     from comtip_fast.plan.sizes import Inputs
 
     _refuse_unused(args)
     config = load_config(args.config, args.set)
-    shares = Efficiency(
-        compute=args.compute_efficiency,
-        memory=args.memory_efficiency,
-        link=args.link_efficiency,
-        launch_s=args.launch_us * 1e-6,
-        cores=args.loader_cores,
-        tile_ms=args.tile_ms,
-    )
+    efficiency = _efficiency(args)
     cluster = make_cluster(
-        args.device, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
+        args.device, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=efficiency
     )
     stated = config.data.tile_px
     if None not in (stated, args.tile_px) and stated != args.tile_px:
@@ -126,6 +119,31 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(json.dumps(as_data(plan, mean), indent=1) if args.json else render(plan, mean))
     return 0 if plan.fits else 1
+
+
+def _efficiency(args: argparse.Namespace) -> Efficiency:
+    """Return the assumptions; raise ValueError that names the first option whose value is out of bounds."""
+    from comtip_fast.plan.hardware import Efficiency
+
+    for name in ("compute_efficiency", "memory_efficiency", "link_efficiency"):
+        share = getattr(args, name)
+        if not 0 < share <= 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {share:g}: give a share of the peak rate, above 0 and at most 1")
+    if not 0 <= args.launch_us < math.inf:
+        raise ValueError(f"--launch-us {args.launch_us:g}: give a finite number of microseconds of at least 0")
+    if args.loader_cores < 1:
+        raise ValueError(f"--loader-cores {args.loader_cores}: give at least one core")
+    if not 0 < args.tile_ms < math.inf:
+        raise ValueError(f"--tile-ms {args.tile_ms:g}: give a finite time above 0")
+    return Efficiency(
+        compute=args.compute_efficiency,
+        memory=args.memory_efficiency,
+        link=args.link_efficiency,
+        launch_s=args.launch_us * 1e-6,
+        cores=args.loader_cores,
+        tile_ms=args.tile_ms,
+    )
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:

@@ -33,6 +33,8 @@ REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
 """Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
 MATRIX = "filtered_feature_bc_matrix.h5"
+CORRECT = "correct it in uns['spatial']"
+"""Fix of an invalid scale factor; a conversion has no options for the image and its scale."""
 
 
 def read_section(spec: str | Path) -> ad.AnnData:
@@ -98,11 +100,11 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | Non
     if not names:
         return None
     name, entry = names[0], spatial[names[0]]
-    picture = Picture(IMAGE, scale_factor(entry, f"tissue_{IMAGE}_scalef", name) or 1.0)
+    picture = Picture(IMAGE, scale_factor(entry, f"tissue_{IMAGE}_scalef", name, CORRECT) or 1.0)
     factors: dict[str, float] = {}
     for key in entry.get("scalefactors", {}):
         try:
-            value = scale_factor(entry, key, name)
+            value = scale_factor(entry, key, name, CORRECT)
         except SourceError as error:
             log.warning("%s; the output is written without this scale factor", error)
             continue

@@ -171,8 +171,8 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
-            f"{shards.name}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
-            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build the set with `tile_um={tile.um:g}` "
+            f"{shards.name}: tiles of {own.um:g} um in {own.px} px with min_mpp {own.min_mpp:g}, but the model reads "
+            f"{tile.um:g} um in {tile.px} px with min_mpp {tile.min_mpp:g}; build the set again with `tile_um={tile.um:g}` "
             f"`tile_px={tile.px}` `min_mpp={tile.min_mpp:g}`"
         )
     template, spots, number = section_template(shards, section_id)

@@ -97,7 +97,10 @@ class Evaluation:
     """Methods that were trained to compare the model with."""
 
     def gene_table(self) -> pd.DataFrame:
-        """Return the scores of every gene in every section, one row each."""
+        """Return the scores of every gene in every section, one row each, as in ``genes.csv``.
+
+        The columns are :data:`comtip_fast.evaluation.gene_table.COLUMNS`, and ``pcc_`` and its name for each trained method.
+        """
         return pd.concat([data.gene_table for data in self.sections], ignore_index=True)
 
 
@@ -185,9 +188,9 @@ def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
     tile, model = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if (tile.px, tile.um, tile.min_mpp) != model:
         raise ValueError(
-            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px, but the model reads "
-            f"{model[1]:g} um in {model[0]} px at {model[2]:g} um/px; "
-            f"build with `tile_um={model[1]:g}` `tile_px={model[0]}` `min_mpp={model[2]:g}`"
+            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px with min_mpp {tile.min_mpp:g}, but the model reads "
+            f"{model[1]:g} um in {model[0]} px with min_mpp {model[2]:g}; "
+            f"build the set again with `tile_um={model[1]:g}` `tile_px={model[0]}` `min_mpp={model[2]:g}`"
         )
 
 

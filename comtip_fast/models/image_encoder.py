@@ -6,6 +6,7 @@ of p x p pixels, V = P - floor(r P) visible patches, d the encoder's width, c th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,12 +209,13 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
         The ratio hides no patch, so the masked loss would be undefined.
     """
     if int(config.mask_ratio * n_patches) < 1:
-        least = (
-            f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "a single patch cannot be both hidden and visible"
-        )
+        least = math.ceil(1000 / n_patches) / 1000  # rounded up, because a ratio below 1 / n hides no patch
+        several = n_patches > 1
+        cause = f"{least:g} hides one" if several else "a single patch cannot be both hidden and visible"
+        patch_px = "vision.patch_px" if config.backbone == "small" else "vision.vit.patch_px"
         raise ValueError(
-            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase the ratio, "
-            "make patches smaller (vision.patch_px), or disable masking with loss.mfm=0"
+            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({cause}); "
+            f"{'increase the ratio, ' if several else ''}make patches smaller ({patch_px}), or disable masking with loss.mfm=0"
         )
 
 

@@ -138,9 +138,8 @@ def check_attention(config: RunConfig, device: torch.device, longest: int) -> st
     try:
         return attention_name(config.text.attention, device, dtype, longest)
     except ValueError as error:
-        raise ValueError(
-            f"text.attention={config.text.attention}: {error}; or set text.attention=auto, which runs on every machine"
-        ) from error
+        fix = "" if config.text.attention == "auto" else "; or set text.attention=auto"
+        raise ValueError(f"text.attention={config.text.attention}: {error}{fix}") from error
 
 
 def _as_model(module: nn.Module) -> CoMTIP:

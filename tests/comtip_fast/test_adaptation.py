@@ -60,6 +60,8 @@ def test_no_tile_of_a_test_spot_overlaps_one_of_a_fit_spot(fraction: float, numb
 def test_too_few_spots_are_refused():
     with pytest.raises(ValueError, match=r"section s: 0.05 of 49 spots are 2, but adaptation needs at least 10"):
         split_blocks(lattice(7), 0.05, TILE_UM, seed=0, number=0, section="s")
+    with pytest.raises(ValueError, match=r"0.5 of 16 spots are 8, .*; give a section of at least 20 spots"):
+        split_blocks(lattice(4), 0.5, TILE_UM, seed=0, number=0, section="s")
     with pytest.raises(ValueError, match=r"only \d of 49 spots are at least 900 um from the 12 spots to fit on"):
         split_blocks(lattice(7), 0.25, 900, seed=0, number=0, section="s")
 

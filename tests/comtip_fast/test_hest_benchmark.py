@@ -269,6 +269,9 @@ def test_training_on_the_benchmark_is_reported(folder: Path):
     [
         (lambda f: (f / "READ/splits/test_1.csv").unlink(), "expected train_i.csv and test_i.csv"),
         (lambda f: (f / "READ/var_50genes.json").write_text("{}"), "not a gene list"),
+        (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": 5}'), "not a list of at least one name"),
+        (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": ["G0", 1]}'), "entry 1 .* is 1, not text"),
+        (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": ["G0", "G0"]}'), "duplicate gene 'G0'"),
         (lambda f: (f / "READ/adata/R1.h5ad").unlink(), "R1.h5ad: no such file"),
         (lambda f: (f / "READ/patches/R2.h5").unlink(), "R2.h5: no such file"),
         (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": ["G0", "NONE"]}'), "lacks 1 of 2 genes"),

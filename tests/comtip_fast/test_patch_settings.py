@@ -21,7 +21,14 @@ CPU = torch.device("cpu")
     [
         # 32 px: 4 patches of 16 px, one of 32 px.
         (["vision.mask_ratio=0.2"], r"vision\.mask_ratio=0\.2 hides none of the 4 patches .*0\.25 hides one"),
-        (["vision.patch_px=32", "vision.mask_ratio=0.9"], r"vision\.mask_ratio=0\.9 hides none of the 1 patches"),
+        (
+            ["vision.patch_px=8", "vision.mask_ratio=0.06"],
+            r"none of the 16 patches .*\(0\.063 hides one\)",
+        ),  # 1 / 16 is 0.0625
+        (
+            ["vision.patch_px=32", "vision.mask_ratio=0.9"],
+            r"=0\.9 hides none of the 1 patches .*visible\); make patches smaller",
+        ),
         (["vision.patch_px=12"], r"vision\.patch_px=12: tiles of 32 px.*give one of 4, 8, 16, 32"),
         (["vision.patch_px=64"], r"vision\.patch_px=64: tiles of 32 px.*`tile_px=64`"),
         (["vision.patch_px=12", "loss.mfm=0"], r"vision\.patch_px=12: "),

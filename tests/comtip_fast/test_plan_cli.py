@@ -50,8 +50,8 @@ def test_the_text_marks_predictions_and_lists_assumptions(capsys: pytest.Capture
     [
         (["--loader-tiles-per-s", "0"], "--loader-tiles-per-s 0: must be a finite number above 0; leave it out"),
         (["--validation-spots", "0"], "--validation-spots 0: must be at least 1; leave it out"),
-        (["--loader-cores", "0"], "give at least one core"),
-        (["--tile-ms", "0"], "a time above 0"),
+        (["--loader-cores", "0"], "--loader-cores 0: give at least one core"),
+        (["--tile-ms", "0"], "--tile-ms 0: give a finite time above 0"),
         (["--panel", "0"], "--panel 0: must be a finite number above 0; leave it out for the default"),
         (["--trained-genes", "-5"], "--trained-genes -5: must be a finite number above 0"),
         (["--tile-px", "0"], "--tile-px 0: must be a finite number above 0"),

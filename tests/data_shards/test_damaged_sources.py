@@ -109,7 +109,7 @@ def test_lengths_of_a_10x_matrix_are_compared_before_they_are_read(
     read: list[int] = []
     plain = h5py.Dataset.__getitem__
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda s, key: (read.append(s.size), plain(s, key))[1])
-    with pytest.raises(SourceError, match=r"m\.h5: the matrix shape is"):
+    with pytest.raises(SourceError, match=r"m\.h5: (the matrix shape is|indptr is not)"):
         matrix.read(features)
     assert max(read, default=0) < 100
 

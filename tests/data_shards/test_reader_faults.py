@@ -188,7 +188,7 @@ def test_another_gene_table_is_refused(copy: Path):
         ShardSet(copy).genes  # noqa: B018
     assert "genes.tsv" in verify(copy).text
     seal_files(copy)
-    with pytest.raises(ShardError, match=r"genes\.tsv: 31 genes, but the manifest states 30"):
+    with pytest.raises(ShardError, match=r"genes\.tsv: 31 genes, but the manifest states 30; do not use this set"):
         ShardSet(copy).genes  # noqa: B018
 
 

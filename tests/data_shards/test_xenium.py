@@ -316,7 +316,11 @@ BAD_ALIGNMENT = {
         lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"),
         "cannot be read as a matrix of 3 x 3",
     ),
-    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "finite numbers, but 2 x 3"),
+    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "the matrix is 2 x 3, expected 3 x 3"),
+    "a missing value": (
+        lambda r: write_matrix(r, matrix() * [[1, 1, 1], [np.nan, 1, 1], [1, 1, 1]]),
+        "values that are not finite",
+    ),
     "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "not affine"),
     "stretched": (
         lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]),

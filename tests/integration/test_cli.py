@@ -290,7 +290,7 @@ def test_tiles_of_another_size_are_refused(
         str(tmp_path / "e"),
     ]
     assert main(words) == 2
-    assert "build with --tile-um 224 --tile-px 32" in capsys.readouterr().err
+    assert "build the set again with --tile-um 224 --tile-px 32" in capsys.readouterr().err
 
 
 def test_genes_and_doctor(capsys):

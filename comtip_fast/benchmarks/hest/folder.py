@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +153,16 @@ def _read_genes(path: Path) -> tuple[str, ...]:
         genes: Any = json.loads(path.read_text(encoding="utf-8"))["genes"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: not a gene list ({error}); expected {{"genes": ["A", "B", ...]}}') from error
-    if not genes or not all(isinstance(g, str) for g in genes) or len(set(genes)) < len(genes):
-        raise ValueError(
-            f"{path}: the gene list is empty, or holds duplicates or values that are not text; list each gene once"
-        )
+    if not isinstance(genes, list) or not genes:
+        raise ValueError(f'{path}: genes is not a list of at least one name; expected {{"genes": ["A", "B", ...]}}')
+    for number, gene in enumerate(genes):
+        if not isinstance(gene, str):
+            raise ValueError(
+                f"{path}: entry {number} of the gene list is {str(gene)[:80]}, not text; write names in quotes"
+            )
+    duplicates = [gene for gene, n in Counter(genes).items() if n > 1]
+    if duplicates:
+        raise ValueError(f"{path}: duplicate gene {duplicates[0]!r} in the gene list; list each gene once")
     return tuple(genes)
 
 

@@ -49,9 +49,15 @@ class HestScores:
     """Facts about each encoder, and the benchmark's sections that it was trained on."""
 
     def summary(self) -> pd.DataFrame:
-        """Return the mean and standard deviation over folds: one row per encoder, variant and task, and per average.
+        """Return the mean scores over folds.
 
-        The average leaves out the tasks in :data:`comtip_fast.benchmarks.hest.folder.NOT_AVERAGED`, as published.
+        Returns
+        -------
+        DataFrame
+            One row per encoder, variant and task: ``encoder``, ``variant``, ``task``, ``pcc`` (mean over folds), ``std_over_folds``
+            and ``n_undefined`` (correlations, over all folds). The last row of an encoder and variant has the task ``average`` and
+            no standard deviation (NaN); it is missing if no task is averaged. The average leaves out the tasks in
+            :data:`comtip_fast.benchmarks.hest.folder.NOT_AVERAGED`, as published.
         """
         rows = []
         for (encoder, variant), own in self.folds.groupby(["encoder", "variant"], sort=False):

@@ -61,11 +61,11 @@ def measure(
     """
     found = [Measured(c.name) for c in contenders]
     for contender, result in zip(contenders, found, strict=True):
-        log.info("first step of %s, counted", contender.name)
+        log.info("counting the operations of the first step of %s", contender.name)
         result.gflop = counted_gflop(contender)
     for number in range(rounds):
         rate = product_rate(contenders[0].device, contenders[0].config.train.precision)
-        log.info("round %d of %d: products at %.0f GFLOP/s", number + 1, rounds, rate / 1e9)
+        log.info("round %d of %d: a large matrix product runs at %.0f GFLOP/s", number + 1, rounds, rate / 1e9)
         for contender, result in zip(contenders, found, strict=True):
             elapsed = _seconds(contender, steps)
             result.samples_per_s.append(steps * batch_size / elapsed)

@@ -64,8 +64,8 @@ def task_options(
         own = (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
         if geometry is not None and (geometry.px, geometry.um, geometry.min_mpp) != own:
             raise ValueError(
-                f"`encoders` {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px at {geometry.min_mpp:g} um/px, but the "
-                f"model reads {own[1]:g} um in {own[0]} px at {own[2]:g} um/px; compare runs with the same tiles"
+                f"`encoders` {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px with min_mpp {geometry.min_mpp:g}, but the "
+                f"model reads {own[1]:g} um in {own[0]} px with min_mpp {own[2]:g}; compare runs with the same tiles"
             )
         opened[label] = encoder
     return TaskOptions(

@@ -90,7 +90,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
         raise SourceError(f"`quality` {tile.quality} is out of range; use 1 to 100")
     if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
         raise SourceError(
-            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; set `tile_um` to 1 to 10000, "
+            f"tiles of {tile.um:g} um in {tile.px} px with min_mpp {tile.min_mpp:g} are out of range; set `tile_um` to 1 to 10000, "
             "`tile_px` to 8 to 4096 and `min_mpp` to above 0 and at most 100"
         )
     return tile

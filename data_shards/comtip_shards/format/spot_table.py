@@ -81,9 +81,9 @@ def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(_TEXT))
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except _BROKEN as error:
-        raise ShardError(f"{where}: not a readable spot table ({error}); copy it again", kind="spots") from error
+        raise ShardError(f"{where}: not a readable spot table ({error}); {FOREIGN}", kind="spots") from error
     if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
-        raise ShardError(f"{where}: not the table of the {n_spots} spots of this set; copy it again", kind="spots")
+        raise ShardError(f"{where}: not the table of the {n_spots} spots of this set; {FOREIGN}", kind="spots")
     if sum(groups) > 2**20 * len(groups) + (256 + _MAX_TEXT) * n_spots:
         raise ShardError(f"{where}: unpacks to {sum(groups)} bytes for {n_spots} spots; {FOREIGN}", kind="spots")
     return file
@@ -97,7 +97,7 @@ def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.T
         table.validate(full=True)
         wrong = next((n for n in columns if not _is_sound(table.column(n), n)), None)
     except _BROKEN as error:
-        raise ShardError(f"{where}: cannot be read ({error}); copy it again", kind="spots") from error
+        raise ShardError(f"{where}: cannot be read ({error}); {FOREIGN}", kind="spots") from error
     if wrong is not None:
         column = table.column(wrong)
         raise ShardError(

@@ -25,7 +25,6 @@ FILE = "statistics.npz"
 VERSION = 1
 _BYTES_PER_GENE = 12
 _SMALL_BYTES = 1 << 24
-_RECOMPUTE = "delete the file; it is computed again when it is needed"
 _DTYPES = {"detected": np.dtype(np.uint32), "total": np.dtype(np.float32), "square": np.dtype(np.float32)}
 _UNREADABLE = (
     ValueError,
@@ -166,7 +165,8 @@ def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
     Raises
     ------
     ShardError
-        Of kind ``statistics``: the file is damaged or belongs to another set; ``where`` names it.
+        Of kind ``statistics``: the file is damaged or belongs to another set; ``where`` names it. The message states no fix,
+        because :func:`comtip_shards.reader.statistics.gene_statistics` computes the statistics again.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -178,11 +178,11 @@ def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
             if not foreign:
                 all_spots = head["n_spots"].tolist() == expected and _values_are_valid(archive, manifest)
     except _UNREADABLE as error:
-        raise ShardError(f"{where}: not readable ({error}); {_RECOMPUTE}", kind="statistics") from error
+        raise ShardError(f"{where}: not readable ({error})", kind="statistics") from error
     if foreign:
-        raise ShardError(f"{where}: belongs to another shard set or version; {_RECOMPUTE}", kind="statistics")
+        raise ShardError(f"{where}: belongs to another shard set or version", kind="statistics")
     if not all_spots:
-        raise ShardError(f"{where}: not the statistics of all spots of this set; {_RECOMPUTE}", kind="statistics")
+        raise ShardError(f"{where}: not the statistics of all spots of this set", kind="statistics")
 
 
 def iter_statistics(file: BinaryIO, manifest: Manifest) -> Iterator[SectionStatistics]:

@@ -75,10 +75,10 @@ class ShardSet:
             text = io.StringIO(data.decode("utf-8"), newline="")
             rows = list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ShardError(f"{path}: not a table ({error}); copy it again", kind="genes") from error
+            raise ShardError(f"{path}: not a table ({error}); {FOREIGN}", kind="genes") from error
         if len(rows) != self.manifest.n_genes:
             raise ShardError(
-                f"{path}: {len(rows)} genes, but the manifest states {self.manifest.n_genes}; copy it again",
+                f"{path}: {len(rows)} genes, but the manifest states {self.manifest.n_genes}; {FOREIGN}",
                 kind="genes",
             )
         names = ("key", "species", "symbol", "ensembl", "name")
@@ -100,7 +100,7 @@ class ShardSet:
         frame.insert(0, "section", self.sections_of(np.arange(len(self))))
         ids = np.array([s.section_id for s in self.manifest.sections], dtype=object)
         if not np.array_equal(frame["section_id"].to_numpy(dtype=object), ids[frame["section"].to_numpy()]):
-            raise ShardError(f"{where}: the sections do not match the manifest; copy it again", kind="spots")
+            raise ShardError(f"{where}: the sections do not match the manifest; {FOREIGN}", kind="spots")
         return frame
 
     def sections_of(self, spot_index: Iterable[int]) -> np.ndarray:
@@ -192,7 +192,7 @@ class ShardSet:
                 if image.size != (entry.width, entry.height) or entry.width * entry.height > 1 << 24:
                     raise ShardError(
                         f"{path}: {image.width} x {image.height} px, but the manifest states {entry.width} x {entry.height} px; "
-                        "copy it again",
+                        f"{FOREIGN}",
                         kind="overview",
                     )
                 return np.asarray(image.convert("RGB")), entry.um_per_px

@@ -65,7 +65,11 @@ def shuffled(section: np.ndarray, spot_index: np.ndarray, run: int | np.ndarray,
 
 
 def runs(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the first spot of each spot's run, int64 (n,); the spots must be distinct."""
+    """Return for each spot the first spot of its run, int64 (n,), which identifies the run.
+
+    The spots of a section, in ascending order, are cut into runs of ``run`` spots with an offset that depends on the seed and
+    the epoch; the first and the last run of a section may be shorter. The spots must be distinct.
+    """
     if run == 1:
         return spot_index
     leader = np.empty_like(spot_index)

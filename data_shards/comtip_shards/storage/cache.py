@@ -42,7 +42,7 @@ def default_cache() -> Path:
     Raises
     ------
     ShardError
-        That folder belongs to another user.
+        That folder belongs to another user, or is a symbolic link.
     """
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
@@ -53,7 +53,8 @@ def default_cache() -> Path:
     local = Path(tempfile.gettempdir()) / f"comtip-{os.getuid()}"
     local.mkdir(mode=0o700, exist_ok=True)
     if local.is_symlink() or local.stat().st_uid != os.getuid():
-        raise ShardError(f"{local}: belongs to another user; set {CACHE_VARIABLE} to your own folder", kind="remote")
+        problem = "is a symbolic link" if local.is_symlink() else "belongs to another user"
+        raise ShardError(f"{local}: {problem}; set {CACHE_VARIABLE} to your own folder", kind="remote")
     return local
 
 

@@ -65,10 +65,17 @@ def library_picture(library: Any, where: str) -> Picture:
     return Picture(name, scale)
 
 
-def scale_factor(library: Any, key: str, where: str) -> float | None:
+def scale_factor(library: Any, key: str, where: str, fix: str = "") -> float | None:
     """Return a scale factor of one entry of ``uns["spatial"]``, None if it does not exist.
 
     R writes scalars as lists with one value, and some tools write text.
+
+    Parameters
+    ----------
+    library, key
+        The entry (a mapping or an open group), and the name of the factor.
+    where, fix
+        Start and end of the message of an error. By default, the end names options of the readers of sections.
 
     Raises
     ------
@@ -92,7 +99,7 @@ def scale_factor(library: Any, key: str, where: str) -> float | None:
     if not (np.isfinite(number) and number > 0):
         fixes = {MICRONS_PER_PIXEL: "set `mpp`", DIAMETER: "correct or remove it"}
         raise SourceError(
-            f"{where}: {key} is {shown}, expected a positive number; {fixes.get(key, 'correct it, or set `image`')}"
+            f"{where}: {key} is {shown}, expected a positive number; {fix or fixes.get(key, 'correct it, or set `image`')}"
         )
     return number
 

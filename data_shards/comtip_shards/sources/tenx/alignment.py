@@ -114,11 +114,13 @@ def _fit(moving_N2: np.ndarray, fixed_N2: np.ndarray, pixel_size: float, path: P
 
 
 def _checked(matrix: np.ndarray, path: Path) -> np.ndarray:
-    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+    if matrix.shape != (3, 3):
+        shape = " x ".join(map(str, matrix.shape))
         raise SourceError(
-            f"{path}: not a matrix of 3 x 3 finite numbers, but {' x '.join(map(str, matrix.shape))}; export it again from "
-            "Xenium Explorer"
+            f"{path}: the matrix is {shape}, expected 3 x 3 numbers without a header; export it again from Xenium Explorer"
         )
+    if not np.isfinite(matrix).all():
+        raise SourceError(f"{path}: the matrix has values that are not finite; export it again from Xenium Explorer")
     if not np.allclose(matrix[2], [0, 0, 1], atol=1e-9):
         raise SourceError(
             f"{path}: the matrix is not affine: its last row is {matrix[2].tolist()} instead of 0, 0, 1; export it again from "

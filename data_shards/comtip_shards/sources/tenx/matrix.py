@@ -190,11 +190,12 @@ def _h5_chunks(
     n, n_pointers, n_shape = len(group["barcodes"]), len(group["indptr"]), len(group["shape"])
     shape = tuple(int(v) for v in group["shape"][()]) if n_shape == 2 else (n_shape,)
     indptr = group["indptr"][()].astype(np.int64) if n_pointers == n + 1 else np.full(1, -1)
-    if shape != (n_features, n) or indptr[0] != 0 or (np.diff(indptr) < 0).any():
+    if shape != (n_features, n):
         raise SourceError(
-            f"{path}: the matrix shape is {shape}, but there are {n_features} features and {n} barcodes, or indptr is "
-            "damaged; copy the file again"
+            f"{path}: the matrix shape is {shape}, but there are {n_features} features and {n} barcodes; copy the file again"
         )
+    if indptr[0] != 0 or (np.diff(indptr) < 0).any():
+        raise SourceError(f"{path}: indptr is not {n + 1} ascending offsets from 0; copy the file again")
     for start in range(0, n, size):
         stop = min(start + size, n)
         part = slice(int(indptr[start]), int(indptr[stop]))
