@@ -423,7 +423,10 @@ def _set_head(name: str, value: Any) -> Callable[[dict[str, np.ndarray], dict[st
 
 
 READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any], str]] = {
-    "NaN": (lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan), "loading_KG has values that are not finite"),
+    "NaN": (
+        lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan),
+        "loading_KG has values that are not finite",
+    ),
     "a gene cut": (lambda a, h: a.update({"0.vector.raw.mean_G": a["0.vector.raw.mean_G"][1:]}), "mean_G is float32"),
     "no programme": (
         lambda a, h: a.update({"0.vector.raw.weight_FK": a["0.vector.raw.weight_FK"][:, :0]}),
