@@ -198,7 +198,7 @@ def test_evaluate_looks_at_its_options_before_the_work(
 ):
     shards = section.rpartition(":")[0]
     assert main(["evaluate", str(run_dir), "--shards", shards, "--sections", ",", "--out", str(tmp_path / "o")]) == 2
-    assert "--sections ',' names no section" in capsys.readouterr().err
+    assert "--sections ',' names nothing" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

@@ -65,7 +65,8 @@ def config_of(case: str) -> RunConfig:
 def measure_all(shards: Path) -> dict[str, dict[str, Any]]:
     """Run all cases on two ranks that are started once; return the results of rank 0."""
     cases = [f"{name}={';'.join([*SETTINGS, *more])}" for name, more in CASES.items()]
-    output = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500, fork=True)
+    # Not forked: the worker replaces collectives before other modules import them.
+    output = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500)
     results = [json.loads(line[5:]) for line in output[0].splitlines() if line.startswith("CASE ")]
     return {r["name"]: r for r in results}
 

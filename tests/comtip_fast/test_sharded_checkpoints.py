@@ -198,7 +198,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a moment without weights": (change("parameters", 0, "keys", to=["exp_avg"]), "are not weight and moments"),
     "a key of nothing known": (change("parameters", 0, "keys", to=["weight", "pickle"]), r"keys\.1: "),
     "a negative number of steps": (change("parameters", 0, "step", to=-1.0), r"step: "),
-    "more bytes than a file has": (change("files", 1, "bytes", to=10**9), "not 1000000000"),
+    "more bytes than a file has": (change("files", 1, "bytes", to=10**9), "but the index states 1000000000"),
     "a buffer larger than the file": (change("buffers", 0, "shape", to=[10**9]), "cannot hold tensors"),
     "a key that no index has": (change("code", to="import os"), "code: "),
 }
