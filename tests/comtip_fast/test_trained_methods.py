@@ -281,8 +281,9 @@ def test_bad_input_is_named(
     run: Path, predictor: Predictor, bent: ShardSet, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     arguments = ["evaluate", str(run), "--shards", str(bent.path), "--out", str(tmp_path), "--device", "cpu"]
-    assert main([*arguments, "--tasks", "finetune", "--epochs", "0"]) == 2
-    assert "--epochs 0: must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--tasks", "finetune", "--epochs", "0"])
+    assert "--epochs: '0': give an integer of at least 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no such method; choose from finetune, supervised, bleep"):
         fitted(predictor, bent, "resnet")
     reference = TrainReference(predictor, bent)
