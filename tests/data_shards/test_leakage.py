@@ -103,7 +103,7 @@ def test_a_donor_shared_with_a_benchmark_section_is_kept_out():
     pair = [meta("TENX95", donor="patient 2"), meta("other", donor="patient 2")]
     metas, notes = guard_benchmark(pair)
     assert [m.split for m in metas] == ["test", "test"]
-    assert "donor patient 2 is that of TENX95" in notes["other"]
+    assert "donor patient 2 is also that of TENX95" in notes["other"]
     with pytest.raises(SourceError, match=r"other \(split train\).*that of TENX95"):
         guard_benchmark([pair[0], replace(pair[1], split="train")])
     # An unknown donor is unique, so it affects no other section.

@@ -216,8 +216,16 @@ CASES = {
         ),
         RGB,
     ),
-    "2 channels": Case("2, 5 or more channels", ome(np.stack([GREY] * 2), "CYX", "minisblack"), refusal=NO_SINGLE),
-    "5 channels": Case("2, 5 or more channels", ome(np.stack([GREY] * 5), "CYX", "minisblack"), refusal=NO_SINGLE),
+    "2 channels": Case(
+        "2 channels (except grey with opacity), 5 or more",
+        ome(np.stack([GREY] * 2), "CYX", "minisblack"),
+        refusal=NO_SINGLE,
+    ),
+    "5 channels": Case(
+        "2 channels (except grey with opacity), 5 or more",
+        ome(np.stack([GREY] * 5), "CYX", "minisblack"),
+        refusal=NO_SINGLE,
+    ),
     # -- colour spaces --------------------------------------------------------------------------------------------
     "grey": Case("grey", tiff(GREY, photometric="minisblack"), GREY_RGB),
     "white is zero": Case("grey", tiff(255 - GREY, photometric="miniswhite"), GREY_RGB),
