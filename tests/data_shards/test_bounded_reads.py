@@ -119,7 +119,9 @@ def test_offsets_of_64_bits_of_an_ndpi_slide_are_followed(tmp_path: Path):
     [((256, 4, 1, 5), 2**63 + 5), ((256, 4, 1, 5), 2**62), ((330, 4, 2, 16 | 0x9000_0000 << 32), 0)],
     ids=["page beyond any file", "page beyond the file", "two inner pages in the tag itself"],
 )
-def test_offsets_outside_a_tiff_are_left_to_the_libraries(tmp_path: Path, tag: tuple[int, int, int, int], following: int):
+def test_offsets_outside_a_tiff_are_left_to_the_libraries(
+    tmp_path: Path, tag: tuple[int, int, int, int], following: int
+):
     path = tmp_path / "a.tif"
     path.write_bytes(b"II+\0\x08\0\0\0" + struct.pack("<Q", 16) + page(0, [tag], following, "big"))
     check_tiff_tags(path)
