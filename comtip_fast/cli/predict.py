@@ -152,7 +152,7 @@ def _output_names(slides: Sequence[Path]) -> dict[Path, str]:
     """Return a distinct output name per slide: its name without the suffix, or with it where several would be equal."""
     stems = Counter(p.stem for p in slides)
     names = {p: p.name if stems[p.stem] > 1 else p.stem for p in slides}
-    # The name of a.tif, beside a.png, equals the stem of a.tif.png.
+    # The name of a.tif, next to a.png, equals the stem of a.tif.png.
     return names if len(set(names.values())) == len(slides) else {p: p.name for p in slides}
 
 
