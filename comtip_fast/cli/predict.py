@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,10 +144,16 @@ def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
         raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out {args.out}: is a file, but {folder} is a folder of slides; give a folder")
-    stems = [p.stem for p in slides]
-    names = [p.name if stems.count(p.stem) > 1 else p.stem for p in slides]
     args.out.mkdir(exist_ok=True)
-    return _predict_slides(args, {p: args.out / f"{name}.h5ad" for p, name in zip(slides, names, strict=True)})
+    return _predict_slides(args, {p: args.out / f"{name}.h5ad" for p, name in _output_names(slides).items()})
+
+
+def _output_names(slides: Sequence[Path]) -> dict[Path, str]:
+    """Return a distinct output name per slide: its name without the suffix, or with it where several would be equal."""
+    stems = Counter(p.stem for p in slides)
+    names = {p: p.name if stems[p.stem] > 1 else p.stem for p in slides}
+    # The name of a.tif, next to a.png, equals the stem of a.tif.png.
+    return names if len(set(names.values())) == len(slides) else {p: p.name for p in slides}
 
 
 def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:

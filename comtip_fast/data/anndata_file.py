@@ -110,7 +110,7 @@ def rows_copy(section: str | Path | ad.AnnData, rows: np.ndarray, spatial: Any) 
         ``uns["spatial"]`` of the section.
     """
     if isinstance(section, ad.AnnData):
-        data, own = section, False
+        data, own = (section.to_memory(), True) if section.isbacked else (section, False)
     else:
         data, own = read_h5ad(section if Path(section).exists() else str(section).rpartition(":")[0]), True
     if len(rows) == data.n_obs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -46,6 +45,8 @@ PIECE_BYTES = 64 << 20
 STAIN_TILES = 512
 """Tiles, evenly spaced over the tissue, from which stain statistics are computed."""
 LOG_EVERY_S = 30.0
+HASHED_BYTES, HASHED_BLOCK = 64 << 20, 64 << 10
+"""Number of bytes of a slide by which a change of the file is recognised, and of a block of them."""
 FORMAT = 1
 
 
@@ -144,17 +145,12 @@ def stored_plan(out: Path) -> str:
 
 def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest) -> dict[str, Any]:
     """Return everything that the output depends on."""
-    with path.open("rb") as file:
-        ends = hashlib.sha256(file.read(1 << 20))
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - (1 << 20)))
-        ends.update(file.read())
     return {
         "format": FORMAT,
         "version": __version__,
         "model": predictor.fingerprint,
         "precision": [predictor.config.train.precision, predictor.device.type],
-        "slide": [path.name, size, ends.hexdigest(), slide.reader, list(slide.size)],
+        "slide": [path.name, _content(path), slide.reader, list(slide.size)],
         "mpp": _scale(slide, path, request),
         "grid": asdict(request.grid),
         "pieces": [PIECE_TILES, PIECE_BYTES, MASK_PX, STAIN_TILES],
@@ -162,6 +158,29 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
         "var": request.var.to_csv(),
         "provenance": request.provenance,
     }
+
+
+def _content(path: Path) -> str:
+    """Return a hash of the files of a slide: of all bytes up to :data:`HASHED_BYTES`, of evenly spaced blocks above it.
+
+    The pixels of a ``.mrxs`` file are in a folder of the same name.
+    """
+    inner = sorted(p for p in path.with_suffix("").rglob("*") if p.is_file()) if path.suffix.lower() == ".mrxs" else []
+    digest = hashlib.sha256()
+    for part in (path, *inner):
+        size = part.stat().st_size
+        digest.update(f"{part.name}\n{size}\n".encode())
+        n = HASHED_BYTES // HASHED_BLOCK
+        starts = (
+            range(0, size, HASHED_BLOCK)
+            if size <= HASHED_BYTES
+            else np.linspace(0, size - HASHED_BLOCK, n, dtype=np.int64)
+        )
+        with part.open("rb") as file:
+            for start in starts:
+                file.seek(int(start))
+                digest.update(file.read(HASHED_BLOCK))
+    return digest.hexdigest()
 
 
 def _scale(slide: Slide, path: Path, request: SlideRequest) -> float:

@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from comtip_fast.api import GridOptions, Model, load
 from comtip_fast.cli import main
+from comtip_fast.cli.predict import _output_names
 from comtip_fast.data.sections import TileGeometry
 from comtip_fast.inference import Predictor
 from comtip_fast.slide_prediction import fit_tiles, pieces, run
@@ -209,6 +210,7 @@ def write(self, name, values):
     plain(self, name, values)
 pieces.Pieces.write = write
 from comtip_fast.cli import main
+from comtip_fast.cli.predict import _output_names
 raise SystemExit(main(sys.argv[2:]))
 """
 
@@ -351,6 +353,33 @@ def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
     (tmp_path / "file").write_text("x")
     assert predict(quick, slides, tmp_path / "file") == 2
     assert "is a folder of slides; give a folder" in capsys.readouterr().err
+
+
+def test_every_slide_of_a_folder_has_an_output_of_its_own():
+    slides = [Path("a.png"), Path("a.tif"), Path("a.tif.png"), Path("b.svs")]
+    assert set(_output_names(slides[:2] + slides[3:]).values()) == {"a.png", "a.tif", "b"}
+    assert len(set(_output_names(slides).values())) == 4
+
+
+@pytest.mark.parametrize("size", [3 << 20, 80 << 20])
+def test_a_change_inside_a_slide_changes_its_hash(tmp_path: Path, size: int):
+    """Scans begin and end with glass, so the ends of two versions of a file may be equal."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(bytes(size))
+    before = run._content(path)
+    with path.open("r+b") as file:
+        file.seek(size // 2 - (1 << 19))
+        file.write(b"\1" * (1 << 20))
+    assert run._content(path) != before
+
+
+def test_the_pixels_of_a_mirax_slide_are_in_its_hash(tmp_path: Path):
+    (tmp_path / "a.mrxs").write_bytes(b"thumbnail")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "Data0000.dat").write_bytes(b"1")
+    before = run._content(tmp_path / "a.mrxs")
+    (tmp_path / "a" / "Data0000.dat").write_bytes(b"2")
+    assert run._content(tmp_path / "a.mrxs") != before
 
 
 def test_a_folder_of_sections_is_not_taken_for_slides(

@@ -19,6 +19,7 @@ from comtip_shards.sections.benchmark import load_benchmark
 from comtip_shards.slides import bounded_file
 from comtip_shards.slides.bounded_file import BoundedFile
 from comtip_shards.slides.open import image_size, is_image, open_slide
+from comtip_shards.slides.tiff_tags import check_tiff_tags
 from comtip_shards.sources import open_source
 from comtip_shards.sources.files import packaging
 from comtip_shards.sources.files.packaging import unpacked
@@ -88,6 +89,51 @@ def test_an_image_that_ends_in_a_hole_is_read_or_refused_by_name(name: str, tmp_
     except SourceError as error:
         assert file in str(error)  # noqa: PT017  (both outcomes are right)
     assert time.process_time() - began < 15
+
+
+def page(offset: int, tags: list[tuple[int, int, int, int]], following: int, layout: str) -> bytes:
+    """Return a page of a TIFF whose layout is classic, ndpi (offsets of pages with 64 bits) or big, after a hole."""
+    count, entry, last = {"classic": ("H", "HHII", "I"), "ndpi": ("H", "HHII", "Q"), "big": ("Q", "HHQQ", "Q")}[layout]
+    body = struct.pack(f"<{count}", len(tags)) + b"".join(struct.pack(f"<{entry}", *tag) for tag in tags)
+    return bytes(offset) + body + struct.pack(f"<{last}", following)
+
+
+def test_offsets_of_64_bits_of_an_ndpi_slide_are_followed(tmp_path: Path):
+    """A slide above 4 GiB has no page where the lower 32 bits of an offset point: bytes there claim any size."""
+    path, far = tmp_path / "slide.ndpi", (1 << 32) + 4096
+    start = b"II*\0" + struct.pack("<Q", far)
+    hole(path, start + page(4096 - 12, [(513, 4, 0x9000_0000, 1)], 0, "classic"), far + 4096)
+    for claimed, refused in ((1, False), (0x9000_0000, True)):
+        with path.open("r+b") as file:
+            file.seek(far)
+            file.write(page(0, [(65449, 4, claimed, 1)], 0, "ndpi"))
+        if refused:
+            with pytest.raises(SourceError, match="the tag 65449 of a page claims"):
+                check_tiff_tags(path)
+        else:
+            check_tiff_tags(path)
+
+
+@pytest.mark.parametrize(
+    ("tag", "following"),
+    [((256, 4, 1, 5), 2**63 + 5), ((256, 4, 1, 5), 2**62), ((330, 4, 2, 16 | 0x9000_0000 << 32), 0)],
+    ids=["page beyond any file", "page beyond the file", "two inner pages in the tag itself"],
+)
+def test_offsets_outside_a_tiff_are_left_to_the_libraries(
+    tmp_path: Path, tag: tuple[int, int, int, int], following: int
+):
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II+\0\x08\0\0\0" + struct.pack("<Q", 16) + page(0, [tag], following, "big"))
+    check_tiff_tags(path)
+
+
+def test_inner_pages_whose_offsets_are_in_the_tag_itself_are_checked(tmp_path: Path):
+    path = tmp_path / "a.tif"
+    first = page(0, [(330, 4, 2, 64 | 128 << 32)], 0, "big")
+    second = page(128 - 16 - len(first), [(324, 16, 1 << 40, 1)], 0, "big")
+    path.write_bytes(b"II+\0\x08\0\0\0" + struct.pack("<Q", 16) + first + second)
+    with pytest.raises(SourceError, match="the tag 324 of a page claims"):
+        check_tiff_tags(path)
 
 
 def test_the_case_of_the_fuzzer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -210,3 +210,10 @@ def test_the_gap_of_equal_positions_takes_no_time():
     assert median_gap(xy) == 3
     assert median_gap(xy[[0, 1, 3]]) == 3
     assert np.isnan(median_gap(xy[:1]))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_gene(tmp_path: Path):
+    """R writes a header without a name for the column of ids, so the first name is that of a gene."""
+    path = tmp_path / "counts.tsv"
+    path.write_bytes("ERBB2\tCD74\r\ns1\t1\t2\r\n".encode("utf-8-sig"))
+    assert read_counts_table(path)[2] == ["ERBB2", "CD74"]

@@ -8,10 +8,14 @@ import pandas as pd
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import map_genes
+from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_parts.counts import raw_counts
+from comtip_shards.sources.anndata_parts.store import MemoryStore
 from PIL import Image
 from scipy import sparse as sp
 
+from comtip_fast.data.anndata_file import rows_copy
 from tests.data_shards.test_reader_cases_anndata import (
     COUNTS,
     FACTS,
@@ -198,3 +202,56 @@ def test_missing_values_of_obs_are_no_facts_and_no_labels(tmp_path: Path):
     assert section.labels == ["tumour", ""] * (N // 2)
     with pytest.raises(SourceError, match="obs has no tissue column; set `tissue`"):
         open_source(write(tmp_path, a), overrides={"platform": "Visium"})
+
+
+@pytest.mark.parametrize("column", ["library_id", "sample"])
+def test_a_selection_of_spots_keeps_the_entries_of_other_libraries(tmp_path: Path, column: str):
+    """``adata[adata.obs["library_id"] == "A"].copy()`` keeps ``uns`` as it was."""
+    both = concatenated(column)
+    library = adata().uns["spatial"]["lib"]
+    both.uns["spatial"] = {"A": library, "B": library}
+    one = both[both.obs[column] == "A"].copy()
+    one.obs[column] = one.obs[column].astype(str)
+    one.obs_names = adata().obs_names
+    is_the_data(read(write(tmp_path, one)))
+
+
+def test_spots_of_a_library_without_an_entry_are_not_lost(tmp_path: Path):
+    a, b, c = adata(), adata(), adata()
+    three = ad.concat({"A": a, "B": b, "C": c}, label="library_id", index_unique="-")
+    three.var = a.var
+    library = a.uns["spatial"]["lib"]
+    three.uns["spatial"] = {"A": library, "B": library}
+    path = write(tmp_path, three)
+    assert [s.meta.section_id for s in open_source(path, samples=["A", "B"], overrides=FACTS)] == ["A", "B"]
+    with pytest.raises(SourceError, match=r"for section C \(obs\['library_id'\]\), or select others with `samples`"):
+        open_source(path, overrides=FACTS)
+
+
+@pytest.mark.parametrize("name", ["VisiumHD", "Visium-HD", "10x Visium_HD"])
+def test_bins_of_visium_hd_are_not_scaled_as_spots(tmp_path: Path, name: str):
+    a = adata()
+    a.obs["platform"] = name
+    path = write(tmp_path, a)
+    with pytest.raises(SourceError, match="no scale; set `mpp`"):
+        open_source(path, overrides={"tissue": "breast"})
+    assert open_source(path, overrides={"tissue": "breast", "mpp": "0.2"})[0].meta.platform == "Visium HD"
+
+
+@pytest.mark.parametrize("names", [("y_coord", "x_coord"), ("pixel_row", "pixel_col"), ("Y_fullres", "X_fullres")])
+def test_the_axes_of_a_table_of_positions_are_those_of_its_names(tmp_path: Path, names: tuple[str, str]):
+    a = adata()
+    a.obsm["spatial"] = pd.DataFrame(XY[:, ::-1], index=a.obs_names, columns=list(names))
+    is_the_data(read(write(tmp_path, a)))
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+def test_counts_of_an_anndata_that_is_backed_by_its_file(tmp_path: Path, form):
+    a = adata()
+    a.X = form(a.X)
+    backed = ad.read_h5ad(write(tmp_path, a), backed="r")
+    counts, _, _ = raw_counts(MemoryStore(backed, tmp_path), tmp_path, CountOptions())
+    np.testing.assert_array_equal(counts.toarray(), COUNTS)
+    held = rows_copy(backed, np.arange(3), {})
+    assert not held.isbacked
+    assert held.n_obs == 3

@@ -144,6 +144,13 @@ def test_a_table_of_excel_is_read(tmp_path: Path):
         assert [(r.path, r.options.pooling.pool_um) for r in read_study(tmp_path / name)] == [("x", 64.0)]
 
 
+@pytest.mark.parametrize("text", ["path,id,,\r\na,one,,\r\nb,,,\r\n", "path,id\ra,one\rb,\r", "path,id\na,one,,\nb\n"])
+def test_cleared_columns_and_old_line_ends_of_spreadsheets(tmp_path: Path, text: str):
+    path = tmp_path / "s.csv"
+    path.write_bytes(text.encode())
+    assert [(row.path, row.id) for row in read_study(path)] == [("a", "one"), ("b", None)]
+
+
 def test_a_source_of_a_known_format_is_no_study(sources: Path):
     assert not is_study(sources / "a/manifest.tsv")
     assert not is_study("https://example.org/study.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,8 @@ MAX_PAGES = 100_000
 SUB_IFDS = 330
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes per value, by type."""
+_CLASSIC, _BIG, _NDPI = ("H", "HHII", "I"), ("Q", "HHQQ", "Q"), ("H", "HHII", "Q")
+"""Codes of :mod:`struct` of the number of tags, of a tag, and of the offset of a page."""
 
 
 def check_tiff_tags(path: Path) -> None:
@@ -34,18 +37,21 @@ def check_tiff_tags(path: Path) -> None:
         if version not in (42, 43):
             return
         big = version == 43
-        left = [struct.unpack_from(f"{order}{'Q' if big else 'I'}", head, 8 if big else 4)[0]]
+        # NDPI is a TIFF whose offsets of pages have 64 bits, because most slides are larger than 4 GiB.
+        layout = _BIG if big else _NDPI if path.suffix.lower() == ".ndpi" and order == "<" else _CLASSIC
+        left = [struct.unpack_from(f"{order}{layout[2]}", head, 8 if big else 4)[0]]
         seen: set[int] = set()
+        end = path.stat().st_size
         while left and len(seen) < MAX_PAGES:
             offset = left.pop()
-            if offset and offset not in seen:
+            if 0 < offset < end and offset not in seen:
                 seen.add(offset)
-                left += _check_page(file, offset, order, big, path)
+                left += _check_page(file, offset, order, layout, path)
 
 
-def _check_page(file: BinaryIO, offset: int, order: str, big: bool, path: Path) -> list[int]:
+def _check_page(file: BinaryIO, offset: int, order: str, layout: tuple[str, str, str], path: Path) -> list[int]:
     """Check the tags of one page; return the offsets of the next page and of inner pages."""
-    count_of, entry_of, offset_of = (f"{order}{code}" for code in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I")))
+    count_of, entry_of, offset_of = (f"{order}{code}" for code in layout)
     file.seek(offset)
     head = file.read(struct.calcsize(count_of))
     if len(head) < struct.calcsize(count_of):
@@ -64,15 +70,19 @@ def _check_page(file: BinaryIO, offset: int, order: str, big: bool, path: Path) 
                 f"{path}: the tag {tag} of a page claims {size:,} bytes; the file is damaged, copy or download it again"
             )
         if tag == SUB_IFDS:
-            further += _offsets(file, count, value, size, order, big) if size > tail else [value]
+            inline = 8 if layout is _BIG else 4
+            where = value if size > inline else offset + struct.calcsize(count_of) + (i + 1) * width - inline
+            further += _offsets(file, count, where, size, order)
     if len(data) == n * width + tail:
         further.append(struct.unpack_from(offset_of, data, n * width)[0])
     return further
 
 
-def _offsets(file: BinaryIO, count: int, where: int, size: int, order: str, big: bool) -> list[int]:
-    """Return offsets that are stored outside the page."""
+def _offsets(file: BinaryIO, count: int, where: int, size: int, order: str) -> list[int]:
+    """Return the offsets of inner pages that are stored at ``where``; none if this is outside the file."""
+    if where >= file.seek(0, os.SEEK_END):
+        return []
     file.seek(where)
     data = file.read(min(size, 8 * MAX_PAGES))
-    code, width = ("Q", 8) if big and size == 8 * count else ("I", 4)
+    code, width = ("Q", 8) if size == 8 * count else ("I", 4)
     return [struct.unpack_from(f"{order}{code}", data, i * width)[0] for i in range(min(count, len(data) // width))]

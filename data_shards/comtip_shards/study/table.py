@@ -94,12 +94,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     first = text.partition("\n")[0]
     sep = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
     csv.field_size_limit(MAX_BYTES)
-    reader = csv.reader(io.StringIO(text), delimiter=sep, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
     try:
-        names = _columns(path, next(reader, []))
+        names = _columns(path, _without_tail(next(reader, [])))
         for count, values in enumerate(reader, 1):
             if count > MAX_ROWS:
                 raise SourceError(f"{path}: more than {MAX_ROWS:,} rows; split the table")
+            values = _without_tail(values) if len(values) > len(names) else values
             if not any(v.strip() for v in values):
                 continue
             if len(values) > len(names):
@@ -110,6 +111,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, dict(zip(names, (v.strip() for v in values), strict=False))
     except csv.Error as error:
         raise SourceError(f"{path}, line {reader.line_num}: {error}; correct the quotes in this line") from error
+
+
+def _without_tail(values: list[str]) -> list[str]:
+    """Return a line without empty cells at its end, which spreadsheets write for columns that were cleared."""
+    while values and not values[-1].strip():
+        values = values[:-1]
+    return values
 
 
 class _Loader(yaml.SafeLoader):

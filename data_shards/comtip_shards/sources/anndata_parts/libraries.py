@@ -45,9 +45,9 @@ class Library:
 def libraries_of(store: Store) -> dict[str, Library]:
     """Return the sections of an AnnData by section id.
 
-    Several entries of ``uns["spatial"]`` are one section each. With at most one entry, ``obs["library_id"]`` may name
-    several sections, as in files that were concatenated without ``uns``; otherwise all spots are one section, which is named
-    after the file.
+    Several entries of ``uns["spatial"]`` that have spots are one section each, as are spots of a library without an entry.
+    With at most one entry, ``obs["library_id"]`` may name several sections, as in files that were concatenated without ``uns``;
+    otherwise all spots are one section, which is named after the file.
 
     Raises
     ------
@@ -57,8 +57,11 @@ def libraries_of(store: Store) -> dict[str, Library]:
     """
     keys = library_names(store.group("uns/spatial"))
     if len(keys) > 1:
+        keys = _with_spots(keys, store["obs"])
+    if len(keys) > 1:
         column = column_of(store["obs"], store, keys)
-        found = [Library(key, key, column) for key in keys]
+        others = [value for value in _names_in(store["obs"], column) if value not in keys]
+        found = [Library(key, key, column) for key in keys] + [Library("", value, column) for value in others]
     else:
         key = keys[0] if keys else ""
         column, values = _named_in_obs(store)
@@ -80,6 +83,20 @@ def libraries_of(store: Store) -> dict[str, Library]:
             "characters than letters, digits, ., _ and - become _; rename one"
         )
     return out
+
+
+def _with_spots(keys: list[str], obs: pd.DataFrame) -> list[str]:
+    """Return the libraries that have spots: a selection of spots, ``adata[adata.obs["library_id"] == "A"]``, keeps all entries."""
+    for column in LIBRARY_COLUMNS:
+        values = _names_in(obs, column) if column in obs else []
+        if values and set(values) < set(keys):
+            return [key for key in keys if key in values]
+    return keys
+
+
+def _names_in(obs: pd.DataFrame, column: str) -> list[str]:
+    """Return the names of sections in a column of ``obs``, in order of appearance."""
+    return [str(v) for v in obs[column].astype(str).unique() if str(v).lower() not in _UNNAMED]
 
 
 def column_of(obs: pd.DataFrame, store: Store, libraries: Sequence[str]) -> str:
@@ -112,7 +129,7 @@ def _named_in_obs(store: Store) -> tuple[str, list[str]]:
     for column in LIBRARY_COLUMNS:
         if column not in obs:
             continue
-        values = [str(v) for v in obs[column].astype(str).unique() if str(v).lower() not in _UNNAMED]
+        values = _names_in(obs, column)
         if not 1 < len(values) <= len(obs) // 2:
             continue
         if column in OWN_COLUMNS or _interleaved(store, column, values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pandas as pd
@@ -61,4 +62,5 @@ def _found(name: str, obs: pd.DataFrame, store: Store | None) -> str:
 def _platform(assay: str) -> str:
     """Return the short name of an assay: ``Visium`` for ``Visium Spatial Gene Expression V1``."""
     plain = assay.lower()
-    return "Visium HD" if "visium hd" in plain else "Visium" if "visium" in plain else assay
+    # Other spellings than these would make bins of 2 to 16 um spots with a pitch of 100 um.
+    return "Visium HD" if re.search(r"visium[\W_]*hd", plain) else "Visium" if "visium" in plain else assay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,8 @@ from comtip_shards.sources.anndata_parts.store import Store
 KEYS = ("spatial", "X_spatial", "spatial_coords", "coords", "coordinates", "image_coords")
 """Keys of ``obsm`` that hold positions, in order of preference."""
 _OBS_COLUMNS = (("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"))
-_X = {
-    "x",
-    "col",
-    "column",
-    "imagecol",
-    "pxl_col_in_fullres",
-    "x_px",
-    "px_x",
-    "pixel_x",
-    "x_pixel",
-    "x_centroid",
-    "spatial_x",
-}
-_Y = {"y", "row", "imagerow", "pxl_row_in_fullres", "y_px", "px_y", "pixel_y", "y_pixel", "y_centroid", "spatial_y"}
+_X, _Y = {"x", "col", "column", "imagecol"}, {"y", "row", "imagerow"}
+"""Words that identify the axis in the name of a column, such as ``x_centroid`` and ``pxl_row_in_fullres``."""
 
 
 def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.ndarray:
@@ -81,6 +70,11 @@ def centres_of(store: Store) -> np.ndarray | None:
         return None
 
 
+def _is(name: str, words: set[str]) -> bool:
+    """Return whether one of the words of a lower-case name is in ``words``."""
+    return not words.isdisjoint(re.split(r"[^a-z]+", name))
+
+
 def centres(spatial: Any, path: Path, what: str = "obsm['spatial']") -> np.ndarray:
     """Return positions as float64 (n, 2), x and y; ``path`` and ``what`` name them in messages.
 
@@ -94,8 +88,8 @@ def centres(spatial: Any, path: Path, what: str = "obsm['spatial']") -> np.ndarr
     """
     if isinstance(spatial, pd.DataFrame):
         names = [str(c).lower() for c in spatial.columns]
-        x = [i for i, n in enumerate(names) if n in _X]
-        y = [i for i, n in enumerate(names) if n in _Y]
+        x = [i for i, n in enumerate(names) if _is(n, _X)]
+        y = [i for i, n in enumerate(names) if _is(n, _Y)]
         if len(x) == 1 and len(y) == 1:
             spatial = spatial.iloc[:, [x[0], y[0]]]
     try:

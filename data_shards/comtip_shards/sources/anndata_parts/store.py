@@ -86,8 +86,11 @@ class MemoryStore:
         return self._parts.get(key) is not None or bool(key.startswith("uns/") and self.group(key))
 
     def __getitem__(self, key: str) -> Any:
-        """Return one element."""
-        return self.group(key) if key.startswith("uns/") else self._parts[key]
+        """Return one element; of an AnnData that is backed by a file, it is read."""
+        value = self.group(key) if key.startswith("uns/") else self._parts[key]
+        if hasattr(value, "to_memory"):
+            return value.to_memory()
+        return value[()] if isinstance(value, h5py.Dataset) else value
 
     def keys(self, group: str) -> list[str]:
         """Return the names in a group, empty if it does not exist."""

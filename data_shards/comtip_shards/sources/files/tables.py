@@ -100,7 +100,7 @@ def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
 
 def _header(path: Path, sep: str) -> list[str]:
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        line = file.readline(MAX_LINE + 1).decode("utf-8").rstrip("\r\n")
+        line = file.readline(MAX_LINE + 1).decode("utf-8-sig").rstrip("\r\n")
     if len(line) > MAX_LINE:
         raise SourceError(
             f"{path}: the first line has more than {MAX_LINE:,} bytes, so this is no table; copy it again"
