@@ -22,6 +22,8 @@ MAX_RATIO, MAX_RATIO_INFERRED = 1.15, 4.0
 PITCH_UM = (0.1, 1000.0)
 """Range of the distance between spots, bins or cells on any platform: Stereo-seq has 0.5 um, legacy ST 200 um."""
 _MIN_SPOTS = 7
+_MANY_SPOTS = 50
+"""Number of spots from which some are neighbours in the array; fewer can be far apart in a correct section."""
 DENSE_QUANTILE = 0.05
 """Quantile of nearest-neighbour distances that is compared with the pitch: where spots are left out, most distances are longer."""
 PITCH_OF_PLATFORM = (
@@ -89,7 +91,8 @@ def _check_gaps(xy: np.ndarray, mpp: float, pitch_um: float, what: str, where: s
     distinct = np.unique(xy, axis=0)
     gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] * mpp if len(distinct) > 1 else np.zeros(1)
     near, typical = float(np.quantile(gaps, DENSE_QUANTILE)), float(np.median(gaps))
-    if near < TENFOLD * pitch_um and typical > pitch_um / TENFOLD:
+    sparse = near >= TENFOLD * pitch_um
+    if typical > pitch_um / TENFOLD and not (sparse and len(distinct) >= _MANY_SPOTS):
         return
     right = mpp * pitch_um / typical if typical > 0 else nan
     raise SourceError(
