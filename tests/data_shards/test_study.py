@@ -1,5 +1,6 @@
 """A study: many sources in one table, planned from headers and built with a policy for bad sections."""
 
+import csv
 import dataclasses
 import errno
 import json
@@ -387,3 +388,13 @@ def test_headers_give_the_size_of_a_section(tmp_path: Path, tiny_source: Path):
     ):
         found = section_size(dataclasses.replace(source, inputs=(tmp_path / name,)))
         assert (found.spots, found.genes) == want
+
+
+def test_reading_a_table_leaves_the_cell_limit_of_the_process(tmp_path: Path):
+    before = csv.field_size_limit(1000)
+    try:
+        (tmp_path / "study.csv").write_text("path,donor\nx," + "a" * 900 + "\n")
+        assert len(read_study(tmp_path / "study.csv")) == 1
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)

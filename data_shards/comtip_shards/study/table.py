@@ -93,7 +93,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line, cells) of a csv or tsv file; blank lines are skipped."""
     first = text.partition("\n")[0]
     sep = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
-    csv.field_size_limit(MAX_BYTES)
+    limit = csv.field_size_limit(MAX_BYTES)  # of the whole process
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
     try:
         names = _columns(path, _without_tail(next(reader, [])))
@@ -111,6 +111,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, dict(zip(names, (v.strip() for v in values), strict=False))
     except csv.Error as error:
         raise SourceError(f"{path}, line {reader.line_num}: {error}; correct the quotes in this line") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _without_tail(values: list[str]) -> list[str]:
