@@ -141,8 +141,6 @@ def _loader(args: argparse.Namespace) -> int:
     from comtip_fast.benchmarks import loaders
 
     _check_positive(args, "workers", "batch_size", "rounds", "spots")
-    if args.epochs < 0:
-        raise ValueError(f"--epochs {args.epochs}: must be at least 0 (0: memory is not recorded)")
     torch.set_num_threads(1)
     shards = _open_set(args, 224)
     setting = loaders.Setting(shards, args.workers, args.batch_size, args.rounds, args.spots)

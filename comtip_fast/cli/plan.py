@@ -102,10 +102,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.sweep:
         return _sweep(args, config, cluster, inputs)
-    if args.validation_spots is not None and args.validation_spots < 1:
-        raise ValueError(
-            f"--validation-spots {args.validation_spots}: must be at least 1; leave it out for the default"
-        )
     plan = make_plan(
         config,
         cluster,

@@ -67,7 +67,7 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Seconds of one step."""
-        return sum(t.seconds for t in self.times)
+        return _total(self.times)
 
     @property
     def host_seconds(self) -> float:
@@ -138,12 +138,14 @@ def make_plan(
     ------
     ValueError
         The batch has fewer spots than there are ranks, the engine runs on one device only, no costs are known for the
-        blocks of the image encoder, or the rate of the loader is not positive.
+        blocks of the image encoder, or the rate of the loader or the number of validation spots is not positive.
     """
     if loader_tiles_per_s is not None and not 0 < loader_tiles_per_s < math.inf:
         raise ValueError(
-            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be a finite number above 0; leave it out to plan without the loader"
+            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be a finite number above 0; leave it out to assume a rate"
         )
+    if validation_spots is not None and validation_spots < 1:
+        raise ValueError(f"`validation_spots` {validation_spots}: must be at least 1; leave it out for the default")
     inputs, W = inputs or Inputs(), cluster.ranks
     s = sizes or sizes_of(config, inputs)
     if s.B < W:
@@ -159,17 +161,13 @@ def make_plan(
         _optimizer_time(s, e, cluster),
         *time_collectives(traffic, cluster, _overlap(parts, cluster, e)),
     ]
-    tiles = s.B / cluster.nodes / sum(t.seconds for t in times)
     issued = operators(s, e, W)
     if cluster.device.name != "cpu" and not e.compiled:
-        ahead = issued * cluster.efficiency.launch_s - sum(t.seconds for t in times)
-        if ahead > 0:
-            times.append(PartTime("wait: host", ahead, "host"))
+        times += _deficit("host", issued * cluster.efficiency.launch_s, times)
+    tiles = s.B / cluster.nodes / _total(times)
     available = loader_tiles_per_s if loader_tiles_per_s is not None else assumed_loader_rate(cluster, inputs.tile_px)
     if available is not None:
-        wait = s.B / cluster.nodes / available - sum(t.seconds for t in times)
-        if wait > 0 or loader_tiles_per_s is not None:
-            times.append(PartTime("wait: loader", max(0.0, wait), "loader"))
+        times += _deficit("loader", s.B / cluster.nodes / available, times)
     return Plan(
         name=config.name,
         cluster=cluster,
@@ -190,6 +188,16 @@ def make_plan(
         operators=issued,
         validation=_validation(config, s, e, cluster, available, validation_spots),
     )
+
+
+def _total(times: Sequence[PartTime]) -> float:
+    return sum(t.seconds for t in times)
+
+
+def _deficit(name: str, needed: float, times: Sequence[PartTime]) -> list[PartTime]:
+    """Return the wait for the host or the loader, which needs ``needed`` seconds per step; empty if the step takes longer."""
+    wait = needed - _total(times)
+    return [PartTime(f"wait: {name}", wait, name)] if wait > 0 else []
 
 
 def assumed_loader_rate(cluster: Cluster, tile_px: int) -> float | None:
