@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,18 @@ from testkit.source_fuzz.mutate import mutate, pick
 
 MEMORY_BYTES = 2 << 30
 _SPAWNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
-_CHANGES = (
-    "os.rename",
-    "os.remove",
-    "os.mkdir",
-    "os.rmdir",
-    "os.link",
-    "os.symlink",
-    "os.truncate",
-    "os.chmod",
-    "shutil.rmtree",
-)
+_CHANGES = {
+    "os.rename": (2, 3),
+    "os.remove": (1,),
+    "os.mkdir": (2,),
+    "os.rmdir": (1,),
+    "os.link": (2, 3),
+    "os.symlink": (2,),
+    "os.truncate": (),
+    "os.chmod": (2,),
+    "shutil.rmtree": (1,),
+}
+"""Audit events of changes, and which of their arguments are descriptors of the folders that relative paths begin at."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -78,6 +80,15 @@ class Outcome:
     """Peak memory of the process in MiB."""
 
 
+def _in_folder(path: Any, dir_fd: int | None) -> Any:
+    """Return the path with the folder of an open descriptor before it; -1 and None stand for the working directory."""
+    return (
+        path
+        if dir_fd is None or dir_fd < 0
+        else os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), os.fsdecode(path))
+    )
+
+
 class Guard:
     """Recorder of changes outside some folders, by an audit hook; a process has one, because hooks cannot be removed."""
 
@@ -102,6 +113,8 @@ class Guard:
         if event == "open":  # args[0] is a descriptor for a pipe to the helper process
             named = args[:1] if self._is_write(args[1], args[2]) else ()
         paths = [a for a in named if isinstance(a, (str, bytes, os.PathLike))]
+        if descriptors := [args[i] for i in _CHANGES.get(event, ()) if i < len(args)]:
+            paths = [_in_folder(path, fd) for path, fd in zip(paths, cycle(descriptors), strict=False)]
         if event in _SPAWNS or (event in ("open", *_CHANGES) and not all(map(self._is_allowed, paths))):
             self.seen.append(f"{event} {args[:2]}")
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -118,8 +119,14 @@ def test_the_judge_sees_what_escapes(fuzzer: SourceFuzzer, through, told: str, m
     assert re.search(told, outcome.detail)
 
 
-def test_what_is_written_into_the_output_folder_is_allowed(fuzzer: SourceFuzzer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fuzzer, "through", lambda path, source, out: (out / "a").write_text("x"))
+def write_and_remove_a_folder(path: Path, source: object, out: Path) -> None:
+    (out / "a" / "b").mkdir(parents=True)
+    (out / "a" / "b" / "c").write_text("x")
+    shutil.rmtree(out / "a")  # removes files by their names in an open folder
+
+
+def test_changes_in_the_output_folder_are_allowed(fuzzer: SourceFuzzer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fuzzer, "through", write_and_remove_a_folder)
     assert fuzzer.intact_outcome("visium h5").outcome == "reads"
 
 
