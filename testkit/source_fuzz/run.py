@@ -82,11 +82,9 @@ class Outcome:
 
 def _in_folder(path: Any, dir_fd: int | None) -> Any:
     """Return the path with the folder of an open descriptor before it; -1 and None stand for the working directory."""
-    return (
-        path
-        if dir_fd is None or dir_fd < 0
-        else os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), os.fsdecode(path))
-    )
+    if dir_fd is None or dir_fd < 0:
+        return path
+    return Path(f"/proc/self/fd/{dir_fd}").readlink() / os.fsdecode(path)
 
 
 class Guard:
