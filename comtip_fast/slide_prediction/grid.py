@@ -50,6 +50,8 @@ def tissue_grid(
 ) -> TileGrid:
     """Return the tiles of a lattice with at least ``options.min_tissue`` tissue.
 
+    The lattice begins half a step from the left and upper edges; along a side shorter than a step, its tile is in the middle.
+
     Parameters
     ----------
     mask_HW
@@ -79,8 +81,8 @@ def tissue_grid(
     scale, half = (width / size[0], height / size[1]), tile_um / mpp / 2
     centres, cells, shares = [], [], []
     for row in range(math.ceil(size[1] / row_step)):
-        y, shift = (row + 0.5) * row_step, step / 2 if hexagonal and row % 2 else 0.0
-        x = np.arange(step / 2 + shift, size[0], step)
+        y, shift = min(row_step, size[1]) / 2 + row * row_step, step / 2 if hexagonal and row % 2 else 0.0
+        x = np.arange(min(step, size[0]) / 2 + shift, size[0], step)
         share = _share(total, x, y, half, scale)
         kept = np.flatnonzero((share >= options.min_tissue) & (y < size[1]))
         centres.append(np.column_stack([x[kept], np.full(kept.size, y)]))

@@ -215,9 +215,11 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
     mask = tissue_mask(picture, mpp * factor) if request.grid.min_tissue > 0 else np.ones(picture.shape[:2], bool)
     grid = tissue_grid(mask, slide.size, mpp, tile.um, request.grid)
     if not len(grid.xy_N2):
+        width, height = (side * mpp for side in slide.size)
         raise SourceError(
-            f"{path}: no tile has {request.grid.min_tissue:.0%} tissue ({mask.mean():.1%} of the image is tissue); check "
-            "that it is an H&E image and that `mpp` is correct, or set `min_tissue` to 0 to predict the complete image"
+            f"{path}: no tile of {tile.um:g} um has {100 * request.grid.min_tissue:.3g} % of its area on tissue: the image covers "
+            f"{width:.0f} x {height:.0f} um at {mpp:g} um per px, and {100 * mask.mean():.1f} % of it is tissue; check that it is an "
+            "H&E image and that `mpp` is correct, or set `min_tissue` to 0 to predict the complete image"
         )
     is_he, reason = looks_like_he(picture[mask][:, None])
     if not is_he:

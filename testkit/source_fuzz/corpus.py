@@ -170,8 +170,8 @@ def slide(folder: Path) -> Path:
 def slide_pages(folder: Path) -> Path:
     """Write a TIFF of a palette thumbnail and an uncompressed RGBA page."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.asarray(he_picture(150, 100))
-    rgba = np.dstack([pixels, np.full((100, 150), 200, np.uint8)])
+    pixels = np.asarray(he_picture(300, 200))
+    rgba = np.dstack([pixels, np.full((200, 300), 200, np.uint8)])
     with tifffile.TiffWriter(folder / "s.tif") as out:
         out.write(pixels[::8, ::8, 0] // 64, photometric="palette", colormap=np.arange(768, dtype="u2").reshape(3, 256))
         out.write(rgba, tile=(64, 64), photometric="rgb", extrasamples=["unassalpha"], resolution=(20_000, 20_000))

@@ -6,6 +6,7 @@ import contextlib
 import io
 from pathlib import Path
 
+import matplotlib
 import torch
 from comtip_shards.errors import SourceError
 
@@ -48,6 +49,8 @@ def build_and_predict(folder: Path) -> Through:
     A slide without spots is only predicted on.
     The function raises SourceError with a command's output if the command refuses the source, and RuntimeError if it fails.
     """
+    # Matplotlib makes these folders at its first use, which is no change by the source.
+    matplotlib.get_configdir(), matplotlib.get_cachedir()
     config = load_config(None, [*SMALL, f"data.shards={tiny_shards(folder / 'tiny')}"])
     model = folder / "model"
     Trainer(build_task(config, torch.device("cpu")), config, model).fit()

@@ -108,6 +108,22 @@ def test_spots_on_real_tissue_are_on_the_grid(name: str):
     assert mask.mean() < 0.9
 
 
+@pytest.mark.parametrize("shape", ["square", "hexagonal"])
+@pytest.mark.parametrize(
+    ("size", "centres"),
+    [((60, 40), [[30, 20]]), ((250, 40), [[50, 20], [150, 20]]), ((60, 260), [[30, 50], [30, 150]])],
+)
+def test_a_side_shorter_than_a_step_has_its_tile_in_the_middle(
+    shape: str, size: tuple[int, int], centres: list[list[int]]
+):
+    mask = np.ones((size[1], size[0]), bool)
+    grid = tissue_grid(mask, size, 0.5, 50.0, GridOptions(shape=shape, min_tissue=0.2))
+    np.testing.assert_allclose(grid.xy_N2[0], centres[0], atol=7)  # rows of a hexagonal lattice are nearer
+    if shape == "square":
+        np.testing.assert_allclose(grid.xy_N2[: len(centres)], centres)
+    np.testing.assert_allclose(grid.tissue_N[0], min(size[0], 100) * min(size[1], 100) / 100**2, atol=0.15)
+
+
 def test_the_grid_has_the_step_the_shape_and_the_share_of_tissue_that_were_asked():
     mask = np.zeros((100, 200), bool)
     mask[:, 100:] = True  # the right half of a slide of 2000 x 1000 px
