@@ -39,6 +39,8 @@ class Source:
     """Format, or ``slide`` for an image without spots."""
     facts: dict[str, str] = field(default_factory=dict)
     """Facts and options with which it is opened."""
+    section: str = ""
+    """Section to predict on, if the source has several."""
 
 
 def _visium_folder(folder: Path) -> Path:
@@ -189,8 +191,8 @@ SOURCES: dict[str, Source] = {
     "xenium csv": Source(xenium_csv, facts={"tissue": "breast", "min_pooled": "1"}),
     "anndata": Source(anndata, facts=SPATIAL_FACTS),
     "anndata dense": Source(anndata_dense, facts=SPATIAL_FACTS | {"image": "slide.png"}),
-    "manifest": Source(manifest),
-    "stimage": Source(stimage),
+    "manifest": Source(manifest, section="a"),
+    "stimage": Source(stimage, section="Human_Breast_A_ST_A1"),
     "hest": Source(hest),
     "legacy": Source(legacy, facts={"tissue": "breast", "species": "human"}),
     "slide": Source(slide, fmt="slide"),

@@ -58,22 +58,14 @@ def build_and_predict(folder: Path) -> Through:
     def through(path: Path, source: Source, out: Path) -> None:
         facts = facts_of(path, source)
         options = [part for key, value in facts.items() for part in (f"--{key.replace('_', '-')}", value)]
-        commands = {
-            "predict": [
-                "predict",
-                str(model),
-                str(path),
-                "--genes",
-                "ERBB2",
-                "CD74",
-                "--out",
-                str(out / "p.h5ad"),
-                *options,
-            ]
-        }
+        section = f"{path}:{source.section}" if source.section else str(path)
+        commands = [
+            ["predict", str(model), section, "--genes", "ERBB2", "CD74", "--out", str(out / "p.h5ad"), *options]
+        ]
         if source.fmt != "slide":
-            commands["build"] = ["shards", "build", str(path), "--out", str(out / "set"), "--tile-px", "32", *options]
-        for command in reversed(commands.values()):
+            build = ["shards", "build", str(path), "--out", str(out / "set"), "--tile-px", "32", *options]
+            commands.insert(0, build)
+        for command in commands:
             told = io.StringIO()
             with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
                 code = main(command)
