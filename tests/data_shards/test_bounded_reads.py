@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import io
 import struct
 import tarfile
@@ -15,18 +16,22 @@ import h5py
 import numpy as np
 import pytest
 from comtip_shards import SourceError
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sections.benchmark import load_benchmark
 from comtip_shards.slides import bounded_file
 from comtip_shards.slides.bounded_file import BoundedFile
 from comtip_shards.slides.open import image_size, is_image, open_slide
 from comtip_shards.slides.tiff_tags import check_tiff_tags
 from comtip_shards.sources import open_source
-from comtip_shards.sources.files import packaging
+from comtip_shards.sources.files import opening, packaging
+from comtip_shards.sources.files.opening import input_sha256
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.sources.files.tables import read_counts_table
 from comtip_shards.study.headers import _table, _zarr_table
 from PIL import Image
+
+from testkit.tiny import write_tiny_source
 
 RGB = Image.effect_noise((300, 200), 60).convert("RGB")
 
@@ -249,3 +254,32 @@ def test_an_error_of_a_library_names_the_packed_file(tmp_path: Path, kind: str):
     with pytest.raises(SourceError, match=r"a\.h5ad\.gz") as error:
         open_source(path, fmt="anndata", overrides={"tissue": "x"})[0].read()
     assert "comtip-unpacked" not in str(error.value)
+
+
+def test_a_file_with_a_large_hole_is_not_hashed(tmp_path: Path):
+    """1 TB of zeros take an hour; a reader may accept the file, because HDF5 ignores what follows its data."""
+    path = hole(tmp_path / "counts.h5ad", b"x" * 300)
+    with pytest.raises(
+        SourceError, match=r"counts.h5ad: a file of 1,099,511,627,776 bytes, to 1,099,511,\d{3},\d{3} of which"
+    ):
+        input_sha256(path)
+
+
+def test_a_build_does_not_hash_an_image_of_a_terabyte(tmp_path: Path):
+    source = write_tiny_source(tmp_path / "source").parent
+    image = next(p for p in sorted(source.rglob("*")) if is_image(p))
+    with image.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SourceError, match=f"{image.name}: a file of 1,099,511,627,776 bytes"):
+        build_shards(open_source(source), tmp_path / "set", tile_px=32, tile_um=224.0, min_mpp=5.0)
+
+
+def test_a_small_hole_is_hashed(tmp_path: Path):
+    path = hole(tmp_path / "a.bin", b"abc", 1 << 20)
+    assert input_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "MAX_HOLE", 1 << 19)
+        with pytest.raises(SourceError, match="nothing was ever written"):
+            input_sha256(path)
+        path.write_bytes(bytes(1 << 20))  # the same content, written
+        assert input_sha256(path) == hashlib.sha256(bytes(1 << 20)).hexdigest()

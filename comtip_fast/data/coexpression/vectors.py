@@ -9,7 +9,6 @@ few matrices of genes x (K + oversampling); parsed blocks are kept in a temporar
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from comtip_shards.genes.identifiers import GeneResource, map_genes
+from comtip_shards.sources.files.opening import input_sha256
 from scipy import sparse
 
 from comtip_fast._version import __version__
@@ -157,7 +157,7 @@ class _Spool:
         self.sources.append(
             {
                 "name": source.path.name,
-                "sha256": _sha256(source.path),
+                "sha256": input_sha256(source.path),
                 "species": known,
                 "cells": cells,
                 "genes": len(genes.keys),
@@ -284,8 +284,3 @@ def _subspace(spool: _Spool, standard: _Standard, components: int, seed: int) ->
     # The sign of a component is arbitrary; it is fixed so that files can be compared.
     strongest = vectors[np.abs(vectors).argmax(0), np.arange(K)]
     return vectors * np.where(strongest < 0, -1.0, 1.0), spectrum, float(standard.coverage_G.sum())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,7 +31,7 @@ from comtip_shards.builder.staging import StagedSection, stage_section
 from comtip_shards.builder.tile_choice import choose_tile, tile_text
 from comtip_shards.builder.writer import SectionRecords, dependency_versions, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
-from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
+from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.sections.duplicates import check_duplicates
@@ -39,6 +39,7 @@ from comtip_shards.sections.facts import stated
 from comtip_shards.sections.leakage import enforce_split_policy
 from comtip_shards.sections.section import SectionMeta, SectionNotes, StatedSplits, check_meta
 from comtip_shards.sources.base import SectionSource
+from comtip_shards.sources.files.opening import input_sha256
 
 STAGE_VERSION = 5
 """Version of the staged files. Increase it when their content changes, so that sections staged by older code are not reused."""
@@ -377,7 +378,7 @@ def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> st
         "meta": asdict(meta),
         "tile": asdict(tile),
         "made_with": dependency_versions(),
-        "files": [(f.name, sha256_of(f)) for f in files],
+        "files": [(f.name, input_sha256(f)) for f in files],
     }
     if options := stated(source.counts):  # nothing else in the fingerprint depends on the layer of the counts
         facts["counts"] = options

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data, refuse_not_data
+
+MAX_HOLE = 1 << 30
+"""Bytes of a file that may not be stored on the disk, before it is hashed; written data have no holes, except by copies of zeros."""
 
 
 @contextmanager
@@ -35,3 +40,36 @@ def existing(path: Path, what: str) -> Path:
     if not path.is_file():
         raise SourceError(f"{path}: no such file; copy the {what} there, or correct the path")
     return refuse_not_data(path)
+
+
+def input_sha256(path: Path) -> str:
+    """Return the SHA-256 of an input in hex.
+
+    Raises
+    ------
+    SourceError
+        The file has holes of more than ``MAX_HOLE`` bytes, which no data were written to: a download that reserved its space and
+        did not end, or a damaged size. Reading 1 TB of them would take an hour.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_HOLE and (hole := _hole_bytes(file.fileno(), size)) > MAX_HOLE:
+            raise SourceError(
+                f"{path}: a file of {size:,} bytes, to {hole:,} of which nothing was ever written; its download or copy did not "
+                "end, so copy or download it again"
+            )
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hole_bytes(descriptor: int, size: int) -> int:
+    """Return the bytes of a file that are in holes; 0 where the file system does not tell."""
+    at, hole = 0, 0
+    while at < size:
+        begin = os.lseek(descriptor, at, os.SEEK_HOLE)  # the end of the file is a hole, too
+        try:
+            at = os.lseek(descriptor, begin, os.SEEK_DATA)
+        except OSError:  # no data after this hole
+            at = size
+        hole += at - begin
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return hole
