@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from comtip_shards.qc import check_section
 from comtip_shards.qc.result import FAIL, WARN, SectionReport
 from comtip_shards.sections.section import Section
 from comtip_shards.sources import open_source
 from tqdm import tqdm
 
-from testkit.section_faults import SECTION_FAULTS
+from testkit.section_faults import BLURS_UM, SECTION_FAULTS
 from testkit.section_variants import SECTION_VARIANTS
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ def calibrate_variants(sections: list[Section], folder: Path, only: list[str]) -
             corrupted = corrupt(section, folder)
             if check == "on_tissue" and (corrupted.xy == section.xy).all():
                 continue  # tissue fills the frame: there is no background to move spots to
+            if BLURS_UM.get(fault, np.inf) < section.meta.mpp / 2:
+                continue  # narrower than a px
             tried += 1
             is_found = check in alarms(check_section(corrupted))
             found += is_found

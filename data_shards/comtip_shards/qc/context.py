@@ -145,6 +145,15 @@ class SectionContext:
         flat = ndimage.uniform_filter(self.flat.astype(np.float32), size, mode="constant")
         return np.maximum(1 - self.tissue_share(xy, width_um), _sample(flat[None], xy)[:, 0])
 
+    def gap_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
+        """Return the share of flat px within the tissue mask, float (n,), in squares of ``width_um`` around positions."""
+        size = max(1, round(width_um / self.mpp))
+        rows, columns = (
+            np.minimum(np.arange(n) // CELL, m - 1) for n, m in zip(self.flat.shape, self.tissue.shape, strict=True)
+        )
+        gaps = self.flat & self.tissue[np.ix_(rows, columns)]
+        return _sample(ndimage.uniform_filter(gaps.astype(np.float32), size, mode="constant")[None], xy)[:, 0]
+
     def tissue_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
         """Return the share of tissue, float (n,), in squares of ``width_um`` around positions; 0 outside the image."""
         size = max(1, round(width_um / (CELL * self.mpp)))

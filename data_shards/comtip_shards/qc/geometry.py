@@ -12,7 +12,7 @@ from math import isfinite
 
 import numpy as np
 
-from comtip_shards.qc.context import SectionContext
+from comtip_shards.qc.context import CELL, SectionContext
 from comtip_shards.qc.result import FAIL, OK, WARN, Finding, graded, not_applicable
 from comtip_shards.sources.geometry import platform_pitch
 
@@ -24,6 +24,10 @@ SCALE_WARN, SCALE_FAIL = 0.05, 0.2
 (um per px of another scanner, 20x for 40x, pixels of a downsampled image) exceed 25 %."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
+AGREED_MARGIN, AGREED_SCALE = 0.03, 0.05
+"""The same for a scale that also gives the spots their known spacing, within the second value."""
+MIN_TISSUE = 0.02
+"""Minimum share of the tissue that lies between the spots: a map that is shrunk to a few px fits any smooth expression."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
 """Largest factor searched, and smallest factor reported (or their reciprocals); hires images are 2 to 20 times smaller than full
 resolution."""
@@ -56,8 +60,7 @@ def on_tissue(context: SectionContext) -> Finding:
 
 def scale(context: SectionContext) -> Finding:
     """Compare the measured spot spacing, in um by the stated um per px, with the stated spacing and the platform's."""
-    stated, known = context.section.meta.spot_pitch_um, platform_pitch(context.section.meta.platform)
-    expected = stated if isfinite(stated) and stated > 0 else known
+    known, expected = platform_pitch(context.section.meta.platform), _known_spacing(context)
     if not isfinite(expected) or not isfinite(context.pitch_px):
         return not_applicable(
             "scale", "the spot distance is not known" if not isfinite(expected) else "spots are not on a lattice"
@@ -95,7 +98,7 @@ def full_or_hires(context: SectionContext) -> Finding:
         return not_applicable(name, TOO_FEW)
     best, fit = _best_scale(context)
     rival = max(
-        context.as_given + RESOLUTION_MARGIN,
+        context.as_given + (AGREED_MARGIN if _gives_known_spacing(context, best) else RESOLUTION_MARGIN),
         best_turn(context)[2],
         best_shift(context)[1],
         context.chance(context.xy * best),
@@ -128,16 +131,39 @@ def _suspicious(context: SectionContext) -> bool:
     return bool(corner or outside) or on_tissue(context).status != OK or scale(context).status != OK
 
 
+def _known_spacing(context: SectionContext) -> float:
+    """Return the spacing of the spots in um, as stated or as the platform has it; NaN if neither is known."""
+    stated, known = context.section.meta.spot_pitch_um, platform_pitch(context.section.meta.platform)
+    return stated if isfinite(stated) and stated > 0 else known
+
+
+def _gives_known_spacing(context: SectionContext, factor: float) -> bool:
+    """Return whether the spots have another spacing than the known one, and have it with positions times ``factor``."""
+    expected, measured = _known_spacing(context), context.pitch_px * context.mpp
+    if not isfinite(expected) or not isfinite(measured):
+        return False
+    return abs(measured * factor / expected - 1) <= AGREED_SCALE < abs(measured / expected - 1)
+
+
+def _tissue_between(context: SectionContext, low: np.ndarray, high: np.ndarray) -> float:
+    """Return the share of the tissue in the rectangle from ``low`` to ``high``, (x, y) in px of the downsampled image."""
+    x0, y0, x1, y1 = (max(0, int(v / CELL)) for v in (*low, *(high + CELL)))
+    total = max(1, int(np.count_nonzero(context.tissue)))
+    return np.count_nonzero(context.tissue[y0:y1, x0:x1]) / total
+
+
 def _best_scale(context: SectionContext) -> tuple[float, float]:
     """Return (factor on positions, its fit) of the best scale, from a grid search in 1 % steps that is then refined."""
     steps = int(np.log(RESOLUTION_RANGE) / 0.01)
     limits = np.array([context.picture_HW3.shape[1], context.picture_HW3.shape[0]]) * 1.05
-    # Exclude factors that move a position outside the image, or all positions into a twentieth of its longer side.
+    # Exclude factors that move a position outside the image, or all positions into a small part of the image or of the tissue.
     low, high = context.xy.min(0), context.xy.max(0)
     factors = [
         f
         for f in np.exp(0.01 * np.arange(-steps, steps + 1))
-        if (high * f <= limits).all() and ((high - low) * f).max() > 0.05 * limits.max()
+        if (high * f <= limits).all()
+        and ((high - low) * f).max() > 0.05 * limits.max()
+        and _tissue_between(context, low * f, high * f) >= MIN_TISSUE
     ] or [1.0]
     fits = np.array([context.fit(context.xy * f) for f in factors])
     fine = {

@@ -9,13 +9,14 @@ from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, OK, Finding, graded, not_applicable
 from comtip_shards.slides.appearance import looks_like_he
 
-BLUR_WARN, BLUR_FAIL = 0.3, 0.1
-"""Strength of edges one px wide relative to edges two px wide, at 2 um per px or coarser. 1 for a scale-invariant image,
-0.0625 for one without detail finer than many px; the sections of ``samples/`` have 0.5 to 0.95, and 0.08 to 0.25 after a
-blur of 4 um."""
+BLUR_WARN, BLUR_FAIL = 0.4, 0.15
+"""Strength of edges relative to edges twice as wide, see :func:`sharpness`. 1 for a scale-invariant image, 0.0625 for one without
+detail finer than many px; the sections of ``samples/`` have 0.5 to 0.95, and 0.08 to 0.31 after a blur of 4 or 10 um."""
 BACKGROUND_WARN, BACKGROUND_FAIL = 0.4, 0.7
 """Mean share of glass in the tiles of spots on tissue. Tiles of large tissues have less than a tenth, those of a small
 biopsy a quarter; if there is more, the tile is too wide, or the background was masked."""
+GAPS_WARN, GAPS_FAIL = 0.15, 0.5
+"""Mean share of gaps of one colour within the tissue around spots. Scanned tissue has at most 0.04."""
 
 
 def blur(context: SectionContext) -> Finding:
@@ -25,7 +26,7 @@ def blur(context: SectionContext) -> Finding:
     figure = sharpness(context.patches_NPP3)
     if not np.isfinite(figure):
         return not_applicable("blur", "the image has a single colour")
-    message = f"edges of one px are {figure:.2f} times as strong as edges of two px"
+    message = f"edges are {figure:.2f} times as strong as edges twice as wide"
     return graded(
         "blur",
         figure,
@@ -37,12 +38,28 @@ def blur(context: SectionContext) -> Finding:
 
 
 def sharpness(patches_NPP3: np.ndarray) -> float:
-    """Return the variance of the Laplacian relative to that at half the resolution; NaN without contrast."""
+    """Return the strength of edges relative to edges twice as wide; NaN without contrast.
+
+    It is the variance of the Laplacian relative to that at half the resolution: the lower of the ratios of 1 to 2 px and of 2 to
+    4 px, each the median over patches. After a wide blur nothing but the rounding of the image remains at 1 px, and some patches
+    contain the border of the image.
+    """
     gray = patches_NPP3.astype(np.float32).mean(-1)
-    n, p, _ = gray.shape
-    half = gray[:, : p // 2 * 2, : p // 2 * 2].reshape(n, p // 2, 2, p // 2, 2).mean((2, 4))
-    fine, coarse = (np.stack([ndimage.laplace(g) for g in stack])[:, 1:-1, 1:-1].var() for stack in (gray, half))
-    return float(fine / coarse) if coarse > 1e-6 else float("nan")
+    levels = [gray, half := _halved(gray), _halved(half)]
+    edges = [np.array([ndimage.laplace(g)[1:-1, 1:-1].var() for g in level]) for level in levels]
+    with_contrast = np.min(edges[1:], axis=0) > 1e-6
+    if not with_contrast.any():
+        return float("nan")
+    fine, middle, coarse = (e[with_contrast] for e in edges)
+    return float(min(np.median(fine / middle), np.median(middle / coarse)))
+
+
+def _halved(stack_NPP: np.ndarray) -> np.ndarray:
+    """Return the patches at half the resolution."""
+    n, p, _ = stack_NPP.shape
+    k = p // 2
+    out: np.ndarray = stack_NPP[:, : 2 * k, : 2 * k].reshape(n, k, 2, k, 2).mean((2, 4))
+    return out
 
 
 def background(context: SectionContext) -> Finding:
@@ -58,6 +75,16 @@ def background(context: SectionContext) -> Finding:
     width = max(context.tile_um, pitch) if np.isfinite(pitch) else context.tile_um
     glass = context.background_share(context.xy, width)
     figure = float(glass[is_tissue].mean())
+    gaps = float(context.gap_share(context.xy, width)[is_tissue].mean())
+    if figure < BACKGROUND_WARN and gaps >= GAPS_WARN:
+        return graded(
+            "background",
+            gaps,
+            GAPS_WARN,
+            GAPS_FAIL,
+            f"{gaps:.0%} of squares of {width:g} um around spots are gaps of one colour within the tissue",
+            "use the original image, which shows the tissue between the spots",
+        )
     return graded(
         "background",
         figure,

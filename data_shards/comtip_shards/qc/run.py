@@ -42,7 +42,6 @@ CAUSES = (
     ("orientation", ("on_tissue", "background", "corner")),
     ("scale", ("corner",)),
     ("corner", ("on_tissue",)),
-    ("on_tissue", ("background",)),
 )
 """(check, checks that fail because of it), for :func:`explain`: mirrored positions, for example, put spots off tissue."""
 

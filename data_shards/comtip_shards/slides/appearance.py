@@ -2,7 +2,7 @@
 
 Optical densities of dyes add up. Haematoxylin absorbs red about as much as green, eosin hardly absorbs red, and neither
 absorbs blue most. The ratio of red to green density therefore separates eosin without haematoxylin from H&E, and that of
-blue to green separates brown (DAB) and fluorescence on black from H&E.
+blue to green separates brown (DAB) from H&E. Fluorescence on black has purer colours than any stain.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ RED_TO_GREEN = (0.35, 1.6)
 """Range of the median over tissue. The sections of ``samples/`` and a 10x heart have 0.63 to 0.97, pure eosin 0.07."""
 BLUE_TO_GREEN = (0.2, 0.85)
 """Range of the median over tissue. The same sections have 0.43 to 0.68."""
+MAX_SATURATION = 0.8
+"""Maximum of the median over tissue of (largest - smallest channel) / largest. Light that passes stained tissue keeps every colour:
+``samples/`` have 0.15 to 0.3, at 30 % of their exposure 0.6. Fluorescence dyes on black have 0.95."""
+LIT, MAX_GAIN = 230, 4.0
+"""A darker image is brightened until its brightest 1 % reach this level, at most this many times, so that exposure counts little."""
 MAX_PX = 250_000
 """Larger images are subsampled to about this many pixels."""
 _DENSITY_OF = -np.log10((np.arange(256) + 1) / 256).astype(np.float32)
@@ -46,7 +51,7 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
     if rgb.ndim != 3 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"the image is {rgb.dtype} of shape {rgb.shape}; pass uint8 (H, W, 3) RGB")
     step = max(1, int((rgb.shape[0] * rgb.shape[1] / MAX_PX) ** 0.5))
-    flat = rgb[::step, ::step].reshape(-1, 3)
+    flat = _brightened(rgb[::step, ::step].reshape(-1, 3))
     density = _DENSITY_OF[flat]
     mean = density.mean(axis=1)
     tissue = (mean > DENSITY[0]) & (mean < DENSITY[1])
@@ -57,6 +62,13 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
             "mostly black" if (mean >= DENSITY[1]).mean() > 0.5 else "grey" if tissue.mean() > MIN_COLOURED else "blank"
         )
         return False, f"{what}: only {share:.1%} of it is coloured tissue"
+    brightest, dimmest = flat[coloured].max(axis=1).astype(float), flat[coloured].min(axis=1)
+    saturation = float(np.median((brightest - dimmest) / brightest))
+    if saturation > MAX_SATURATION:
+        return (
+            False,
+            f"pure colours on black, like fluorescence (saturation {saturation:.2f}; H&E is below {MAX_SATURATION})",
+        )
     red, green, blue = density[coloured].T
     green = np.maximum(green, 1e-3)
     r, b = float(np.median(red / green)), float(np.median(blue / green))
@@ -68,3 +80,14 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
     if r > RED_TO_GREEN[1] or b < BLUE_TO_GREEN[0]:
         return False, f"blue or green, like fluorescence or another dye ({measured})"
     return True, f"pink and purple ({measured})"
+
+
+def _brightened(flat_N3: np.ndarray) -> np.ndarray:
+    """Return underexposed pixels, uint8 (N, 3), with a gain that is the same for all channels."""
+    lit = flat_N3[flat_N3.min(axis=1) < 255].max(axis=1)  # pure white surrounds an image, whatever its exposure
+    if not len(lit):
+        return flat_N3
+    gain = min(MAX_GAIN, LIT / max(1.0, float(np.percentile(lit, 99))))
+    if gain <= 1:
+        return flat_N3
+    return np.clip(np.rint(flat_N3 * gain), 0, 255).astype(np.uint8)
