@@ -575,7 +575,7 @@ UNKNOWN = {
     "a.loom": (b"x" * 20, "write the object as .h5ad"),
     "V1_filtered_feature_bc_matrix.h5": (
         b"\x89HDF\r\n\x1a\n" + bytes(9),
-        "a count matrix without positions; add spatial/",
+        "a count matrix without positions; put spatial/",
     ),
 }
 

@@ -200,7 +200,7 @@ def test_missing_values_of_obs_are_no_facts_and_no_labels(tmp_path: Path):
     section = read(write(tmp_path, a))
     assert (section.meta.donor, section.meta.tissue) == ("", "breast")
     assert section.labels == ["tumour", ""] * (N // 2)
-    with pytest.raises(SourceError, match="obs has no tissue column; set `tissue`"):
+    with pytest.raises(SourceError, match="neither obs nor uns states one tissue; set `tissue`"):
         open_source(write(tmp_path, a), overrides={"platform": "Visium"})
 
 

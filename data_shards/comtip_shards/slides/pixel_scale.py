@@ -81,7 +81,7 @@ def check_side(size: tuple[int, int], mpp: float, where: str, *, trusted: bool) 
     side = max(size) * mpp
     if side > MAX_SIDE_UM and not trusted:
         raise SourceError(
-            f"{where}: at {mpp:g} um per px the image is {side / 1000:.0f} mm wide or high, more than any slide "
+            f"{where}: at {mpp:g} um per px the image is {side / 1000:.4g} mm wide or high, more than any slide "
             f"({MAX_SIDE_UM / 1000:g} mm); correct `mpp`, or set `trust_mpp=yes` if it is right"
         )
 
