@@ -275,4 +275,5 @@ def _load(
 
 
 def _open_image(path: Path, image: str) -> BlockedSlide:
-    return BlockedSlide(path / "images" / image, levels_of(read_store(path)[image]), "cyx")
+    smaller = "write the image again in smaller chunks, e.g. of 1024 px"
+    return BlockedSlide(path / "images" / image, levels_of(read_store(path)[image]), "cyx", smaller=smaller)
