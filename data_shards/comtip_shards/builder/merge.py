@@ -150,7 +150,7 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
             if done is not None:  # another process finished it in the meantime
                 return report_of(out, done)
             (out / NAME).unlink(missing_ok=True)  # the manifest of a set with missing files
-            run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
+            run = partial(run_jobs, jobs=jobs, label="writing shards", progress=progress)
             duplicates = check_sections(sections, out)
             done = write_set(sections, first.tile, out, first.records_per_shard, run, duplicates=duplicates)
     lost = [(manifests[s.path].sections[s.number].section_id, s.pages()[1]) for s in sections]

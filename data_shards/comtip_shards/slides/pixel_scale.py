@@ -62,7 +62,8 @@ def check_stated_mpp(mpp: float, own: float | None, what: str, where: str, *, tr
     if own is None or 1 / DISAGREE < mpp / own < DISAGREE:
         return
     if trusted or 1 / TENFOLD < mpp / own < TENFOLD:
-        log.warning("%s: `mpp` %g is used, but %s states %g um per px; check `mpp`", where, mpp, what, own)
+        check = "" if trusted else "; check `mpp`"
+        log.warning("%s: `mpp` %g is used, but %s states %g um per px%s", where, mpp, what, own, check)
         return
     raise SourceError(
         f"{where}: `mpp` {mpp:g} is {mpp / own:.3g} times the {own:g} um per px that {what} states; correct `mpp` or leave it "

@@ -66,7 +66,7 @@ def open_windowed(path: Path) -> Slide:
         except Exception as error:  # tifffile raises many kinds of errors on damaged headers
             tried.append(f"tifffile: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     else:
-        tried.append("tifffile and zarr are not installed")
+        tried.append("tifffile or zarr is not installed")
     if openslide and vendor:
         return OpenSlideSlide(path, openslide)
     reason = not_data(path)

@@ -110,7 +110,7 @@ def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: 
     pitch_px = _pitch_px(spots, image)
     if pitch_px is None:
         few = spots is not None and len(spots.ids) < 3
-        why = "fewer than three spots" if few else "spots without position or array coordinates"
+        why = "fewer than three spots" if few else "spots without array coordinates or position"
         if facts.mpp is None:
             raise SourceError(f"{path}: {why}, so the scale cannot be derived; complete the table, or set `mpp`")
         notes.append(f"the stated scale was not compared with the array: {path.name} has {why}")

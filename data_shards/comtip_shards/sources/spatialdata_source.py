@@ -24,6 +24,7 @@ from comtip_shards.sources.anndata_parts.spots import annotated, gene_names, no_
 from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.sources.base import SectionSource, pick
 from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.opening import fix_of
 from comtip_shards.sources.files.zarr_metadata import check_store, head_text
 from comtip_shards.sources.geometry import (
     VISIUM_DIAMETER_UM,
@@ -78,7 +79,8 @@ def read_store(path: Path) -> Any:
             return spatialdata.read_zarr(path)
     except Exception as error:  # zarr, anndata and pyarrow raise errors of their own
         raise SourceError(
-            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); write it again with SpatialData.write"
+            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); "
+            f"{fix_of(error, 'write it again with SpatialData.write')}"
         ) from error
 
 

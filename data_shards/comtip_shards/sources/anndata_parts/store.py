@@ -301,5 +301,5 @@ def _open_zarr(path: Path) -> Any:
         return zarr.open_group(str(path), mode="r")
     except Exception as error:  # zarr raises many kinds of errors
         raise SourceError(
-            f"{path}: cannot be read as zarr ({type(error).__name__}: {error}); copy or download it again"
+            f"{path}: cannot be read as zarr ({type(error).__name__}: {error}); {fix_of(error)}"
         ) from error

@@ -33,7 +33,7 @@ def fix_of(error: Exception, damaged: str = "copy or download it again") -> str:
         return "close other programs, or use a machine with more memory"
     if isinstance(error, UnicodeDecodeError):
         return "save it as UTF-8 text"
-    if disk_trouble(error) is not None:
+    if disk_trouble(error) is not None and error_number(error) != errno.EFBIG:  # a file that exists can be read
         return f"{disk_fix(error)}, then run again"
     if error_number(error) in (errno.EACCES, errno.EPERM):
         return "change its permissions, so that you may read it"

@@ -142,7 +142,7 @@ def fetch_source(
         needed[only] = listing.match(only).get(only)
     wanted = sum(s or 0 for s in needed.values())
     _check_disk(remote.cache, wanted, url)
-    with tqdm(total=wanted, desc="fetching", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(total=wanted, desc="downloading", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         n_bytes = _fetch(remote, needed, root, bar)
     return Fetched(
         root / only if only else root,
