@@ -111,7 +111,7 @@ def _check_dataset(data: h5py.Dataset, location: str, path: Path) -> None:
     if size > MAX_UNPACKED and size > MAX_RATIO * stored:
         raise SourceError(
             f"{path}: {shown(location)} claims {size / 2**30:.1f} GiB in {data.shape}, but only {stored} bytes are in the file; "
-            "copy or download it again"
+            "copy or download it again, or write it again with its values"
         )
     kind = (
         "a virtual dataset" if data.is_virtual else "stored in another file (external storage)" if data.external else ""
