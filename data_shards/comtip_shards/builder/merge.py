@@ -199,7 +199,8 @@ def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
     for name, part in parts.items():
         if (part.of, part.whole) != (of, whole):
             raise ShardError(
-                f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}; merge each build separately"
+                f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}; merge each build separately, or build "
+                "both parts again from one source"
             )
         if part.index in by_index:
             raise ShardError(f"{name} and {by_index[part.index]} are both part {part.index}/{of}; leave one out")

@@ -135,7 +135,7 @@ def _source(path: Path, row: CatalogueRow, metadata: Mapping[str, Any], facts: S
         )
     notes: list[str] = []
     if not metadata:
-        notes.append(f"no metadata for {name}: metadata/{name}.json and {TABLE} are missing")
+        notes.append(f"no metadata for {name}, neither in metadata/{name}.json nor in {TABLE}")
     mpp = _scale(path, name, metadata, wsi, notes) if facts.mpp is None else facts.mpp
     if facts.mpp is not None:
         own = next((v for _, v in _own_scales(path, name, metadata)), None)

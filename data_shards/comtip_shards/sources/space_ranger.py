@@ -206,7 +206,11 @@ def _scale(
     given = factors.get("microns_per_pixel") if stated is None else stated
     pitch = _pitch_px(spots, path)
     mpp = PITCH_UM / pitch
-    notes.append(f"scale: {mpp:.4f} um per full-resolution px, from the {PITCH_UM:g} um spot pitch")
+    notes.append(
+        f"scale: {mpp:.4f} um per full-resolution px, from the {PITCH_UM:g} um spot pitch"
+        if given is None
+        else f"scale: {given:g} um per full-resolution px, as stated; the {PITCH_UM:g} um spot pitch gives {mpp:.4f}"
+    )
     diameter = factors.get("spot_diameter_fullres")
     if diameter and not 0.7 < diameter * mpp / DIAMETER_UM < 1.5:
         raise SourceError(

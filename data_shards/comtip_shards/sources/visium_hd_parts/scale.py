@@ -66,8 +66,11 @@ def scale_or_pitch(
             f"{table}: bins of {width:g} um with this pitch have {mpp:.4f} um per full-resolution px, but `mpp` is {stated:g}; "
             "omit `mpp`"
         )
-    note = f"no {FACTORS}; scale: {mpp:.4f} um per full-resolution px, from the pitch of bins of {width:g} um"
-    return stated or mpp, [note]
+    if stated is not None:
+        return stated, [
+            f"no {FACTORS}; scale: {stated:g} um per full-resolution px, as stated; the pitch of bins gives {mpp:.4f}"
+        ]
+    return mpp, [f"no {FACTORS}; scale: {mpp:.4f} um per full-resolution px, from the pitch of bins of {width:g} um"]
 
 
 def _pitch_px(table: Path) -> float:
