@@ -165,7 +165,7 @@ class MemberReader:
                 self._split(data, span[0], index[run], start[run], size[run], columns, into[run], out)
         except OSError as error:
             raise ShardError(
-                f"{self.files.name}/{shard.file}: cannot be read ({error}); check the disk, or copy the shard again",
+                f"{self.files.name}/{shard.file}: cannot be read ({error}); check its permissions and the disk, or copy the shard again",
                 kind="unreadable",
             ) from error
 

@@ -164,7 +164,8 @@ class Section:
         x, y = self.xy[:, 0], self.xy[:, 1]
         if not np.isfinite(self.xy).all():
             raise SourceError(
-                f"{self.image_path}: spots without a position: {int((~np.isfinite(self.xy)).any(1).sum())}; leave them out"
+                f"section {self.meta.section_id}: spots without a position: {int((~np.isfinite(self.xy)).any(1).sum())}; give their "
+                "positions, or remove them from the source"
             )
         slack = 0.5 * self.meta.spot_diameter_um / self.meta.mpp
         outside = (x < -slack) | (y < -slack) | (x > width + slack) | (y > height + slack)

@@ -77,7 +77,9 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
         try:
             value.check_format(full_check=True)
         except (ValueError, TypeError, IndexError) as error:
-            raise SourceError(f"{store.path}: {key} is damaged ({error}); copy the file again") from error
+            raise SourceError(
+                f"{store.path}: {key} is damaged ({error}); copy the file again, or write it again with anndata"
+            ) from error
     return sparse.csr_matrix(value)
 
 
