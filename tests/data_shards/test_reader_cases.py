@@ -404,7 +404,9 @@ def test_antibodies_are_excluded(tmp_path: Path):
 
 def test_a_missing_file_of_scale_factors_is_called_missing(tmp_path: Path, run: Path):
     (run / "spatial/scalefactors_json.json").unlink()
-    with pytest.raises(SourceError, match=r"scalefactors_json\.json: no such file, .*set `image` to the microscope"):
+    with pytest.raises(
+        SourceError, match=r"scalefactors_json\.json is missing or empty, .*set `image` to the microscope"
+    ):
         read(run)
     picture().save(tmp_path / "full.png")
     (section,) = read(run, image=str(tmp_path / "full.png"))

@@ -226,6 +226,6 @@ def test_a_distance_of_spots_that_no_platform_has_is_refused(data: ad.AnnData, t
     path = write(data, tmp_path / "a.h5ad")
     with pytest.raises(
         SourceError,
-        match=r"the spots are \S+ um apart, but those of every platform are 0.1 to 1000 um apart; correct `mpp`",
+        match=r"the spots are \S+ um apart, but those of every platform are 0.1 to 1000 um apart; set `mpp`",
     ):
         read(path, platform="Slide-seq", mpp=mpp)

@@ -408,7 +408,7 @@ BAD = {
     "no positions": (edit_transcripts(x_location=np.nan), "no position"),
     "position is text": (edit_transcripts(x_location="here"), "x_location has type string"),
     "flag is binary": (edit_transcripts(is_gene=b"yes"), "column is_gene is binary, not true and false"),
-    "not um": (edit_transcripts(x_location=1e15), "check that positions are in um"),
+    "not um": (edit_transcripts(x_location=1e15), "check the positions, their unit and the scale"),
     "column gone": (
         lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
         "missing columns qv",

@@ -41,7 +41,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     bins = find_bins(path)
     what = options.pooling.pool_from or ("bins" if bins else "cells")
     if what not in ("bins", "cells"):
-        raise SourceError(f"`pool_from={what}` does not apply to Visium HD; use bins or cells")
+        raise SourceError(f"`pool_from={what}` is for Xenium; use bins or cells for Visium HD")
     pool_um = options.pooling.pool_um or POOL_UM
     if what == "cells":
         return [cells_source(root, pool_um, bins, options)]

@@ -70,7 +70,7 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
     path, pooling = files.root, options.pooling
     what = pooling.pool_from or ("transcripts" if files.transcripts is not None else "cells")
     if what == "bins":
-        raise SourceError(f"`pool_from={what}` does not apply to Xenium; use transcripts or cells")
+        raise SourceError(f"`pool_from={what}` is for Visium HD; use transcripts or cells for Xenium")
     run = open_run(files, options, pooling.pool_um or POOL_UM)
     if what == "cells":
         refuse(options, ("qv",), "the instrument counted the transcripts of cells with qv of at least 20")

@@ -151,7 +151,7 @@ def as_counts(
         )
         raise SourceError(
             f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:.12g} (spot {spots[row]}, gene {gene}); "
-            f"raw counts from 0 to 2^31 - 1 are needed, not normalised values{f'; {fix}' if fix else ''}"
+            f"raw counts are needed: integers from 0 to 2^31 - 1, not normalised values{f'; {fix}' if fix else ''}"
         )
     out = sparse.csr_matrix(matrix, dtype=np.int32)
     out.eliminate_zeros()
