@@ -231,12 +231,14 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
 
 
 def _read_part(root: Any, key: str, path: Path) -> Any:
-    if key not in root:
-        raise SourceError(f"{path}: no {key}; write the file again with anndata")
     _check_columns(root, key, path)
     _check_sparse(root, key, path)
     try:
+        if key not in root:
+            raise SourceError(f"{path}: no {key}; write the file again with anndata")
         return read_elem(root[key])
+    except SourceError:
+        raise
     except Exception as error:  # anndata raises many kinds of errors
         plugin = _missing_plugin(root, key)
         installed = bool(plugin) and _has_plugins()
