@@ -193,10 +193,11 @@ def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tupl
         if shared and array.shape[0] in (3, 4):
             found.append((array.shape[1] * array.shape[2], name, shared[0]))
     if not found and wanted:
-        others = [name for name in data.images if name != wanted]
+        others = ", ".join(name for name in data.images if name != wanted)
+        fix = f"set `image` to one of {others}" if others else "add the H&E image to the store"
         raise SourceError(
-            f"{path}: the image {wanted} is not a three-channel image in a coordinate system of {region}; correct its "
-            f"transformation, or {f'set `image` to one of {", ".join(others)}' if others else 'add the H&E image to the store'}"
+            f"{path}: the image {wanted} is not a three-channel image in a coordinate system of {region}; {fix}, or correct its "
+            "transformation"
         )
     if not found:
         raise SourceError(
