@@ -51,7 +51,7 @@ def on_tissue(context: SectionContext) -> Finding:
         f"{figure:.1%} of {len(context.xy)} spots are on tissue",
         "check the overlay: leave out spots off tissue (in_tissue = 0), or give positions in px of this image"
         if context.section.n_pooled is None
-        else "check the overlay: give the image of this section, and its alignment",
+        else "check the overlay: give the image of this section (Xenium: with its alignment)",
         spots=tuple(off.tolist()),
     )
 
