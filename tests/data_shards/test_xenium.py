@@ -309,7 +309,7 @@ BAD_ALIGNMENT = {
         lambda r: (r / "breast_he_imagealignment.csv").unlink(),
         "no alignment of breast_he_image.ome.tif.*`alignment`",
     ),
-    "one wrong": (one_wrong, r"root mean square error of \d+\.\d um.*at keypoint 5"),
+    "one wrong": (one_wrong, r"root mean square error of \d+\.\d+ um.*at keypoint 5"),
     "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, too few; select at least three"),
     "other columns": (lambda r: (r / "breast_he_imagealignment.csv").write_text("a,b\n1,2\n"), "expected fixedX"),
     "text": (
