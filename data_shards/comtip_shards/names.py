@@ -18,6 +18,8 @@ systems allow 255 bytes, and suffixes such as ``-0000.tar`` are appended to a se
 FOREIGN = "do not use this set; get it again from where it was published, or build it again"
 """The fix in messages about content that no build writes."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+_OTHER = re.compile(r"[^A-Za-z0-9._-]")
 _FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.])")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -39,23 +41,28 @@ def problem_with(name: str, limit: int = MAX_NAME) -> str:
     if len(name) > limit:
         return f"has {len(name)} characters; at most {limit} are allowed"
     if not name.isprintable():
-        return "contains control characters"
-    if "/" in name or "\\" in name or ":" in name or name in (".", ".."):
+        return "contains characters that cannot be printed"
+    if _PATH.match(name) or ".." in re.split(r"[/\\]", name):
         return "leaves the folder"
-    if name[0] == ".":
-        return "begins with a dot"
+    other = _OTHER.search(name)
+    if other is not None:
+        return f"contains {other[0]!r}; only ASCII letters, digits, '.', '_' and '-' are allowed"
     if not _NAME.fullmatch(name):
-        return "contains characters other than ASCII letters, digits, '.', '_' and '-', or begins with one of the last three"
-    if name[-1] == "." or name.split(".", maxsplit=1)[0].lower() in _DEVICES:
-        return "is not a valid file name on every system (trailing dot, or a Windows device name)"
+        return f"begins with {name[0]!r}; the first character must be a letter or a digit"
+    if name[-1] == ".":
+        return "ends with a dot, which is not allowed on every system"
+    device = name.split(".", maxsplit=1)[0]
+    if device.lower() in _DEVICES:
+        return f"is not allowed on every system, because {device!r} is a device name of Windows"
     return ""
 
 
 def problem_with_file(name: str) -> str:
     """Return why a relative file name such as ``shards/A1-0000.tar`` must not be joined to a folder, or "" if it may be."""
-    if name.startswith("/"):
-        return "leaves the folder"
-    return next((problem for part in name.split("/") if (problem := problem_with(part))), "")
+    parts = name.split("/")
+    if not parts[0] or ".." in parts:
+        return "leaves the folder" if name else "is empty"
+    return next((problem for part in parts if (problem := problem_with(part))), "")
 
 
 def shown(name: str) -> str:

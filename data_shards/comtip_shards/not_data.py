@@ -13,7 +13,7 @@ _SIGNATURES = (
     (b"Rar!", "a rar archive; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"RDX", "an R file; write the object as .h5ad (zellkonverter::writeH5AD)"),
-    (b"%PDF", "a PDF document; use the data file of the same name"),
+    (b"%PDF", "a PDF document, not data; give the data file"),
 )
 _ERROR_TEXTS = (
     b"404: not found",
@@ -65,7 +65,7 @@ def not_data(path: Path) -> str | None:
             "address and the access rights, and download it again"
         )
     if head.count(0) == len(head):
-        return "the file begins with zero bytes only; the download was interrupted, so download it again"
+        return "the file begins with zero bytes only, as after an interrupted download; download or copy it again"
     return None
 
 

@@ -178,7 +178,7 @@ def test_a_full_disk_ends_cleanly_and_the_build_continues_after(
     )
     assert run.returncode == 1
     assert "cannot be written" in run.stderr
-    assert "finished work is kept" in run.stderr
+    assert "staged sections are kept" in run.stderr
     assert not (tmp_path / "set/manifest.json").exists()
     build_shards(open_source(tiny_source), tmp_path / "set", **SIZE)
     assert files_of(tmp_path / "set") == whole

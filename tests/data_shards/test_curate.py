@@ -249,7 +249,9 @@ def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
     Image.fromarray(purple.astype(np.uint8)).save(tmp_path / "s/a.png")
     Image.open(tmp_path / "s/b.png").convert("L").convert("RGB").save(tmp_path / "s/b.png")
     out = tmp_path / "out"
-    with pytest.raises(SourceError, match=r"`strict`: sections that fail checks.*: 1\n  b: stain: grey.*`image`"):
+    with pytest.raises(
+        SourceError, match=r"`strict`: sections that fail checks: 1; fix them .*\n  b: stain: grey.*`image`"
+    ):
         build_shards(open_source(tmp_path / "s"), out, strict=True, **SIZE)
     assert (out / "report/b.html").is_file()
     assert not (out / "manifest.json").exists()

@@ -29,26 +29,26 @@ BAD = {
     "../../package": "leaves the folder",
     "..": "leaves the folder",
     "/etc/passwd": "leaves the folder",
-    "a/b": "leaves the folder",
+    "a/b": "contains '/'",
     "..\\..\\x": "leaves the folder",
     "C:\\x": "leaves the folder",
-    "C:x": "leaves the folder",
+    "C:x": "contains ':'",
     "\\\\host\\share": "leaves the folder",
     "": "is empty",
-    ".hidden": "begins with a dot",
-    "a\0b": "control characters",
-    "a\nb": "control characters",
-    "\x1b[2Jx": "control characters",
-    "a\u202eb": "control characters",
-    "a b": "ASCII letters",
-    "-rf": "ASCII letters",
-    "~root": "ASCII letters",
-    "\u00e9" * 40: "ASCII letters",
+    ".hidden": "begins with '.'",
+    "a\0b": "cannot be printed",
+    "a\nb": "cannot be printed",
+    "\x1b[2Jx": "cannot be printed",
+    "a\u202eb": "cannot be printed",
+    "a b": "contains ' '; only ASCII letters",
+    "-rf": "begins with '-'; the first character must be a letter or a digit",
+    "~root": "contains '~'; only ASCII letters",
+    "\u00e9" * 40: "only ASCII letters",
     "x" * 101: "101 characters",
     "x" * 300: "300 characters",
-    "NUL": "Windows device",
-    "com1.txt": "Windows device",
-    "a.": "trailing dot",
+    "NUL": "'NUL' is a device name of Windows",
+    "com1.txt": "'com1' is a device name of Windows",
+    "a.": "ends with a dot",
 }
 
 
@@ -219,7 +219,7 @@ def test_a_table_of_sections_names_no_path(tmp_path: Path, name: str):
     rows["sample_id"] = name
     rows.to_csv(table, sep="\t", index=False)
     before = tree(tmp_path)
-    with pytest.raises(SourceError, match=r"manifest\.tsv: sample_id in row 2.*; use ASCII"):
+    with pytest.raises(SourceError, match=r"manifest\.tsv: sample_id in row 2.*; rename it to"):
         check_sources(open_source(table), tmp_path / "deep/out")
     assert tree(tmp_path) == before
 

@@ -108,7 +108,7 @@ def test_a_sum_that_does_not_fit_is_refused():
 
 
 def test_absurd_positions_are_refused():
-    with pytest.raises(SourceError, match="check that positions are in um"):
+    with pytest.raises(SourceError, match="check the positions, their unit"):
         Pooler(1).add_units(np.array([[2**40, 0]]))
-    with pytest.raises(SourceError, match="check that positions are in um"):
+    with pytest.raises(SourceError, match="check the positions, their unit"):
         squares_of(np.array([[1e300, 0.0]]), 100.0)

@@ -404,7 +404,9 @@ def test_antibodies_are_excluded(tmp_path: Path):
 
 def test_a_missing_file_of_scale_factors_is_called_missing(tmp_path: Path, run: Path):
     (run / "spatial/scalefactors_json.json").unlink()
-    with pytest.raises(SourceError, match=r"scalefactors_json\.json: no such file, .*set `image` to the microscope"):
+    with pytest.raises(
+        SourceError, match=r"scalefactors_json\.json is missing or empty, .*set `image` to the microscope"
+    ):
         read(run)
     picture().save(tmp_path / "full.png")
     (section,) = read(run, image=str(tmp_path / "full.png"))
@@ -575,7 +577,7 @@ UNKNOWN = {
     "a.loom": (b"x" * 20, "write the object as .h5ad"),
     "V1_filtered_feature_bc_matrix.h5": (
         b"\x89HDF\r\n\x1a\n" + bytes(9),
-        "a count matrix without positions; add spatial/",
+        "a count matrix without positions; put spatial/",
     ),
 }
 

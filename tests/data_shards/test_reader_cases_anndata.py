@@ -305,10 +305,12 @@ def test_positions_under_an_unknown_key_are_named(tmp_path: Path):
     a.obsm["mine"] = a.obsm.pop("spatial")
     path = write(tmp_path, a)
     assert detect(path)[0].name == "anndata"
-    with pytest.raises(SourceError, match=r"no obsm\['spatial'\].*set `positions` to one of X_pca, mine"):
+    with pytest.raises(
+        SourceError, match=r"no obsm\['spatial'\].*set `positions` to the key that has them \(obsm has X_pca, mine\)"
+    ):
         read(path)
     is_the_data(read(path, positions="mine"))
-    with pytest.raises(SourceError, match=r"no obsm\['yours'\]; set `positions` to one of"):
+    with pytest.raises(SourceError, match=r"no obsm\['yours'\]; set `positions` to the key with spot centres"):
         read(path, positions="yours")
 
 

@@ -171,7 +171,9 @@ def test_only_one_of_the_sections_has_a_picture(tmp_path: Path):
     path = write(tmp_path, both)
     (one,) = open_source(path, samples=["A"], overrides=FACTS)
     np.testing.assert_array_equal(one.read().counts.toarray(), COUNTS)
-    with pytest.raises(SourceError, match=r"for section B \(obs\['library_id'\]\), or select others with `samples`"):
+    with pytest.raises(
+        SourceError, match=r"for section B \(obs\['library_id'\]\); .* or read only sections that have one"
+    ):
         open_source(path, overrides=FACTS)
 
 
@@ -200,7 +202,7 @@ def test_missing_values_of_obs_are_no_facts_and_no_labels(tmp_path: Path):
     section = read(write(tmp_path, a))
     assert (section.meta.donor, section.meta.tissue) == ("", "breast")
     assert section.labels == ["tumour", ""] * (N // 2)
-    with pytest.raises(SourceError, match="obs has no tissue column; set `tissue`"):
+    with pytest.raises(SourceError, match="neither obs nor uns states one tissue; set `tissue`"):
         open_source(write(tmp_path, a), overrides={"platform": "Visium"})
 
 
@@ -224,7 +226,9 @@ def test_spots_of_a_library_without_an_entry_are_not_lost(tmp_path: Path):
     three.uns["spatial"] = {"A": library, "B": library}
     path = write(tmp_path, three)
     assert [s.meta.section_id for s in open_source(path, samples=["A", "B"], overrides=FACTS)] == ["A", "B"]
-    with pytest.raises(SourceError, match=r"for section C \(obs\['library_id'\]\), or select others with `samples`"):
+    with pytest.raises(
+        SourceError, match=r"for section C \(obs\['library_id'\]\); .* or read only sections that have one"
+    ):
         open_source(path, overrides=FACTS)
 
 

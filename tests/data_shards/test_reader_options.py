@@ -100,10 +100,12 @@ def test_scale_factors_of_visium_hd_are_not_needed_for_the_message(tmp_path: Pat
     factors = next(run.rglob("*scalefactors_json.json"))
     scale = json.loads(factors.read_text())
     factors.unlink()
-    with pytest.raises(SourceError, match=r"scalefactors_json\.json: no such file"):
+    with pytest.raises(SourceError, match=r"scalefactors_json\.json is missing or empty"):
         open_source(run, overrides={"tissue": "heart", "image": "lowres"})
     factors.write_text(json.dumps({k: v for k, v in scale.items() if "lowres" not in k}))
-    with pytest.raises(SourceError, match=r"tissue_lowres_scalef is missing in scalefactors_json\.json"):
+    with pytest.raises(
+        SourceError, match=r"tissue_lowres_scalef in scalefactors_json\.json is missing or not a positive number"
+    ):
         open_source(run, overrides={"tissue": "heart", "image": "lowres"})
 
 

@@ -90,7 +90,11 @@ def test_a_file_is_fetched_once(server: ThreadingHTTPServer, tmp_path: Path, beh
         ("500", "remote", r"not fetched \(attempts: 3;.*check the network"),
         ("cut", "remote", r"not fetched \(attempts: 3;"),
         ("silent", "remote", r"no data for 0\.4 s.*check the network"),
-        ("wrong", "checksum", r"does not match its SHA-256 in the manifest \(attempts: 3\).*upload the files again"),
+        (
+            "wrong",
+            "checksum",
+            r"does not match its SHA-256 in the manifest \(attempts: 3\).*upload it again, or report it to its owner",
+        ),
         ("404", "vanished", r"no such file"),
         ("403", "remote", r"\(attempts: 1;.*credentials"),
     ],
@@ -175,7 +179,10 @@ def test_many_threads_fetch_one_file_once(server: ThreadingHTTPServer, tmp_path:
 
 def test_a_cache_that_cannot_be_written_is_reported(memory: fsspec.AbstractFileSystem, tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ShardError, match=r"cannot write to the cache.*; make the folder writable, or set COMTIP_CACHE"):
+    with pytest.raises(
+        ShardError,
+        match=r"cannot write to the cache.*; make the folder writable, or use another folder \(`cache`, or COMTIP_CACHE",
+    ):
         Remote("memory://box", tmp_path / "file", retry=QUICK).fetch("a.txt", sha256="0" * 64)
 
 

@@ -56,7 +56,7 @@ def test_few_spots_of_a_dense_array_are_not_refused(samples: list[Section]):
 
 def test_a_manifest_is_checked_when_it_is_read(tmp_path: Path):
     """Against the pitch that it states; a manifest without one is checked against its platform only."""
-    with pytest.raises(SourceError, match=r"section mob_Rep4: .*apart, but the pitch that the source states is 200 um"):
+    with pytest.raises(SourceError, match=r"section mob_Rep4: .*apart, but the spot pitch of the section is 200 um"):
         open_source(SAMPLES, samples=["mob_Rep4"], overrides={"mpp": "27.5"})[0].read()
     section = open_source(SAMPLES, samples=["mob_Rep4"], overrides={"mpp": "27.5", "trust_mpp": "yes"})[0].read()
     assert section.meta.mpp == 27.5
@@ -66,7 +66,7 @@ def test_a_manifest_is_checked_when_it_is_read(tmp_path: Path):
 def test_the_metadata_of_hest_decide(tmp_path: Path):
     own = 0.7
     folder = write_hest(tmp_path / "hest", [HestSection("TENX2", technology="Xenium", organ="Lung", mpp=own)])
-    with pytest.raises(SourceError, match=r"`mpp` 7 is 10 times the 0\.7 um per px that metadata/TENX2\.json states"):
+    with pytest.raises(SourceError, match=r"`mpp` 7 is 10 times the 0\.7 um per px that the metadata of HEST states"):
         open_source(folder, overrides={"mpp": str(own * 10)})
     assert open_source(folder, overrides={"mpp": str(own * 1.01)})[0].meta.mpp == pytest.approx(own * 1.01)
 

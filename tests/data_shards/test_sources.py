@@ -220,7 +220,9 @@ def test_legacy_st_without_a_pitch_is_refused(legacy: Path, column: str, facts: 
     table = pd.DataFrame({"x": x, "y": y, "pixel_x": x * 25.0, "pixel_y": y * 20.0})
     table[column] = table[column].astype(float).where(table.index != 4, 1e300) if column == "x" else 7.0
     table.to_csv(legacy / "A1_selection.tsv", sep="\t", index=False)
-    with pytest.raises(SourceError, match=r"give a pitch of \S+ px; correct positions and array coordinates"):
+    with pytest.raises(
+        SourceError, match=r"are \S+ px apart, expected at least one; correct positions and array coordinates"
+    ):
         open_source(legacy, overrides=facts)
 
 

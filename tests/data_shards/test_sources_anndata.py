@@ -162,7 +162,10 @@ BAD = {
     "normalised": (normalised, "not integers.*raw counts are needed"),
     "no positions": (lambda d: d.obsm.clear(), r"no obsm\['spatial'\]"),
     "no image": (lambda d: d.uns.clear(), r"no image in uns\['spatial'\].*`image`"),
-    "no picture": (lambda d: d.uns["spatial"]["V1"].pop("images"), "has no image"),
+    "no picture": (
+        lambda d: d.uns["spatial"]["V1"].pop("images"),
+        r"uns\['spatial'\]\['V1'\]: no image \(fullres, hires",
+    ),
     "no scale factor": (lambda d: d.uns["spatial"]["V1"].update(scalefactors={}), "tissue_hires_scalef is missing"),
     "species unknown": (symbols_only, "species not detected, because gene ids such as ERBB2.*`species`"),
     "beyond the image": (
@@ -187,7 +190,7 @@ def test_scale_tissue_and_damage(data: ad.AnnData, tmp_path: Path):
     path = write(data, tmp_path / "a.h5ad")
     with pytest.raises(SourceError, match=r"no scale; set `mpp`.*`platform=Visium`"):
         open_source(path, overrides=FACTS)
-    with pytest.raises(SourceError, match="obs has no tissue column; set `tissue`"):
+    with pytest.raises(SourceError, match="neither obs nor uns states one tissue; set `tissue`"):
         open_source(path, overrides={"mpp": "1"})
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(SourceError, match=r"a\.h5ad: not an \.h5ad that can be read"):
@@ -223,6 +226,6 @@ def test_a_distance_of_spots_that_no_platform_has_is_refused(data: ad.AnnData, t
     path = write(data, tmp_path / "a.h5ad")
     with pytest.raises(
         SourceError,
-        match=r"the spots are \S+ um apart, but those of every platform are 0.1 to 1000 um apart; correct `mpp`",
+        match=r"the spots are \S+ um apart, but those of every platform are 0.1 to 1000 um apart; set `mpp`",
     ):
         read(path, platform="Slide-seq", mpp=mpp)

@@ -102,7 +102,7 @@ def test_another_image_may_be_asked_for(store_path: Path):
         open_source(store_path, overrides=FACTS | {"image": "dapi"})
     with pytest.raises(SourceError, match="image he: no scale; set `mpp`, the um per px of the positions"):
         open_source(store_path, overrides={"tissue": "x"})
-    with pytest.raises(SourceError, match="no tissue column; set `tissue`"):
+    with pytest.raises(SourceError, match="neither obs nor uns of table states one tissue for spots; set `tissue`"):
         open_source(store_path, overrides={"mpp": "1"})
 
 

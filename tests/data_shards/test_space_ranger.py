@@ -220,11 +220,14 @@ def second_matrix(run: Path) -> None:
 BAD = {
     "of the same run": (break_factors, "of the same run"),
     "columns mixed up": (swap_columns, "array_row and array_col"),
-    "too few": (lambda r: edit_positions(r, array_row=0), "too few spots"),
+    "too few": (lambda r: edit_positions(r, array_row=0), "the spots are on one line"),
     "position is text": (lambda r: edit_positions(r, pxl_row_in_fullres="here"), "'here', not a number"),
-    "barcode twice": (lambda r: edit_positions(r, barcode=BARCODES[:1] * 12), "barcodes: 11 occur more than once"),
+    "barcode twice": (lambda r: edit_positions(r, barcode=BARCODES[:1] * 12), "barcodes: 1 occurs more than once"),
     "no join": (lambda r: edit_positions(r, barcode=[f"T{i}-1" for i in range(12)]), "share no spot id"),
-    "position gone": (lambda r: edit_positions(r, pxl_row_in_fullres=""), "too few spots"),
+    "position gone": (
+        lambda r: edit_positions(r, pxl_row_in_fullres=""),
+        "12 spots without array coordinates or position",
+    ),
     "column gone": (
         lambda r: (r / "spatial/tissue_positions.csv").write_text("barcode,in_tissue\nA-1,1\n"),
         "2 columns.*expected barcode",

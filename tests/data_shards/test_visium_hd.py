@@ -335,7 +335,10 @@ BAD = {
         edit_table(array_row=lambda t: t["array_row"][::-1].to_numpy()),
         "barcodes and array_row, array_col differ",
     ),
-    "no position": (edit_table(pxl_row_in_fullres=np.nan), "rows have no value for pxl_row_in_fullres"),
+    "no position": (
+        edit_table(pxl_row_in_fullres=np.nan),
+        "the column pxl_row_in_fullres has missing or infinite values",
+    ),
     "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres has type string, expected numbers"),
     "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "missing columns pxl_row_in_fullres"),
     "cut parquet": (cut_parquet, "cannot be read as Parquet"),
@@ -367,7 +370,7 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"pool_um": "100"}, "not a multiple of the bin width \\(16, 8 um\\); use e.g. 96"),
+        ({"pool_um": "100"}, "not a multiple of a bin width \\(16, 8 um\\); use e.g. 96"),
         ({"bin_um": "2"}, "no bins of 2 um; set `bin_um` to one of 16, 8"),
         ({"pool_um": "-3"}, "`pool_um` -3: must be greater than 0"),
         ({"min_cover": "50"}, "`min_cover` 50: must be less than or equal to 1"),
@@ -386,7 +389,7 @@ def test_settings_that_cannot_be(run: Path, more: dict, message: str):
 
 def test_bins_given_to_the_space_ranger_reader_are_not_taken_for_spots(run: Path):
     assert detect(run / "binned_outputs/square_016um")[0].name == "visium_hd"
-    with pytest.raises(SourceError, match="no effect here: space_ranger has one row per spot and is not pooled"):
+    with pytest.raises(SourceError, match="no effect here: the format space_ranger has spots, which are not pooled"):
         open_source(run / "binned_outputs/square_016um", fmt="space_ranger", overrides=facts(run, pool_um="128"))
 
 

@@ -309,8 +309,8 @@ BAD_ALIGNMENT = {
         lambda r: (r / "breast_he_imagealignment.csv").unlink(),
         "no alignment of breast_he_image.ome.tif.*`alignment`",
     ),
-    "one wrong": (one_wrong, r"root mean square error of \d+\.\d um.*at keypoint 5"),
-    "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, too few or collinear"),
+    "one wrong": (one_wrong, r"root mean square error of \d+\.\d+ um.*at keypoint 5"),
+    "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, too few; select at least three"),
     "other columns": (lambda r: (r / "breast_he_imagealignment.csv").write_text("a,b\n1,2\n"), "expected fixedX"),
     "text": (
         lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"),
@@ -408,7 +408,7 @@ BAD = {
     "no positions": (edit_transcripts(x_location=np.nan), "no position"),
     "position is text": (edit_transcripts(x_location="here"), "x_location has type string"),
     "flag is binary": (edit_transcripts(is_gene=b"yes"), "column is_gene is binary, not true and false"),
-    "not um": (edit_transcripts(x_location=1e15), "check that positions are in um"),
+    "not um": (edit_transcripts(x_location=1e15), "check the positions, their unit and the scale"),
     "column gone": (
         lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
         "missing columns qv",

@@ -191,7 +191,7 @@ class _Build:
             return replace(report, skipped={f.section_id: f.reason for f in failures})
         with writing(self.out) as staging:
             jobs = [(stage_section, m.section_id, s, m, self.tile, p, staging) for s, m, p in good]
-            results = self._call(attempt, jobs, label="sections")
+            results = self._call(attempt, jobs, label="reading sections")
             staged = self._accepted(results, failures)
             if not staged:
                 raise SourceError(f"no section can be built{text_of(failures, total, staging)}")
@@ -230,12 +230,12 @@ class _Build:
 
     def _write(self, work: Sequence[tuple[SectionSource, SectionMeta, TileSpec, str, Path]]) -> Manifest:
         """Stage the sections, and write the set."""
-        return self._finish(self._call(stage_section, work, label="sections"))
+        return self._finish(self._call(stage_section, work, label="reading sections"))
 
     def _finish(self, staged: Sequence[StagedSection]) -> Manifest:
         """Compare the staged sections with each other, and write the set."""
         duplicates = check_sections(staged, self.out, strict=self.strict)
-        run = partial(self._call, label="shards")
+        run = partial(self._call, label="writing shards")
         return write_set(staged, self.tile, self.out, self.max_records, run, self.part, self.notes, duplicates)
 
     def _call(self, function: Callable[..., _T], work: Sequence[tuple[Any, ...]], *, label: str) -> list[_T]:

@@ -71,7 +71,8 @@ def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...
             bar.update()
     except BrokenProcessPool as error:
         raise ShardError(
-            "a worker process was killed, possibly because memory ran out; run again with a smaller `jobs`: finished work is kept"
+            "a worker process was killed, possibly because memory ran out; run the same command again with a smaller `jobs`: staged "
+            "sections are kept"
         ) from error
     except PicklingError as error:
         raise ShardError(f"a section cannot be sent to another process ({error}); set `jobs` to 1") from error

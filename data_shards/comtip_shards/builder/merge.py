@@ -150,7 +150,7 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
             if done is not None:  # another process finished it in the meantime
                 return report_of(out, done)
             (out / NAME).unlink(missing_ok=True)  # the manifest of a set with missing files
-            run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
+            run = partial(run_jobs, jobs=jobs, label="writing shards", progress=progress)
             duplicates = check_sections(sections, out)
             done = write_set(sections, first.tile, out, first.records_per_shard, run, duplicates=duplicates)
     lost = [(manifests[s.path].sections[s.number].section_id, s.pages()[1]) for s in sections]
@@ -199,7 +199,8 @@ def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
     for name, part in parts.items():
         if (part.of, part.whole) != (of, whole):
             raise ShardError(
-                f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}; merge each build separately"
+                f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}; merge each build separately, or build "
+                "both parts again from one source"
             )
         if part.index in by_index:
             raise ShardError(f"{name} and {by_index[part.index]} are both part {part.index}/{of}; leave one out")

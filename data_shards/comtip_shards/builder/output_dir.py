@@ -202,7 +202,7 @@ def writing(out: Path) -> Iterator[Path]:
     Raises
     ------
     ShardError
-        Another process writes there, the disk is full, or writing is not permitted; finished work is kept.
+        Another process writes there, the disk is full, or writing is not permitted; staged sections are kept.
     """
     staging = out / STAGING
     try:
@@ -227,7 +227,7 @@ def writing(out: Path) -> Iterator[Path]:
             raise
         raise ShardError(
             f"{error.filename or out}: cannot be written ({error.strerror or error}); {_fix_of(error)}, then run the same "
-            "command again: finished work is kept"
+            "command again: staged sections are kept"
         ) from error
 
 

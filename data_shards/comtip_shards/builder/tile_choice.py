@@ -88,11 +88,12 @@ def check_tile(tile: TileSpec) -> TileSpec:
         raise SourceError(f"`codec` {tile.codec!r} is unknown; use {', '.join(record.CODECS)}")
     if not 1 <= tile.quality <= 100:
         raise SourceError(f"`quality` {tile.quality} is out of range; use 1 to 100")
-    if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
-        raise SourceError(
-            f"tiles of {tile.um:g} um in {tile.px} px with min_mpp {tile.min_mpp:g} are out of range; set `tile_um` to 1 to 10000, "
-            "`tile_px` to 8 to 4096 and `min_mpp` to above 0 and at most 100"
-        )
+    if not 8 <= tile.px <= 4096:
+        raise SourceError(f"`tile_px` {tile.px} is out of range; use 8 to 4096")
+    if not 1 <= tile.um <= 10_000:
+        raise SourceError(f"`tile_um` {tile.um:g} is out of range; use 1 to 10000")
+    if not 0 < tile.min_mpp <= 100:
+        raise SourceError(f"`min_mpp` {tile.min_mpp:g} is out of range; use a value above 0 and at most 100")
     return tile
 
 

@@ -192,9 +192,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return parse_manifest(read_regular(path), str(path))
     except OSError as error:
-        raise ShardError(
-            f"{path}: cannot be read ({error.strerror}); fix its permissions, or copy it again", kind="manifest"
-        ) from error
+        fix = "change its permissions" if isinstance(error, PermissionError) else "copy it again"
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); {fix}", kind="manifest") from error
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
@@ -257,8 +256,13 @@ def _check(manifest: Manifest, where: str) -> None:
                 f"{where}: {what} hold {start} spots, but n_spots is {manifest.n_spots}; {FOREIGN}", kind="manifest"
             )
     # A record has three members of at least one header and one block each; bounds the records that a small file can claim.
-    if any(s.bytes < s.records * 6 * TAR_BLOCK or s.records > manifest.records_per_shard for s in manifest.shards):
-        raise ShardError(f"{where}: a shard states more records than fit in its file; {FOREIGN}", kind="manifest")
+    for s in manifest.shards:
+        if s.bytes < s.records * 6 * TAR_BLOCK:
+            raise _manifest_error(f"{where}: {s.file} states more records than fit in its {s.bytes} bytes; {FOREIGN}")
+        if s.records > manifest.records_per_shard:
+            raise _manifest_error(
+                f"{where}: {s.file} states {s.records} records, more than records_per_shard ({manifest.records_per_shard}); {FOREIGN}"
+            )
     ids = [s.section_id for s in manifest.sections]
     if len(set(ids)) != len(ids):
         [(twice, _)] = Counter(ids).most_common(1)
@@ -310,7 +314,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
     if duplicates:
         raise _manifest_error(
             f"{where}: sections.section_id: {shown(duplicates[0])} and {shown(duplicates[1])} are the same file name on "
-            "case-insensitive file systems; rename one and build again"
+            f"case-insensitive file systems; {FOREIGN}"
         )
     for field_name, name, _ in _names(manifest):
         problem = problem_with_file(name)

@@ -85,7 +85,9 @@ def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
     if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
         raise ShardError(f"{where}: not the table of the {n_spots} spots of this set; {FOREIGN}", kind="spots")
     if sum(groups) > 2**20 * len(groups) + (256 + _MAX_TEXT) * n_spots:
-        raise ShardError(f"{where}: unpacks to {sum(groups)} bytes for {n_spots} spots; {FOREIGN}", kind="spots")
+        raise ShardError(
+            f"{where}: unpacks to {sum(groups)} bytes, too many for {n_spots} spots; {FOREIGN}", kind="spots"
+        )
     return file
 
 

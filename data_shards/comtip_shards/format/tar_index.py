@@ -10,7 +10,7 @@ from comtip_shards.format.record import MAX_MEMBER_BYTES
 from comtip_shards.names import FOREIGN
 
 
-def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
+def index_tar(path: Path, where: str = "", fix: str = "copy the shard again") -> dict[str, tuple[int, int]]:
     """Return {member name: (offset of its data, size)}.
 
     Parameters
@@ -19,6 +19,8 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
         The tar file.
     where
         Name of the shard for error messages; by default its path.
+    fix
+        What to do if the file is damaged, for error messages.
 
     Raises
     ------
@@ -36,15 +38,15 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
                 if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
                     raise ShardError(
                         f"{where}: member {info.name} has {info.size} bytes by its header, more than the shard or the format "
-                        "allows; copy the shard again"
+                        f"allows; {fix}"
                     )
                 if info.name in members:
-                    raise ShardError(f"{where}: duplicate member {info.name}; copy the shard again")
+                    raise ShardError(f"{where}: duplicate member {info.name}; {fix}")
                 members[info.name] = (info.offset_data, info.size)
     except FileNotFoundError as error:
         raise ShardError(f"{where}: the shard is missing; copy it back or build the set again") from error
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if isinstance(error, ShardError):
             raise
-        raise ShardError(f"{where}: not a readable tar file ({error}); copy the shard again") from error
+        raise ShardError(f"{where}: not a readable tar file ({error}); {fix}") from error
     return members

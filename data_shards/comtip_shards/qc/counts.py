@@ -77,7 +77,9 @@ def empty_spots(context: SectionContext) -> Finding:
         EMPTY_WARN,
         EMPTY_FAIL,
         message,
-        "leave them out (in_tissue = 0), or check that counts are raw",
+        "leave them out (in_tissue = 0), or check that counts are raw"
+        if context.section.n_pooled is None
+        else "pool wider squares (`pool_um`), or check that counts are raw",
         spots=tuple(rows.tolist()),
     )
 

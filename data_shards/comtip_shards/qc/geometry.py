@@ -53,7 +53,9 @@ def on_tissue(context: SectionContext) -> Finding:
         ON_TISSUE_WARN,
         ON_TISSUE_FAIL,
         f"{figure:.1%} of {len(context.xy)} spots are on tissue",
-        "check the overlay: leave out spots off tissue (in_tissue = 0), or give positions in px of this image",
+        "check the overlay: leave out spots off tissue (in_tissue = 0), or give positions in px of this image"
+        if context.section.n_pooled is None
+        else "check the overlay: give the image of this section (Xenium: with its alignment)",
         spots=tuple(off.tolist()),
     )
 
@@ -78,8 +80,8 @@ def scale(context: SectionContext) -> Finding:
         SCALE_FAIL,
         message,
         # The factor also holds for `mpp`, which refers to px of the positions: the image may be hires or lowres.
-        f"multiply the stated um per px (`mpp`) by {expected / measured:.4g} if the array's spacing is correct, or state the "
-        "correct spacing",
+        f"multiply the stated um per px (`mpp`) by {expected / measured:.4g} if the spacing of the array is right; otherwise correct the "
+        "platform (`platform`), or spot_pitch_um in a manifest.tsv",
     )
 
 

@@ -91,7 +91,7 @@ def background(context: SectionContext) -> Finding:
         BACKGROUND_WARN,
         BACKGROUND_FAIL,
         f"squares of {width:g} um around spots are {figure:.0%} glass on average",
-        "cut smaller tiles (`tile_um`), or use an image that shows the tissue around the spots",
+        f"{'cut smaller tiles (`tile_um`), or ' if width <= context.tile_um else ''}use an image that shows the tissue around the spots",
         spots=tuple(np.flatnonzero(is_tissue & (glass > BACKGROUND_FAIL)).tolist()),
     )
 

@@ -154,4 +154,6 @@ def refuse_failed(sections: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -
     failed = [(i, f) for i, findings in sections for f in findings if f["status"] == FAIL]
     if failed:
         text = "\n".join(f"  {i}: {f['name']}: {f['said']}; {f['advice']}" for i, f in failed)
-        raise SourceError(f"`strict`: sections that fail checks (see report/): {len({i for i, _ in failed})}\n{text}")
+        raise SourceError(
+            f"`strict`: sections that fail checks: {len({i for i, _ in failed})}; fix them as follows, or leave `strict` out\n{text}"
+        )

@@ -159,7 +159,7 @@ def check_source(source: SectionSource, *, tile_um: float = FIELD_UM) -> Section
     try:
         return check_section(source.read(), tile_um=tile_um)
     except SourceError as error:
-        finding = Finding(name="read", status=FAIL, message=str(error), advice="fix the file named in the message")
+        finding = Finding(name="read", status=FAIL, message=str(error), advice="do what the message says")
         return SectionReport(source.meta.section_id, {"dataset": source.meta.dataset}, [finding])
 
 

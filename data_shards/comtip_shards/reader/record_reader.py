@@ -165,7 +165,7 @@ class MemberReader:
                 self._split(data, span[0], index[run], start[run], size[run], columns, into[run], out)
         except OSError as error:
             raise ShardError(
-                f"{self.files.name}/{shard.file}: cannot be read ({error}); check the disk, or copy the shard again",
+                f"{self.files.name}/{shard.file}: cannot be read ({error}); check its permissions and the disk, or copy the shard again",
                 kind="unreadable",
             ) from error
 
@@ -197,11 +197,11 @@ class MemberReader:
                     raise self._damaged(f"{self.where(spot)}: the member .{self._extensions[column]}", len(member) != n)
                 out[k][row] = member
 
-    @staticmethod
-    def _damaged(name: str, short: bool) -> ShardError:
+    def _damaged(self, name: str, short: bool) -> ShardError:
+        fix = self.files.again("the shard")
         if short:
-            return ShardError(f"{name} extends beyond the end of the shard; copy the shard again", kind="truncated")
-        return ShardError(f"{name} does not match its CRC-32; copy the shard again", kind="checksum")
+            return ShardError(f"{name} extends beyond the end of the shard; {fix}", kind="truncated")
+        return ShardError(f"{name} does not match its CRC-32; {fix}", kind="checksum")
 
 
 def _runs(low: np.ndarray, high: np.ndarray, gap: int) -> list[slice]:

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
 from comtip_shards.names import inside
+from comtip_shards.storage.cache import SIZE_VARIABLE
 from comtip_shards.storage.regular_file import read_regular
 from comtip_shards.storage.remote import NoRangesError, Remote, is_url
 
@@ -80,9 +81,10 @@ class SetFiles:
                 if self.remote is None:
                     break
                 # Another process evicted the file before it was opened: fetch it again.
-        raise ShardError(
-            f"{self.name}/{name}: the shard is missing; copy it back or build the set again", kind="vanished"
-        )
+        fix = "copy it back or build the set again"
+        if self.remote is not None:
+            fix = f"other processes evict it from the cache {self.remote.cache}: set {SIZE_VARIABLE} to a larger size"
+        raise ShardError(f"{self.name}/{name}: the shard is missing; {fix}", kind="vanished")
 
     @contextmanager
     def by_ranges(self) -> Iterator[None]:
@@ -125,18 +127,24 @@ class SetFiles:
             The file is missing or its hash does not match.
         """
         for _ in range(2):
-            path = self.path(name, sha256)
+            path, problem = self.path(name, sha256), "does not match its SHA-256 in the manifest"
             try:
                 data = read_regular(path)
-            except OSError:
+            except OSError as error:
+                problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
                 break
             if hashlib.sha256(data).hexdigest() == sha256:
                 return data
             if not self.forget(sha256):
                 break
-        raise ShardError(
-            f"{self.name}/{name}: {what} is missing or does not match its SHA-256 in the manifest; copy it again",
-            kind=kind,
+        raise ShardError(f"{self.name}/{name}: {what} {problem}; {self.again('it')}", kind=kind)
+
+    def again(self, what: str) -> str:
+        """Return what to do about a damaged file, for error messages."""
+        return (
+            f"copy {what} again"
+            if self.remote is None
+            else f"upload {what} again, or report it to the owner of the set"
         )
 
     def forget(self, sha256: str) -> bool:

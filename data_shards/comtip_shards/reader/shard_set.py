@@ -233,11 +233,12 @@ def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
             problem = "is a duplicate"
         elif gene.key != f"{gene.species}:{gene.symbol}" or gene.species not in ("human", "mouse"):
             problem = f"is not species:symbol of {gene.species[:20]!r} and {gene.symbol[:40]!r}"
-        elif (
-            not (gene.symbol and gene.key.isprintable())
-            or max(len(gene.key), len(gene.ensembl), len(gene.name)) > MAX_GENE_TEXT
-        ):
-            problem = "is empty, too long, or contains control characters"
+        elif not gene.symbol:
+            problem = "has no symbol"
+        elif not gene.key.isprintable():
+            problem = "contains characters that cannot be printed"
+        elif max(len(gene.key), len(gene.ensembl), len(gene.name)) > MAX_GENE_TEXT:
+            problem = f"has a text of more than {MAX_GENE_TEXT:,} characters"
         elif any(map(is_formula, (gene.symbol, gene.ensembl, gene.name))):
             problem = "has a symbol, id or name that a spreadsheet would run as a formula"
         if problem:

@@ -150,9 +150,11 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
         path = shards.files.path(shard.file, shard.sha256, shard.bytes)
         if not path.is_file():
             raise ShardError(f"{name}: the shard is missing; copy it back or build the set again", kind="vanished")
+        fix = FOREIGN  # a copy of an intact file has the same content
         if path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
-            report.problems.append(f"{name}: size or SHA-256 does not match the manifest; copy it again")
-        members = index_tar(path, name)
+            fix = "copy the shard again"
+            report.problems.append(f"{name}: size or SHA-256 does not match the manifest; {fix}")
+        members = index_tar(path, name, fix)
         offsets, sizes = shards.member_ranges(shard)
     except ShardError as error:
         report.problems.append(str(error))
@@ -163,8 +165,7 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
     mismatched = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
     if mismatched:
         report.problems.append(
-            f"{name}: {len(mismatched)} members do not match the index (missing, extra or moved), e.g. {mismatched[0]}; "
-            "copy the shard and its index again"
+            f"{name}: {len(mismatched)} members do not match the index (missing, extra or moved), e.g. {mismatched[0]}; {fix}"
         )
     for spot in spots:
         try:

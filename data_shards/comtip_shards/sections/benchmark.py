@@ -70,7 +70,8 @@ def _read_list(path: Path) -> list[BenchmarkSection]:
         text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
         lines = [line for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error}); write UTF-8 text") from error
+        fix = "save it as UTF-8 text" if isinstance(error, UnicodeDecodeError) else "give a text file that you may read"
+        raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error}); {fix}") from error
     if not lines:
         raise SourceError(f"{path}: no benchmark id; write one per line, or a table with the column id")
     if "id" not in lines[0].split("\t"):
@@ -137,7 +138,7 @@ def guard_benchmark(
     unknown = sorted(set(allow) - set(why))
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(why), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; leave the option out"
+        hint = f"; did you mean {near[0]}?" if near else "; leave it out"
         raise SourceError(f"`allow_benchmark` {unknown[0]}: no section of that id is kept out of training{hint}")
     barred = [m for m in metas if m.section_id in why and m.section_id not in allow and m.split in LEARNING]
     if barred:
@@ -145,7 +146,8 @@ def guard_benchmark(
         raise SourceError(
             "sections with split train or val that a benchmark scores, or whose donor has a section that it scores "
             f"({len(barred)}):\n{text}\n"
-            "leave them out (`samples`), move them to split test (`splits`), or allow them explicitly (`allow_benchmark`)"
+            "leave them out (`samples`, or their rows in a table of sources), move them to split test (`splits`), or allow them "
+            "explicitly (`allow_benchmark`)"
         )
     out = [replace(m, split="test") if m.section_id in why and m.section_id not in allow else m for m in metas]
     notes = {i: f"{text}; {'allowed by name' if i in allow else 'kept out of training'}" for i, text in why.items()}

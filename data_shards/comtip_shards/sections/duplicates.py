@@ -84,7 +84,8 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
         if a.split and b.split and a.split != b.split:
             raise SourceError(
                 f"{a.section_id} (split {a.split}) and {b.section_id} (split {b.split}) are duplicates of one section: "
-                f"{shared}; leave one out (`samples`), or give both the same donor and split"
+                f"{shared}; build without one of them (`samples`, or its row in a table of sources), or state the same donor "
+                "(`donor`) and split (`splits`) for both"
             )
         notes[b.section_id] = f"possibly a duplicate of section {a.section_id}: {shared}"
     return notes

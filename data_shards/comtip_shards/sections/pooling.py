@@ -180,7 +180,8 @@ def _encode(square_N2: np.ndarray) -> np.ndarray:
 def _check_near(squares: np.ndarray) -> None:
     if squares.size and not np.abs(squares).max() < _LIMIT:
         raise SourceError(
-            f"a position is {np.abs(squares).max():.3g} pseudo-spots away from the origin; check that positions are in um"
+            f"a position is {np.abs(squares).max():.3g} pseudo-spots away from the origin; check the positions, their unit and "
+            "the scale"
         )
 
 

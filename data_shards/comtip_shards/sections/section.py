@@ -23,7 +23,7 @@ Split = Literal["train", "val", "test"]
 StatedSplits = Mapping[SectionId, Split]
 """Splits stated by the user, by section id; other sections are absent."""
 SPLITS = (*get_args(Split), "")
-RENAME = "use ASCII letters, digits, '.', '_' and '-', at most 100, and begin with a letter or digit"
+RENAME = "rename it to at most 100 ASCII letters, digits, '.', '_' and '-', the first of them a letter or digit"
 
 
 MAX_TEXT = 4096
@@ -164,7 +164,8 @@ class Section:
         x, y = self.xy[:, 0], self.xy[:, 1]
         if not np.isfinite(self.xy).all():
             raise SourceError(
-                f"{self.image_path}: spots without a position: {int((~np.isfinite(self.xy)).any(1).sum())}; leave them out"
+                f"section {self.meta.section_id}: spots without a position: {int((~np.isfinite(self.xy)).any(1).sum())}; give their "
+                "positions, or remove them from the source"
             )
         slack = 0.5 * self.meta.spot_diameter_um / self.meta.mpp
         outside = (x < -slack) | (y < -slack) | (x > width + slack) | (y > height + slack)
@@ -191,11 +192,13 @@ def check_meta(meta: SectionMeta, where: Path | str) -> None:
         )
     if not (np.isfinite(meta.mpp) and meta.mpp > 0):
         raise SourceError(
-            f"{where}: section {meta.section_id}: no scale; state the um per px of the image (`mpp`, or mpp_um_per_px)"
+            f"{where}: section {meta.section_id}: the scale is {meta.mpp:g} um per px of the image, expected a positive number; "
+            "state it (`mpp`, or mpp_um_per_px of a manifest.tsv)"
         )
     if not 0.05 <= meta.mpp <= 50:
         raise SourceError(
-            f"{where}: section {meta.section_id}: {meta.mpp:g} um per px is out of range; state 0.05 to 50"
+            f"{where}: section {meta.section_id}: {meta.mpp:g} um per px of the image is outside the range of 0.05 to 50; "
+            "correct `mpp`, or give another image (`image`)"
         )
     if meta.split not in SPLITS:
         raise SourceError(
@@ -214,9 +217,10 @@ def check_unique(names: list[str], what: str) -> None:
     if len(set(names)) == len(names):
         return
     seen: set[str] = set()
-    twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
+    twice = list(dict.fromkeys(n for n in names if n in seen or seen.add(n)))  # type: ignore[func-returns-value]
     raise SourceError(
-        f"{what}: {len(twice)} occur more than once, e.g. {', '.join(twice[:3])}; remove the duplicates from the source"
+        f"{what}: {len(twice)} {'occurs' if len(twice) == 1 else 'occur'} more than once, e.g. {', '.join(twice[:3])}; remove "
+        "or rename the duplicates in the source"
     )
 
 

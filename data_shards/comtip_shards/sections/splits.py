@@ -42,7 +42,7 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
         if shared:
             raise SourceError(
                 f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(shared)}; "
-                "give all sections of a donor the same split (`splits`)"
+                "build with the same split for all sections of a donor (`splits`)"
             )
 
 
@@ -75,7 +75,7 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
         fix = (
             f"use `seed={works}`, which fills all splits"
             if works is not None
-            else "there are too few donors; state the split of each section (`splits`)"
+            else "there are too few donors; set the share of the empty split to 0, or state the split of each section (`splits`) instead"
         )
         raise SourceError(f"`auto_split` with seed {seed} leaves {' and '.join(empty)} empty; {fix}")
     return out

@@ -110,7 +110,7 @@ def load_rgb(path: Path) -> np.ndarray:
 def _refuse_missing(path: Path) -> None:
     """Raise :class:`SourceError` if there is no file of this name."""
     if not path.is_file():
-        what = "is a folder, not an image" if path.is_dir() else "no such image"
+        what = "a folder, not an image" if path.is_dir() else not_data(path) if path.exists() else "no such image"
         raise SourceError(f"{path}: {what}; check the path")
 
 
@@ -130,12 +130,20 @@ def _pillow(path: Path) -> Iterator[Image.Image]:
     except SourceError:
         raise
     except Exception as error:  # on damaged files also SyntaxError, struct.error, EOFError and others
-        known = f"none of {', '.join(PILLOW_FORMATS)}"
-        text = known if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        reason = not_data(path) or (
-            f"not an image that can be read, or it is truncated or damaged ({text}); copy it again, or convert it to TIFF"
-        )
-        raise SourceError(f"{path}: {reason}") from error
+        raise SourceError(f"{path}: {_problem(path, error)}") from error
+
+
+def _problem(path: Path, error: Exception) -> str:
+    """Return what an error of Pillow means, and the fix."""
+    if isinstance(error, MemoryError):
+        return "too large for the memory of this machine; convert it to a tiled TIFF, which is read in windows"
+    if isinstance(error, PermissionError):
+        return f"cannot be read ({error.strerror}); change its permissions"
+    known = f"none of {', '.join(PILLOW_FORMATS)}"
+    text = known if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+    return not_data(path) or (
+        f"not an image that can be read, or it is truncated or damaged ({text}); copy it again, or convert it to TIFF"
+    )
 
 
 def _is_plain(path: Path) -> bool:

@@ -62,7 +62,8 @@ def check_stated_mpp(mpp: float, own: float | None, what: str, where: str, *, tr
     if own is None or 1 / DISAGREE < mpp / own < DISAGREE:
         return
     if trusted or 1 / TENFOLD < mpp / own < TENFOLD:
-        log.warning("%s: `mpp` %g is used, but %s states %g um per px; check `mpp`", where, mpp, what, own)
+        check = "" if trusted else "; check `mpp`"
+        log.warning("%s: `mpp` %g is used, but %s states %g um per px%s", where, mpp, what, own, check)
         return
     raise SourceError(
         f"{where}: `mpp` {mpp:g} is {mpp / own:.3g} times the {own:g} um per px that {what} states; correct `mpp` or leave it "
@@ -81,7 +82,7 @@ def check_side(size: tuple[int, int], mpp: float, where: str, *, trusted: bool) 
     side = max(size) * mpp
     if side > MAX_SIDE_UM and not trusted:
         raise SourceError(
-            f"{where}: at {mpp:g} um per px the image is {side / 1000:.0f} mm wide or high, more than any slide "
+            f"{where}: at {mpp:g} um per px the image is {side / 1000:.4g} mm wide or high, more than any slide "
             f"({MAX_SIDE_UM / 1000:g} mm); correct `mpp`, or set `trust_mpp=yes` if it is right"
         )
 

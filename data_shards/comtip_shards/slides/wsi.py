@@ -66,7 +66,7 @@ def open_windowed(path: Path) -> Slide:
         except Exception as error:  # tifffile raises many kinds of errors on damaged headers
             tried.append(f"tifffile: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     else:
-        tried.append("tifffile and zarr are not installed")
+        tried.append("tifffile or zarr is not installed")
     if openslide and vendor:
         return OpenSlideSlide(path, openslide)
     reason = not_data(path)
@@ -169,7 +169,14 @@ class BlockedSlide(PyramidSlide):
     """
 
     def __init__(
-        self, path: Path, arrays: list[Any], axes: str, *, alpha: int = 0, decode: Decode | None = None
+        self,
+        path: Path,
+        arrays: list[Any],
+        axes: str,
+        *,
+        alpha: int = 0,
+        decode: Decode | None = None,
+        smaller: str = RETILE,
     ) -> None:
         """Check the levels and determine the value of white.
 
@@ -185,6 +192,8 @@ class BlockedSlide(PyramidSlide):
             Whether the last channel is opacity: :data:`STRAIGHT_ALPHA`, :data:`PREMULTIPLIED_ALPHA` or 0.
         decode
             Converts stored values to grey or RGB; None if they are already.
+        smaller
+            How to write the image in smaller blocks, for messages.
 
         Raises
         ------
@@ -211,7 +220,7 @@ class BlockedSlide(PyramidSlide):
         )
         if block > MAX_BLOCK_BYTES:
             raise SourceError(
-                f"{path}: stored in blocks of {block >> 20} MB, so it cannot be read in windows; {RETILE}"
+                f"{path}: stored in blocks of {block:,} bytes (at most {MAX_BLOCK_BYTES:,}), so it cannot be read in windows; {smaller}"
             )
         self._peak = self._find_peak()
 

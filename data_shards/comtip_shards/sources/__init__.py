@@ -207,7 +207,8 @@ def open_source(
             options = replace(options, facts=replace(options.facts, pixels=None))
     path = Path(path)
     if not path.exists():
-        raise SourceError(f"{path}: no such file or folder; check the path")
+        what = "a link to a path that does not exist" if path.is_symlink() else "no such file or folder"
+        raise SourceError(f"{path}: {what}; correct the path, or copy the source there")
     with named(str(path), ()):
         path = locate(path)
         return _read_by(detect(path)[0] if fmt == "auto" else _BY_NAME[fmt], path, samples, where, options)
@@ -223,7 +224,7 @@ def _read_by(
     """Check that the reader uses every stated option, and open the selected sections of a local source."""
     check_trust(options.facts)
     if not reader.pools:
-        refuse(options, POOL_KEYS, f"{reader.name} has one row per spot and is not pooled")
+        refuse(options, POOL_KEYS, f"the format {reader.name} has spots, which are not pooled")
     check_options(options, reader.options, f"the format {reader.name}")
     if reader.catalogue is None:
         return choose(reader.open(path, samples, options), where, path, lambda source: source.meta)

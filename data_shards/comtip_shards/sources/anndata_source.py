@@ -28,6 +28,7 @@ from comtip_shards.sources.anndata_parts.picture import (
     DIAMETER,
     MICRONS_PER_PIXEL,
     Picture,
+    library_names,
     library_picture,
     library_slide,
     scale_factor,
@@ -82,7 +83,9 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
             libraries = libraries_of(store)
         for name, library in libraries.items():
             if name in found:
-                raise SourceError(f"{file}: section {name} also exists in {found[name][0].name}; rename one")
+                raise SourceError(
+                    f"{file}: section {name} also exists in {found[name][0].name}; remove one of them, or rename its file or library"
+                )
             found[name] = (file, library)
     names = pick(samples, list(found), path)
     check_one_file("image", options.facts.image, names, path)
@@ -143,12 +146,13 @@ def view_library(
     xy = read_centres(store, options.counts, notes)[rows]
     image = stated_image(options.facts, name)
     if not key and image is None:
-        which = (
-            f" for section {name} (obs['{library.column}']), or select others with `samples`" if library.column else ""
+        which = f" for section {name} (obs['{library.column}'])" if library.column else ""
+        also = ", or read only sections that have one" if library_names(store.group("uns/spatial")) else ""
+        raise SourceError(
+            f"{path}: no image in uns['spatial']{which}; set `image` to the image that the positions belong to{also}"
         )
-        raise SourceError(f"{path}: no image in uns['spatial']; set `image` to the image of obsm['spatial']{which}")
     group = store.group(f"uns/spatial/{key}") if key else {}
-    picture = library_picture(group, str(path)) if image is None else None
+    picture = library_picture(group, f"{path}: uns['spatial'][{key!r}]") if image is None else None
     facts = facts_of(obs.iloc[rows], options.facts, store)
     facts = replace(facts, species=_species(store, facts.species, need_species))
     mpp, own = options.facts.mpp, _own_scale(group, options, path) if key else None
@@ -197,7 +201,7 @@ def _source(path: Path, library: Library, name: str, options: SourceOptions) -> 
     with open_store(path) as store:
         view = view_library(store, library, name, options)
     if not view.facts.tissue:
-        raise SourceError(f"{path}: obs has no tissue column; set `tissue`")
+        raise SourceError(f"{path}: section {name}: neither obs nor uns states one tissue; set `tissue`")
     gap = median_gap(view.xy)
     meta = SectionMeta(
         section_id=name,
@@ -221,7 +225,9 @@ def _source(path: Path, library: Library, name: str, options: SourceOptions) -> 
         return section
 
     inputs = (path, view.image) if view.image is not None else (path,)
-    return SectionSource(meta, inputs, load, partial(load, counts=False), options.counts, ScaleCheck.of(options.facts))
+    return SectionSource(
+        meta, inputs, load, partial(load, counts=False), options.counts, ScaleCheck.of(options.facts, view.factor)
+    )
 
 
 def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
@@ -239,6 +245,6 @@ def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, note
     if tagged is not None:
         return tagged
     raise SourceError(
-        f"{path}: no scale; set `mpp`, the um per px of obsm['spatial'], or `platform=Visium` to derive it "
+        f"{path}: no scale; set `mpp`, the um per px of the positions, or, if the slide is Visium, `platform=Visium` to derive it "
         "from the 100 um spot pitch"
     )

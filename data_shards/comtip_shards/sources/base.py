@@ -130,7 +130,7 @@ def check_one_file(option: str, template: str | None, names: Sequence[str], wher
         )
 
 
-def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list[str]:
+def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path | str) -> list[str]:
     """Return the requested section ids, or all in ``have`` if ``wanted`` is None.
 
     Raises
@@ -169,7 +169,7 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
     Raises
     ------
     SourceError
-        As raised inside; if its message names no file, ``what`` is prepended.
+        As raised inside; if its message names no file, ``what`` is prepended. Also if memory is exhausted.
     UnforeseenError
         Replaces any other error except ShardError and OSError, which name their file; an OSError that names a temporary
         copy becomes a SourceError that names the packed file.
@@ -187,6 +187,10 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
         raise SourceError(f"{what}: {error}; check that its files are complete") from error
     except ShardError:
         raise
+    except MemoryError as error:
+        raise SourceError(
+            f"{what}: too large for the memory of this machine ({error}); close other programs, or use a machine with more memory"
+        ) from error
     except Exception as error:  # the last resort: every known cause is refused where it occurs
         log.debug("%s: unforeseen error", what, exc_info=True)
         text = str(error).splitlines()[0] if str(error) else "no message"

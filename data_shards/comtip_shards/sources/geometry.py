@@ -58,24 +58,27 @@ class ScaleCheck:
         Whether the caller states that this scale is right.
     pitch_is_stated
         Whether the section's pitch is the source's own, not an assumption.
+    factor
+        px of the image per px of the positions in the source, to which ``mpp`` refers.
     """
 
     mpp: float | None
     trusted: bool
     pitch_is_stated: bool = True
+    factor: float = 1.0
 
     @classmethod
-    def of(cls, facts: SectionFacts) -> ScaleCheck:
+    def of(cls, facts: SectionFacts, factor: float = 1.0) -> ScaleCheck:
         """Return the check for stated facts."""
-        return cls(facts.mpp, bool(facts.trust_mpp))
+        return cls(facts.mpp, bool(facts.trust_mpp), factor=factor)
 
     def __call__(self, section: Section) -> None:
         """Raise :class:`SourceError` if the scale is wrong by a factor of :data:`TENFOLD` or more; log smaller differences."""
         meta, where = section.meta, f"section {section.meta.section_id}"
         if not self.trusted and self.pitch_is_stated:
-            _check_gaps(section.xy, meta.mpp, meta.spot_pitch_um, "the pitch that the source states", where)
+            self._check_gaps(section, meta.spot_pitch_um, "the spot pitch of the section")
         if not self.trusted:
-            _check_gaps(section.xy, meta.mpp, platform_pitch(meta.platform), f"that of {meta.platform}", where)
+            self._check_gaps(section, platform_pitch(meta.platform), f"the spot pitch of {meta.platform}")
         if self.mpp is None:
             return
         check_side(section.image_size(), meta.mpp, where, trusted=self.trusted)
@@ -83,22 +86,28 @@ class ScaleCheck:
             own = mpp_by_tag(section.image_path, [])
             check_stated_mpp(meta.mpp, own, section.image_path.name, where, trusted=self.trusted)
 
-
-def _check_gaps(xy: np.ndarray, mpp: float, pitch_um: float, what: str, where: str) -> None:
-    """Raise SourceError if the spots are at least :data:`TENFOLD` times too near or too far for a pitch, NaN if unknown."""
-    if len(xy) < _MIN_SPOTS or not (isfinite(pitch_um) and pitch_um > 0):
-        return
-    distinct = np.unique(xy, axis=0)
-    gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] * mpp if len(distinct) > 1 else np.zeros(1)
-    near, typical = float(np.quantile(gaps, DENSE_QUANTILE)), float(np.median(gaps))
-    sparse = near >= TENFOLD * pitch_um
-    if typical > pitch_um / TENFOLD and not (sparse and len(distinct) >= _MANY_SPOTS):
-        return
-    right = mpp * pitch_um / typical if typical > 0 else nan
-    raise SourceError(
-        f"{where}: with {mpp:g} um per px the spots are {typical:.3g} um apart, but {what} is {pitch_um:g} um, which gives "
-        f"{right:.3g} um per px; correct `mpp`, the um per px of the positions, or set `trust_mpp=yes` if it is right"
-    )
+    def _check_gaps(self, section: Section, pitch_um: float, what: str) -> None:
+        """Raise SourceError if the spots are at least :data:`TENFOLD` times too near or too far for a pitch, NaN if unknown."""
+        if len(section.xy) < _MIN_SPOTS or not (isfinite(pitch_um) and pitch_um > 0):
+            return
+        where, distinct = f"section {section.meta.section_id}", np.unique(section.xy, axis=0)
+        if len(distinct) < 2:
+            raise SourceError(f"{where}: all {len(section.xy)} spots have the same position; correct the positions")
+        gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] * section.meta.mpp
+        near, typical = float(np.quantile(gaps, DENSE_QUANTILE)), float(np.median(gaps))
+        sparse = near >= TENFOLD * pitch_um
+        if typical > pitch_um / TENFOLD and not (sparse and len(distinct) >= _MANY_SPOTS):
+            return
+        mpp = section.meta.mpp * self.factor
+        fix = (
+            f"correct the scale in the source or set `mpp`; if {mpp:g} is right, set `mpp={mpp:g}` and `trust_mpp=yes`"
+            if self.mpp is None
+            else "correct `mpp`, or set `trust_mpp=yes` if it is right"
+        )
+        raise SourceError(
+            f"{where}: with {mpp:g} um per px of the positions the spots are {typical:.3g} um apart, but {what} is {pitch_um:g} um, "
+            f"which gives {mpp * pitch_um / typical:.3g} um per px; {fix}"
+        )
 
 
 def median_gap(xy: np.ndarray) -> float:
@@ -122,9 +131,11 @@ def visium_mpp(xy: np.ndarray, where: str) -> float:
     """
     gap = median_gap(xy)
     if not gap > 0:
+        problem = (
+            "most spots have the same position as another one" if gap == 0 else "fewer than two spots have a position"
+        )
         raise SourceError(
-            f"{where}: the distance between spots is {gap:g} px, so the scale cannot be derived from the pitch of Visium; "
-            "correct the positions, or set `mpp`"
+            f"{where}: {problem}, so the scale cannot be derived from the pitch of Visium; correct the positions, or set `mpp`"
         )
     return VISIUM_PITCH_UM / gap
 
@@ -166,7 +177,7 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     if len(xy) >= _MIN_SPOTS and gap > 0 and not PITCH_UM[0] <= gap * mpp <= PITCH_UM[1]:
         raise SourceError(
             f"{where}: with {mpp:g} um per px the spots are {gap * mpp:g} um apart, but those of every platform are {PITCH_UM[0]:g} to "
-            f"{PITCH_UM[1]:g} um apart; correct `mpp`, the um per px of the positions"
+            f"{PITCH_UM[1]:g} um apart; set `mpp` to the um per px of the positions"
         )
     if len(xy) < _MIN_SPOTS or not gap > 0 or 1 / limit <= gap * mpp / VISIUM_PITCH_UM <= limit:
         return

@@ -27,6 +27,7 @@ from comtip_shards.sources.anndata_parts.positions import centres
 from comtip_shards.sources.anndata_parts.spots import read_spots
 from comtip_shards.sources.anndata_parts.store import open_h5ad, read_part
 from comtip_shards.sources.base import CatalogueRow, SectionSource, pick, stated_image
+from comtip_shards.sources.files.opening import fix_of
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.tables import number, read_table
 from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, ScaleCheck, check_pitch, median_gap
@@ -87,7 +88,9 @@ def _read_csv(path: Path) -> dict[str, dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(read_regular(path, 1 << 28).decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'download it again')}") from error
+    except ValueError as error:
         raise SourceError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise SourceError(f"{path}: not a JSON object; download it again")
@@ -122,14 +125,21 @@ def _source(path: Path, row: CatalogueRow, metadata: Mapping[str, Any], facts: S
     table, patches = path / "st" / f"{name}.h5ad", path / "patches" / f"{name}.h5"
     wsi = _wsi(path, name, facts)
     if wsi is None and not patches.is_file():
-        raise SourceError(f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 exists; download one or set `image`")
+        if facts.pixels == "patches":
+            raise SourceError(
+                f"{patches}: no such file, but `pixels=patches` requires it; download it, or set `pixels=wsi` for wsis/{name}.tif"
+            )
+        raise SourceError(
+            f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 exists; download one, set `pixels=patches` if a URL has only "
+            "patches, or set `image`"
+        )
     notes: list[str] = []
     if not metadata:
-        notes.append(f"no metadata for {name}: metadata/{name}.json and {TABLE} are missing")
+        notes.append(f"no metadata for {name}, neither in metadata/{name}.json nor in {TABLE}")
     mpp = _scale(path, name, metadata, wsi, notes) if facts.mpp is None else facts.mpp
     if facts.mpp is not None:
         own = next((v for _, v in _own_scales(path, name, metadata)), None)
-        check_stated_mpp(mpp, own, f"metadata/{name}.json", str(table), trusted=bool(facts.trust_mpp))
+        check_stated_mpp(mpp, own, "the metadata of HEST", str(table), trusted=bool(facts.trust_mpp))
     visium = row.platform.lower() == "visium" and not facts.trust_mpp
     limit = MAX_RATIO_INFERRED if visium else float("inf")
     pitch, diameter = _geometry(table, mpp, metadata, row.platform, limit, notes)
@@ -163,7 +173,9 @@ def _wsi(path: Path, name: str, facts: SectionFacts) -> Path | None:
         return None
     wsi = next(iter(sorted(find(path / "wsis", f"{name}.tif*"))), None)
     if wsi is None and facts.pixels == "wsi":
-        raise SourceError(f"{path / 'wsis' / name}.tif: no such file, but `pixels=wsi` requires it; download it")
+        raise SourceError(
+            f"{path / 'wsis' / name}.tif: no such file, but `pixels=wsi` requires it; download it, or set `pixels=patches`"
+        )
     return wsi
 
 
@@ -176,15 +188,17 @@ def _scale(path: Path, name: str, metadata: Mapping[str, Any], wsi: Path | None,
     tagged = mpp_by_tag(wsi, notes) if wsi is not None else None
     if tagged is not None:
         return tagged
-    where = path / "metadata" / f"{name}.json"
-    raise SourceError(f"{where}: no pixel_size_um_estimated for {name}; download it or set `mpp`")
+    raise SourceError(
+        f"{path}: no scale (pixel_size_um_estimated) of {name} in metadata/{name}.json or {TABLE}; download the file that is "
+        "missing, or set `mpp`"
+    )
 
 
 def _own_scales(path: Path, name: str, metadata: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield (key, um per px) of the scales that HEST states, the estimate from spots first."""
     for key in ("pixel_size_um_estimated", "pixel_size_um_embedded"):
-        value = number(metadata.get(key, ""), f"{path / 'metadata' / name}.json: {key}")
-        if np.isfinite(value):
+        value = number(metadata.get(key, ""), f"{path}: {key} of {name}")
+        if np.isfinite(value) and value > 0:
             yield key, value
 
 
@@ -203,8 +217,8 @@ def _geometry(
         xy = centres(read_part(file, "obsm/spatial", table), table)
     check_pitch(xy, mpp, limit, str(table))
     gap = median_gap(xy) * mpp
-    stated = number(metadata.get("inter_spot_dist", ""), f"{table.stem}: inter_spot_dist")
-    diameter = number(metadata.get("spot_diameter", ""), f"{table.stem}: spot_diameter")
+    stated = number(metadata.get("inter_spot_dist", ""), f"inter_spot_dist of {table.stem}")
+    diameter = number(metadata.get("spot_diameter", ""), f"spot_diameter of {table.stem}")
     if np.isfinite(stated) and np.isfinite(gap) and abs(gap / stated - 1) > 0.1:
         notes.append(f"the spot pitch is {gap:.1f} um at {mpp:.4f} um per px, but inter_spot_dist is {stated:g} um")
     pitch = gap if np.isfinite(gap) else stated
@@ -243,13 +257,14 @@ def _open_patches(
         group = file.get("uns/spatial", {})
         if not isinstance(group, h5py.Group) or not len(group):
             raise SourceError(
-                f"{table}: no image in uns['spatial']; download it again, or also download wsis/{table.stem}.tif"
+                f"{table}: no image in uns['spatial']; download it again, or download wsis/{table.stem}.tif and set `pixels=wsi`"
             )
-        library = group[next(iter(group))]
-        picture = library_picture(library, str(table))
+        key = next(iter(group))
+        library = group[key]
+        picture = library_picture(library, f"{table}: uns['spatial'][{key!r}]")
         small = library_slide(library, picture, table)
     size = [
-        number(metadata.get(f"fullres_px_{side}", ""), f"{table.stem}: fullres_px_{side}")
+        number(metadata.get(f"fullres_px_{side}", ""), f"fullres_px_{side} of {table.stem}")
         for side in ("width", "height")
     ]
     if not np.isfinite(size).all():

@@ -81,7 +81,7 @@ def _source(
     )
     spots = _read_spots(table, image) if table is not None else None
     notes = [] if table is not None else [f"no spot file: assumed that the 33 x 35 array frame fills {image.name}"]
-    mpp = _scale(path, facts, _pitch_px(spots, image), notes)
+    mpp = _scale(table or image, facts, spots, image, notes)
     meta = SectionMeta(
         section_id=name,
         dataset=path.name,
@@ -98,26 +98,31 @@ def _source(
 
     def load() -> Section:
         matrix, ids, genes = read_counts_table(counts)
-        positions = spots if spots is not None else _from_array(ids, image, counts)
+        positions = spots if spots is not None else _from_array(ids, image, counts, name)
         return join(meta, image, matrix, ids, genes, [""] * len(genes), positions, counts, table or counts, notes)
 
     inputs = tuple(p for p in (image, counts, table) if p is not None)
     return SectionSource(meta, inputs, load, examine=ScaleCheck.of(facts))
 
 
-def _scale(path: Path, facts: SectionFacts, pitch_px: float | None, notes: list[str]) -> float:
+def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: Path, notes: list[str]) -> float:
     """Return um per px: the stated scale, which must give a plausible pitch if that is known, or else that of the array's pitch."""
+    pitch_px = _pitch_px(spots, image)
     if pitch_px is None:
+        few = spots is not None and len(spots.ids) < 3
+        why = "fewer than three spots" if few else "spots without array coordinates or position"
         if facts.mpp is None:
-            raise SourceError(
-                f"{path}: the spot file has fewer than three spots, or spots without array coordinates, so the scale cannot be "
-                "derived; set `mpp`"
-            )
-        notes.append("the stated scale was not compared with the array: array coordinates of spots are missing")
+            raise SourceError(f"{path}: {why}, so the scale cannot be derived; complete the table, or set `mpp`")
+        notes.append(f"the stated scale was not compared with the array: {path.name} has {why}")
         return facts.mpp
     if not 1 <= pitch_px < np.inf:
         raise SourceError(
-            f"{path}: the positions of the spots give a pitch of {pitch_px:g} px; correct positions and array coordinates in the spot file"
+            f"{path}: spots on the array are {pitch_px:g} px apart, expected at least one; "
+            + (
+                "correct positions and array coordinates"
+                if spots is not None
+                else "give the image of the complete array"
+            )
         )
     stated = facts.mpp
     if stated is None:
@@ -147,25 +152,27 @@ def _read_spots(path: Path, image: Path) -> SpotPositions:
     return SpotPositions(ids, numbers(table, ["pixel_x", "pixel_y"], path), array, [""] * len(ids), chosen)
 
 
-def _from_array(ids: list[str], image: Path, counts: Path) -> SpotPositions:
+def _from_array(ids: list[str], image: Path, counts: Path, name: str) -> SpotPositions:
     parsed = [_SPOT_ID.match(i) for i in ids]
     bad = [i for i, m in zip(ids, parsed, strict=True) if m is None]
     if bad:
-        raise SourceError(f"{counts}: spot id {bad[0]!r} is not of the form 12x7; provide positions in ID_spots.tsv")
+        raise SourceError(
+            f"{counts}: spot id {bad[0]!r} is not of the form 12x7; provide positions in {name}_spots.tsv"
+        )
     array = np.array([[float(m[1]), float(m[2])] for m in parsed if m is not None])
     if array.min() < 0.5 or array[:, 0].max() > 33.5 or array[:, 1].max() > 35.5:
-        raise SourceError(f"{counts}: array coordinates exceed 33 x 35; provide positions in ID_spots.tsv")
+        raise SourceError(f"{counts}: array coordinates exceed 33 x 35; provide positions in {name}_spots.tsv")
     width, height = image_size(image)
     xy = np.stack([(array[:, 0] - 1) / 32 * width, (array[:, 1] - 1) / 34 * height], axis=1)
     return SpotPositions(ids, xy, array, [""] * len(ids), np.ones(len(ids), bool))
 
 
 def _pitch_px(spots: SpotPositions | None, image: Path) -> float | None:
-    """Return px per array step from a least-squares fit of positions to array coordinates, None if there are too few of these."""
+    """Return px per array step from a least-squares fit of positions to array coordinates, None if these are too few or incomplete."""
     if spots is None:
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])
-    if len(spots.ids) < 3 or not np.isfinite(design).all():
+    if len(spots.ids) < 3 or not (np.isfinite(design).all() and np.isfinite(spots.xy).all()):
         return None
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     return float(np.sqrt(abs(np.linalg.det(fit[:2]))))

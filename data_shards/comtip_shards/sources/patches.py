@@ -99,7 +99,8 @@ def read_patches(path: Path, mpp: float) -> Patches:
     source_mpp = _positive(attrs, "pixel_size", mpp, path)
     if abs(source_mpp / mpp - 1) > 0.02:
         raise SourceError(
-            f"{path}: extracted at {source_mpp:g} um per px, but the section has {mpp:g}; set `mpp` to {source_mpp:g}"
+            f"{path}: extracted at {source_mpp:g} um per px, but the section has {mpp:g}; use the patches of this section, or set "
+            f"`mpp` to {source_mpp:g} if that is right"
         )
     side = int(pixels[1]) if pixels is not None else 224
     width_px = _positive(attrs, "patch_size_src", side * HEST_MPP / source_mpp, path)
@@ -123,6 +124,11 @@ def _open(path: Path) -> h5py.File:
     return open_hdf5(path, "an HDF5 file", "download it again")
 
 
+def _slide_of(path: Path) -> str:
+    """Return the whole-slide image of the section of a patch file, as HEST names it."""
+    return f"wsis/{path.stem}.tif"
+
+
 class PatchSlide(Slide):
     """Slide backed by patches: tiles only at spot centres, and a small image for everything else.
 
@@ -142,7 +148,9 @@ class PatchSlide(Slide):
         self, patches: Patches, spot_ids: Sequence[str], xy_N2: np.ndarray, small: ArraySlide, size: tuple[int, int]
     ) -> None:
         if not patches.has_pixels:
-            raise SourceError(f"{patches.path}: has coords but no img, so no pixels; download wsis/ID.tif")
+            raise SourceError(
+                f"{patches.path}: has coords but no img, so no pixels; download {_slide_of(patches.path)}"
+            )
         self.path, self.size, self.notes, self.reader = patches.path, size, [], "h5py"
         self.tile_limit_um = patches.width_um
         self._patches, self._small = patches, small
@@ -159,7 +167,7 @@ class PatchSlide(Slide):
         if size[0] > self._small.size[0] + 1 or size[1] > self._small.size[1] + 1:
             raise SourceError(
                 f"{self.path}: patches have no pixels between them, and the overview image has only {self._small.size[0]} x "
-                f"{self._small.size[1]} px; download wsis/ID.tif"
+                f"{self._small.size[1]} px; download {_slide_of(self.path)}"
             )
         return self._small.scaled(box, size)
 
@@ -181,13 +189,13 @@ class PatchSlide(Slide):
         width = self.tile_limit_um
         if tile_um > width * 1.005:
             raise SourceError(
-                f"{self.path}: patches are {width:g} um wide, too small for tiles of {tile_um:g} um; set "
-                f"`tile_um` to {math.floor(width)} or download wsis/ID.tif"
+                f"{self.path}: patches are {width:g} um wide, too small for tiles of {tile_um:g} um; download "
+                f"{_slide_of(self.path)}, or build with a `tile_um` of at most {math.floor(width)}"
             )
         for x, y in np.asarray(xy_N2, np.float64):
             row = self._row_at.get((float(x), float(y)))
             if row is None:
-                raise SourceError(f"{self.path}: no patch at ({x:g}, {y:g}); download wsis/ID.tif")
+                raise SourceError(f"{self.path}: no patch at ({x:g}, {y:g}); download {_slide_of(self.path)}")
             yield self._cut(self._pixels(row), min(tile_um / width, 1.0), width, tile_px, min_mpp)
 
     def _pixels(self, row: int) -> np.ndarray:

@@ -75,8 +75,8 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     path, notes, counts = run.root, list(run.notes), run.matrix
     if counts is None:
         raise SourceError(
-            f"{path}: neither filtered_feature_bc_matrix.h5 nor the folder filtered_feature_bc_matrix exists; copy one "
-            "from the run"
+            f"{path}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one from the "
+            "run"
         )
     if not run.positions:
         raise SourceError(f"{path}: none of {', '.join(POSITIONS)} exists; copy the table of positions from the run")
@@ -189,7 +189,7 @@ def _parquet(path: Path) -> pd.DataFrame:
     size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
     if file.metadata.num_rows > MAX_ROWS or size > MAX_BYTES:
         raise SourceError(
-            f"{path}: {file.metadata.num_rows:,} rows of {size:,} bytes, but a Visium slide has at most {max(SLIDES):,} spots; copy "
+            f"{path}: {file.metadata.num_rows:,} rows with {size:,} bytes in all, but a Visium slide has at most {max(SLIDES):,} spots; copy "
             "the table from the run again, or put bins of Visium HD into binned_outputs/"
         )
     return file.read().to_pandas().astype(str)
@@ -206,7 +206,11 @@ def _scale(
     given = factors.get("microns_per_pixel") if stated is None else stated
     pitch = _pitch_px(spots, path)
     mpp = PITCH_UM / pitch
-    notes.append(f"scale: {mpp:.4f} um per full-resolution px, from the {PITCH_UM:g} um spot pitch")
+    notes.append(
+        f"scale: {mpp:.4f} um per full-resolution px, from the {PITCH_UM:g} um spot pitch"
+        if given is None
+        else f"scale: {given:g} um per full-resolution px, as stated; the {PITCH_UM:g} um spot pitch gives {mpp:.4f}"
+    )
     diameter = factors.get("spot_diameter_fullres")
     if diameter and not 0.7 < diameter * mpp / DIAMETER_UM < 1.5:
         raise SourceError(
@@ -237,10 +241,10 @@ def _pitch_px(spots: SpotPositions, path: Path) -> float:
     # Neighbours in a row differ by two columns; the row distance is sqrt(3) / 2 of the pitch.
     array = spots.array_xy * [0.5, 0.75**0.5]
     design = np.column_stack([array - array.mean(axis=0), np.ones(len(array))])
-    if not (np.isfinite(design).all() and np.isfinite(spots.xy).all()) or np.linalg.matrix_rank(design) < 3:
-        raise SourceError(
-            f"{path}: too few spots with array coordinates and positions to estimate the scale; copy the table from the run again"
-        )
+    gaps = int((~np.isfinite(np.column_stack([array, spots.xy]))).any(axis=1).sum())
+    if gaps or np.linalg.matrix_rank(design) < 3:
+        problem = f"{gaps} spots without array coordinates or position" if gaps else "the spots are on one line"
+        raise SourceError(f"{path}: {problem}, so the scale cannot be derived; copy the table from the run again")
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     pitch = float(np.sqrt(abs(np.linalg.det(fit[:2]))))
     off = float(np.sqrt(((design @ fit - spots.xy) ** 2).sum(axis=1).mean()))

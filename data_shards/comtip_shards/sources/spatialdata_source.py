@@ -24,6 +24,7 @@ from comtip_shards.sources.anndata_parts.spots import annotated, gene_names, no_
 from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.sources.base import SectionSource, pick
 from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.opening import fix_of
 from comtip_shards.sources.files.zarr_metadata import check_store, head_text
 from comtip_shards.sources.geometry import (
     VISIUM_DIAMETER_UM,
@@ -32,6 +33,7 @@ from comtip_shards.sources.geometry import (
     check_pitch,
     max_ratio,
     median_gap,
+    visium_mpp,
 )
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
@@ -77,7 +79,8 @@ def read_store(path: Path) -> Any:
             return spatialdata.read_zarr(path)
     except Exception as error:  # zarr, anndata and pyarrow raise errors of their own
         raise SourceError(
-            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); write it again with SpatialData.write"
+            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); "
+            f"{fix_of(error, 'write it again with SpatialData.write')}"
         ) from error
 
 
@@ -110,13 +113,13 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
     features = Features(ids, symbols, [GENE_KIND] * len(ids))
     species = for_species(features, facts.species, path)[1]
     if not facts.tissue:
-        raise SourceError(f"{path}: obs of {table_name} has no tissue column; set `tissue`")
+        raise SourceError(f"{path}: neither obs nor uns of {table_name} states one tissue for {region}; set `tissue`")
     gap, notes = median_gap(xy), [f"tiles are cut from the image {image}, in the coordinate system {system}"]
     units = units_per_px(data, image, system)
     if options.facts.mpp is not None:
         mpp = _stated_scale(options.facts.mpp, units, notes)
     else:
-        mpp = _scale(facts, gap, f"{path}: image {image}", system, notes)
+        mpp = _scale(facts, xy, f"{path}: image {image}", system, notes)
     limit = float("inf") if options.facts.trust_mpp else max_ratio(facts.platform, own)
     check_pitch(xy * units, mpp / units, limit, str(path))
     meta = SectionMeta(
@@ -136,7 +139,7 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
     files = [f for part in parts for f in sorted((path / part).rglob("*")) if f.is_file()]
     load = partial(_load, path, meta, table_name, region, image, system, notes, options.counts)
     spots = partial(load, counts=False)
-    return SectionSource(meta, tuple(files), load, spots, options.counts, ScaleCheck.of(options.facts))
+    return SectionSource(meta, tuple(files), load, spots, options.counts, ScaleCheck.of(options.facts, 1 / units))
 
 
 def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:
@@ -148,14 +151,15 @@ def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:
     return mpp * units
 
 
-def _scale(facts: ObsFacts, gap: float, where: str, system: str, notes: list[str]) -> float:
+def _scale(facts: ObsFacts, xy: np.ndarray, where: str, system: str, notes: list[str]) -> float:
     """Return um per image px from the pitch of Visium; raises SourceError for other platforms, whose pitch is not known."""
     if facts.is_visium:
-        mpp = VISIUM_PITCH_UM / gap
+        mpp = visium_mpp(xy, where)
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")
         return mpp
     raise SourceError(
-        f"{where}: no scale; set `mpp`, the um per px of the positions in the coordinate system {system}, or `platform=Visium`"
+        f"{where}: no scale; set `mpp`, the um per px of the positions in the coordinate system {system}, or, if the slide is "
+        "Visium, `platform=Visium`"
     )
 
 
@@ -188,10 +192,17 @@ def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tupl
         array = levels_of(data[name])[0]
         if shared and array.shape[0] in (3, 4):
             found.append((array.shape[1] * array.shape[2], name, shared[0]))
+    if not found and wanted:
+        others = ", ".join(name for name in data.images if name != wanted)
+        fix = f"set `image` to one of {others}" if others else "add the H&E image to the store"
+        raise SourceError(
+            f"{path}: the image {wanted} is not a three-channel image in a coordinate system of {region}; {fix}, or correct its "
+            "transformation"
+        )
     if not found:
         raise SourceError(
-            f"{path}: no three-channel image shares a coordinate system with {region}; images: "
-            f"{', '.join(data.images) or 'none'}; add the H&E image with its transformation"
+            f"{path}: no three-channel image shares a coordinate system with {region} (images: "
+            f"{', '.join(data.images) or 'none'}); add the H&E image with its transformation"
         )
     return max(found)[1:]
 
@@ -268,4 +279,5 @@ def _load(
 
 
 def _open_image(path: Path, image: str) -> BlockedSlide:
-    return BlockedSlide(path / "images" / image, levels_of(read_store(path)[image]), "cyx")
+    smaller = "write the image again in smaller chunks, e.g. of 1024 px"
+    return BlockedSlide(path / "images" / image, levels_of(read_store(path)[image]), "cyx", smaller=smaller)

@@ -207,7 +207,10 @@ def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: li
         raise SourceError(f"{path}: no scale; set `mpp`, because the bin width of {tech} varies")
     gap = median_gap(spots.xy)
     if not gap > 0:
-        raise SourceError(f"{path}: too few spots to estimate the scale; set `mpp`")
+        problem = (
+            "most spots have the same position as another one" if gap == 0 else "fewer than two spots have a position"
+        )
+        raise SourceError(f"{path}: {problem}, so the scale cannot be estimated; correct the table, or set `mpp`")
     mpp = PITCH_UM[tech] / gap
     low, high = DRAWN_UM[tech]
     drawn = 2 * radius * mpp

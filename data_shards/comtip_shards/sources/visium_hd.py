@@ -41,12 +41,13 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     bins = find_bins(path)
     what = options.pooling.pool_from or ("bins" if bins else "cells")
     if what not in ("bins", "cells"):
-        raise SourceError(f"`pool_from={what}` is unknown; use bins or cells for Visium HD")
+        raise SourceError(f"`pool_from={what}` is for Xenium; use bins or cells for Visium HD")
     pool_um = options.pooling.pool_um or POOL_UM
     if what == "cells":
         return [cells_source(root, pool_um, bins, options)]
     if not bins:
         raise SourceError(
-            f"{path}: no binned_outputs/square_016um, 008um or 002um; to pool cells set `pool_from` to cells"
+            f"{path}: no binned_outputs/square_016um, 008um or 002um with spatial/tissue_positions.parquet; copy one from the run, "
+            "or set `pool_from` to cells"
         )
     return [bins_source(root, pool_um, bins, options)]

@@ -70,13 +70,14 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
     path, pooling = files.root, options.pooling
     what = pooling.pool_from or ("transcripts" if files.transcripts is not None else "cells")
     if what == "bins":
-        raise SourceError(f"`pool_from={what}` is unknown; use transcripts or cells for Xenium")
+        raise SourceError(f"`pool_from={what}` is for Visium HD; use transcripts or cells for Xenium")
     run = open_run(files, options, pooling.pool_um or POOL_UM)
     if what == "cells":
         refuse(options, ("qv",), "the instrument counted the transcripts of cells with qv of at least 20")
         if files.matrix is None:
+            also = ", or set `pool_from` to transcripts" if files.transcripts is not None else ""
             raise SourceError(
-                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it, or set `pool_from` to transcripts"
+                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it from the run{also}"
             )
     table = files.cells if what == "cells" else files.transcripts
     if table is None:

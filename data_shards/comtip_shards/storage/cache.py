@@ -77,12 +77,17 @@ def file_system_of(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> s
 
 
 def default_size() -> int:
-    """Return ``$COMTIP_CACHE_GB`` in bytes, 50 GB if it is not set; raises ShardError if it is not a number."""
+    """Return ``$COMTIP_CACHE_GB`` in bytes, 50 GB if it is not set; raises ShardError if it is not a positive number."""
     text = os.environ.get(SIZE_VARIABLE, "50")
     try:
-        return int(float(text) * 1e9)
-    except (ValueError, OverflowError) as error:
-        raise ShardError(f"{SIZE_VARIABLE}={text}: not a number; give the size in gigabytes", kind="remote") from error
+        size = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ShardError(
+            f"{SIZE_VARIABLE}={text}: not a positive number; give the size in gigabytes, or unset it", kind="remote"
+        )
+    return size
 
 
 class FileCache:
@@ -153,7 +158,7 @@ class FileCache:
         """Return the exception for a cache folder that cannot be written."""
         fix = disk_fix(error) if disk_trouble(error) is not None else "make the folder writable"
         return ShardError(
-            f"{self.folder}: cannot write to the cache ({error.strerror}); {fix}, or set {CACHE_VARIABLE} to another folder",
+            f"{self.folder}: cannot write to the cache ({error.strerror}); {fix}, or use another folder (`cache`, or {CACHE_VARIABLE})",
             kind="remote",
         )
 

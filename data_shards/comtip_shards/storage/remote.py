@@ -213,9 +213,9 @@ class Remote:
 
                 fs, root = url_to_fs(self.url, **{**self._http_options(), **self.storage_options})
             except (ImportError, ValueError) as error:
+                fix = install_extra("remote") if isinstance(error, ImportError) else "correct the URL"
                 raise ShardError(
-                    f"{self.url}: cannot open ({error}); {install_extra('remote')}, or download it first",
-                    kind="remote",
+                    f"{self.url}: cannot open ({error}); {fix}, or download it first", kind="remote"
                 ) from error
             self._fs = (os.getpid(), fs, root.rstrip("/"))
         return self._fs[1], self._fs[2]
@@ -252,10 +252,14 @@ class Remote:
                     for chunk in self._chunks(name, deadline):
                         n += len(chunk)
                         if n > limit:
+                            what, fix = "for this file", "check the URL"
+                            if limit == self.max_bytes:
+                                what, fix = (
+                                    "of the cache",
+                                    f"set {SIZE_VARIABLE} to a larger size, or download it first",
+                                )
                             raise ShardError(
-                                f"{where}: larger than {limit:,} bytes, the limit for this file or for the cache; check the URL, or "
-                                f"set {SIZE_VARIABLE} to a larger cache",
-                                kind="checksum",
+                                f"{where}: larger than {limit:,} bytes, the limit {what}; {fix}", kind="checksum"
                             )
                         if size is not None and n > size:
                             raise _MismatchError(f"received more than the expected {size:,} bytes")
@@ -347,7 +351,7 @@ class Remote:
             except Exception as error:  # every protocol raises its own types
                 if isinstance(error, FileNotFoundError) and _is_absent(error):
                     raise ShardError(
-                        f"{where}: no such file; check the URL, and that the set is complete", kind="vanished"
+                        f"{where}: no such file; check the URL, and that the files there are complete", kind="vanished"
                     ) from error
                 pause = min(30.0, self.retry.backoff * 2 ** (number - 1))
                 late = time.monotonic() + pause >= deadline
@@ -358,7 +362,7 @@ class Remote:
 
     def _given_up(self, where: str, error: Exception, attempts: int) -> ShardError:
         if isinstance(error, _MismatchError):
-            fix = "the remote copy is damaged or was changed: upload the files again"
+            fix = "the remote copy is damaged or was changed: upload it again, or report it to its owner"
             return ShardError(f"{where}: {error} (attempts: {attempts}); {fix}", kind="checksum")
         if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
             fix = "provide the credentials that this storage requires"

@@ -207,9 +207,11 @@ def plan_text(
     longest = max((s for _, s in found), default=0.0)
     if any(scale_cost(meta, tile) for meta in metas):
         lines += ["", CHANGE]
+    remote = sum(p.remote for p in plans)
+    duration = _time(max(seconds / max(1, jobs), longest))
     total = (
-        f"{ready} of {len(plans)} sections can be built: about {_size(n_bytes)} in {out}, twice that during the build "
-        f"({_size(_free(out))} are free), about {_time(max(seconds / max(1, jobs), longest))} with {jobs} "
+        f"{ready} of {len(plans)} sections can be built{f', {remote} at a URL are not examined' if remote else ''}: about "
+        f"{_size(n_bytes)} in {out}, twice that during the build ({_size(_free(out))} are free), about {duration} with {jobs} "
         f"process{'es' if jobs > 1 else ''}"
     )
     basis = (

@@ -72,7 +72,8 @@ def read_study(path: Path) -> list[StudyRow]:
         The file cannot be read, a column is unknown, or a value is out of range; the message names the row and the column.
     """
     if not path.is_file():
-        raise SourceError(f"{path}: no such file; check the path of the table")
+        what = "a folder, not a table" if path.is_dir() else "no such file"
+        raise SourceError(f"{path}: {what}; correct the path of the table")
     refuse_not_data(path)
     with path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
@@ -110,7 +111,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             yield reader.line_num, dict(zip(names, (v.strip() for v in values), strict=False))
     except csv.Error as error:
-        raise SourceError(f"{path}, line {reader.line_num}: {error}; correct the quotes in this line") from error
+        raise SourceError(
+            f"{path}, line {reader.line_num}: {error}; correct the quotes in this line or before it"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 

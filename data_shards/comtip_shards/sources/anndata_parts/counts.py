@@ -59,7 +59,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     # An empty X is only a placeholder, so fractional values elsewhere are those to report or to round.
     filled = next((k for k in found if expression(store, k).count_nonzero()), None)
     if filled is None:
-        what = "every value of " + ", ".join(found) + " is 0" if found else "neither layers['counts'] nor X exists"
+        what = f"every value of {' and '.join(found)} is 0" if found else "layers['counts'], X and raw.X are missing"
         raise SourceError(f"{path}: {what}; {hint or 'add raw counts to the file'}")
     return _rounded(store, filled, expression(store, filled), path, options, [], hint)
 
@@ -77,7 +77,9 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
         try:
             value.check_format(full_check=True)
         except (ValueError, TypeError, IndexError) as error:
-            raise SourceError(f"{store.path}: {key} is damaged ({error}); copy the file again") from error
+            raise SourceError(
+                f"{store.path}: {key} is damaged ({error}); copy the file again, or write it again with anndata"
+            ) from error
     return sparse.csr_matrix(value)
 
 

@@ -69,8 +69,8 @@ def libraries_of(store: Store) -> dict[str, Library]:
             if _interleaved(store, column, values):
                 raise SourceError(
                     f"{store.path}: obs['{column}'] names {len(values)} libraries ({', '.join(values[:3])}) whose spots lie on "
-                    f"top of each other, but uns['spatial'] has only {key!r}; rename it to one of them and select it with "
-                    "`samples`, or write one file per section"
+                    f"top of each other, but uns['spatial'] has only {key!r}; rename it to one of them and read this section "
+                    "alone, or write one file per section"
                 )
             column = ""
         if not column:

@@ -48,13 +48,13 @@ def library_picture(library: Any, where: str) -> Picture:
     Raises
     ------
     SourceError
-        The entry has no image, or no valid scale factor for it; the message starts with ``where``.
+        The entry has no image, or no valid scale factor for it; the message starts with ``where``, the file and the entry.
     """
     stored = library.get("images", {})
     images = stored if hasattr(stored, "keys") else {}
     name = next((n for n in PICTURES if n in images), None)
     if name is None:
-        raise SourceError(f"{where}: an entry of uns['spatial'] has no image (hires or lowres); set `image`")
+        raise SourceError(f"{where}: no image ({', '.join(PICTURES)}); set `image`")
     scale = scale_factor(library, f"tissue_{name}_scalef", where)
     if scale is None and name == "fullres":
         scale = 1.0

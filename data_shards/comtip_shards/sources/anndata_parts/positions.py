@@ -39,7 +39,11 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     """
     keys, stated = store.keys("obsm"), options.positions
     if stated and stated not in keys:
-        fix = f"set `positions` to one of {', '.join(keys)}" if keys else "store x and y in image px there"
+        fix = (
+            f"set `positions` to the key with spot centres (obsm has {', '.join(keys)})"
+            if keys
+            else "store x and y in image px there"
+        )
         raise SourceError(f"{store.path}: no obsm[{stated!r}]; {fix}")
     key = stated or next((k for k in KEYS if k in keys), None)
     if key is not None:
@@ -58,7 +62,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
             return centres(obs[list(pair)], store.path, f"obs columns {pair[0]} and {pair[1]}")
     raise SourceError(
         f"{store.path}: no obsm['spatial']; store spot centres there, x and y in image px"
-        + (f", or set `positions` to one of {', '.join(keys)}" if keys else "")
+        + (f", or set `positions` to the key that has them (obsm has {', '.join(keys)})" if keys else "")
     )
 
 

@@ -16,7 +16,7 @@ from anndata.io import read_elem
 from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
 from comtip_shards.sources.files.hdf5 import open_hdf5
-from comtip_shards.sources.files.opening import reading
+from comtip_shards.sources.files.opening import fix_of, reading
 from comtip_shards.sources.files.packaging import find, unpacked
 from comtip_shards.sources.files.zarr_metadata import check_store, head_text
 
@@ -221,11 +221,12 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
         return
     shapes = {n: group[n].shape for n in names}
     pointer = shapes["indptr"]
-    stored = int(group["indptr"][-1]) if pointer and len(pointer) == 1 and pointer[0] else -1
+    stored = int(group["indptr"][-1]) if pointer and len(pointer) == 1 and pointer[0] else None
     if not shapes["data"] == shapes["indices"] == (stored,):
+        ends = f"of shape {pointer}" if stored is None else f"that ends at {stored}"
         raise SourceError(
-            f"{path}: {key} has data of shape {shapes['data']} and indices of shape {shapes['indices']}, but indptr ends at "
-            f"{stored}; copy or download the file again"
+            f"{path}: {key} has data of shape {shapes['data']}, indices of shape {shapes['indices']} and an indptr {ends}, which "
+            "do not match; copy or download the file again"
         )
 
 
@@ -233,19 +234,23 @@ def _read_part(root: Any, key: str, path: Path) -> Any:
     _check_columns(root, key, path)
     _check_sparse(root, key, path)
     try:
+        if key not in root:
+            raise SourceError(f"{path}: no {key}; write the file again with anndata")
         return read_elem(root[key])
+    except SourceError:
+        raise
     except Exception as error:  # anndata raises many kinds of errors
         plugin = _missing_plugin(root, key)
-        if plugin and _has_plugins():
+        installed = bool(plugin) and _has_plugins()
+        if installed and not _missing_plugin(root, key):
             return read_elem(root[key])
         if plugin:
+            fix = "" if installed else "pip install hdf5plugin, or "
             raise SourceError(
-                f"{path}: {key} is compressed with {plugin}, which needs an HDF5 plugin; pip install hdf5plugin, or write the "
-                "file with compression='gzip'"
+                f"{path}: {key} is compressed with {plugin}, which needs an HDF5 plugin; {fix}write the file with "
+                "compression='gzip'"
             ) from error
-        raise SourceError(
-            f"{path}: {key} cannot be read ({type(error).__name__}: {error}); copy or download the file again"
-        ) from error
+        raise SourceError(f"{path}: {key} cannot be read ({type(error).__name__}: {error}); {fix_of(error)}") from error
 
 
 def _has_plugins() -> bool:
@@ -298,5 +303,5 @@ def _open_zarr(path: Path) -> Any:
         return zarr.open_group(str(path), mode="r")
     except Exception as error:  # zarr raises many kinds of errors
         raise SourceError(
-            f"{path}: cannot be read as zarr ({type(error).__name__}: {error}); copy or download it again"
+            f"{path}: cannot be read as zarr ({type(error).__name__}: {error}); {fix_of(error)}"
         ) from error

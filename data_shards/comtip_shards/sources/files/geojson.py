@@ -47,9 +47,13 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 more = file.read(_CHUNK)
                 if not more or len(text) - at > _LONGEST:
-                    raise SourceError(
-                        f"{path}: truncated or damaged after {text[at : at + 40]!r}; download or export it again"
-                    ) from error
+                    rest = text[at : at + 40]
+                    what = (
+                        f"truncated or damaged in the feature that begins with {rest!r}"
+                        if rest.strip()
+                        else "truncated, because its list of features has no end"
+                    )
+                    raise SourceError(f"{path}: {what}; download or export it again") from error
                 text, at = text[at:] + more, 0
                 continue
             parts = (

@@ -15,11 +15,14 @@ import h5py
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 from comtip_shards.sources.files.hdf5_probe import probe_hdf5
+from comtip_shards.sources.files.opening import fix_of
 
 MAX_UNPACKED, MAX_RATIO = 2**30, 1100
 """Size in bytes above which a dataset is checked, and its maximum compression ratio. Deflate compresses zeros by 1,032."""
 MAX_OBJECTS, MAX_DEPTH = 1_000_000, 64
 """Maximum number of groups and datasets, and maximum nesting: the objects of a file of a few MB can exceed memory."""
+COPY = "an .h5ad with anndata.read_h5ad and write_h5ad, another file by copying each dataset with h5py"
+"""How to write a file without references to other files, for messages."""
 
 
 def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
@@ -46,20 +49,21 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
         a soft or external link, external storage or a virtual dataset. Files that it refers to are never opened.
     """
     if path.exists() and not path.is_file():
-        raise SourceError(f"{path}: not {what}, but a folder, a pipe or a device; {fix}")
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise SourceError(f"{path}: {kind}, not {what}; give the file itself")
     try:
         if h5py.is_hdf5(path):
             probe_hdf5(path)
         file = h5py.File(path, "r")
     except OSError as error:
-        raise SourceError(f"{path}: not {what} that can be read ({error}); {fix}") from error
+        raise SourceError(f"{path}: not {what} that can be read ({error}); {fix_of(error, fix)}") from error
     try:
         _check(file, path)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         file.close()
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{path}: not {what} that can be read ({error}); {fix}") from error
+        raise SourceError(f"{path}: not {what} that can be read ({error}); {fix_of(error, fix)}") from error
     return file
 
 
@@ -75,9 +79,10 @@ def _check(file: h5py.File, path: Path) -> None:
             seen.add(address)
             inner = f"{location}/{name}"
             if len(seen) > MAX_OBJECTS or inner.count("/") > MAX_DEPTH:
+                limit = f"{MAX_OBJECTS:,} objects" if len(seen) > MAX_OBJECTS else f"{MAX_DEPTH} levels of groups"
                 raise SourceError(
-                    f"{path}: more than {MAX_OBJECTS:,} objects or {MAX_DEPTH} levels of groups, exceeded at {shown(inner)}; "
-                    "write the file again without the groups that are not needed"
+                    f"{path}: more than {limit}, exceeded at {shown(inner)}; write the file again without the groups that are "
+                    "not needed"
                 )
             if isinstance(child, h5py.Group):
                 left.append((inner, child))
@@ -96,7 +101,7 @@ def _children(
             )
             raise SourceError(
                 f"{path}: {shown(f'{location}/{name}')} is {kind}, and links are not followed; write the file again with the data in place "
-                "of the link (with anndata.read_h5ad and write_h5ad; h5repack keeps links)"
+                f"of the link ({COPY}; h5repack keeps links)"
             )
         yield name, group[name]
 
@@ -106,13 +111,12 @@ def _check_dataset(data: h5py.Dataset, location: str, path: Path) -> None:
     if size > MAX_UNPACKED and size > MAX_RATIO * stored:
         raise SourceError(
             f"{path}: {shown(location)} claims {size / 2**30:.1f} GiB in {data.shape}, but only {stored} bytes are in the file; "
-            "copy or download it again"
+            "copy or download it again, or write it again with its values"
         )
     kind = (
         "a virtual dataset" if data.is_virtual else "stored in another file (external storage)" if data.external else ""
     )
     if kind:
         raise SourceError(
-            f"{path}: {shown(location)} is {kind}, and other files are not read; write the file again with the data in it "
-            "(h5repack, or anndata.read_h5ad and write_h5ad)"
+            f"{path}: {shown(location)} is {kind}, and other files are not read; write the file again with the data in it ({COPY})"
         )

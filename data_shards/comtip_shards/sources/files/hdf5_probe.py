@@ -85,7 +85,10 @@ class Hdf5Probe:
                 return f"the HDF5 library never returns at {shown(location)}"
             if -process.returncode in _CRASHES:
                 return f"the HDF5 library crashes at {shown(location)}"
-            reason = f"the helper process was ended (exit code {process.returncode})"
+            code = process.returncode
+            reason = (
+                f"signal {-code} ended the helper process" if code < 0 else f"the helper process ended with code {code}"
+            )
         _log.warning("%s: read without the check for damage that makes the HDF5 library hang: %s", path, reason)
         return ""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data, refuse_not_data
+from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number
 
 MAX_HOLE = 1 << 30
 """Bytes of a file that may not be stored on the disk, before it is hashed; written data have no holes, except by copies of zeros."""
@@ -27,7 +29,20 @@ def reading(path: Path, what: str) -> Iterator[None]:
         if reason is not None:
             raise SourceError(f"{path}: {reason}") from error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"{path}: cannot be read as {what} ({text}); copy or download it again") from error
+        raise SourceError(f"{path}: cannot be read as {what} ({text}); {fix_of(error)}") from error
+
+
+def fix_of(error: Exception, damaged: str = "copy or download it again") -> str:
+    """Return what to do about an error during a read; ``damaged`` is the fix if nothing but the content of the file can be wrong."""
+    if isinstance(error, MemoryError):
+        return "close other programs, or use a machine with more memory"
+    if isinstance(error, UnicodeDecodeError):
+        return "save it as UTF-8 text"
+    if disk_trouble(error) is not None and error_number(error) != errno.EFBIG:  # a file that exists can be read
+        return f"{disk_fix(error)}, then run again"
+    if error_number(error) in (errno.EACCES, errno.EPERM):
+        return "change its permissions, so that you may read it"
+    return damaged
 
 
 def existing(path: Path, what: str) -> Path:
@@ -37,8 +52,9 @@ def existing(path: Path, what: str) -> Path:
     """
     if path.is_dir():
         raise SourceError(f"{path}: a folder, not the {what}; give the file itself")
-    if not path.is_file():
-        raise SourceError(f"{path}: no such file; copy the {what} there, or correct the path")
+    if not path.exists():
+        problem = "a link to a file that does not exist" if path.is_symlink() else "no such file"
+        raise SourceError(f"{path}: {problem}; copy the {what} there, or correct the path")
     return refuse_not_data(path)
 
 

@@ -67,8 +67,10 @@ def regular_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    if path.is_dir():
+        raise SourceError(f"{path}: a folder, not a file; give the file itself")
     if path.exists():
-        raise SourceError(f"{path}: not a regular file (a folder, a pipe or a device); put a copy of the file there")
+        raise SourceError(f"{path}: a pipe or a device, not a file; put a copy of the file there")
     reason = "a link to a file that does not exist" if path.is_symlink() else "no such file"
     raise SourceError(f"{path}: {reason}; copy the file there, or correct the path")
 
@@ -100,12 +102,15 @@ def read_packed(path: Path, limit: int = 1 << 30) -> bytes:
     SourceError
         The content exceeds ``limit`` bytes, or is implausibly larger than the file.
     """
-    if is_gzip(path):
-        limit = min(limit, max(ALWAYS_UNPACKED, MAX_GROWTH * path.stat().st_size))
+    size, packed, most = path.stat().st_size, is_gzip(path), limit
+    if packed:
+        most = min(limit, max(ALWAYS_UNPACKED, MAX_GROWTH * size))
     with open_packed(path) as file:
-        data = b"" if path.stat().st_size > limit else file.read(limit + 1)
-    if len(data) > limit or path.stat().st_size > limit:
-        raise SourceError(f"{path}: more than {limit:,} bytes after decompression; check the file")
+        data = b"" if size > most else file.read(most + 1)
+    if len(data) > most or size > most:
+        after = " after decompression" if packed else ""
+        fix = ", or decompress it (gunzip) if its origin is known" if most < limit else ""
+        raise SourceError(f"{path}: more than {most:,} bytes{after}; check that it is the right file{fix}")
     return data
 
 
@@ -189,7 +194,11 @@ def _copy(source: gzip.GzipFile, file: BinaryIO, path: Path) -> None:
 def _raise_for_disk(error: BaseException) -> None:
     """Raise OSError, with the folder of temporary copies as its file, if the copy failed because of the disk."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise OSError(error.errno, f"{error.strerror} (TMPDIR states the folder)", str(temporary_folder())) from error
+        raise OSError(
+            error.errno,
+            f"{error.strerror} for temporary copies (free space there, or set TMPDIR to another folder)",
+            str(temporary_folder()),
+        ) from error
 
 
 def check_growth(total: int, path: Path) -> None:

@@ -91,8 +91,10 @@ def join(
     Raises
     ------
     SourceError
-        The ids have nothing in common, or fewer than half of the smaller list match.
+        A file has no spots, the ids have nothing in common, or fewer than half of the smaller list match.
     """
+    if not count_ids or not spots.ids:
+        raise SourceError(f"{spots_path if count_ids else counts_path}: no spots; copy or download the file again")
     row_of = {spot: i for i, spot in enumerate(count_ids)}
     both = np.array([s in row_of for s in spots.ids], bool)
     if not both.any():

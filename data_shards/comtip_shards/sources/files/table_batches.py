@@ -68,9 +68,7 @@ def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.n
     gaps = ~np.isfinite(values)
     if gaps.any():
         name = names[int(np.flatnonzero(gaps.any(axis=0))[0])]
-        raise SourceError(
-            f"{path}: {int(gaps.any(axis=1).sum())} rows have no value for {name}; export the table again"
-        )
+        raise SourceError(f"{path}: the column {name} has missing or infinite values; export the table again")
     return values
 
 

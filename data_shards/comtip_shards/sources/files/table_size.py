@@ -33,7 +33,9 @@ def check_table_size(path: Path, limit: int) -> int:
     """
     size = path.stat().st_size
     if size > limit:
-        raise SourceError(f"{path}: {size:,} bytes are too many for this table (at most {limit:,}); check the file")
+        raise SourceError(
+            f"{path}: {size:,} bytes are too many for this table (at most {limit:,}); check that it is the right file"
+        )
     if not is_gzip(path):
         return size
     allowed, total = min(limit, max(ALWAYS_UNPACKED, MAX_GROWTH * size)), 0
@@ -42,10 +44,12 @@ def check_table_size(path: Path, limit: int) -> int:
             while block := file.read(_BLOCK):
                 total += len(block)
                 if total > allowed:
-                    raise SourceError(
-                        f"{path}: {size:,} bytes decompress to more than {allowed:,}, so this may be a decompression bomb; check the "
-                        "file, or decompress it (gunzip) if its origin is known"
+                    fix = (
+                        "the maximum for this table; check that it is the right file"
+                        if allowed == limit
+                        else "so this may be a decompression bomb; check the file, or decompress it (gunzip) if its origin is known"
                     )
+                    raise SourceError(f"{path}: {size:,} bytes decompress to more than {allowed:,}, {fix}")
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: cannot be read as gzip ({error}); copy or download it again") from error
     return total

@@ -46,7 +46,7 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
         # Spreadsheets and HEST write a byte order mark.
         table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     if table.empty:
-        raise SourceError(f"{path}: the table has no rows; copy or download it again")
+        raise SourceError(f"{path}: the table has a header but no rows; add the rows, or copy or download it again")
     return table
 
 
@@ -71,7 +71,11 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
         body = pa_csv.read_csv(path, read_options=options, parse_options=pa_csv.ParseOptions(delimiter=sep))
     # R omits the name of the id column; other programs write a name or an empty field.
     genes = names[1:] if len(names) == body.num_columns else names
-    if body.num_columns - 1 != len(genes) or not genes:
+    if body.num_columns < 2:
+        raise SourceError(
+            f"{path}: only one column if separated by {sep!r}; export the table again with an id column and one column per gene"
+        )
+    if body.num_columns - 1 != len(genes):
         raise SourceError(
             f"{path}: {len(names)} names in the header, but {body.num_columns} columns below it; export the table again"
         )
@@ -147,7 +151,7 @@ def as_counts(
         )
         raise SourceError(
             f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:.12g} (spot {spots[row]}, gene {gene}); "
-            f"raw counts are needed, not normalised ones{f'; {fix}' if fix else ''}"
+            f"raw counts are needed: integers from 0 to 2^31 - 1, not normalised values{f'; {fix}' if fix else ''}"
         )
     out = sparse.csr_matrix(matrix, dtype=np.int32)
     out.eliminate_zeros()

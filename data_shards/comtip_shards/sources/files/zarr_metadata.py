@@ -81,7 +81,7 @@ def check_store(path: Path, what: str = "a Zarr store") -> None:
             file = Path(root, name)
             if file.is_symlink():
                 raise SourceError(
-                    f"{_shown(file)}: is a link, and links in a store are not followed; replace it by a copy of the file"
+                    f"{_shown(file)}: is a link, and links in a store are not followed; replace it by a copy of what it links to"
                 )
             if name in METADATA:
                 _check_file(file, path, what)
@@ -138,7 +138,7 @@ def _check_claim(data: Any, file: Path, store: Path) -> None:
     if size > MAX_RATIO * stored:
         raise SourceError(
             f"{_shown(file)}: claims {size / 2**30:.1f} GiB in {tuple(shape)}, but only {stored} bytes are stored; copy or download "
-            "the store again"
+            "the store again, or write it again with empty chunks (write_empty_chunks=True)"
         )
 
 

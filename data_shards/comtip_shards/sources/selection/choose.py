@@ -37,7 +37,7 @@ def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[st
 def choose(
     items: Sequence[_T],
     where: Mapping[str, Collection[str]],
-    path: Path,
+    path: Path | str,
     facts: Callable[[_T], SectionMeta | CatalogueRow],
 ) -> list[_T]:
     """Return the items that match every key of a filter, in order.
@@ -50,13 +50,14 @@ def choose(
     SourceError
         No item matches a filter; the message lists the available values.
     """
-    kept = list(items)
+    kept, before = list(items), ""
     for key, values in where.items():
         have = [str(getattr(facts(item), key)) for item in kept]
         meets = [any(matches(text, value, have) for value in values) for text in have]
         if not any(meets):
             there = ", ".join(sorted(set(have))[:20]) or "none"
-            raise SourceError(f"{path}: no section has {key} {' or '.join(values)}; choose from: {there}")
+            raise SourceError(f"{path}: no section{before} has {key} {' or '.join(values)}; choose from: {there}")
+        before += f"{' and' if before else ' with'} {key} {' or '.join(values)}"
         kept = [item for item, meet in zip(kept, meets, strict=True) if meet]
     return kept
 

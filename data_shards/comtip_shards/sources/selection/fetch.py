@@ -132,7 +132,7 @@ def fetch_source(
     listing = _Listing(remote)
     layout, why = _recognise(listing, url, fmt, only)
     if progress:
-        tqdm.write(f"read as {layout.fmt}: {why}")
+        tqdm.write(f"{url}: read as {layout.fmt} ({why})")
     root = remote.cache / "trees" / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / _tail(remote.url)
     tables = {n: s for pattern in layout.tables for n, s in listing.match(pattern).items()}
     _fetch(remote, tables, root, None)
@@ -142,7 +142,7 @@ def fetch_source(
         needed[only] = listing.match(only).get(only)
     wanted = sum(s or 0 for s in needed.values())
     _check_disk(remote.cache, wanted, url)
-    with tqdm(total=wanted, desc="fetching", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(total=wanted, desc="downloading", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         n_bytes = _fetch(remote, needed, root, bar)
     return Fetched(
         root / only if only else root,
@@ -199,7 +199,7 @@ def _choose(
         return None
     stems = layout.names(root, listing.match(only or layout.marks[0]))
     stem_of = {layout.section(stem): stem for stem in stems}
-    ids = pick(samples, list(stem_of), Path(url))
+    ids = pick(samples, list(stem_of), url)
     rows = {row.section_id: row for row in layout.rows(root)} if layout.rows else {}
     if where and not rows:
         raise SourceError(
@@ -207,7 +207,7 @@ def _choose(
         )
     if where:
         known = [rows[i] for i in ids if i in rows]
-        ids = [row.section_id for row in choose(known, where, Path(url), lambda row: row)]
+        ids = [row.section_id for row in choose(known, where, url, lambda row: row)]
     return [stem_of[i] for i in ids]
 
 
@@ -232,8 +232,8 @@ def _check_disk(cache: Path, wanted: int, url: str) -> None:
     have = sum(f.stat().st_size for f in (cache / "trees").rglob("*") if f.is_file()) if wanted > free else 0
     if wanted - have > free:
         raise SourceError(
-            f"{url}: {(wanted - have) / 1e9:.1f} GB more are needed, but only {free / 1e9:.1f} GB are free in {cache}; select fewer sections "
-            "(`samples`, `where`) or another folder (`cache`)"
+            f"{url}: {(wanted - have) / 1e9:.4g} GB more are needed, but only {free / 1e9:.4g} GB are free in {cache}; free space there, "
+            "select fewer sections (`samples`, `where`), or set another folder (`cache`)"
         )
 
 

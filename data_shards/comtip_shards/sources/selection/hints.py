@@ -27,13 +27,16 @@ _SUFFIXES = {
 _PARTS = (
     (
         "feature_bc_matrix",
-        "a count matrix without positions; add spatial/ (tissue_positions.csv, scalefactors_json.json)",
+        "a count matrix without positions; put spatial/ (tissue_positions.csv, scalefactors_json.json) next to it, and give the folder",
     ),
     (
         "cell_feature_matrix",
-        "a count matrix without positions; add experiment.xenium and transcripts.parquet or cells.parquet",
+        "a count matrix without positions; put experiment.xenium and transcripts or cells (.parquet) next to it, and give the folder",
     ),
-    ("matrix.mtx", "a count matrix without positions; add spatial/ (tissue_positions.csv, scalefactors_json.json)"),
+    (
+        "matrix.mtx",
+        "a count matrix without positions; put spatial/ (tissue_positions.csv, scalefactors_json.json) next to it, and give the folder",
+    ),
 )
 
 
@@ -77,8 +80,8 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     if runs:
         listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
         return (
-            f"the folder is not a source, but contains sources: {listed}; give one of them, or a table of them "
-            "(csv with a column path, one row per source)"
+            f"the folder is not a source, but contains sources: {listed}; give one of them or, to build one set from several, a table of "
+            "them (csv with a column path, one row per source)"
         )
     files = [p for p in entries if p.is_file()]
     for file in files:

@@ -95,8 +95,9 @@ def _fit(moving_N2: np.ndarray, fixed_N2: np.ndarray, pixel_size: float, path: P
     centred = design - [*moving_N2.mean(axis=0), 0] if len(design) else design
     spread = np.linalg.svd(centred[:, :2], compute_uv=False) if len(design) >= 3 else np.zeros(2)
     if len(design) < 3 or spread[1] < 0.01 * spread[0]:
+        problem = "too few" if len(design) < 3 else "which are on one line"
         raise SourceError(
-            f"{path}: {len(design)} keypoints, too few or collinear; select at least three that are not on one line, better ten"
+            f"{path}: {len(design)} keypoints, {problem}; select at least three that are not on one line, better ten"
         )
     fit, *_ = np.linalg.lstsq(design, fixed_N2, rcond=None)
     error = np.linalg.norm(design @ fit - fixed_N2, axis=1) * pixel_size
@@ -104,7 +105,7 @@ def _fit(moving_N2: np.ndarray, fixed_N2: np.ndarray, pixel_size: float, path: P
     if rms > MAX_RESIDUAL_UM:
         worst = int(error.argmax())
         raise SourceError(
-            f"{path}: the keypoint fit has a root mean square error of {rms:.1f} um (maximum {MAX_RESIDUAL_UM:g}); the "
+            f"{path}: the keypoint fit has a root mean square error of {rms:.4g} um (maximum {MAX_RESIDUAL_UM:g}); the "
             f"largest is {error[worst]:.1f} um at keypoint {worst + 1}; select it again in Xenium Explorer or remove it"
         )
     note = f"alignment: {len(design)} keypoints, root mean square error {rms:.2f} um, maximum {error.max():.2f} um"
@@ -129,7 +130,7 @@ def _checked(matrix: np.ndarray, path: Path) -> np.ndarray:
     large, small = np.linalg.svd(matrix[:2, :2], compute_uv=False)
     if not 1e-2 < small <= large < 1e2 or large > MAX_STRETCH * small:
         raise SourceError(
-            f"{path}: the scales of the two axes are {large:.3g} and {small:.3g}; both images show the same slide, so "
-            "the matrix is wrong; export it again from Xenium Explorer"
+            f"{path}: the scales of the two axes are {large:.4g} and {small:.4g}, expected 0.01 to 100 and a ratio of at most "
+            f"{MAX_STRETCH:g}, because both images show the same slide; export it again from Xenium Explorer"
         )
     return matrix

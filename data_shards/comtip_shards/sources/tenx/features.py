@@ -88,7 +88,8 @@ def for_species(features: Features, stated: str | None, where: Path) -> tuple[Fe
     species = [_row_species(genome, i) for genome, i, _ in split]
     genes = set(features.genes().tolist())
     seen = Counter(species[i] for i in genes if species[i])
-    chosen = species_name(stated) if stated else _detected(seen, len(genes), features, where)
+    unclear = [features.ids[i] for i in sorted(genes) if not species[i]]
+    chosen = species_name(stated) if stated else _detected(seen, unclear, where)
     others = {name: n for name, n in seen.items() if name != chosen}
     if others and not seen.get(chosen) and sum(others.values()) > 0.5 * len(genes):
         name = max(others, key=lambda k: others[k])
@@ -109,12 +110,12 @@ def species_of(ids: Sequence[str], where: Path) -> str:
     return for_species(Features(list(ids), [""] * len(ids), [GENE_KIND] * len(ids)), "", where)[1]
 
 
-def _detected(seen: Mapping[str, int], n_genes: int, features: Features, where: Path) -> str:
+def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> str:
+    """Return the species of most genes; ``unclear`` are the ids that state none."""
     total = sum(seen.values())
-    if not total or total <= 0.5 * n_genes:
-        raise SourceError(
-            f"{where}: species not detected, because gene ids such as {', '.join(features.ids[:3])} are not Ensembl ids; set `species`"
-        )
+    if total <= len(unclear):
+        why = f"gene ids such as {', '.join(unclear[:3])} are not Ensembl ids" if unclear else "there are no genes"
+        raise SourceError(f"{where}: species not detected, because {why}; set `species`")
     first = max(seen, key=lambda k: seen[k])
     if seen[first] < (1 - MIXED_SHARE) * total:
         found = " and ".join(f"{n} of {name}" for name, n in sorted(seen.items()))

@@ -140,6 +140,8 @@ def pool_cells(
         pooler.add_counts(squares, matrix[known])
         lost += len(barcodes) - len(known)
         lost_counts += int(matrix.sum(dtype=np.int64)) - int(matrix[known].sum(dtype=np.int64))
+    if not pooler.total_units + lost:
+        raise SourceError(f"{counts.path}: no cells; copy the matrix from the run again")
     if pooler.total_units < max(1, lost):
         raise SourceError(
             f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells {located}; "

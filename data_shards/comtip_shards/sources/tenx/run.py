@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -46,10 +47,9 @@ _MEX = {"features": r"(?:features|genes)\.tsv", "barcodes": r"barcodes\.tsv"}
 def only(found: Sequence[Path], what: str) -> Path | None:
     """Return the only match, or None if there is none; raises SourceError, with ``what`` as its name, if there are several."""
     if len(found) > 1:
-        raise SourceError(
-            f"{found[0].parent}: more than one {what}: {', '.join(p.name for p in found[:4])}; keep one, or use "
-            "one folder per section"
-        )
+        folder = Path(os.path.commonpath([p.parent for p in found]))
+        names = ", ".join(str(p.relative_to(folder)) for p in found[:4])
+        raise SourceError(f"{folder}: more than one {what}: {names}; keep one, or use one folder per section")
     return found[0] if found else None
 
 
@@ -227,13 +227,13 @@ def _picture(
     existing(picture, f"{which} image")
     if not factors:
         raise SourceError(
-            f"{root}: scalefactors_json.json: no such file, so {picture.name} has no scale; copy it from the run, or set "
+            f"{root}: scalefactors_json.json is missing or empty, so {picture.name} has no scale; copy it from the run, or set "
             "`image` to the microscope image"
         )
     if not factors.get(key, 0) > 0:
         raise SourceError(
-            f"{root}: {key} is missing in scalefactors_json.json, so {picture.name} has no scale; set `image` to the "
-            "microscope image"
+            f"{root}: {key} in scalefactors_json.json is missing or not a positive number, so {picture.name} has no scale; set "
+            "`image` to the microscope image"
         )
     scale = factors[key]
     return picture, scale, [f"tiles from {picture.name}, scale {scale:.4f} of full resolution (`image={which}`)"]

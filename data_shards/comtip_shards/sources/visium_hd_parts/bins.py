@@ -98,7 +98,8 @@ def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options:
     counts = find_matrix(folder, "filtered_feature_bc_matrix") or find_matrix(folder, "raw_feature_bc_matrix")
     if counts is None:
         raise SourceError(
-            f"{folder}: neither filtered_feature_bc_matrix.h5 nor a folder of that name exists; copy it from the run"
+            f"{folder}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one from the "
+            "run"
         )
     table, factors_file = find_table(folder), find_factors(folder / "spatial")
     if table is None:
@@ -161,7 +162,7 @@ def _bin_width(bins: Mapping[float, Path], pool_um: float, wanted: float | None,
             return width
     width = wanted or min(bins)
     raise SourceError(
-        f"`pool_um` {pool_um:g} is not a multiple of the bin width ({wanted or have} um); use e.g. "
+        f"`pool_um` {pool_um:g} is not a multiple of a bin width ({have if wanted is None else f'{wanted:g}'} um); use e.g. "
         f"{max(1, round(pool_um / width)) * width:g}"
     )
 
@@ -254,7 +255,7 @@ def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path:
     if not 0.95 < step * mpp / width < 1.05:
         raise SourceError(
             f"{path}: bins of {width:g} um have a pitch of {step:.3f} px, which gives {width / max(step, 1e-9):.4f} um per px, but "
-            f"{mpp:g} um per px is stated; use positions and scale factors of the same run"
+            f"the scale is {mpp:g}; use positions and scale factors of the same run, or correct `mpp` if it is set"
         )
     index = square_N2[:, 1] * grid.blocks() + square_N2[:, 0]
     own = grid.sums[index, 1:] / grid.sums[index, :1]

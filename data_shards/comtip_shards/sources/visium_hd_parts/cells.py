@@ -58,7 +58,7 @@ def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options
     if counts is None:
         raise SourceError(
             f"{folder}: no filtered_feature_cell_matrix.h5 (written by Space Ranger 4 with cell segmentation); copy it from the "
-            "run, or set `pool_from` to bins"
+            f"run{', or set `pool_from` to bins' if bins else ''}"
         )
     polygons = next((p for n in CELLS if (p := folder / n).is_file()), folder / CELLS[0])
     existing(polygons, "cell polygons")

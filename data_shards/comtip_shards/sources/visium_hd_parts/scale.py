@@ -20,14 +20,17 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
     SourceError
         There is no scale, or it contradicts the stated one or the width of the bins; the message names ``path``.
     """
-    mpp = factors.get("microns_per_pixel", stated)
-    if mpp is None or not mpp > 0:
-        raise SourceError(f"{path}: no microns_per_pixel; set `mpp`, the um per px of the full-resolution image")
+    own = factors.get("microns_per_pixel", 0.0)
+    mpp = own if own > 0 else stated
+    if mpp is None:
+        raise SourceError(
+            f"{path}: microns_per_pixel is missing or not a positive number; set `mpp`, the um per px of the full-resolution image"
+        )
     width, diameter = factors.get("bin_size_um"), factors.get("spot_diameter_fullres")
     if width and diameter and not 0.95 < diameter * mpp / width < 1.05:
         raise SourceError(
             f"{path}: bins of {width:g} um are {diameter:.3f} px wide, which gives {width / diameter:.4f} um per px instead of "
-            f"{mpp:g}; copy the file from the run again"
+            f"{mpp:g}; {'copy the file from the run again' if own > 0 else 'correct `mpp`'}"
         )
     if stated is not None and not 0.95 < stated / mpp < 1.05:
         raise SourceError(f"{path}: states {mpp:g} um per full-resolution px, but `mpp` is {stated:g}; omit `mpp`")
@@ -63,8 +66,11 @@ def scale_or_pitch(
             f"{table}: bins of {width:g} um with this pitch have {mpp:.4f} um per full-resolution px, but `mpp` is {stated:g}; "
             "omit `mpp`"
         )
-    note = f"no {FACTORS}; scale: {mpp:.4f} um per full-resolution px, from the pitch of bins of {width:g} um"
-    return stated or mpp, [note]
+    if stated is not None:
+        return stated, [
+            f"no {FACTORS}; scale: {stated:g} um per full-resolution px, as stated; the pitch of bins gives {mpp:.4f}"
+        ]
+    return mpp, [f"no {FACTORS}; scale: {mpp:.4f} um per full-resolution px, from the pitch of bins of {width:g} um"]
 
 
 def _pitch_px(table: Path) -> float:
@@ -77,4 +83,7 @@ def _pitch_px(table: Path) -> float:
         gram, moment, n = gram + design.T @ design, moment + design.T @ xy, n + len(rc)
     if n < 3 or np.linalg.matrix_rank(gram) < 3:
         raise SourceError(f"{table}: too few bins to estimate the scale; copy {FACTORS} from the run")
-    return float(np.sqrt(abs(np.linalg.det(np.linalg.solve(gram, moment)[:2]))))
+    pitch = float(np.sqrt(abs(np.linalg.det(np.linalg.solve(gram, moment)[:2]))))
+    if not pitch > 0:
+        raise SourceError(f"{table}: the bins are on one line of the image; copy the table from the run again")
+    return pitch
