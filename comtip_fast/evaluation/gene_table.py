@@ -183,6 +183,7 @@ def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[l
     found = [key for key in first if key in measured]
     if not found:
         raise ValueError(
-            f"{where}: the section measured none of the {len(genes)} genes; give genes that it measured, or other sections"
+            f"{where}: the section measured none of the {len(genes)} genes; give genes that it measured, or other "
+            "sections with `sections`"
         )
     return found, [gene for key, gene in first.items() if key not in measured]
