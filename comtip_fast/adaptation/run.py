@@ -50,7 +50,9 @@ class Adaptation:
     """Result of :func:`adapt`."""
 
     table: pd.DataFrame
-    """One row per split, normalisation and method: scores on the test spots."""
+    """One row per split, normalisation and method: ``split`` (from 0), ``normalisation`` (``cp10k`` or ``raw``), ``method`` (a key
+    of :data:`LABELS`), ``fit_spots``, ``test_spots``, and the fields of :class:`comtip_fast.evaluation.metrics.Score` on the test
+    spots."""
     facts: dict[str, Any]
     """The content of ``adaptation.json``."""
     predictor: Predictor

@@ -77,7 +77,10 @@ class ScoringInputs:
 
 
 def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringInputs) -> pd.DataFrame:
-    """Return the scores of each gene of a section; p-values are adjusted over its genes."""
+    """Return one row per gene of a section, with :data:`COLUMNS` and ``pcc_`` and the name of each trained method.
+
+    p-values are adjusted over the genes of the section.
+    """
     keys, measured, predicted = v.genes.keys, v.measured["cp10k"], v.predicted["cp10k"]
     facts = {g.key: g for g in shards.genes}
     pcc = pcc_per_gene(measured, predicted)

@@ -42,9 +42,10 @@ class HestScores:
     """Scores of all encoders, tasks, folds and variants."""
 
     folds: pd.DataFrame
-    """One row per encoder, task, fold and variant."""
+    """One row per ``encoder``, ``task``, ``fold`` and ``variant``: ``pcc`` (mean over genes), ``n_undefined`` (correlations),
+    ``alpha`` and ``n_components``."""
     genes: pd.DataFrame
-    """One row per encoder, task, fold, variant and gene."""
+    """One row per ``encoder``, ``task``, ``fold``, ``variant`` and ``gene``: ``pcc``, NaN where undefined."""
     encoders: dict[str, dict[str, Any]]
     """Facts about each encoder, and the benchmark's sections that it was trained on."""
 

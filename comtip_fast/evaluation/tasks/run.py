@@ -85,7 +85,9 @@ def _clash(spec: str, label: str, encoders: Sequence[str]) -> str:
         return f"{label} is scored already; leave it out"
     if list(encoders).count(spec) > 1:
         return "is named more than once; name it once"
-    return f"another encoder has the same name {label!r} in the results; rename the folder or file of one of them"
+    if label in (ENCODER, VECTOR, COLOUR):
+        return f"an encoder of the task is called {label!r} too; rename the folder or file"
+    return f"another encoder is called {label!r} too; leave one of them out, and score it in another call"
 
 
 def run_tasks(
