@@ -363,12 +363,12 @@ class Model:
         positions = None if xy is None else np.asarray(xy, np.float64)
         if positions is not None and positions.shape != (len(fitted), 2):
             raise ValueError(
-                f"`xy` of shape {positions.shape}: expected ({len(fitted)}, 2) for {len(fitted)} tiles; pass the centre of every tile"
+                f"xy of shape {positions.shape}: expected ({len(fitted)}, 2) for {len(fitted)} tiles; pass the centre of every tile"
             )
         if positions is not None and not np.isfinite(positions).all():
             lost = int((~np.isfinite(positions)).any(1).sum())
             raise ValueError(
-                f"`xy`: {lost} of {len(fitted)} positions are not finite; leave out these tiles, or correct their positions"
+                f"xy: {lost} of {len(fitted)} positions are not finite; leave out these tiles, or correct their positions"
             )
         found, _, _ = parse_facts({"species": species})
         kind = species_of(self.predictor, found.species or "", "the tiles")

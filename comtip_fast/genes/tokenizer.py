@@ -56,7 +56,7 @@ class GeneTokenizer:
             ``max_tokens`` is below 1.
         """
         if max_tokens < 1:
-            raise ValueError(f"`max_tokens` {max_tokens}: must be at least 1")
+            raise ValueError(f"max_tokens={max_tokens}: must be at least 1")
         symbol_ids = self._ids(gene_text(symbol, "") or "?")
         name_ids = self._ids(" " + gene_text("", name)) if name.strip() else []
         return (symbol_ids + name_ids)[:max_tokens]
