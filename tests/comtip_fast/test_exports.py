@@ -375,7 +375,7 @@ def test_urls_in_a_config_of_a_run_are_not_downloaded(
     assert "give it with --train-shards" in stderr
 
 
-def test_a_run_without_an_export_is_told_to_export_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_error_of_a_run_without_an_export_names_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
     assert "not finished, so it has no export; export a checkpoint, e.g. --checkpoint newest" in capsys.readouterr().err

@@ -207,7 +207,7 @@ def _index(have: list[str], want: Sequence[str], sample: BenchmarkSample, what: 
     return np.array([index[n] for n in want], np.int64)
 
 
-def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype, n_barcodes: int) -> None:
+def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_barcodes: int) -> None:
     """Raise ValueError unless ``img`` holds one square uint8 RGB patch of plausible resolution per barcode."""
     if len(shape) != 4 or shape[0] != n_barcodes or 0 in shape:
         raise ValueError(
