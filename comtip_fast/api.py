@@ -299,9 +299,11 @@ class Model:
         """
         request = self._slide_request(Path(slide), genes, facts, grid or GridOptions(), progress)
         if out is not None:
-            if Path(out).suffix != ".h5ad" or not Path(out).parent.is_dir():
+            if Path(out).suffix != ".h5ad":
+                raise ValueError(f"`out` {out}: the output is an AnnData file; give a name that ends in .h5ad")
+            if not Path(out).parent.is_dir():
                 raise ValueError(
-                    f"`out` {out}: expected a name that ends in .h5ad in an existing folder; create the folder or change the name"
+                    f"`out` {out}: {Path(out).parent} is not an existing folder; create it, or give another path"
                 )
             predict_slide(self.predictor, Path(slide), Path(out), request)
             return ad.read_h5ad(out, backed="r")
@@ -358,16 +360,21 @@ class Model:
         (9, 1)
         """
         fitted = fit_tiles(tiles, mpp, self.tile)
-        if xy is not None and (np.shape(xy) != (len(fitted), 2) or not np.isfinite(xy).all()):
+        positions = None if xy is None else np.asarray(xy, np.float64)
+        if positions is not None and positions.shape != (len(fitted), 2):
             raise ValueError(
-                f"xy of shape {np.shape(xy)}: expected finite values of shape ({len(fitted)}, 2); pass the centre of every tile"
+                f"xy of shape {positions.shape}: expected ({len(fitted)}, 2) for {len(fitted)} tiles; pass the centre of every tile"
+            )
+        if positions is not None and not np.isfinite(positions).all():
+            lost = int((~np.isfinite(positions)).any(1).sum())
+            raise ValueError(
+                f"xy: {lost} of {len(fitted)} positions are not finite; leave out these tiles, or correct their positions"
             )
         found, _, _ = parse_facts({"species": species})
         kind = species_of(self.predictor, found.species or "", "the tiles")
         var, queries = gene_queries(self.predictor, genes, kind)
         if stain is None and self.predictor.normalises_stain:
             stain = stain_stats(fitted)
-        positions = None if xy is None else np.asarray(xy, np.float64)
         out = predict_section(self.predictor, ArrayTiles(fitted), stain, positions, queries)
         obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(fitted))], dtype=object))
         answer = ad.AnnData(X=out["cp10k"], obs=obs, var=var, obsm={} if positions is None else {"spatial": positions})
@@ -384,7 +391,7 @@ class Model:
         if unused:
             has, it = ("has", "it") if len(unused) == 1 else ("have", "them")
             raise SourceError(
-                f"{slide}: {', '.join(unused)} {has} no effect here: a slide has no spots and no counts; leave {it} out"
+                f"{slide}: {', '.join(unused)} {has} no effect here: a slide is its own image, and has no spots and no counts; leave {it} out"
             )
         kind = species_of(self.predictor, options.facts.species or "", f"slide {slide.name}")
         var, queries = gene_queries(self.predictor, genes, kind)

@@ -70,8 +70,11 @@ class Bundle:
     """The model's own run and its ancestors; by default, the ancestors are unknown."""
     vectors: GeneVectors | None = None
     """Gene vectors that the model was trained with (``text.gene_vectors``); None if it was trained without."""
+    initial_weights: str = ""
+    """``vision.pretrained`` of the run, which ``config`` of a loaded export has not, because the export holds all weights."""
 
     def __post_init__(self) -> None:
+        self.initial_weights = self.initial_weights or self.config.vision.pretrained
         if not self.lineage.runs:
             own = LineageRun(
                 name=self.config.name,
@@ -144,7 +147,8 @@ class Bundle:
         )
         if others:
             raise FileExistsError(
-                f"{folder}: contains files that are not part of an export ({', '.join(others[:3])}); give a new folder"
+                f"{folder}: contains files that are not part of an export ({', '.join(others[:3])}); move them elsewhere, or give "
+                "another folder"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as tmp_path:
@@ -152,11 +156,12 @@ class Bundle:
 
     def _write(self, folder: Path) -> None:
         folder.mkdir()
+        vision = replace(self.config.vision, pretrained=self.initial_weights)
         meta = {
             "format": EXPORT_FORMAT,
             "version": EXPORT_VERSION,
             "comtip_fast": __version__,
-            "config": config_to_dict(self.config),
+            "config": config_to_dict(replace(self.config, vision=vision)),
             "sizes": asdict(self.sizes),
             "tile_um": self.tile_um,
             "min_mpp": self.min_mpp,
@@ -208,9 +213,8 @@ class Bundle:
             config, sizes = config_from_dict(meta["config"], str(where)), ModelSizes(**meta["sizes"])
             rest = (meta["sections"], meta["tile_um"], meta["min_mpp"], meta["tokenizer_sha256"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ExportError(
-                f"{where}: a field is missing or has the wrong type ({error}); {export_checks.FIX}"
-            ) from error
+            raise ExportError(f"{where}: {_fault_of(error)}; {export_checks.FIX}") from error
+        initial_weights = config.vision.pretrained
         # The export holds all weights; the files of initial weights may no longer exist.
         config = replace(
             config, vision=replace(config.vision, pretrained=""), train=replace(config.train, start_from="")
@@ -230,7 +234,8 @@ class Bundle:
             folder / export_checks.VECTORS, meta.get("gene_vectors"), lineage.own, sizes.vector_dim
         )
         model = model.to(device).eval()
-        return cls(config, sizes, model, LevelTable(**arrays), genes, *rest, readout, lineage, vectors)
+        levels = LevelTable(**arrays)
+        return cls(config, sizes, model, levels, genes, *rest, readout, lineage, vectors, initial_weights)
 
 
 def _vectors_record(vectors: GeneVectors) -> LineageVectors:
@@ -254,7 +259,9 @@ def lineage_of(source: str | Path) -> Lineage:
     sums = export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
     sizes = meta.get("sizes")
     if not isinstance(sizes, dict) or not isinstance(sizes.get("n_identities"), int):
-        raise ExportError(f"{folder / 'config.json'}: sizes.n_identities is missing; {export_checks.FIX}")
+        raise ExportError(
+            f"{folder / 'config.json'}: sizes.n_identities is missing or not an integer; {export_checks.FIX}"
+        )
     genes = export_checks.read_genes(folder / "genes.tsv", sizes["n_identities"])
     return _read_lineage(folder, meta, genes, sums.get("model.safetensors", ""))
 
@@ -266,9 +273,7 @@ def _read_lineage(folder: Path, meta: dict[str, Any], genes: list[ExportGene], w
         sections = [parse_section(s) for s in meta["sections"]]
         name = str(meta["config"]["name"])
     except (KeyError, TypeError) as error:
-        raise ExportError(
-            f"{where}: a field is missing or has the wrong type ({error}); {export_checks.FIX}"
-        ) from error
+        raise ExportError(f"{where}: {_fault_of(error)}; {export_checks.FIX}") from error
     if meta["version"] >= export_checks.FIRST_WITH_LINEAGE:
         return export_checks.read_lineage(folder / LINEAGE_FILE, meta["sections"], genes, weights)
     own = LineageRun(
@@ -282,16 +287,28 @@ def _read_lineage(folder: Path, meta: dict[str, Any], genes: list[ExportGene], w
     return Lineage(runs=(own,), parents_known=False)
 
 
+def _fault_of(error: Exception) -> str:
+    """Return what is wrong with a field of ``config.json``, from the error that reading it raised."""
+    if isinstance(error, KeyError):
+        return f"the field {error} is missing"
+    return f"a field is missing, unknown or of the wrong type ({error})"
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     """Return the content of ``config.json`` after a check of format and version."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no export (config.json is missing); give a finished run or its export")
     meta = export_checks.read_json(path)
-    if meta.get("format") != EXPORT_FORMAT or meta.get("version") not in READABLE_VERSIONS:
+    if meta.get("format") != EXPORT_FORMAT:
         raise ValueError(
-            f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; comtip-fast {__version__} reads "
-            f"{EXPORT_FORMAT!r} versions {', '.join(map(str, READABLE_VERSIONS))}; load it with the release that wrote it"
+            f"{path}: format {meta.get('format')!r}, expected {EXPORT_FORMAT!r}, so {folder} is no export; give a finished run or "
+            "an export"
+        )
+    if meta.get("version") not in READABLE_VERSIONS:
+        raise ValueError(
+            f"{path}: version {meta.get('version')!r}, but comtip-fast {__version__} reads versions "
+            f"{', '.join(map(str, READABLE_VERSIONS))}; load it with the release that wrote it"
         )
     if meta.get("readout") not in (None, export_checks.READOUT):
         raise ExportError(

@@ -19,11 +19,14 @@ from comtip_shards.format.manifest import ManifestSection
 from comtip_shards.sections.duplicates import duplicate_pairs
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
+from comtip_fast._version import __version__
+
 FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
 FORMAT, VERSION = "comtip-lineage", 1
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = "copy the file again, or write the export again with `comtip export`"
+_FIX_OF_RUN = "copy it again, or delete it: the parents are then read from the export that train.start_from names"
 LEARNING = ("train", "val")
 """Splits that influence the weights: val selects the step."""
 USE_ORDER = ("train", "val", "test", "")
@@ -234,25 +237,29 @@ class Lineage:
         ValueError
             The file is too large, has another format or version, or a field is missing, unknown or out of bounds.
         """
+        fix = _FIX if (path.parent / "config.json").is_file() else _FIX_OF_RUN  # a run folder has a config.yaml
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise ValueError(f"{path}: larger than the limit of {MAX_BYTES >> 20} MiB; {_FIX}")
+            raise ValueError(f"{path}: larger than the limit of {MAX_BYTES >> 20} MiB; {fix}")
         try:
             found = json.loads(raw)
-            version = (found.get("format"), found.get("version"))
-            if version != (FORMAT, VERSION):
-                raise ValueError(
-                    f"{path}: format {version[0]!r} version {version[1]!r}, expected {FORMAT!r} version {VERSION}; "
-                    "read it with the release that wrote it"
-                )
+        except (RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid JSON ({error}); {fix}") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            what = f"format {found.get('format')!r}" if isinstance(found, dict) else f"a JSON {type(found).__name__}"
+            raise ValueError(f"{path}: {what}, expected format {FORMAT!r}; {fix}")
+        if found.get("version") != VERSION:
+            raise ValueError(
+                f"{path}: version {found.get('version')!r}, but comtip-fast {__version__} reads version {VERSION}; read it with the "
+                "release that wrote it"
+            )
+        try:
             return _LINEAGE.validate_json(json.dumps(found.get("lineage")))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path}: {where or 'lineage'}: {first['msg']}; {_FIX}") from error
-        except (AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a valid lineage ({error}); {_FIX}") from error
+            raise ValueError(f"{path}: {where or 'lineage'}: {first['msg']}; {fix}") from error
 
 
 _LINEAGE = TypeAdapter(Lineage)

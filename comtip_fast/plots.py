@@ -16,6 +16,7 @@ import anndata as ad
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from comtip_shards.sources.anndata_parts.picture import library_names
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
@@ -381,13 +382,17 @@ def _layers(adata: ad.AnnData, genes: Sequence[str]) -> tuple[np.ndarray, np.nda
 
 def _picture(adata: ad.AnnData) -> tuple[np.ndarray, float, float, float]:
     """Return the image, its px per px of the positions, the spot diameter in px of the positions, and um per image px."""
-    libraries = adata.uns.get("spatial", {})
-    if "spatial" not in adata.obsm or not libraries:
+    if "spatial" not in adata.obsm:
+        raise ValueError("the AnnData has no positions (obsm['spatial']); pass the result for a section with positions")
+    spatial = adata.uns.get("spatial", {})
+    library = next((spatial[name] for name in library_names(spatial)), {})
+    image, factors = library.get("images", {}).get("hires"), library.get("scalefactors", {})
+    lacking = [name for name in ("tissue_hires_scalef", "spot_diameter_fullres") if name not in factors]
+    if image is None or lacking:
+        what = "no hires image" if image is None else f"no scale factor {lacking[0]}"
         raise ValueError(
-            "the AnnData has no positions or no image (obsm['spatial'], uns['spatial']); pass the result for a section with both"
+            f"the AnnData has {what} in uns['spatial']; pass the result for a section with a hires image and its scale"
         )
-    library = next(iter(libraries.values()))
-    image, factors = library["images"]["hires"], library["scalefactors"]
     per_px = float(factors["tissue_hires_scalef"])
     mpp = float(factors.get("microns_per_pixel", 1.0)) / per_px
     pixels = np.asarray(image)[..., :3]

@@ -52,11 +52,16 @@ def split_blocks(
         There are too few spots to fit on or to test on.
     """
     xy = np.asarray(xy_um, np.float64)
+    if len(xy) < MIN_SPOTS:
+        raise ValueError(
+            f"section {section}: {len(xy)} spots, but adaptation needs at least {MIN_SPOTS}, {MIN_FIT} to fit on and {MIN_TEST} to "
+            "test on; give a larger section"
+        )
     n_fit = max(1, round(fraction * len(xy)))
     if n_fit < MIN_FIT:
         raise ValueError(
-            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; "
-            + ("give a larger `fraction`" if len(xy) >= MIN_SPOTS else f"give a section of at least {MIN_SPOTS} spots")
+            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; give a larger "
+            "`fraction`"
         )
     rng = generator(seed, "adapt blocks", section, number)
     chosen = np.zeros(len(xy), bool)
@@ -72,7 +77,8 @@ def split_blocks(
     if test.size < MIN_TEST:
         raise ValueError(
             f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to fit "
-            f"on, but a test needs {MIN_TEST}; give a smaller `fraction` or a larger section"
+            f"on, but a test needs {MIN_TEST}; give "
+            + (f"a `fraction` below {fraction:g} or a larger section" if n_fit > MIN_FIT else "a larger section")
         )
     return BlockSplit(fit, test)
 

@@ -50,7 +50,9 @@ class Adaptation:
     """Result of :func:`adapt`."""
 
     table: pd.DataFrame
-    """One row per split, normalisation and method: scores on the test spots."""
+    """One row per split, normalisation and method: ``split`` (from 0), ``normalisation`` (``cp10k`` or ``raw``), ``method`` (a key
+    of :data:`LABELS`), ``fit_spots``, ``test_spots``, and the fields of :class:`comtip_fast.evaluation.metrics.Score` on the test
+    spots."""
     facts: dict[str, Any]
     """The content of ``adaptation.json``."""
     predictor: Predictor
@@ -98,7 +100,7 @@ def adapt(
 
     The encoder stays frozen. A correction of the linear readout is fitted in closed form, and is used only where it
     predicts spatial folds of the fitted spots better. The adapted and the unadapted model, and ridge regression on the same
-    spots, are compared on test blocks that share no pixel with the fitted blocks.
+    spots, are compared on test spots whose tiles share no pixel with those of the fitted blocks.
 
     Parameters
     ----------
@@ -143,7 +145,7 @@ def adapt(
     ['run, adapted to x1']
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"`fraction` {fraction:g}: give a share of the spots, above 0 and at most 1")
+        raise ValueError(f"`fraction` {fraction}: give a share of the spots, above 0 and at most 1")
     if splits < 1:
         raise ValueError(f"`splits` {splits}: give a number of at least 1")
     if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):

@@ -145,9 +145,10 @@ def _facts(
     facts = options.facts
     missing = [f"`{name}`" for name in ("tissue", "donor") if not getattr(facts, name)]
     if missing:
+        verb, them = ("are", "both") if len(missing) == 2 else ("is", "it")
         raise SourceError(
-            f"section {opened.section_id}: unknown {' and '.join(missing)}; set {'both' if len(missing) == 2 else 'it'}, "
-            "because the adapted model records tissue and donor, and evaluation reports sections of the same donor as seen"
+            f"section {opened.section_id}: {' and '.join(missing)} {verb} not stated; state {them}, because the adapted model records "
+            "tissue and donor, and evaluation reports sections of the same donor as seen"
         )
     return LineageSection(
         section_id=opened.section_id,
@@ -164,13 +165,13 @@ def _facts(
 
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
-    """Return the fingerprint that identifies the section under another id; empty, with a warning, without an image in ``uns``."""
+    """Return the fingerprint that identifies the section under another id; empty, with a warning, without a hires image in ``uns``."""
     spatial = opened.template.uns.get("spatial", {})
     images = [spatial[name].get("images", {}) for name in library_names(spatial)]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:
         log.warning(
-            "section %s: no image in uns['spatial'], so the adapted model identifies it by its id alone; it is not recognised "
+            "section %s: no hires image in uns['spatial'], so the adapted model identifies it by its id alone; it is not recognised "
             "under another id",
             opened.section_id,
         )

@@ -86,9 +86,20 @@ def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet
 
 
 def load_inputs(setting: Setting) -> LoaderInputs:
-    """Compute the training tables and read the encoded training spots."""
+    """Compute the training tables and read the encoded training spots.
+
+    Raises
+    ------
+    ValueError
+        There are fewer training spots than a batch has.
+    """
     config = setting.config
     streamed = training_tables(setting.shards, config)
+    if streamed.spots.size < setting.batch_size:
+        raise ValueError(
+            f"{setting.shards.name}: {streamed.spots.size} training spots, fewer than a batch of {setting.batch_size}; give a smaller "
+            "`batch_size`, or a larger set with `shards`"
+        )
     in_memory = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
     encoded = SpotReader(setting.shards, with_counts=True).fetch(streamed.spots)
     return LoaderInputs(streamed, in_memory, encoded, _bytes_per_spot(setting.shards, encoded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import logging
@@ -25,7 +26,7 @@ COMMANDS = {
     "predict": "predict gene expression of a section or of a slide without spots",
     "embed": "embed a section's tiles in the shared space",
     "convert": "write a section, prediction or embedding as SpatialData or Space Ranger files",
-    "export": "write a checkpoint as safetensors and config.json",
+    "export": "copy the export of a finished run, or write a checkpoint as an export (safetensors and config.json)",
     "genes": "show how a gene identifier is resolved, or compute gene vectors",
     "plan": "estimate memory, traffic and time of a run on given hardware",
     "bench": "measure loaders or training steps on this machine, or score encoders on HEST-Benchmark",
@@ -108,13 +109,17 @@ def _limit_spinning() -> None:
 
 def _disk_error(error: Exception) -> tuple[int, str] | None:
     """Return the exit code and message for an error of the disk, or None for any other error."""
-    from comtip_shards.storage.disk import disk_fix, disk_trouble, unwritable
+    from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number, unwritable
 
     problem = disk_trouble(error)
     if problem is not None:
         return RESTART, f"{problem}; {disk_fix(error)}, then run the same command again"
     problem = unwritable(error)
-    return None if problem is None else (USER_ERROR, f"{problem}; give another path, or make this one writable")
+    if problem is None:
+        return None
+    named = {errno.ENAMETOOLONG: "give a shorter one", errno.ELOOP: "remove the links that form a loop"}
+    fix = named.get(error_number(error) or 0, "give another path, or make this one writable")
+    return USER_ERROR, f"{problem}; {fix}"
 
 
 class _Message(logging.Formatter):

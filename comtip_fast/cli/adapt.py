@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     )
     first = result.table.iloc[0]
     print(
-        f"mean PCC on test blocks, {args.splits} splits (first: {first.fit_spots} spots fitted, {first.test_spots} tested)"
+        f"mean PCC on the test spots of {args.splits} splits (in the first, {first.fit_spots} spots are fitted and {first.test_spots} tested)"
     )
     print(result.summary().to_string(index=False, float_format="{:.3f}".format))
     print(

@@ -13,7 +13,8 @@ from comtip_fast.constants import ENCODER_HELP
 if TYPE_CHECKING:
     from comtip_shards import ShardSet
 
-SOURCE_HELP = "sections to build the shard set from (default data_shards/samples)"
+SAMPLES = Path("data_shards/samples")
+SOURCE_HELP = f"sections to build the shard set from (default {SAMPLES})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +105,7 @@ def _add_hest(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--precision",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="precision of timm models (default auto: bf16 on a GPU); a run uses its own",
+        help="precision of timm models and lite0 (default auto: bf16 on a GPU); a run uses its own",
     )
     add_device(hest)
     hest.set_defaults(act=_hest)
@@ -130,7 +131,13 @@ def _open_set(args: argparse.Namespace, px: int) -> ShardSet:
         out_folder(args)
     if args.shards is not None:
         refuse_unused({"--source": args.source, "--px": args.px}, "the set of --shards is built already")
-    source = Path("data_shards/samples") if args.source is None else args.source
+    if args.px is not None and not 8 <= args.px <= 4096:
+        raise ValueError(f"--px {args.px}: give a width from 8 to 4096 px")
+    source = SAMPLES if args.source is None else args.source
+    if args.shards is None and args.source is None and not source.exists():
+        raise FileNotFoundError(
+            f"{source} does not exist in the current folder; give sections with --source, or --shards"
+        )
     return open_set(args.shards, source, args.work, px if args.px is None else args.px)
 
 

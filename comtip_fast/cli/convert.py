@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from comtip_fast.cli.options import add_out
+from comtip_fast.cli.options import add_out, check_parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +25,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {out}: give NAME.zarr for SpatialData, or the name of a new folder for Space Ranger files"
         )
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"--out {out}: no permission to write to {out.parent}; give another folder")
+    check_parent(out)
     if out.exists():
         raise FileExistsError(f"--out {out}: exists; remove it, or give another name")
     from comtip_shards.errors import SourceError

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder for metrics.json, genes.csv and report.html")
     parser.add_argument(
         "--sections",
-        help="comma-separated section ids (default: those of split test; without such sections, all not used for training)",
+        help="comma-separated section ids (default: those of split test, or all of a set without that split; those that training "
+        "used are left out)",
     )
     parser.add_argument(
         "--genes",

@@ -30,6 +30,10 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"--out {args.out} exists and is not empty; give a new folder")
     if args.checkpoint is None:
         refuse_unused({"--shards": args.shards}, "used with --checkpoint only")
+        if (args.run_dir / "checkpoints").is_dir() and not (args.run_dir / "export").is_dir():
+            raise FileNotFoundError(
+                f"{args.run_dir}: the run is not finished, so it has no export; export a checkpoint, e.g. --checkpoint newest"
+            )
         Predictor.load(args.run_dir).bundle.save(args.out)
     else:
         from comtip_fast.training.export_checkpoint import export_checkpoint

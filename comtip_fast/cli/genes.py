@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         found = [h for h in hits if h.how != "unmapped"]
         if not found:
             unknown += 1
-            print(f"{gene}: unknown; models use the bare symbol")
+            print(f"{gene}: not in the table of {args.species or 'human or mouse'} genes; models use the symbol alone")
         for hit in found:
             tokens = tokenizer.encode(hit.symbol, hit.name, 64)
             names = f"{hit.key}  {hit.ensembl or '-'}  {hit.name or '(no name)'}"

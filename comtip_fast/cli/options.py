@@ -105,7 +105,7 @@ def new_file(option_value: Path, suffix: str, what: str) -> Path:
 
     Raises
     ------
-    ValueError, FileNotFoundError, IsADirectoryError, PermissionError
+    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
         The path cannot be used; the message names the reason.
     """
     path = option_value
@@ -113,11 +113,25 @@ def new_file(option_value: Path, suffix: str, what: str) -> Path:
         raise ValueError(f"--out {path}: the output is {what}; give a name that ends in {suffix}")
     if path.is_dir():
         raise IsADirectoryError(f"--out {path}: is a folder; give the name of a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--out {path}: no permission to write to {path.parent}; give another folder")
+    check_parent(path)
     return path
+
+
+def check_parent(out: Path) -> None:
+    """Check that ``--out`` can be created in its folder.
+
+    Raises
+    ------
+    FileNotFoundError, NotADirectoryError, PermissionError
+        The folder does not exist, is a file, or cannot be written.
+    """
+    folder = out.parent
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out {out}: {folder} is a file; give a path in a folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--out {out}: the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {out}: the folder {folder} cannot be written; give a path in another folder")
 
 
 def out_folder(args: argparse.Namespace) -> Path:
@@ -149,7 +163,7 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
 
     Raises
     ------
-    ValueError, FileNotFoundError, IsADirectoryError, PermissionError
+    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
         The path cannot be used; the message names the reason.
     """
     path = new_file(args.out, ".h5ad", "an AnnData file")
@@ -175,13 +189,13 @@ def is_answer(path: Path) -> bool:
 
 
 def gene_list(values: list[str]) -> list[str] | None:
-    """Return gene names from the command line, or None for every trained gene.
+    """Return gene names from the command line, or None for all genes of the model.
 
     Parameters
     ----------
     values
         Symbols or Ensembl ids, optionally comma-separated; ``@file`` reads a file (:func:`read_gene_file`); a single
-        ``all`` selects every trained gene.
+        ``all`` selects all genes of the model.
 
     Raises
     ------
@@ -196,7 +210,7 @@ def gene_list(values: list[str]) -> list[str] | None:
         return None
     if "all" in genes:
         raise ValueError(
-            "--genes: all selects every trained gene and cannot be combined with other genes; remove the others"
+            "--genes: all stands for all genes of the model and cannot be combined with other names; give all alone, or remove it"
         )
     if not genes:
         raise ValueError("--genes names no gene; give symbols or Ensembl ids, @file, or all")
@@ -264,7 +278,7 @@ def read_gene_file(path: Path) -> list[str]:
                 )
             genes.append(gene)
     if not genes:
-        raise ValueError(f"{where}: names no gene; give one gene per line (for all trained genes: --genes all)")
+        raise ValueError(f"{where}: names no gene; give one gene per line (for all genes of the model: --genes all)")
     return genes
 
 

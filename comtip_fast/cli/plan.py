@@ -125,7 +125,7 @@ def _efficiency(args: argparse.Namespace) -> Efficiency:
         share = getattr(args, name)
         if not 0 < share <= 1:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} {share:g}: give a share of the peak rate, above 0 and at most 1")
+            raise ValueError(f"{option} {share}: give a share of the peak rate, above 0 and at most 1")
     if not 0 <= args.launch_us < math.inf:
         raise ValueError(f"--launch-us {args.launch_us:g}: give a finite number of microseconds of at least 0")
     if args.loader_cores < 1:

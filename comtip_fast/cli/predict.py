@@ -24,6 +24,7 @@ from comtip_fast.cli.options import (
     add_facts,
     add_format,
     add_out,
+    check_parent,
     fresh_h5ad,
     gene_list,
     is_answer,
@@ -118,11 +119,17 @@ def _source_format(folder: Path) -> str:
 
 def _refuse_slide_options(args: argparse.Namespace) -> None:
     """Raise ValueError if an option for slides without spots is given for a section."""
-    given = [
-        name for name in ("grid", "step_um", "min_tissue", "overlays", "geojson") if getattr(args, name) is not None
-    ]
-    why = f"used for slides without spots only, and {args.section} has spots"
-    refuse_unused({f"--{name.replace('_', '-')}": True for name in given}, why)
+    names = ("grid", "step_um", "min_tissue", "overlays", "geojson")
+    given = {f"--{name.replace('_', '-')}": True for name in names if getattr(args, name) is not None}
+    path = Path(args.section)
+    if given and not path.exists() and ":" not in args.section:
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+    what = (
+        f"with an --out that ends in .h5ad, the folder {path} is read as sections"
+        if path.is_dir()
+        else f"{args.section} is not an image or whole-slide file"
+    )
+    refuse_unused(given, f"used for slides without spots only, and {what}")
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
@@ -130,6 +137,11 @@ def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
     kind = _source_format(folder)
     if kind == "anndata" and all(is_answer(p) for p in files_of(folder)):
         kind = ""  # predictions of an earlier run with the slides' folder as --out
+    if kind == "shard set":
+        raise ValueError(
+            f"{folder}: a shard set, not a folder of slides; name a section ({folder}:SECTION_ID), and give an --out that ends in "
+            ".h5ad"
+        )
     if kind:
         raise ValueError(
             f"{folder}: sections of format {kind}, not a folder of slides; give an --out that ends in .h5ad, or move the "
@@ -140,10 +152,10 @@ def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
         raise FileNotFoundError(
             f"{folder}: no image or whole-slide file; for a section, give an --out that ends in .h5ad"
         )
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"--out {args.out}: is a file, but {folder} is a folder of slides; give a folder")
+    if not args.out.exists():
+        check_parent(args.out)
     args.out.mkdir(exist_ok=True)
     return _predict_slides(args, {p: args.out / f"{name}.h5ad" for p, name in _output_names(slides).items()})
 
@@ -162,7 +174,7 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
 
     facts, pooling, counts = read_facts(args)
     refused = [*stated(pooling, counts), *(["format"] if args.fmt != "auto" else [])]
-    why = f"used for sections with counts only, and {args.section} is a slide without spots"
+    why = "used for sections with counts only, and a slide without spots has none"
     refuse_unused({f"--{name.replace('_', '-')}": True for name in refused}, why)
     model, genes = load(args.run_dir, args.device, args.gene_vectors), gene_list(args.genes)
     _check_drawings(args, model, genes, facts)
@@ -174,7 +186,7 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
             if len(outputs) == 1 or disk_trouble(error) is not None or unwritable(error) is not None:
                 raise
             failed.append(path.name)
-            log.error("%s", error)
+            log.error("%s", error if path.name in str(error) else f"{path}: {error}")
     if failed:
         log.error("%d of %d slides failed: %s", len(failed), len(outputs), ", ".join(failed))
     return 1 if failed else 0

@@ -171,6 +171,8 @@ def _load_weights(network: nn.Module, file: Path, name: str) -> None:
         load = load_file
     try:
         state: Any = load(file)
+    except OSError:
+        raise
     except Exception as error:  # pickle and safetensors raise many kinds of errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: cannot be read as weights ({reason}); save a state dict") from error
@@ -179,7 +181,7 @@ def _load_weights(network: nn.Module, file: Path, name: str) -> None:
     state = next((state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)), state)
     try:
         missing, _ = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # tensors of other shapes
+    except (RuntimeError, AttributeError, TypeError) as error:  # tensors of other shapes, keys that are not names
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{file}: does not fit {name} ({reason}); give weights of this model") from error
     if missing:

@@ -124,7 +124,8 @@ def evaluate(
     shards
         A shard set with tiles of the model's size.
     sections
-        Section ids. Default: those whose split is ``test``, otherwise all that training did not use.
+        Section ids. Default: those whose split is ``test``, or all of a set without that split; those that training used are
+        left out.
     train_shards
         The shard set with the model's training sections, default ``shards``. The baselines are trained on it and the
         50 most variable genes are chosen on it, not on the evaluated sections. A cohort that was not trained has no
@@ -146,7 +147,8 @@ def evaluate(
     """
     train_shards = shards if train_shards is None else train_shards
     _check_tiles(predictor, shards)
-    _check_tiles(predictor, train_shards)
+    if train_shards is not shards:
+        _check_tiles(predictor, train_shards, training=True)
     chosen = choose_sections(predictor, shards, sections)
     reference = TrainReference(predictor, train_shards)
     reference.check(shards.cohort_of_section(n) for n in chosen)
@@ -157,7 +159,7 @@ def evaluate(
     data: list[SectionData] = []
     for number, scored_genes in zip(chosen, scored, strict=True):
         section_id = shards.manifest.sections[number].section_id
-        log.info("evaluating %s (%d of %d)", section_id, len(data) + 1, len(chosen))
+        log.info("evaluating section %s (%d of %d)", section_id, len(data) + 1, len(chosen))
         section_data, metrics = _evaluate_section(
             predictor, shards, number, scored_genes, reference, seed, n_null, trained
         )
@@ -183,14 +185,18 @@ def evaluate(
     return Evaluation(all_metrics, data, shards, predictor, trained)
 
 
-def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
+def _check_tiles(predictor: Predictor, shards: ShardSet, *, training: bool = False) -> None:
     """Raise ValueError if the tiles of the shard set have another geometry than the model's."""
-    tile, model = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
-    if (tile.px, tile.um, tile.min_mpp) != model:
+    tile, (px, um, min_mpp) = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+    if (tile.px, tile.um, tile.min_mpp) != (px, um, min_mpp):
+        fix = (
+            "give the shard set that the model was trained on with `train_shards`"
+            if training
+            else f"build the set again with `tile_um={um:.12g}` `tile_px={px}` `min_mpp={min_mpp:.12g}`"
+        )
         raise ValueError(
-            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px with min_mpp {tile.min_mpp:g}, but the model reads "
-            f"{model[1]:g} um in {model[0]} px with min_mpp {model[2]:g}; "
-            f"build the set again with `tile_um={model[1]:g}` `tile_px={model[0]}` `min_mpp={model[2]:g}`"
+            f"{shards.name}: tiles of {tile.um:.12g} um in {tile.px} px with min_mpp {tile.min_mpp:.12g}, but the model reads "
+            f"{um:.12g} um in {px} px with min_mpp {min_mpp:.12g}; {fix}"
         )
 
 
@@ -213,7 +219,8 @@ def _choose_genes(
     if not keys:
         section_id = shards.manifest.sections[number].section_id
         raise ValueError(
-            f"{shards.name}: section {section_id} measured none of the model's genes; leave it out of `sections`, or pass `genes`"
+            f"{shards.name}: section {section_id} measured none of the model's genes; name other sections with `sections`, or "
+            "genes that it measured with `genes`"
         )
     index, rank = {k: i for i, k in enumerate(keys)}, {k: i for i, k in enumerate(ranked)}
     unseen.sort(key=lambda k: (rank.get(k, len(ranked)), index[k]))

@@ -122,6 +122,8 @@ def read_embeddings(path: Path) -> SpotFeatures:
                 f"{path}: has {', '.join(sorted(file)) or 'no data'}; write the datasets embeddings and barcodes"
             )
         names = text_of(file[key][:])
+        if file["embeddings"].dtype.kind not in "fiu":
+            raise ValueError(f"{path}: embeddings are {file['embeddings'].dtype}, not numbers; write them as float32")
         values = np.asarray(file["embeddings"][:], np.float32)
     if values.ndim != 2 or len(values) != len(names):
         raise ValueError(
@@ -147,15 +149,23 @@ def _finite(values_NF: np.ndarray, where: str) -> np.ndarray:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """Read a table of embeddings; raise ValueError if its format or columns cannot be used."""
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
-    elif path.suffix in (".csv", ".tsv"):
-        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype={SECTION: str, SPOT: str})
-    else:
+    if path.suffix not in (".parquet", ".csv", ".tsv"):
         raise ValueError(f"{path}: unknown kind of file; give a folder of .h5 files, or a .csv, .tsv or .parquet table")
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype={SECTION: str, SPOT: str})
+    except PermissionError:
+        raise
+    except (ValueError, OSError) as error:  # of pandas and pyarrow, without the name of the file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as a {path.suffix} table ({reason}); write it again") from error
     missing = [c for c in (SECTION, SPOT) if c not in table]
     if missing:
-        raise ValueError(f"{path}: no column {' and '.join(missing)}; add it, with one row per spot")
+        raise ValueError(
+            f"{path}: has no column {' and no column '.join(missing)}; write one row per spot with its section"
+        )
     rest = table.columns.difference([SECTION, SPOT])
     text = [str(c) for c in rest if not pd.api.types.is_numeric_dtype(table[c])]
     if text:

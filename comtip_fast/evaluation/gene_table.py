@@ -77,7 +77,10 @@ class ScoringInputs:
 
 
 def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringInputs) -> pd.DataFrame:
-    """Return the scores of each gene of a section; p-values are adjusted over its genes."""
+    """Return one row per gene of a section, with :data:`COLUMNS` and ``pcc_`` and the name of each trained method.
+
+    p-values are adjusted over the genes of the section.
+    """
     keys, measured, predicted = v.genes.keys, v.measured["cp10k"], v.predicted["cp10k"]
     facts = {g.key: g for g in shards.genes}
     pcc = pcc_per_gene(measured, predicted)
@@ -183,6 +186,7 @@ def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[l
     found = [key for key in first if key in measured]
     if not found:
         raise ValueError(
-            f"{where}: the section measured none of the {len(genes)} genes; give genes that it measured, or other sections"
+            f"{where}: the section measured none of the {len(genes)} genes; give genes that it measured, or other "
+            "sections with `sections`"
         )
     return found, [gene for key, gene in first.items() if key not in measured]

@@ -43,7 +43,8 @@ def evaluate_run(
     out
         Folder for ``metrics.json``, ``genes.csv`` and ``report.html``; ``None`` writes nothing.
     sections
-        Section ids; default: those whose split is ``test``, otherwise all that training did not use.
+        Section ids; default: those whose split is ``test``, or all of a set without that split; those that training used are
+        left out.
     train_shards
         Shard set with the training sections, for the ridge baselines; default: the run's own.
     gene_vectors
@@ -75,8 +76,8 @@ def evaluate_run(
     ValueError
         Unknown sections, genes or methods, a negative ``null_draws``, tiles of another size, or a trained cohort without its
         training sections.
-    PermissionError
-        ``out`` cannot be written.
+    NotADirectoryError, PermissionError
+        ``out`` is a file, or cannot be written.
 
     Examples
     --------
@@ -116,7 +117,11 @@ def _write_results(run: Path, result: Evaluation, folder: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Create the folder; raise PermissionError if it cannot be written."""
+    """Create the folder; raise NotADirectoryError if it is a file, and PermissionError if it cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`out` {folder}: is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder}: no permission to write to this folder; give another one as `out`")
+        raise PermissionError(
+            f"`out` {folder}: the folder cannot be written; change its permissions, or give another folder"
+        )

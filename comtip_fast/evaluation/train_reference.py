@@ -115,16 +115,20 @@ def training_shards(run: Path, configured: str, given: Path | str | None) -> Sha
     FileNotFoundError
         There is no shard set.
     """
-    train = str(given) if given else shards_of_run(run, configured)
+    train = shards_of_run(run, configured) if given is None else str(given)
     if given is None and is_url(train):
         raise ValueError(
             f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
             "if you trust it, give it with `train_shards`"
         )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():
+        if given is not None:
+            raise FileNotFoundError(
+                f"`train_shards` {train}: no shard set (manifest.json is missing); give the folder or URL of a shard set"
+            )
         raise FileNotFoundError(
-            f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
-            "give them with `train_shards`"
+            f"{train}: the config of {run} names this path, but no shard set is there; the baselines are trained on the model's "
+            "training sections, so give their shard set with `train_shards`"
         )
     return ShardSet(train)
 

@@ -113,10 +113,15 @@ class GeneVectors:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("header", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.get("format") != FORMAT or header.get("version") != VERSION:
+            if header.get("format") != FORMAT:
                 raise ValueError(
-                    f"{path}: format {header.get('format')!r} version {header.get('version')!r}; comtip-fast {__version__} "
-                    f"reads {FORMAT!r} version {VERSION}; compute the file again with `comtip genes vectors`"
+                    f"{path}: not a file of gene vectors (format {header.get('format')!r}, expected {FORMAT!r}); compute one with "
+                    "`comtip genes vectors`"
+                )
+            if header.get("version") != VERSION:
+                raise ValueError(
+                    f"{path}: version {header.get('version')!r}, but comtip-fast {__version__} reads version {VERSION}; compute "
+                    "the file again with `comtip genes vectors`"
                 )
             keys = arrays["keys"].tobytes().decode().split("\n")
             vectors = cls(keys, arrays["vectors"], arrays["moments"], arrays["detection"], header)
@@ -184,6 +189,6 @@ def load_vectors(text: TextConfig) -> GeneVectors | None:
         return None
     if text.vector_drop + text.name_drop > 1:
         raise ValueError(
-            f"text.vector_drop={text.vector_drop:g} and text.name_drop={text.name_drop:g}: the sum is above 1; lower one"
+            f"text.vector_drop={text.vector_drop} and text.name_drop={text.name_drop}: the sum is above 1; lower one"
         )
     return GeneVectors.load(text.gene_vectors)

@@ -69,7 +69,9 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
     """
     e = config.engine
     if e.kind == "single" and ranks > 1:
-        raise ValueError(f"engine.kind=single on {ranks} devices: set auto, ddp or deepspeed, or plan for one device")
+        raise ValueError(
+            f"engine.kind=single on {ranks} devices: set engine.kind to auto, ddp or deepspeed, or plan for one device"
+        )
     kind: Kind = e.kind if e.kind != "auto" else "single" if ranks == 1 else "ddp"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and gpu)
     return EngineSpec(

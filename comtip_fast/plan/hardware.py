@@ -158,13 +158,16 @@ class Cluster:
             share = getattr(self.efficiency, name)
             if not 0 < share <= 1:
                 raise ValueError(f"efficiency {name}={share}: give a share of the peak rate, above 0 and at most 1")
-        if self.efficiency.cores < 1 or not 0 < self.efficiency.tile_ms < math.inf:
+        if self.efficiency.cores < 1:
+            raise ValueError(f"efficiency cores={self.efficiency.cores}: give at least one core")
+        if not 0 < self.efficiency.tile_ms < math.inf:
             raise ValueError(
-                f"efficiency cores={self.efficiency.cores}, tile_ms={self.efficiency.tile_ms:g}: give at least one core and a "
-                "time above 0"
+                f"efficiency tile_ms={self.efficiency.tile_ms}: give a finite number of milliseconds above 0"
             )
         if not 0 <= self.efficiency.launch_s < math.inf:
-            raise ValueError(f"efficiency launch_s={self.efficiency.launch_s}: give a number of seconds of at least 0")
+            raise ValueError(
+                f"efficiency launch_s={self.efficiency.launch_s}: give a finite number of seconds of at least 0"
+            )
 
     @property
     def ranks(self) -> int:

@@ -153,7 +153,9 @@ def _host(plan: Plan) -> list[str]:
     issued = f"  host: {plan.operators:,} operators in {seconds(plan.host_seconds)}"
     if plan.engine.compiled:
         return [f"{issued} without engine.compile, which issues fewer"]
-    return [f"{issued}: it {'limits' if plan.host_seconds >= plan.step_seconds else 'does not limit'} the step"]
+    waits = {t.name for t in plan.times}
+    limits = "wait: host" in waits and "wait: loader" not in waits
+    return [f"{issued}: it {'limits' if limits else 'does not limit'} the step"]
 
 
 def _loader(plan: Plan) -> list[str]:

@@ -60,10 +60,16 @@ def test_no_tile_of_a_test_spot_overlaps_one_of_a_fit_spot(fraction: float, numb
 def test_too_few_spots_are_refused():
     with pytest.raises(ValueError, match=r"section s: 0.05 of 49 spots are 2, but adaptation needs at least 10"):
         split_blocks(lattice(7), 0.05, TILE_UM, seed=0, number=0, section="s")
-    with pytest.raises(ValueError, match=r"0.5 of 16 spots are 8, .*; give a section of at least 20 spots"):
+    with pytest.raises(
+        ValueError, match=r"section s: 16 spots, but adaptation needs at least 20, 10 to fit on and 10 to test"
+    ):
         split_blocks(lattice(4), 0.5, TILE_UM, seed=0, number=0, section="s")
-    with pytest.raises(ValueError, match=r"only \d of 49 spots are at least 900 um from the 12 spots to fit on"):
+    with pytest.raises(
+        ValueError, match=r"only \d of 49 spots are at least 900 um from the 12 .*give a `fraction` below 0.25 or"
+    ):
         split_blocks(lattice(7), 0.25, 900, seed=0, number=0, section="s")
+    with pytest.raises(ValueError, match=r"from the 10 spots to fit on, but a test needs 10; give a larger section"):
+        split_blocks(lattice(7), 0.2, 900, seed=0, number=0, section="s")
 
 
 def test_folds_are_compact_and_of_equal_size():
@@ -351,7 +357,7 @@ def test_an_anndata_states_its_donor(tiny_run: Path, large: ShardSet, tmp_path: 
         "microns_per_pixel": meta.mpp,
     }
     data.uns["spatial"] = {"lib": {"images": {"hires": overview}, "scalefactors": factors}}
-    with pytest.raises(SourceError, match=r"section lib: unknown `donor`; set it,"):
+    with pytest.raises(SourceError, match=r"section lib: `donor` is not stated; state it,"):
         comtip_fast.adapt(tiny_run, data, facts={"species": "human", "tissue": "breast", "mpp": meta.mpp}, device="cpu")
     facts = {"species": "human", "tissue": "breast", "donor": "me", "mpp": meta.mpp}
     with caplog.at_level(logging.WARNING, "comtip_fast"):

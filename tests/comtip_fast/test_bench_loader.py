@@ -72,6 +72,11 @@ def test_the_package_does_not_import_the_peers():
     assert not [p for p in sources if "bench.loader" in p.read_text()]
 
 
+def test_a_batch_that_is_larger_than_the_set_is_refused(tiny_shards: ShardSet):
+    with pytest.raises(ValueError, match=r"training spots, fewer than a batch of 10000; give a smaller `batch_size`"):
+        bench.load_inputs(bench.Setting(tiny_shards, 1, 10_000, 1, 24))
+
+
 def test_ratios_are_computed_per_round():
     def contender(name: str, rates: list[float]) -> Contender:
         return Contender(name, iter(()), 1.0, rates, [1.0] * len(rates))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
 from comtip_fast.evaluation.metrics import partial_pcc_per_gene, score_columns
 from comtip_fast.evaluation.nulls import null_pcc
 from comtip_fast.evaluation.run import evaluate_run
-from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
+from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs, training_shards
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor, SectionFeatures, section
 from comtip_fast.inference.feature_store import FeatureColumns
@@ -53,6 +53,15 @@ def test_a_trained_cohort_needs_its_training_sections(predictor: Predictor, othe
         evaluate(predictor, other_shards, n_null=2)
     with pytest.raises(ValueError, match="`train_shards`"):
         evaluate(predictor, other_shards, train_shards=other_shards, n_null=2)
+
+
+def test_a_wrong_path_of_the_training_sections_is_named_by_who_stated_it(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"`train_shards` .*none: no shard set \(manifest\.json is missing\)"):
+        training_shards(tmp_path, "gone", tmp_path / "none")
+    with pytest.raises(
+        FileNotFoundError, match=r"gone: the config of .* names this path, .* give their shard set with"
+    ):
+        training_shards(tmp_path, "gone", None)
 
 
 def test_missing_training_sections_are_logged(predictor: Predictor, tiny_shards: ShardSet, caplog):

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
+from comtip_fast.evaluation.trained.encoder import initial_encoder
 from comtip_fast.export import Bundle
 from comtip_fast.export_checks import HASHED, READOUT, SUMS, ExportError
 from comtip_fast.inference import Predictor
@@ -263,7 +264,8 @@ def test_an_export_needs_no_pretrained_weights(
     bundle = Bundle.load(export)
     assert (bundle.config.vision.pretrained, bundle.config.train.start_from) == ("", "")
     bundle.save(tmp_path / "again")
-    assert Predictor.load(tmp_path / "again").config.vision.pretrained == ""
+    again = Predictor.load(tmp_path / "again")
+    assert (again.config.vision.pretrained, again.bundle.initial_weights) == ("", pretrained)
 
 
 def test_a_run_resumes_and_is_exported_without_the_file_of_initial_weights(
@@ -287,11 +289,17 @@ def test_a_run_resumes_and_is_exported_without_the_file_of_initial_weights(
     assert export_checkpoint(tmp_path / "run", "newest", tmp_path / "out") == 2
     one, other = (load_file(p / "model.safetensors") for p in (tmp_path / "out", tmp_path / "run" / "export"))
     assert all((one[k] == other[k]).all() for k in one.keys() | other.keys())
-    Predictor.load(tmp_path / "run")
+    predictor = Predictor.load(tmp_path / "run")
     capsys.readouterr()
     # A new run needs the file.
     assert main([*arguments[:4], str(tmp_path / "new"), *arguments[5:]]) == 2
     assert "vision.pretrained" in capsys.readouterr().err
+    # So do methods that start where the run started.
+    with pytest.raises(FileNotFoundError, match="initial weights is missing; copy it there, or leave out the methods"):
+        initial_encoder(predictor, 0)
+    save_tensors({k: v.clone() for k, v in net.state_dict().items()}, weights)
+    block = "blocks.0.mlp.fc1.weight"
+    assert (initial_encoder(predictor, 0).state_dict()[block] == net.state_dict()[block]).all()
 
 
 @pytest.mark.parametrize(
@@ -365,6 +373,12 @@ def test_urls_in_a_config_of_a_run_are_not_downloaded(
     stderr = capsys.readouterr().err
     assert url in stderr
     assert "give it with --train-shards" in stderr
+
+
+def test_the_error_of_a_run_without_an_export_names_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert "not finished, so it has no export; export a checkpoint, e.g. --checkpoint newest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("which", ["newest", "best"])

@@ -58,7 +58,7 @@ def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
         (b"ERBB2,0.5\n", "line 1: '0.5' is not a gene name"),
         (b"the best gene\n", "line 1: 'the best gene' is not a gene name"),
         (b"A" * (5 << 20), "larger than 4 MiB"),
-        (b"all\nERBB2\n", "all selects every trained gene"),
+        (b"all\nERBB2\n", "all stands for all genes of the model"),
     ],
 )
 def test_a_file_that_is_not_a_gene_list_is_refused(content: bytes, message: str, tmp_path: Path):
@@ -72,7 +72,7 @@ def test_other_values():
     assert gene_list(["all"]) is None
     assert gene_list(["ERBB2,CD74", "KRT17"]) == GENES
     for bad in (["all", "ERBB2"], ["ERBB2,all"]):
-        with pytest.raises(ValueError, match="all selects every trained gene"):
+        with pytest.raises(ValueError, match="all stands for all genes of the model"):
             gene_list(bad)
     for bad in ([], [""], [","]):
         with pytest.raises(ValueError, match="names no gene"):

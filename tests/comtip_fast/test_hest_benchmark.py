@@ -237,7 +237,7 @@ def test_the_command_scores_a_run_next_to_embeddings(folder: Path, embeddings: P
         "cpu",
     ]
     assert main([*arguments, "--encoder", str(quick), f"embeddings:{embeddings}"]) == 2
-    assert "112 um wide, but the model reads tiles of 224 um" in capsys.readouterr().err
+    assert "112 um wide, but the model reads tiles of 224 um; set --whole-patch" in capsys.readouterr().err
     assert main([*arguments, "--encoder", str(quick), f"embeddings:{embeddings}", "--whole-patch"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:5] == ["encoder", "variant", "READ", "HCC", "average"]
@@ -249,6 +249,14 @@ def test_the_command_scores_a_run_next_to_embeddings(folder: Path, embeddings: P
     with (tmp_path / "out/hest_genes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 2 * len(VARIANTS) * 8  # encoders, tasks, folds, variants, genes
+
+
+def fractional(path: Path) -> None:
+    """Write patches with values from 0 to 1."""
+    with h5py.File(path, "a") as file:
+        values = file["img"][:].astype(np.float32) / 255
+        del file["img"]
+        file["img"] = values
 
 
 def test_training_on_the_benchmark_is_reported(folder: Path):
@@ -269,6 +277,8 @@ def test_training_on_the_benchmark_is_reported(folder: Path):
     [
         (lambda f: (f / "READ/splits/test_1.csv").unlink(), "expected train_i.csv and test_i.csv"),
         (lambda f: (f / "READ/var_50genes.json").write_text("{}"), "not a gene list"),
+        (lambda f: (f / "READ/var_50genes.json").write_text("[]"), "not a JSON object with the key genes"),
+        (lambda f: fractional(f / "READ/patches/R1.h5"), r"img is float32 of shape .*; expected uint8"),
         (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": 5}'), "not a list of at least one name"),
         (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": ["G0", 1]}'), "entry 1 .* is 1, not text"),
         (lambda f: (f / "READ/var_50genes.json").write_text('{"genes": ["G0", "G0"]}'), "duplicate gene 'G0'"),
@@ -299,6 +309,8 @@ def test_unknown_names_are_refused(folder: Path):
         benchmark_hest(folder, ["colour"], tasks=["NONE"])
     with pytest.raises(ValueError, match="`variants` nope: no such variant"):
         benchmark_hest(folder, ["colour"], variants=["nope"])
+    with pytest.raises(ValueError, match="`encoders`: the list is empty"):
+        benchmark_hest(folder, [])
     with pytest.raises(FileNotFoundError, match="not an existing run or export, nor a kind of encoder"):
         benchmark_hest(folder, ["nothing"])
 

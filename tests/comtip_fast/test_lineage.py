@@ -316,11 +316,23 @@ def test_an_edited_lineage_is_refused(case: str, chain: dict[str, Path], tmp_pat
 
 def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
     export = shutil.copytree(chain["third"] / "export", tmp_path / "export")
-    for content, message in (('{"format": "x"}', "format 'x'"), ("[1]", "not a valid lineage"), ("{", "not a valid")):
+    cases = {
+        '{"format": "x"}': "format 'x', expected format 'comtip-lineage'; copy the file again",
+        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads version 1; read it with the release",
+        "[1]": "a JSON list, expected",
+        "{": "not valid JSON",
+    }
+    for content, message in cases.items():
         (export / FILE).write_text(content)
         write_sums(export, (*HASHED, READOUT))
         with pytest.raises(ExportError, match=message):
             Bundle.load(export)
+    # The lineage of a run folder is no part of an export.
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(
+        ValueError, match=r"not valid JSON .*delete it: the parents are then read from the export that train"
+    ):
+        Lineage.load(tmp_path / FILE)
 
 
 def test_equal_names_get_a_position():

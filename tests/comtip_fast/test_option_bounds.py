@@ -79,6 +79,13 @@ REFUSED = {
     "an infinite launch time": ([*PLAN, "--launch-us", "inf"], "--launch-us inf: give a finite number of microseconds"),
     "an infinite loader": ([*PLAN, "--loader-tiles-per-s", "inf"], "--loader-tiles-per-s inf: must be a finite number above 0"),
     "no devices in a sweep": ([*PLAN, "--sweep", "--most", "0"], "--most 0: give a number of devices of at least 1"),
+    "a share of slightly more than 1": ([*PLAN, "--link-efficiency", "1.0000001"], "--link-efficiency 1.0000001: give a share"),
+    "a prediction in a file": (["predict", "run", "{source}", "--out", "{file}/x.h5ad"], "{file} is a file; give a path in a folder"),
+    "a conversion in a file": (["convert", "{source}", "--out", "{file}/x.zarr"], "{file} is a file; give a path in a folder"),
+    "a grid of no slide": ([*PREDICT[:2], "{folder}/a.tif", *PREDICT[3:], "--grid", "square"], "a.tif does not exist; check the path"),
+    "a grid of a folder of sections": ([*PREDICT, "--grid", "square"], "with an --out that ends in .h5ad, the folder {source} is read as sections"),
+    "a tile of no px in a benchmark": (["bench", "loader", "--px", "0"], "--px 0: give a width from 8 to 4096 px"),
+    "a name that is too long": (["export", "run", "--out", "a" * 300], ": the name is too long; give a shorter one"),
     "negative epochs": (["bench", "loader", "--epochs", "-1"], "give an integer of at least 0"),
 }  # fmt: skip
 

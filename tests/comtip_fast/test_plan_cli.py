@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from comtip_fast.cli import main
+from comtip_fast.config.io import load_config
 from comtip_fast.plan.hardware import DEVICES, LINKS, Efficiency, make_cluster
+from comtip_fast.plan.plan import make_plan
+from comtip_fast.plan.report import render
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 LARGE = [
@@ -103,6 +106,13 @@ def test_the_loader_is_limited_by_the_assumed_cores(capsys: pytest.CaptureFixtur
     assert slow["spots_per_s"] == pytest.approx(slow["loader"]["available_tiles_per_s"])
     assert main(["plan", *LARGE, "--gpus", "8", "--loader-cores", "2", "--tile-ms", "20"]) == 0
     assert "(2 cores per device, 20 ms per tile of 224 px): the loader limits the step" in capsys.readouterr().out
+
+
+def test_a_slow_host_limits_the_step_whatever_the_sum_of_the_parts_rounds_to():
+    config = load_config(None, [])
+    for us in (1000, 9999):
+        cluster = make_cluster("h100", efficiency=Efficiency(launch_s=us * 1e-6, cores=10**6))
+        assert ": it limits the step" in render(make_plan(config, cluster))
 
 
 def test_a_validation_takes_the_time_of_its_forward_pass_or_of_the_loader(capsys: pytest.CaptureFixture[str]):

@@ -98,6 +98,12 @@ def test_the_table_in_the_docs_is_current():
     )
 
 
+def test_the_designs_of_a_sweep_replace_the_engine_of_the_config():
+    config = load_config(DEMO, [*LARGE, "engine.kind=single"])
+    found = sweep(config, make_cluster("h100"), Inputs(trained_genes=4000), most=2)
+    assert {p.mean.engine.kind for p in found.points} == {"ddp", "deepspeed"}
+
+
 def test_the_command_writes_figures(tmp_path: Path):
     overrides = [x for key in LARGE for x in ("--set", key)]
     assert (

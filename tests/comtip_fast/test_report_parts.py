@@ -5,10 +5,12 @@ import json
 import zlib
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
+from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K
 from comtip_fast.evaluation.evaluate import SectionData
 from comtip_fast.evaluation.report import payload
 from comtip_fast.evaluation.report.charts import ticks
@@ -16,7 +18,7 @@ from comtip_fast.evaluation.report.payload import SectionPayload, page_json
 from comtip_fast.evaluation.report.summaries import BLOCKS_PER_SIDE, clusters, intervals
 from comtip_fast.evaluation.tasks.intervals import spatial_blocks, weighted_pcc
 from comtip_fast.metrics import pcc_per_gene
-from comtip_fast.plots import calibration_slope, calibration_table, residual_map
+from comtip_fast.plots import calibration_slope, calibration_table, maps, residual_map
 
 
 def section(seed: int = 0, side: int = 12, genes: int = 5, noise: float = 0.5) -> SectionData:
@@ -200,3 +202,21 @@ def test_ticks_are_round_and_inside(low: float, high: float):
     assert 2 <= len(found) <= 12
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
     assert len({f"{t:g}" for t in found}) == len(found)
+
+
+def test_maps_name_what_an_anndata_lacks():
+    data = ad.AnnData(
+        np.ones((3, 1), np.float32), layers={LAYER_CP10K: np.ones((3, 1)), LAYER_MEASURED_CP10K: np.ones((3, 1))}
+    )
+    genes = data.var_names.tolist()
+    with pytest.raises(ValueError, match="has no positions"):
+        maps(data, genes)
+    data.obsm["spatial"] = np.ones((3, 2))
+    for spatial, lacking in (
+        ({}, "no hires image"),
+        ({"s": {"images": {"lowres": np.zeros((2, 2, 3))}, "scalefactors": {}}}, "no hires image"),
+        ({"s": {"images": {"hires": np.zeros((2, 2, 3))}}}, "no scale factor tissue_hires_scalef"),
+    ):
+        data.uns["spatial"] = spatial
+        with pytest.raises(ValueError, match=lacking):
+            maps(data, genes)

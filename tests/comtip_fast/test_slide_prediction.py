@@ -401,11 +401,12 @@ def test_the_pixels_of_a_mirax_slide_are_in_its_hash(tmp_path: Path):
 def test_a_folder_of_sections_is_not_taken_for_slides(
     quick: Path, tiny_source: Path, tiny_shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for folder, kind in ((tiny_source, "manifest"), (Path(str(tiny_shards.path)), "shard set")):
+    shards = Path(str(tiny_shards.path))
+    for folder, kind in ((tiny_source, "sections of format manifest"), (shards, "a shard set")):
         assert predict(quick, folder, tmp_path / "out") == 2
-        assert f"sections of format {kind}, not a folder of slides" in capsys.readouterr().err
+        assert f"{folder}: {kind}, not a folder of slides" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"expected a name that ends in \.h5ad"):
+    with pytest.raises(ValueError, match=r"x: the output is an AnnData file; give a name that ends in \.h5ad"):
         load(quick, "cpu").predict_slide(tiny_source / "x1.png", ["ERBB2"], facts={"mpp": 5}, out=tmp_path / "x")
 
 
@@ -516,9 +517,12 @@ def test_tiles_that_cannot_be_used_are_refused(quick: Path, tiles: np.ndarray, m
 
 def test_positions_of_tiles_are_checked(quick: Path):
     model, tiles = Model(Predictor.load(quick)), np.zeros((2, 64, 64, 3), np.uint8)
-    for xy in (np.zeros((3, 2)), np.full((2, 2), np.nan)):
-        with pytest.raises(ValueError, match=r"expected finite values of shape .2, 2.; pass the centre of every tile"):
-            model.predict_tiles(tiles, 3.5, GENES, xy=xy)
+    with pytest.raises(
+        ValueError, match=r"of shape \(3, 2\): expected \(2, 2\) for 2 tiles; pass the centre of every tile"
+    ):
+        model.predict_tiles(tiles, 3.5, GENES, xy=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="1 of 2 positions are not finite"):
+        model.predict_tiles(tiles, 3.5, GENES, xy=np.array([[0, np.nan], [1, 1]]))
     with pytest.raises(SourceError, match="species"):
         model.predict_tiles(tiles, 3.5, GENES, species="rat")
 

@@ -1,5 +1,6 @@
 """Metrics of the downstream tasks against direct formulas; intervals cover; controls are at chance."""
 
+import gzip
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,7 @@ def test_gmt_files_are_read_and_damage_is_named(tmp_path: Path):
     assert read_gmt(path) == {"A": ["KRT5", "KRT14"], "B": ["CD74"]}
     for text, message in (
         ("A\tx\n", "line 1: no genes"),
+        ("\tx\tKRT5\n", "line 1: no name"),
         ("A\t\tX\nA\t\tY\n", "line 2: A occurs twice"),
         ("", "no gene set"),
     ):
@@ -288,8 +290,11 @@ def test_labels_from_a_table_and_from_an_anndata(tmp_path: Path):
     with pytest.raises(ValueError, match="no column 'nope'"):
         LabelFile(f"{tmp_path / 'x.h5ad'}:nope")
     (tmp_path / "two.csv").write_text("spot,label\na,x\na,y\n")
-    with pytest.raises(ValueError, match="several labels for spot a"):
+    with pytest.raises(ValueError, match="several labels for spot a of s; add a column section"):
         LabelFile(str(tmp_path / "two.csv")).of("s", ["a"])
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"spot,label\na,x\n" * 99)[:20])
+    with pytest.raises(ValueError, match=r"cut\.csv\.gz: cannot be read as a table"):
+        LabelFile(str(tmp_path / "cut.csv.gz"))
 
 
 def test_embeddings_from_a_table_are_joined_by_spot(tmp_path: Path):
@@ -297,6 +302,9 @@ def test_embeddings_from_a_table_are_joined_by_spot(tmp_path: Path):
     path.write_text("section,spot,f0,f1\nA,b,1,2\nA,a,3,4\nB,a,5,6\n")
     found = FeatureFiles(path).of("A")
     assert found.rows_of(["a", "b"], "x").tolist() == [[3, 4], [1, 2]]
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"cut\.parquet: cannot be read as a \.parquet table"):
+        FeatureFiles(tmp_path / "cut.parquet")
     with pytest.raises(ValueError, match="no embedding for 1 of 2 spots"):
         found.rows_of(["a", "c"], "x")
     with pytest.raises(ValueError, match="no rows of section C"):

@@ -184,7 +184,8 @@ def test_the_command_writes_rows_next_to_the_scores(quick: Path, tiny_shards: Sh
     [
         (["--tasks", "pathways"], "give a GMT file with --gene-sets"),
         (["--encoder", "colour"], "used by downstream tasks only"),
-        (["--tasks", "probe", "--encoder", "colour"], "colour is scored already"),
+        (["--tasks", "probe", "--encoder", "colour"], "colour is scored already; leave it out"),
+        (["--tasks", "probe", "--encoder", "timm:test_vit", "timm:test_vit"], "timm:test_vit: is named more than once"),
         (["--tasks", "domains", "--labels", "none.tsv"], "none.tsv: no such file"),
     ],
 )

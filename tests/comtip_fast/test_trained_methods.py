@@ -290,7 +290,12 @@ def test_bad_input_is_named(
     reference.numbers = []
     with pytest.raises(ValueError, match="none of the model's training sections is of split 'train'"):
         fit_methods(TrainOptions(("bleep",)), predictor, reference, [])
-    config = replace(predictor.config, vision=replace(predictor.config.vision, pretrained="hub"))
-    monkeypatch.setattr(predictor, "config", config)
-    with pytest.raises(ValueError, match="leave out the tasks supervised and bleep"):
-        initial_encoder(predictor, 0)
+    vision = replace(predictor.config.vision, backbone="vit_tiny_patch16_224")
+    monkeypatch.setattr(predictor, "config", replace(predictor.config, vision=vision))
+    for name, error, message in (
+        ("hub", ValueError, "leave out the methods supervised and bleep"),
+        ("none.pth", FileNotFoundError, "none.pth: the file of the image encoder's initial weights is missing"),
+    ):
+        monkeypatch.setattr(predictor.bundle, "initial_weights", name)
+        with pytest.raises(error, match=message):
+            fitted(predictor, bent, "finetune", "bleep")

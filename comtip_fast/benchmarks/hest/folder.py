@@ -16,9 +16,10 @@ from comtip_shards.sources.files.tables import read_table
 from scipy import sparse
 
 from comtip_fast.data.anndata_file import read_h5ad
+from comtip_fast.data.sections import MPP_RANGE
 from comtip_fast.data.tile_sources import TileChunk, TileGeometry, TileSource
 from comtip_fast.evaluation.feature_files import NAME_KEYS, text_of
-from comtip_fast.slide_prediction.tiles import check_tiles, fit_tiles
+from comtip_fast.slide_prediction.tiles import TOLERANCE, fit_tiles
 
 GENE_FILE = "var_50genes.json"
 PATCH_UM = 112.0
@@ -104,7 +105,8 @@ def _read_task(folder: Path) -> BenchmarkTask:
     expected = sorted(f"{half}_{i}.csv" for half in ("train", "test") for i in range(n))
     if not n or files != expected:
         raise ValueError(
-            f"{folder / 'splits'}: has {', '.join(files) or 'no .csv'}; expected train_i.csv and test_i.csv from i = 0"
+            f"{folder / 'splits'}: has {', '.join(files) or 'no .csv'}; expected train_i.csv and test_i.csv, i = 0, 1, ...; copy "
+            "the splits of the task again"
         )
     folds = tuple(
         Fold(i, _read_split(folder, f"train_{i}.csv"), _read_split(folder, f"test_{i}.csv")) for i in range(n)
@@ -125,7 +127,7 @@ def _read_split(folder: Path, name: str) -> tuple[BenchmarkSample, ...]:
     table = read_table(path, sep=",")
     missing = [c for c in COLUMNS if c not in table]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+        raise ValueError(f"{path}: no column {', '.join(missing)}; write the columns {', '.join(COLUMNS)}")
     return tuple(
         BenchmarkSample(
             folder.name,
@@ -149,12 +151,16 @@ def _read_genes(path: Path) -> tuple[str, ...]:
     """Read the gene list of a task; raise ValueError if it is not a list of distinct names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy the task's gene list there")
+    expected = 'expected {"genes": ["A", "B", ...]}'
     try:
-        genes: Any = json.loads(path.read_text(encoding="utf-8"))["genes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: not a gene list ({error}); expected {{"genes": ["A", "B", ...]}}') from error
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {expected}") from error
+    if not isinstance(content, dict) or "genes" not in content:
+        raise ValueError(f"{path}: not a gene list, because it is not a JSON object with the key genes; {expected}")
+    genes = content["genes"]
     if not isinstance(genes, list) or not genes:
-        raise ValueError(f'{path}: genes is not a list of at least one name; expected {{"genes": ["A", "B", ...]}}')
+        raise ValueError(f"{path}: genes is not a list of at least one name; {expected}")
     for number, gene in enumerate(genes):
         if not isinstance(gene, str):
             raise ValueError(
@@ -194,10 +200,27 @@ def _index(have: list[str], want: Sequence[str], sample: BenchmarkSample, what: 
     missing = [n for n in want if n not in index]
     if missing:
         raise ValueError(
-            f"{sample.expression}: lacks {len(missing)} of {len(want)} {what} ({', '.join(missing[:3])}); patches, "
-            "embeddings, gene list and expression must belong together"
+            f"{sample.expression}: lacks {len(missing)} of {len(want)} {what} ({', '.join(missing[:3])}) that "
+            + ("the patches or embeddings have" if what == "spots" else f"{GENE_FILE} lists")
+            + "; use files of the same release of the benchmark"
         )
     return np.array([index[n] for n in want], np.int64)
+
+
+def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_barcodes: int) -> None:
+    """Raise ValueError unless ``img`` holds one square uint8 RGB patch of plausible resolution per barcode."""
+    if len(shape) != 4 or shape[0] != n_barcodes or 0 in shape:
+        raise ValueError(
+            f"{path}: img of shape {shape} for {n_barcodes} barcodes; expected one patch each; download the file again"
+        )
+    if dtype != np.uint8 or shape[1] != shape[2] or shape[3] != 3:
+        raise ValueError(
+            f"{path}: img is {dtype} of shape {shape}; expected uint8 (N, H, H, 3), square RGB patches; download the file again"
+        )
+    if not MPP_RANGE[0] <= PATCH_UM / shape[1] <= MPP_RANGE[1]:
+        raise ValueError(
+            f"{path}: patches of {shape[1]} px cannot be {PATCH_UM:g} um wide, as those of the benchmark are; download the file again"
+        )
 
 
 class H5Patches(TileSource):
@@ -220,31 +243,26 @@ class H5Patches(TileSource):
 
     def __init__(self, path: Path, geometry: TileGeometry | None = None, *, whole: bool = False) -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; copy the patches there, or give embeddings")
+            raise FileNotFoundError(f"{path}: no such file; copy the patches there, or give embeddings:PATH as encoder")
         self._path = path
         with self._open() as file:
             key = next((k for k in NAME_KEYS if k in file), None)
             if key is None or "img" not in file:
                 raise ValueError(
-                    f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected img and barcode; give the patches folder of HEST-Benchmark"
+                    f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected img and barcode; copy the file again"
                 )
             self.barcodes = text_of(file[key][:])
-            shape = file["img"].shape
-        if len(shape) != 4 or shape[0] != len(self.barcodes) or 0 in shape:
-            raise ValueError(
-                f"{path}: img of shape {shape} for {len(self.barcodes)} barcodes; expected one patch each; download the file again"
-            )
+            shape, dtype = file["img"].shape, file["img"].dtype
+        _check_patches(path, shape, dtype, len(self.barcodes))
         self._mpp = PATCH_UM / shape[1]
         self._geometry = geometry
         if geometry is not None and whole:
             self._geometry = TileGeometry(geometry.px, PATCH_UM, min_mpp=0.0)
-        if self._geometry is not None:
-            with self._open() as file:
-                first = file["img"][:1]
-            try:
-                check_tiles(first, self._mpp, self._geometry)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from error
+        if self._geometry is not None and self._geometry.um * (1 - TOLERANCE) > PATCH_UM:
+            raise ValueError(
+                f"{path}: patches are {PATCH_UM:g} um wide, but the model reads tiles of {self._geometry.um:g} um; set "
+                "`whole_patch` to resize complete patches to the model's tiles"
+            )
         self.tile_px = shape[1] if self._geometry is None else self._geometry.px
 
     def _open(self) -> h5py.File:

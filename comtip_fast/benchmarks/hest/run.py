@@ -42,9 +42,10 @@ class HestScores:
     """Scores of all encoders, tasks, folds and variants."""
 
     folds: pd.DataFrame
-    """One row per encoder, task, fold and variant."""
+    """One row per ``encoder``, ``task``, ``fold`` and ``variant``: ``pcc`` (mean over genes), ``n_undefined`` (correlations),
+    ``alpha`` and ``n_components``."""
     genes: pd.DataFrame
-    """One row per encoder, task, fold, variant and gene."""
+    """One row per ``encoder``, ``task``, ``fold``, ``variant`` and ``gene``: ``pcc``, NaN where undefined."""
     encoders: dict[str, dict[str, Any]]
     """Facts about each encoder, and the benchmark's sections that it was trained on."""
 
@@ -138,7 +139,7 @@ def benchmark_hest(
     whole_patch
         Give a run whose tiles have another width than 112 um the complete patch, resized to its size in px.
     precision
-        ``auto`` (bf16 on a GPU), ``bf16`` or ``fp32``, for timm models; a run uses its own.
+        ``auto`` (bf16 on a GPU), ``bf16`` or ``fp32``, for timm models and ``lite0``; a run uses its own.
     device
         ``auto``, ``cpu`` or ``cuda``.
 
@@ -150,6 +151,8 @@ def benchmark_hest(
     unknown = [v for v in variants or [] if v not in VARIANTS]
     if unknown:
         raise ValueError(f"`variants` {', '.join(unknown)}: no such variant; choose from {', '.join(VARIANTS)}")
+    if not encoders:
+        raise ValueError("`encoders`: the list is empty; name at least one encoder")
     chosen = [VARIANTS[v] for v in (variants or VARIANTS)]
     found = read_benchmark(Path(folder), tasks)
     fold_rows: list[dict[str, Any]] = []
@@ -162,7 +165,7 @@ def benchmark_hest(
         )
         facts[label] = encoder_facts(encoder, found, whole_patch)
         for task in found:
-            log.info("%s: %s, %d folds", label, task.name, len(task.folds))
+            log.info("scoring %s on task %s (%d folds)", label, task.name, len(task.folds))
             for fold, variant, score in score_task(task, encoder, chosen, whole_patch):
                 names = {"encoder": label, "task": task.name, "fold": fold, "variant": variant.name}
                 fold_rows.append(names | _fold_facts(score))
@@ -193,7 +196,7 @@ def score_task(
     data = {id_: read_sample(s, encoder, task.genes, whole_patch) for id_, s in task.samples().items()}
     for fold in task.folds:
         train, test = (_joined([data[s.id] for s in half]) for half in (fold.train, fold.test))
-        if min(COMPONENTS, len(train.features_NF), train.features_NF.shape[1]) < COMPONENTS:
+        if min(train.features_NF.shape) < COMPONENTS and any(v.pca for v in variants):
             log.warning(
                 "%s, fold %d: %d training spots with %d features, so fewer than the recipe's %d components are used",
                 task.name,
@@ -245,7 +248,7 @@ def encoder_facts(
     seen = seen_in_training(encoder.predictor.lineage, tasks)
     if seen:
         log.warning(
-            "%s was trained on sections or donors of the benchmark: %s; its scores are not those of unseen data",
+            "training or early stopping of %s used sections or donors of the benchmark: %s; its scores are not those of unseen data",
             encoder.label,
             ", ".join(seen),
         )

@@ -94,7 +94,7 @@ def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:
     log.info("loss of one batch: ours %.6f, plain %.6f, relative difference %.1e", own, other, difference)
     if not difference <= TOLERANCE * (100 if in_bf16 else 1):
         raise ValueError(
-            f"comtip bench step: the plain step's loss is {other:.6f}, ours {own:.6f}, on the same batch and weights; the steps "
-            "are not comparable with this config, please report it"
+            f"comtip bench step: the plain step's loss is {other:.6f}, ours {own:.6f}, on the same batch and weights; with this "
+            "config the steps are not comparable: leave plain out of `steps`, and report it"
         )
     return difference

@@ -30,7 +30,8 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
     -------
     DataFrame
         One row per predictor: ``section``, ``predictor``, ``mean_pcc``, ``low``, ``high``, ``difference`` (mean PCC of the
-        model minus that of the predictor), ``difference_low``, ``difference_high`` and ``blocks``. NaN with fewer than 5 blocks.
+        model minus that of the predictor), ``difference_low``, ``difference_high`` and ``blocks``. The ends of the intervals are NaN
+        with fewer than 5 blocks.
     """
     measured = data.measured["cp10k"][:, data.hvg]
     block = spatial_blocks(data.xy, BLOCKS_PER_SIDE)
@@ -56,7 +57,13 @@ def _means(measured: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> t
 
 
 def calibration_rows(data: SectionData) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return :func:`comtip_fast.plots.calibration_table` of a section's trained genes, and the slope of each gene."""
+    """Return the calibration of a section's trained genes, or of all its genes if it measured no trained one.
+
+    Returns
+    -------
+    table, slopes
+        :func:`comtip_fast.plots.calibration_table` with a first column ``section``, and the slope of each gene, float64 (G,).
+    """
     genes = data.panel if data.panel.size else np.arange(len(data.keys))
     measured, predicted = data.measured["cp10k"][:, genes], data.predicted["cp10k"][:, genes]
     table = calibration_table(measured, predicted)

@@ -14,7 +14,7 @@ SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calib
 
 
 def score_table(result: Evaluation) -> pd.DataFrame:
-    """Return the scores of each cohort, predictor and normalisation, one row each."""
+    """Return one row per ``cohort``, ``predictor`` and ``normalisation``, with the fields of :class:`Score`, means over sections."""
     rows = [
         {"cohort": cohort, "predictor": name, "normalisation": norm, **entry[name][norm]}
         for cohort, entry in result.metrics["cohorts"].items()

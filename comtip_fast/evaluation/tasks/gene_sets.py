@@ -46,7 +46,7 @@ def read_gmt(path: Path) -> GeneSets:
         genes = list(dict.fromkeys(filter(None, rest[1:])))
         if not name or not genes:
             raise ValueError(
-                f"{path}, line {number}: no genes; expected name, description and genes, separated by tabs"
+                f"{path}, line {number}: no {'genes' if name else 'name'}; expected name, description and genes, separated by tabs"
             )
         if name in sets:
             raise ValueError(f"{path}, line {number}: {name} occurs twice; name each set once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class LabelFile:
     """
 
     def __init__(self, spec: str) -> None:
-        self._where = spec
+        self.spec = spec
         file, _, column = spec.rpartition(":")
         if spec.endswith(".h5ad"):
             raise ValueError(f"`labels` {spec}: names no column of the AnnData; give FILE.h5ad:COLUMN")
@@ -47,13 +48,19 @@ class LabelFile:
             A spot has several labels.
         """
         own = self._table
-        if own["section"].ne("").any():
+        by_section = own["section"].ne("").any()
+        if by_section:
             own = own[own["section"] == section]
         own = own[own["spot"].isin(set(spots))]
         if own["spot"].duplicated().any():
             twice = own["spot"][own["spot"].duplicated()].iloc[0]
             raise ValueError(
-                f"{self._where}: several labels for spot {twice} of {section}; keep one per section and spot"
+                f"{self.spec}: several labels for spot {twice} of {section}; "
+                + (
+                    "keep one per section and spot"
+                    if by_section
+                    else "add a column section, or keep one label per spot"
+                )
             )
         return own.set_index("spot")["label"].reindex(list(spots)).fillna("").to_numpy(str)
 
@@ -64,7 +71,8 @@ def _from_h5ad(path: Path, column: str) -> pd.DataFrame:
         raise FileNotFoundError(f"{path}: no such file; give FILE.h5ad:COLUMN or a table of labels")
     obs = read_annotation(path).obs
     if column not in obs:
-        raise ValueError(f"{path}: obs has no column {column!r}; name one of {', '.join(map(str, obs.columns))}")
+        fix = f"name one of {', '.join(map(str, obs.columns))}" if len(obs.columns) else "add a column with the labels"
+        raise ValueError(f"{path}: obs has no column {column!r}; {fix}")
     section = next((obs[c].astype(str) for c in SECTION_COLUMNS if c in obs), pd.Series("", index=obs.index))
     label = obs[column].astype(object).where(obs[column].notna(), "").astype(str)
     return pd.DataFrame({"section": section.to_numpy(), "spot": obs.index.astype(str), "label": label.to_numpy()})
@@ -77,12 +85,15 @@ def _from_table(path: Path) -> pd.DataFrame:
     sep = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
     try:
         table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except PermissionError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # a damaged .gz, and what pandas raises
         raise ValueError(f"{path}: cannot be read as a table ({error}); save it as UTF-8 .csv or .tsv") from error
     spot = next((c for c in SPOT_COLUMNS if c in table), None)
     if spot is None or "label" not in table:
         raise ValueError(
-            f"{path}: has the columns {', '.join(table.columns)}; expected the columns section, spot and label"
+            f"{path}: has the columns {', '.join(table.columns)}; expected spot and label, and section if spots of several "
+            "sections have the same id"
         )
     section = next((c for c in SECTION_COLUMNS if c in table), None)
     return pd.DataFrame(

@@ -59,13 +59,14 @@ def task_options(
         encoder = open_encoder(spec, predictor.device, predictor.config.train.precision, seed)
         label = f"embeddings:{encoder.path.name}" if isinstance(encoder, FeatureFiles) else encoder.label
         if label in opened or label in (ENCODER, VECTOR, COLOUR):
-            raise ValueError(f"`encoders` {spec}: {label} is scored already; name each encoder once")
+            raise ValueError(f"`encoders` {spec}: {_clash(spec, label, encoders)}")
         geometry = None if isinstance(encoder, FeatureFiles) else encoder.geometry
         own = (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
         if geometry is not None and (geometry.px, geometry.um, geometry.min_mpp) != own:
             raise ValueError(
-                f"`encoders` {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px with min_mpp {geometry.min_mpp:g}, but the "
-                f"model reads {own[1]:g} um in {own[0]} px with min_mpp {own[2]:g}; compare runs with the same tiles"
+                f"`encoders` {spec}: reads tiles of {geometry.um:.12g} um in {geometry.px} px with min_mpp {geometry.min_mpp:.12g}, but "
+                f"the model reads {own[1]:.12g} um in {own[0]} px with min_mpp {own[2]:.12g}; leave it out, and compare runs with the "
+                "same tiles"
             )
         opened[label] = encoder
     return TaskOptions(
@@ -76,6 +77,17 @@ def task_options(
         train=TrainOptions(epochs=epochs, folder=folder, seed=seed),
         seed=seed,
     )
+
+
+def _clash(spec: str, label: str, encoders: Sequence[str]) -> str:
+    """Return why an encoder cannot have its label in the tables of results, and what to do."""
+    if spec == COLOUR:
+        return f"{label} is scored already; leave it out"
+    if list(encoders).count(spec) > 1:
+        return "is named more than once; name it once"
+    if label in (ENCODER, VECTOR, COLOUR):
+        return f"an encoder of the task is called {label!r} too; rename the folder or file"
+    return f"another encoder is called {label!r} too; leave one of them out, and score it in another call"
 
 
 def run_tasks(
@@ -215,4 +227,6 @@ def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
         raise ValueError(f"`tasks` {', '.join(unknown)}: no such task; choose from {', '.join(TASKS)}")
     options.train.check()
     if "pathways" in tasks and not options.gene_sets:
-        raise ValueError("`tasks` pathways: needs gene sets, but none are given; give a GMT file with `gene_sets`")
+        raise ValueError(
+            "`tasks` pathways: needs gene sets, but none are given; give a GMT file with `gene_sets`, or leave pathways out"
+        )

@@ -114,10 +114,14 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
         values, count = np.unique(labels[known], return_counts=True)
         known &= np.isin(labels, values[count >= MIN_PER_LABEL])
         if np.unique(labels[known]).size < 2:
+            given = context.options.labels
             log.warning(
-                "domains: section %s is left out: it has fewer than two labels with at least %d spots each; give labels with `labels`",
+                "domains: section %s is left out: it has fewer than two labels with at least %d spots each; %s",
                 section.section_id,
                 MIN_PER_LABEL,
+                "give labels with `labels`"
+                if given is None
+                else f"check that section and spot ids in {given.spec} are those of the shard set",
             )
             continue
         for name, features in _domain_features(context, section).items():
@@ -183,7 +187,10 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
         keys = context.trained_and_measured(section.cohort, [section.number])[:TEXT_GENES]
         if len(keys) < 2 or len(section.spot_ids) < 2:
             log.warning(
-                "pairs: section %s has fewer than two trained genes or spots; it is left out", section.section_id
+                "pairs: section %s is left out: %d trained genes that it measured and %d spots, but at least two of each are needed",
+                section.section_id,
+                len(keys),
+                len(section.spot_ids),
             )
             continue
         sentences = SpotSentences(context.predictor, context.queries(keys), context.values(section, keys))

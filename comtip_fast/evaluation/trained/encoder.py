@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,11 +18,35 @@ def pretrained_encoder(predictor: Predictor) -> VisionEncoder:
     return _trainable(vision)
 
 
+def initial_weights(predictor: Predictor) -> str:
+    """Return the file of the weights that the model's image encoder was initialised with; empty for random weights.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The weights are on timm's hub, or the file does not exist.
+    """
+    found = predictor.bundle.initial_weights
+    if predictor.config.vision.backbone == "small" or not found:
+        return ""
+    leave_out = "leave out the methods supervised and bleep, which start from these weights"
+    if found == "hub":
+        raise ValueError(
+            "vision.pretrained=hub: the initial weights of the image encoder are on timm's hub, and an evaluation downloads "
+            f"nothing; {leave_out}"
+        )
+    if not Path(found).is_file():
+        raise FileNotFoundError(
+            f"vision.pretrained={found}: the file of the image encoder's initial weights is missing; copy it there, or {leave_out}"
+        )
+    return found
+
+
 def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
     """Return the image encoder of the model's config with the weights that its pretraining started from.
 
-    These are the weights of the file ``vision.pretrained``, or random weights of ``seed``. A frozen stem is the model's: its
-    weights are not trained in pretraining either.
+    These are the weights of the file ``vision.pretrained``, or random weights of ``seed``; ``train.start_from`` is ignored. A
+    frozen stem is the model's: its weights are not trained in pretraining either.
 
     Raises
     ------
@@ -29,14 +54,10 @@ def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
         The initial weights are not in a local file, or it cannot be used.
     """
     config = predictor.config.vision
-    if config.pretrained == "hub":
-        raise ValueError(
-            "vision.pretrained=hub: the initial weights of the image encoder are on timm's hub, and an evaluation downloads "
-            "nothing; leave out the tasks supervised and bleep, or pretrain from a file of weights"
-        )
+    config = replace(config, pretrained=initial_weights(predictor), lora=replace(config.lora, rank=0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vision = VisionEncoder(replace(config, lora=replace(config.lora, rank=0)), predictor.tile_px)
+        vision = VisionEncoder(config, predictor.tile_px)
     model = predictor.model.vision
     vision.stem = copy.deepcopy(model.stem)
     vision.pixel_mean.copy_(model.pixel_mean)

@@ -21,6 +21,7 @@ from comtip_fast.evaluation.train_reference import TrainReference
 from comtip_fast.evaluation.trained import LABELS, TrainOptions
 from comtip_fast.evaluation.trained.bleep import BleepTask
 from comtip_fast.evaluation.trained.data import TrainingData
+from comtip_fast.evaluation.trained.encoder import initial_weights
 from comtip_fast.evaluation.trained.regression import RegressionTask
 from comtip_fast.evaluation.trained.task import ExpressionTask
 from comtip_fast.inference import Predictor
@@ -37,6 +38,9 @@ BUILD: dict[str, Callable[[TrainingData, RunConfig], ExpressionTask]] = {
     "supervised": lambda data, config: RegressionTask(data, config, pretrained=False),
     "bleep": BleepTask,
 }
+
+FROM_INITIAL = {"supervised", "bleep"}
+"""Methods whose image encoder starts from the weights that pretraining started from."""
 
 
 @dataclass
@@ -93,11 +97,13 @@ def fit_methods(
     ValueError
         Options are wrong, or the training sections cannot be used.
     TrainingError
-        A loss is not finite, or a signal stopped the training; the same command continues it.
+        A loss is not finite, or a signal stopped the training, which the same call continues if ``options`` has a folder.
     """
     options.check()
     if not options.methods:
         return []
+    if FROM_INITIAL & set(options.methods):
+        initial_weights(predictor)  # before the slow work
     config = _config(predictor, reference, options)
     every = list(dict.fromkeys([*predictor.trained_genes, *sorted(keys)]))
     data = TrainingData(predictor, reference, every, config)
@@ -109,7 +115,7 @@ def fit_methods(
             options.epochs,
         )
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = _Checkpoints(options.folder or Path(temporary), kept=options.folder is not None)
         return [_fit(name, data, config, options.epochs, folder) for name in options.methods]
 
 
@@ -136,6 +142,15 @@ def _config(predictor: Predictor, reference: TrainReference, options: TrainOptio
     )
 
 
+@dataclass(frozen=True)
+class _Checkpoints:
+    """Folder of the checkpoints of all methods."""
+
+    path: Path
+    kept: bool
+    """False for a temporary folder, from which a later call cannot continue."""
+
+
 @dataclass
 class _Candidate:
     """Result of one training, or the weights that training starts from."""
@@ -148,7 +163,7 @@ class _Candidate:
     facts: dict[str, Any]
 
 
-def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: Path) -> TrainedMethod:
+def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: _Checkpoints) -> TrainedMethod:
     """Train a method with every learning rate, and return the one with the best validation score."""
     steps = epochs * len(data.loader.batches(0))
     rates = [config.optim.lr * factor for factor in (RATES if data.validation else RATES[:1])]
@@ -187,21 +202,30 @@ def _at_rate(config: RunConfig, name: str, rate: float, steps: int, data: Traini
     )
 
 
-def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: Path) -> _Candidate:
+def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: _Checkpoints) -> _Candidate:
     """Train a method, or continue from its checkpoints in ``folder``."""
     task = BUILD[name](data, config)
     what = LABELS[name]
+    initial = data.predictor.bundle.initial_weights if name in FROM_INITIAL else ""
+    run_dir = folder.path / f"{name}-{_digest(task, config, epochs, initial)}"
     log.info("%s: training at most %d steps with learning rate %g", what, config.train.steps, config.optim.lr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)  # of dropout; a checkpoint holds its state
-        fitted = Trainer(task, config, folder / f"{name}-{_digest(task, config, epochs)}").fit(resume=True)
+        fitted = Trainer(task, config, run_dir).fit(resume=True)
     if fitted.stopped == "sigterm":
-        raise TrainingError(f"{what}: stopped by a signal; its checkpoint is written, run the same command to continue")
+        again = (
+            "its checkpoint is written, run the same command to continue"
+            if folder.kept
+            else "its checkpoint was temporary; give `out` to keep checkpoints, and start again"
+        )
+        raise TrainingError(f"{what}: stopped by a signal; {again}")
     facts = {"steps": fitted.step, "best_step": fitted.best_step, "stopped": fitted.stopped}
     return _Candidate(task, fitted.best_score, config.optim.lr, facts)
 
 
-def _digest(task: ExpressionTask, config: RunConfig, epochs: int) -> str:
+def _digest(task: ExpressionTask, config: RunConfig, epochs: int, initial: str) -> str:
     """Return a hash of everything that defines a training, so that no other training resumes from its checkpoints."""
     parts = task.fingerprint() | {"epochs": epochs, "lr": config.optim.lr, "seed": config.train.seed}
+    if initial:
+        parts |= {"initial_weights": initial}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

@@ -127,8 +127,9 @@ def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Des
 
 
 def _engine(config: RunConfig, d: Design, c: Cluster) -> EngineSpec:
-    """Return the config's engine with the settings of a design."""
-    configured = engine_of(config, c.ranks, c.device.name != "cpu")
+    """Return the config's engine with the settings of a design, which replace ``engine.kind``."""
+    anywhere = replace(config, engine=replace(config.engine, kind="auto"))
+    configured = engine_of(anywhere, c.ranks, c.device.name != "cpu")
     return replace(configured, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
 
 
