@@ -125,10 +125,23 @@ def test_the_grid_has_the_step_the_shape_and_the_share_of_tissue_that_were_asked
     np.testing.assert_allclose(rows[1][0] - rows[0][0], [50, 100 * 3**0.5 / 2])
     every = tissue_grid(mask, (2000, 1000), 0.5, 50.0, GridOptions(min_tissue=0))
     assert len(every.xy_N2) == 200
-    with pytest.raises(ValueError, match=r"more than 20,000,000 tiles; choose a larger step"):
+    with pytest.raises(
+        ValueError, match=r"tiles every 1 um at 0\.5 um per px are .* at most 20,000,000 .*set a larger `step_um`"
+    ):
         tissue_grid(mask, (10**6, 10**6), 0.5, 50.0, GridOptions(step_um=1.0))
-    with pytest.raises(ValueError, match="`step_um` -1"):
-        GridOptions(step_um=-1)
+    for wrong in (-1, "100"):
+        with pytest.raises(ValueError, match=f"`step_um` {wrong!r}: not a positive number"):
+            GridOptions(step_um=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`min_tissue` '1': not a share"):
+        GridOptions(min_tissue="1")  # type: ignore[arg-type]
+
+
+def test_a_slide_without_tiles_names_what_leaves_none():
+    tile = TileGeometry(32, 112.0, 0.5)
+    rare = run._no_tile((2000, 1000), 0.5, tile, GridOptions(min_tissue=0.005), 0.0)
+    assert rare.startswith("no tile has 0.5 % tissue (0.0% of the image is tissue)")
+    small = run._no_tile((100, 100), 0.5, tile, GridOptions(min_tissue=0), 1.0)
+    assert small.endswith("distance between tiles (112 um); check `mpp`, or set a smaller `step_um`")
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +271,7 @@ def test_pieces_of_other_settings_are_not_used_and_a_complete_answer_is_kept(
         patch.setattr(run, "_join", lambda *_: (_ for _ in ()).throw(ValueError("stopped")))
         assert predict(quick, slide, out, "--min-tissue", "0.9") == 2
     assert predict(quick, slide, out) == 0
-    assert any("which were computed with other settings" in m for m in caplog.messages)
+    assert any("computed for another slide or model, or with other settings" in m for m in caplog.messages)
     assert out.read_bytes() == whole.read_bytes()
     stamp = out.stat().st_mtime_ns
     assert predict(quick, slide, out) == 0
@@ -269,7 +282,7 @@ def test_pieces_of_other_settings_are_not_used_and_a_complete_answer_is_kept(
 def test_two_processes_do_not_work_on_one_output(tmp_path: Path):
     with (
         Pieces(tmp_path / "x.h5ad", {"a": 1}),
-        pytest.raises(FileExistsError, match="in use by another process that predicts this slide"),
+        pytest.raises(FileExistsError, match="in use by another process that writes the same output"),
         Pieces(tmp_path / "x.h5ad", {}),
     ):
         pass
@@ -510,9 +523,9 @@ def test_positions_of_tiles_are_checked(quick: Path):
 def test_progress_is_logged_with_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     monkeypatch.setattr(run, "LOG_EVERY_S", 0.0)
-    with run._Progress("slide: tiles", 100, 20, True) as progress:
+    with run._Progress("slide: encoding", 100, 20, True) as progress:
         time.sleep(0.01)
         progress.update(40)
-    assert "slide: tiles: resuming, 20 of 100 are complete" in caplog.text
-    assert "slide: tiles: 60 of 100, 0.0 min left" in caplog.text
+    assert "slide: encoding: resuming, 20 of 100 tiles are complete" in caplog.text
+    assert "slide: encoding: 60 of 100 tiles, 0.0 min left" in caplog.text
     assert pieces.digest({"a": 1}) != pieces.digest({"a": 2})
