@@ -166,7 +166,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(
-            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}; update the keys and "
+            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION} (a number); update the keys and "
             "the version, or use the release that wrote the config"
         )
     _refuse_unknown(data, RunConfig, "", where)

@@ -51,7 +51,8 @@ def read_section(spec: str | Path) -> ad.AnnData:
     Raises
     ------
     SourceError
-        The set has no such section, the file cannot be read, or there are no positions.
+        The set has no such section, the file cannot be read, there are no positions, or ``spec`` is a URL or a folder that is no
+        shard set.
     FileNotFoundError
         The path does not exist.
     """

@@ -79,7 +79,7 @@ def _fix_of(changed: list[str]) -> str:
     if "shards" not in changed and "gene vectors" in changed:
         return "restore the file that text.gene_vectors names"
     if changed == [GENES]:
-        return "restore the settings `genes` in the run's config.yaml, or use the release that trained the run"
+        return "restore the keys genes.* in the run's config.yaml, or use the release that trained the run"
     return "give the shard set of the run with `shards`"
 
 
