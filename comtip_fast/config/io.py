@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from comtip_fast.config.explain import all_keys, invalid_value, key_groups, not_json, unknown_key, yaml_problem
 from comtip_fast.config.schema import CONFIG_VERSION, RunConfig
 from comtip_fast.config.vision import VitConfig
 
@@ -72,8 +72,6 @@ class _Dumper(yaml.SafeDumper):
 RENAMED = {"genes.per_task": "genes.per_cohort"}
 """Keys of earlier releases, which are still accepted in configs, checkpoints and exports."""
 _ADAPTER = TypeAdapter(RunConfig)
-_UNION_BRANCHES = {"int", "constrained-int", "tuple[int, int]"}
-"""Parts of pydantic's error locations that name a branch of a union, not a key."""
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -98,30 +96,54 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     where = "defaults" if path is None else str(path)
     data: dict[str, Any] = {}
     if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"{path}: no such file; check the path (configs/ of the repository has examples)")
-        if Path(path).stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a config; check the path")
-        try:
-            read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
-            ) from error
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}; correct this line") from error
-        if read is not None and not isinstance(read, dict):
-            raise ConfigError(
-                f"{path}: expected keys and values, found {type(read).__name__}; write lines such as `train: {{steps: 100}}`"
-            )
-        data = read or {}
+        data = _read_file(Path(path))
     for item in overrides:
         _override(data, item)
     if overrides:
         where = f"{where} with overrides {' '.join(overrides)}"
     return config_from_dict(data, where)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a config file; raise ConfigError if it has none."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; check the path")
+    if not path.is_file():
+        raise ConfigError(f"{path}: a folder or device, not a file; give a YAML file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a config; check the path")
+    try:
+        read = _parse(path.read_text(encoding="utf-8"), "correct this file")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if read is not None and not isinstance(read, dict):
+        raise ConfigError(
+            f"{path}: expected keys and values, found {type(read).__name__}; write lines such as `train: {{steps: 100}}`"
+        )
+    return _unshared(read or {})
+
+
+def _parse(text: str, fix: str) -> Any:
+    """Return a YAML document; raise ConfigError with ``fix`` at the end if it is not valid YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {yaml_problem(error)}; {fix}") from error
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError("lists or groups are nested too deeply; write the keys of docs/settings.md") from error
+    except (ValueError, KeyError, AttributeError) as error:  # of PyYAML for a tag such as !!int with another value
+        raise ConfigError(f"a tag (!!) does not fit its value ({error}); write values without tags") from error
+
+
+def _unshared(data: dict[Any, Any]) -> dict[Any, Any]:
+    """Return nested dicts in which no two keys share a dict, as aliases do: an override must change one key only."""
+    return {key: _unshared(value) if isinstance(value, dict) else value for key, value in data.items()}
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
@@ -144,7 +166,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(
-            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}; update the keys and "
+            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION} (a number); update the keys and "
             "the version, or use the release that wrote the config"
         )
     _refuse_unknown(data, RunConfig, "", where)
@@ -180,72 +202,50 @@ def _override(data: dict[str, Any], item: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"override {item!r}: not of the form KEY=VALUE; write it as in train.steps=100")
     *path, last = key.strip().split(".")
-    for part in path:
+    known = set(all_keys())
+    for i, part in enumerate(path, start=1):
+        group = ".".join(path[:i])
+        if group in known:
+            raise ConfigError(f"override {item!r}: {group} is a value, not a group of keys; write {group}=VALUE")
         if data.get(part) is None:
             data[part] = {}
-        data = data[part]
+        data, value = data[part], data[part]
         if not isinstance(data, dict):
             raise ConfigError(
-                f"override {item!r}: {part} is a value, not a group of keys; set {part} itself, without further keys"
+                f"override {item!r}: {group} already has the value {value!r}, but must be a group of keys; remove this value"
             )
-    data[last] = _scalar(text)
-
-
-def _scalar(text: str) -> Any:
-    """Return the value of an override, parsed as YAML."""
     try:
-        return yaml.load(text, _Loader)
+        data[last] = _parse(text, "correct it, or put text in YAML quotes, as in name='\"a: b\"'")
     except ConfigError as error:
-        raise ConfigError(f"override {text[:80]!r}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"override: {text!r} is not a YAML value: {_yaml_problem(error)}; put text in YAML quotes, as in name='\"a: b\"'"
-        ) from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    """Return the problem of a YAML error and its position, on one line."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    return f"{problem or str(error).splitlines()[0]}{position}"
-
-
-def _groups(cls: type) -> dict[str, type | None]:
-    """Return ``{key: class of its group of keys, or None for a value}`` of a dataclass."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] if is_dataclass(hints[f.name]) else None for f in fields(cls)}
+        raise ConfigError(f"override {item[:80]!r}: {error}") from error
 
 
 def _refuse_unknown(data: Mapping[str, Any], cls: type, prefix: str, where: str) -> None:
     """Raise ConfigError for a key that the group does not have, and for a group that is given a value."""
-    groups = _groups(cls)
+    groups = key_groups(cls)
     for key, value in data.items():
         if key not in groups:
-            near = _nearest(str(key), groups, prefix)
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; did you mean {near}?")
+            raise ConfigError(f"{where}: {unknown_key(str(key), prefix, groups, RENAMED)}")
         group = groups[key]
         if group is not None:
             if not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{where}: {prefix}{key} is a group of keys ({', '.join(_groups(group))}), not a value; set one of them"
+                    f"{where}: {prefix}{key} is a group of keys ({', '.join(key_groups(group))}), not a value; set one of them"
                 )
             _refuse_unknown(value, group, f"{prefix}{key}.", where)
 
 
-def _nearest(key: str, groups: Mapping[str, Any], prefix: str) -> str:
-    """Return the most similar key of the group ``groups`` or, if none is similar, of all groups."""
-    here = difflib.get_close_matches(key, list(groups), n=1, cutoff=0.6)
-    if here:
-        return prefix + here[0]
-    everywhere = list(flatten(asdict(RunConfig())))
-    by_leaf = sorted(everywhere, key=lambda k: -difflib.SequenceMatcher(None, key, k.rsplit(".", 1)[-1]).ratio())
-    return by_leaf[0]
-
-
-def _without_empty_groups(data: Mapping[str, Any]) -> dict[str, Any]:
+def _without_empty_groups(data: Mapping[str, Any], cls: type = RunConfig) -> dict[str, Any]:
     """Return ``data`` without empty groups, which YAML reads as null, e.g. if all lines under ``optim:`` are comments."""
-    groups = _groups(RunConfig)
-    return {k: v for k, v in data.items() if v is not None or groups.get(k) is None}
+    groups = key_groups(cls)
+    out = {}
+    for key, value in data.items():
+        group = groups.get(key)
+        if group is None:
+            out[key] = value
+        elif value is not None:
+            out[key] = _without_empty_groups(value, group) if isinstance(value, Mapping) else value
+    return out
 
 
 def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,13 +291,13 @@ def _build(data: Mapping[str, Any], where: str) -> RunConfig:
     try:
         # Strict: "5" and true are not numbers. Passed as JSON, because strict Python input must be dataclass instances.
         return _ADAPTER.validate_json(json.dumps(data), strict=True)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}; use numbers, text, true, false, null and lists") from None
+    except TypeError:
+        key, value = next(not_json(data))
+        raise ConfigError(
+            f"{where}: {key}: a value of the type {type(value).__name__}; use numbers, text, true, false, null and lists"
+        ) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(p) for p in first["loc"] if p not in _UNION_BRANCHES)
-        given = first["input"]
-        raise ConfigError(f"{where}: {key}: {first['msg']} (given: {given!r}, {type(given).__name__})") from None
+        raise ConfigError(f"{where}: {invalid_value(error.errors())}") from None
 
 
 Rule = tuple[bool, str]
@@ -368,8 +368,8 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
             ),
         ),
         (
-            on_state == "none" or e.zero_stage >= 1,
-            f"engine.offload_optimizer={on_state}: needs engine.zero_stage 1 to 3, not {e.zero_stage}",
+            on_state != "cpu" or e.zero_stage >= 1,
+            f"engine.offload_optimizer=cpu: needs engine.zero_stage 1 to 3, not {e.zero_stage}",
         ),
         (
             on_parameters == "none" or e.zero_stage == 3,
@@ -377,7 +377,10 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
         ),
         (
             on_state != "nvme" or e.zero_stage == 3,
-            f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, not {e.zero_stage}; or set engine.offload_optimizer=cpu",
+            (
+                f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, not {e.zero_stage}"
+                f"{'; or set engine.offload_optimizer=cpu' if e.zero_stage else ''}"
+            ),
         ),
         (
             not thaws or e.kind != "deepspeed",

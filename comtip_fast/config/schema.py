@@ -160,7 +160,7 @@ class TextConfig:
     name only."""
     name_drop: Share = 0.2
     """Probability, per gene and step, of dropping name and identity, so that the model learns to use unseen genes that have a
-    vector only. The sum of ``vector_drop`` and ``name_drop`` must not exceed 1."""
+    vector only. With ``gene_vectors``, the sum of ``vector_drop`` and ``name_drop`` must not exceed 1."""
     attention: Literal["auto", "triton", "flash", "varlen", "sdpa"] = "auto"
     """Implementation of attention in training; results differ by rounding. ``triton`` is this project's kernel for packed
     sentences, ``flash`` is flash-attn, ``varlen`` PyTorch's variable-length attention (both bf16 on a GPU), ``sdpa``

@@ -26,6 +26,8 @@ def read_h5ad(path: Path | str) -> ad.AnnData:
     open_h5ad(Path(path)).close()  # raises for files that are not HDF5, and for links to other files
     try:
         return ad.read_h5ad(unpacked(Path(path)))
+    except (SourceError, MemoryError):
+        raise
     except Exception as error:  # anndata raises many kinds of errors
         raise SourceError(
             f"{path}: not a readable .h5ad file ({type(error).__name__}: {error}); write it with AnnData.write_h5ad"
@@ -49,7 +51,7 @@ def read_annotation(path: Path) -> ad.AnnData:
                 return read_h5ad(path)  # compound tables of anndata 0.6, which only anndata's full reader supports
             parts = {key: ad.io.read_elem(file[key]) for key in ("obs", "var", "obsm", "uns") if key in file}
             return ad.AnnData(**parts)
-    except SourceError:
+    except (SourceError, MemoryError):
         raise
     except Exception as error:  # anndata raises many kinds of errors
         raise SourceError(
@@ -85,9 +87,8 @@ def chosen_library(store: Store, section_id: str) -> tuple[str, Library]:
     for name, library in found.items():
         if section_id in (name, library.key, library.value):
             return name, library
-    raise SourceError(
-        f"{store.path}: no section {section_id!r}; it has {', '.join(found)}; choose one, or leave the section out"
-    )
+    fix = "choose one" if len(found) > 1 else "choose it, or leave the section out"
+    raise SourceError(f"{store.path}: no section {section_id!r}; it has {', '.join(found)}; {fix}")
 
 
 def own_entries(data: ad.AnnData, library: Library) -> dict[str, Any]:

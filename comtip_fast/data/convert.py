@@ -21,6 +21,7 @@ from comtip_shards.sources.anndata_parts.picture import Picture, library_names, 
 from comtip_shards.sources.anndata_parts.positions import read_centres
 from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.storage.atomic import atomic_folder
+from comtip_shards.storage.remote import is_url
 from PIL import Image
 from scipy import sparse
 
@@ -32,6 +33,7 @@ log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
 """Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
+ARRAY = ("array_row", "array_col")
 MATRIX = "filtered_feature_bc_matrix.h5"
 CORRECT = "correct it in uns['spatial']"
 """Fix of an invalid scale factor; a conversion has no options for the image and its scale."""
@@ -49,13 +51,22 @@ def read_section(spec: str | Path) -> ad.AnnData:
     Raises
     ------
     SourceError
-        The set has no such section, the file cannot be read, or there are no positions.
+        The set has no such section, the file cannot be read, there are no positions, or ``spec`` is a URL or a folder that is no
+        shard set.
     FileNotFoundError
         The path does not exist.
     """
+    if is_url(str(spec)):
+        raise SourceError(
+            f"{spec}: a URL, but a conversion reads local files only; download the shard set or file first"
+        )
     path, section_id = split_spec(str(spec))
     if (path / "manifest.json").is_file():
         return _from_shards(ShardSet(path), section_id)
+    if path.is_dir():
+        raise SourceError(
+            f"{path}: a folder without manifest.json, so no shard set; give an .h5ad, or build a shard set of this folder first"
+        )
     data = read_h5ad(path)
     store = MemoryStore(data, path)
     library = chosen_library(store, section_id)[1]
@@ -211,7 +222,8 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
         )
     if library is None:
         raise SourceError(
-            "the section has no image, which a Space Ranger folder needs; write a .zarr (SpatialData) instead"
+            f"the section has no {IMAGE} image in uns['spatial'], which a Space Ranger folder needs; write a .zarr (SpatialData) "
+            "instead"
         )
     if not data.obs_names.is_unique:
         raise SourceError("spot names are not unique; make them unique (obs_names_make_unique)")
@@ -261,8 +273,9 @@ def _positions(data: ad.AnnData) -> pd.DataFrame:
     """Return the table ``tissue_positions.csv`` of Space Ranger."""
     xy = np.asarray(data.obsm["spatial"], np.float64)
     table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
-    for name in ("array_row", "array_col"):
-        values = _array(data, name) if name in data.obs else np.arange(data.n_obs, dtype=float)
+    known = all(name in data.obs for name in ARRAY)
+    for name in ARRAY:
+        values = _array(data, name) if known else np.arange(data.n_obs, dtype=float)
         table[name] = np.rint(values).astype(np.int64)
     table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = xy[:, 1], xy[:, 0]
     return table
@@ -281,10 +294,12 @@ def array_notes(data: ad.AnnData) -> list[str]:
     SourceError
         ``array_row`` or ``array_col`` of a spot has no value.
     """
-    names = ("array_row", "array_col")
-    if not all(name in data.obs for name in names):
-        return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
-    given = np.column_stack([_array(data, name) for name in names])
+    absent = [name for name in ARRAY if name not in data.obs]
+    if absent:
+        return [
+            f"obs has no {' and no '.join(absent)}: spots are numbered instead, so use pixel positions for neighbours"
+        ]
+    given = np.column_stack([_array(data, name) for name in ARRAY])
     lost = int((~np.isfinite(given)).any(1).sum())
     if lost:
         raise SourceError(

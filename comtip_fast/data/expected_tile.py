@@ -28,14 +28,14 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
     px, um = data.tile_px or tile.px, data.tile_um or tile.um
     if px != tile.px or not math.isclose(um, tile.um, rel_tol=1e-6):
         keys = [
-            f"data.{key}={value:g}"
+            f"data.{key}={value:.10g}"
             for key, value in (("tile_px", data.tile_px), ("tile_um", data.tile_um))
             if value is not None
         ]
         raise ValueError(
-            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
-            f"again with `tile_um={um:g}` `tile_px={px}`, or train on this set with "
-            f"`data.tile_px={tile.px}` `data.tile_um={tile.um:g}`"
+            f"{shards.name}: tiles of {tile.um:.10g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
+            f"again with `tile_um={um:.10g}` `tile_px={px}`, or train on this set with "
+            f"`data.tile_px={tile.px}` `data.tile_um={tile.um:.10g}`"
         )
     native = re.search(r"_(\d{3})$", config.vision.backbone)
     if data.tile_px is None and native is not None and int(native[1]) != tile.px:

@@ -103,7 +103,7 @@ def open_section(
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
         if "/" in section_id:
-            raise SourceError(f"{spec}: no section is named; give {spec}:section_id")
+            raise SourceError(f"{spec}: a URL must name a section of a shard set; give SHARDS_URL:section_id")
         _refuse_format(fmt, f"{url} is a shard set")
         _refuse_options(options, url)
         return _from_shards(ShardSet(url), section_id, tile)
@@ -162,7 +162,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
         head, section_id = spec.rsplit(":", 1)
         path = Path(head)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give SHARDS_DIR:section_id, a source folder or an .h5ad file")
+        raise FileNotFoundError(f"{path} does not exist; check the path")
     return path, section_id
 
 
@@ -171,9 +171,9 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
-            f"{shards.name}: tiles of {own.um:g} um in {own.px} px with min_mpp {own.min_mpp:g}, but the model reads "
-            f"{tile.um:g} um in {tile.px} px with min_mpp {tile.min_mpp:g}; build the set again with `tile_um={tile.um:g}` "
-            f"`tile_px={tile.px}` `min_mpp={tile.min_mpp:g}`"
+            f"{shards.name}: tiles of {own.um!r} um in {own.px} px with min_mpp {own.min_mpp!r}, but the model reads "
+            f"{tile.um!r} um in {tile.px} px with min_mpp {tile.min_mpp!r}; build the set again with `tile_um={tile.um!r}` "
+            f"`tile_px={tile.px}` `min_mpp={tile.min_mpp!r}`"
         )
     template, spots, number = section_template(shards, section_id)
     meta = shards.manifest.sections[number]
@@ -192,7 +192,8 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
     """
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
-        raise SourceError(f"{shards.name} has no section {section_id!r}; choose one of {', '.join(ids)}")
+        problem = f"has no section {section_id!r}" if section_id else "is a shard set, and no section is named"
+        raise SourceError(f"{shards.name}: {problem}; give SHARDS:section_id with one of {', '.join(ids)}")
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)
@@ -278,7 +279,8 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
         )
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SourceError(
-            f"{where}: {mpp:g} um per px of the image is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
+            f"{where}: {mpp:.10g} um per px of the image is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set "
+            "`mpp` to the um per px of the positions"
         )
     outside = (xy < 0).any(1) | (xy[:, 0] > slide.size[0]) | (xy[:, 1] > slide.size[1])
     if outside.any():

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comtip_shards.names import is_formula
+from comtip_shards.names import is_formula, shown
 from torch import Tensor
 
 from comtip_fast import lineage
@@ -96,7 +96,9 @@ def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> dict[st
     lines = sums.read_bytes()[: 1 << 16].decode("utf-8", "replace").splitlines()
     stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in files:
-        if stated.get(name) != sha256_of(folder / name):
+        if name not in stated:
+            raise ExportError(f"{sums}: no SHA-256 of {name}; {FIX}")
+        if stated[name] != sha256_of(folder / name):
             raise ExportError(f"{folder / name}: the SHA-256 differs from {SUMS}; {FIX}")
     return stated
 
@@ -130,31 +132,36 @@ def read_genes(path: Path, n_trained: int) -> list[ExportGene]:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, delimiter="\t")
             if tuple(reader.fieldnames or ()) != GENE_COLUMNS:
-                raise ExportError(f"{path}: columns {reader.fieldnames}, expected {list(GENE_COLUMNS)}; {FIX}")
-            rows = list(reader)
+                found = list(reader.fieldnames or ())
+                raise ExportError(f"{path}: columns {found}, expected {list(GENE_COLUMNS)}; {FIX}")
+            rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ExportError(f"{path}: not a table of genes ({error}); {FIX}") from error
     seen: set[str] = set()
-    for line, row in enumerate(rows, start=2):
+    for number, (line, row) in enumerate(rows):
         if None in row or None in row.values():
             raise ExportError(f"{path}, line {line}: the row does not have {len(GENE_COLUMNS)} cells; {FIX}")
         if (row["trained"], row["held_out"]) not in {("1", "0"), ("0", "1")}:
             raise ExportError(f"{path}, line {line}: trained and held_out must be 1 and 0, or 0 and 1; {FIX}")
-        if (row["trained"] == "1") != (line - 2 < n_trained):
+        if (row["trained"] == "1") != (number < n_trained):
             raise ExportError(
                 f"{path}, line {line}: the model has {n_trained} trained genes, which must come first and in the order of "
                 f"its tables; {FIX}"
             )
         if not row["key"] or row["key"] in seen:
-            raise ExportError(f"{path}, line {line}: the key {row['key']!r} is empty or duplicate; {FIX}")
-        if any(map(is_formula, row.values())):
-            raise ExportError(f"{path}, line {line}: a spreadsheet would run a cell as a formula; {FIX}")
+            problem = f"the key {row['key']!r} is a duplicate" if row["key"] else "the key is empty"
+            raise ExportError(f"{path}, line {line}: {problem}; {FIX}")
+        formula = next(filter(is_formula, row.values()), None)
+        if formula is not None:
+            raise ExportError(
+                f"{path}, line {line}: a spreadsheet would run the cell {shown(formula)} as a formula; {FIX}"
+            )
         seen.add(row["key"])
     if len(rows) < n_trained:
         raise ExportError(f"{path}: {len(rows)} genes, but the model was trained on {n_trained}; {FIX}")
     return [
         ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
-        for r in rows
+        for _, r in rows
     ]
 
 
@@ -217,17 +224,22 @@ def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> 
         The file is damaged or belongs to another model, or ``config.json`` and ``lineage.json`` disagree.
     """
     in_lineage = None if own.vectors is None else own.vectors.sha256
-    if stated != in_lineage or bool(stated) != bool(dim):
+    if stated != in_lineage:
         raise ExportError(
-            f"{path}: config.json names the gene vectors {stated!r} of {dim} components, but lineage.json names "
-            f"{in_lineage!r}; {FIX}"
+            f"{path.parent}: config.json names the gene vectors {stated!r}, but lineage.json names {in_lineage!r}; {FIX}"
+        )
+    if bool(stated) != bool(dim):
+        raise ExportError(
+            f"{path.parent / 'config.json'}: names the gene vectors {stated!r}, but the model reads vectors of {dim} components; "
+            f"{FIX}"
         )
     if not stated:
         return None
     try:
         found = GeneVectors.load(path)
     except ValueError as error:
-        raise ExportError(f"{error}; {FIX}") from error
+        problem = str(error).rpartition("; ")[0]  # without its fix, which is for a file that a user has computed
+        raise ExportError(f"{problem}; {FIX}") from error
     if found.sha256 != stated or found.vector_GK.shape[1] != dim:
         raise ExportError(
             f"{path}: gene vectors {found.sha256} of {found.vector_GK.shape[1]} components, expected {stated} of {dim}; {FIX}"
@@ -253,7 +265,8 @@ def check_levels(arrays: Mapping[str, np.ndarray], path: Path, n_trained: int, n
             raise ExportError(f"{path}: {name} is {array.dtype} {array.shape}, expected float32 {shape}; {FIX}")
         bad = np.isnan(array) if name == "edges" else ~np.isfinite(array)  # an unused edge is +inf
         if bad.any():
-            raise ExportError(f"{path}: {name} has values that are not finite ({int(bad.sum())}); {FIX}")
+            what = "NaN" if name == "edges" else "not finite"
+            raise ExportError(f"{path}: {int(bad.sum())} of {bad.size} values of {name} are {what}; {FIX}")
     if (arrays["edges"][:, 1:] < arrays["edges"][:, :-1]).any():
         raise ExportError(f"{path}: the edges of a gene are not ascending; {FIX}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         found = (header.get("format"), header.get("version"))
     except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ExportError(f"{path}: not a valid readout ({error}); {FIX}") from error
-    if found != (readout.FORMAT, readout.VERSION):
+    if found[0] != readout.FORMAT:
+        raise ExportError(f"{path}: not a readout: format {found[0]!r}, expected {readout.FORMAT!r}; {FIX}")
+    if found[1] != readout.VERSION:
         raise ExportError(
-            f"{path}: format {found[0]!r} version {found[1]!r}, expected {readout.FORMAT!r} version {readout.VERSION}; "
-            "use the release that wrote it"
+            f"{path}: version {found[1]!r}; this comtip-fast reads version {readout.VERSION}; use the release that wrote it"
         )
     return arrays, header
 
@@ -69,8 +71,9 @@ def check_readout(
     heads = header.get("heads")
     if not isinstance(heads, list) or not heads or not all(isinstance(h, dict) for h in heads):
         raise ExportError(f"{path}: the header has no list of heads; {FIX}")
-    if len({str(h.get("cohort")) for h in heads}) < len(heads):
-        raise ExportError(f"{path}: a cohort has two heads; {FIX}")
+    cohort, n_heads = Counter(str(h.get("cohort")) for h in heads).most_common(1)[0]
+    if n_heads > 1:
+        raise ExportError(f"{path}: the cohort {cohort!r} has {n_heads} heads; {FIX}")
     shapes: dict[str, tuple[int, ...]] = {}
     for number, head in enumerate(heads):
         blocks = settings.block_names(n_features)
@@ -91,9 +94,8 @@ def check_readout(
         if array.shape != shape or array.dtype != np.float32:
             raise ExportError(f"{path}: {name} is {array.dtype} {array.shape}, expected float32 {shape}; {FIX}")
         if not np.isfinite(array).all():
-            raise ExportError(
-                f"{path}: {name} has values that are not finite ({int((~np.isfinite(array)).sum())}); {FIX}"
-            )
+            bad = int((~np.isfinite(array)).sum())
+            raise ExportError(f"{path}: {bad} of {array.size} values of {name} are not finite; {FIX}")
         if name.endswith((".std", ".std_G")) and (array < 0).any():
             raise ExportError(f"{path}: {name} has negative values; {FIX}")
 
@@ -102,7 +104,8 @@ def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.Readou
     """Return the settings of the readout; raise ExportError if they are invalid or belong to another model."""
     wanted = {"views": int, "context": bool, "vector_dim": int}
     if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != wanted:
-        raise ExportError(f"{path}: settings are {found!r}, expected {', '.join(wanted)}; {FIX}")
+        names = ", ".join(f"{name} ({kind.__name__})" for name, kind in wanted.items())
+        raise ExportError(f"{path}: settings are {found!r}, expected {names}; {FIX}")
     if not 1 <= found["views"] <= readout.N_VIEWS or found["vector_dim"] != vector_dim:
         raise ExportError(
             f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {readout.N_VIEWS} and "
@@ -115,11 +118,14 @@ def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: 
     """Raise ExportError if the header of one head is invalid."""
     keys, mix = head.get("keys"), head.get("mix")
     if not isinstance(head.get("cohort"), str) or not isinstance(head.get("facts"), dict):
-        raise ExportError(f"{where}: cohort or facts are missing; {FIX}")
-    if not isinstance(keys, list) or not keys or not all(isinstance(k, str) and k in trained for k in keys):
-        raise ExportError(f"{where}: keys are not trained genes of the model; {FIX}")
+        raise ExportError(f"{where}: cohort is {head.get('cohort')!r}, expected text, with facts as an object; {FIX}")
+    if not isinstance(keys, list) or not keys or not all(isinstance(k, str) for k in keys):
+        raise ExportError(f"{where}: keys are not a list of genes; {FIX}")
+    foreign = set(keys) - trained
+    if foreign:
+        raise ExportError(f"{where}: not trained genes of the model: {few(foreign)}; {FIX}")
     if len(set(keys)) < len(keys):
-        raise ExportError(f"{where}: duplicate gene; {FIX}")
+        raise ExportError(f"{where}: duplicate gene {Counter(keys).most_common(1)[0][0]}; {FIX}")
     if head.get("blocks") != list(blocks):
         raise ExportError(f"{where}: blocks are {head.get('blocks')!r}, expected {list(blocks)}; {FIX}")
     if not isinstance(mix, dict) or mix.keys() != {*blocks, "levels"}:

@@ -28,6 +28,7 @@ from comtip_fast.models.section_statistics import neighbour_mean
 from comtip_fast.runtime.devices import autocast
 
 log = logging.getLogger("comtip_fast")
+_OTHER_AXES = "the gene vectors do not extend those that the model was trained with (fewer than 2 common genes, or other values for them)"
 
 
 @dataclass
@@ -59,18 +60,16 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
     own = bundle.vectors
     further = None if own is None or given is None else own.extended_by(given)
     if given is not None and further is None and bundle.readout is None:
+        train = "" if bundle.config.readout.kind == "linear" else "train with readout.kind=linear, or "
         raise ValueError(
-            "gene vectors were given, but the model has no linear readout to use them with; train with "
-            "readout.kind=linear, or load the model without gene vectors"
+            f"gene vectors were given, but the model has no linear readout to use them with; {train}load the model without gene "
+            "vectors"
             if own is None
-            else "the gene vectors have other axes than those that the model was trained with, and the model has no linear "
-            "readout to use them with; give a file in which the genes of the model's own vectors have the same vectors"
+            else f"{_OTHER_AXES}, and the model has no linear readout to use them with; give a file that contains genes of the "
+            "model's own vectors with the same values"
         )
     if own is not None and given is not None and further is None:
-        log.warning(
-            "the gene vectors have other axes than those that the model was trained with: the linear readout uses them, "
-            "gene sentences do not"
-        )
+        log.warning("%s: the linear readout uses the given vectors, gene sentences do not", _OTHER_AXES)
     return further or own, further or given or own
 
 

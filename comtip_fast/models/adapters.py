@@ -46,8 +46,8 @@ def add_adapters(encoder: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, encoder)
     except ValueError as error:
         raise ValueError(
-            f"vision.lora.layers={list(config.layers)}: the blocks of this encoder have none of these layers; choose others, or "
-            "set vision.lora.rank=0"
+            f"vision.lora.layers={list(config.layers)}: the blocks of this encoder have none of these layers; choose among qkv, "
+            "proj, fc1 and fc2, or set vision.lora.rank=0"
         ) from error
 
 
@@ -78,8 +78,8 @@ def _import() -> ModuleType:
         import peft
     except ImportError as error:
         raise ValueError(
-            "vision.lora.rank: adapters need the library peft, which is not installed; run pip install 'comtip-fast[lora]', or "
-            "set vision.lora.rank=0"
+            f"vision.lora.rank: adapters need the library peft, which cannot be imported ({error}); run pip install "
+            "'comtip-fast[lora]', or set vision.lora.rank=0"
         ) from error
     module: ModuleType = peft
     return module

@@ -185,14 +185,11 @@ def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
         The width of the tile is not a multiple of the width of a patch.
     """
     if tile_px % patch_px:
-        small = config.backbone == "small"
-        cause = (
-            f"vision.patch_px={patch_px}"
-            if small
-            else f"vision.backbone {config.backbone!r} has patches of {patch_px} px"
-        )
+        key = "vision.patch_px" if config.backbone == "small" else "vision.vit.patch_px"
+        stated = config.backbone == "small" or config.vit.patch_px is not None
+        cause = f"{key}={patch_px}" if stated else f"vision.backbone {config.backbone!r} has patches of {patch_px} px"
         fits = [n for n in range(4, tile_px + 1) if tile_px % n == 0]
-        fix = f"give one of {', '.join(map(str, fits))}" if small else "choose another backbone"
+        fix = f"set {key} to one of {', '.join(map(str, fits))}"
         raise ValueError(
             f"{cause}: tiles of {tile_px} px, as in data.shards, cannot be cut into whole patches; {fix}, or build the set "
             f"with `tile_px={max(1, round(tile_px / patch_px)) * patch_px}`"
@@ -258,18 +255,19 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
             init_values=None,
             fc_norm=False,
         )
+    arguments = _timm_arguments(config.vit)
     try:
         vit = timm.create_model(
-            config.backbone,
-            pretrained=config.pretrained == "hub",
-            img_size=tile_px,
-            num_classes=0,
-            **_timm_arguments(config.vit),
+            config.backbone, pretrained=config.pretrained == "hub", img_size=tile_px, num_classes=0, **arguments
         )
-    except (RuntimeError, TypeError, AssertionError) as err:
+    except (RuntimeError, TypeError, AssertionError, ValueError, OSError) as err:
+        fixes = ["choose a name of timm.list_models('vit_*')"]
+        if timm.is_model(config.backbone):
+            fixes += ["correct vision.vit"] if arguments else []
+            fixes += ["give a file of weights in vision.pretrained"] if config.pretrained == "hub" else []
         raise ValueError(
-            f"vision.backbone={config.backbone}: timm cannot build it for {tile_px} px ({err}); "
-            "choose a name of timm.list_models('vit_*')"
+            f"vision.backbone={config.backbone}: timm cannot build it for {tile_px} px ({type(err).__name__}: {err}); "
+            f"{', or '.join(reversed(fixes))}"
         ) from err
     if not isinstance(vit, VisionTransformer):
         raise ValueError(

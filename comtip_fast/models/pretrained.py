@@ -123,8 +123,10 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
             origin = str(facts)
     mean, std = config.pixel_mean or mean, config.pixel_std or std
     if config.pretrained and config.backbone != "small":
-        stated = "" if None in (config.pixel_mean, config.pixel_std) else "the config instead of "
-        log.info("tiles are normalised with mean %s and standard deviation %s (from %s%s)", mean, std, stated, origin)
+        of_mean, of_std = (origin if own is None else "the config" for own in (config.pixel_mean, config.pixel_std))
+        log.info(
+            "tiles are normalised with mean %s (of %s) and standard deviation %s (of %s)", mean, of_mean, std, of_std
+        )
     return mean, std
 
 
@@ -169,9 +171,12 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a file, without the prefixes of training checkpoints and compiled modules."""
-    if path.suffix not in SUFFIXES or not path.is_file():
+    if not path.is_file():
+        problem = "not a file" if path.exists() else "no such file"
+        raise ValueError(f"vision.pretrained={path}: {problem}; give a file of weights, or hub to download them")
+    if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"vision.pretrained={path}: not an existing file that ends in {', '.join(SUFFIXES)}; give the file of the weights"
+            f"vision.pretrained={path}: the name does not end in {', '.join(SUFFIXES)}; give a file of one of these formats"
         )
     try:
         state = load_state_dict(str(path), weights_only=True)

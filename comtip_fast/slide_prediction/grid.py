@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -25,11 +26,12 @@ class GridOptions:
     def __post_init__(self) -> None:
         if self.shape not in ("square", "hexagonal"):
             raise ValueError(f"shape {self.shape!r}: no such lattice; give square or hexagonal")
-        if self.step_um is not None and not (self.step_um > 0 and math.isfinite(self.step_um)):
+        step = self.step_um
+        if step is not None and not (isinstance(step, Real) and step > 0 and math.isfinite(step)):
             raise ValueError(
                 f"`step_um` {self.step_um!r}: not a positive number; give the distance between tile centres in um"
             )
-        if not 0 <= self.min_tissue <= 1:
+        if not (isinstance(self.min_tissue, Real) and 0 <= self.min_tissue <= 1):
             raise ValueError(f"`min_tissue` {self.min_tissue!r}: not a share of tissue; give a number from 0 to 1")
 
 
@@ -73,8 +75,12 @@ def tissue_grid(
     step = (options.step_um or tile_um) / mpp
     hexagonal = options.shape == "hexagonal"
     row_step = step * (math.sqrt(3) / 2 if hexagonal else 1.0)
-    if size[0] * size[1] / (step * row_step) > MAX_TILES:
-        raise ValueError(f"`step_um` {step * mpp:g}: gives more than {MAX_TILES:,} tiles; choose a larger step")
+    n_tiles = size[0] * size[1] / (step * row_step)
+    if n_tiles > MAX_TILES:
+        raise ValueError(
+            f"tiles every {step * mpp:g} um at {mpp:g} um per px are {math.ceil(n_tiles):,}, but at most {MAX_TILES:,} are allowed; "
+            "set a larger `step_um`, or check `mpp`"
+        )
     height, width = mask_HW.shape
     total = np.zeros((height + 1, width + 1))
     total[1:, 1:] = mask_HW.cumsum(0, dtype=np.float64).cumsum(1)

@@ -49,6 +49,10 @@ class Pieces:
         """Whether pieces of another plan were deleted."""
 
     def __enter__(self) -> Pieces:
+        if self.folder.is_file():
+            raise FileExistsError(
+                f"{self.folder}: a file, but a folder for unfinished pieces is needed; move or delete it"
+            )
         self.folder.mkdir(exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
@@ -56,7 +60,7 @@ class Pieces:
         except BlockingIOError:
             os.close(self._lock)
             raise FileExistsError(
-                f"{self.folder}: in use by another process that predicts this slide; wait for it, or choose another output file"
+                f"{self.folder}: in use by another process that writes the same output; wait for it, or choose another output file"
             ) from None
         except OSError:
             pass  # a file system without locks

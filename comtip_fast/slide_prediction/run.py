@@ -123,7 +123,11 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
                 pieces.remove()
                 return False
             if pieces.discarded:
-                log.warning("%s: deleted the pieces in %s, which were computed with other settings", out, pieces.folder)
+                log.warning(
+                    "%s: deleted the pieces in %s, which were computed for another slide or model, or with other settings",
+                    out,
+                    pieces.folder,
+                )
             layout = _layout(slide, path, predictor, request)
             prediction = SectionPrediction(predictor, request.queries)
             _encode(layout, prediction, pieces, request.progress)
@@ -189,8 +193,9 @@ def _scale(slide: Slide, path: Path, request: SlideRequest) -> float:
     if mpp is None:
         raise SourceError(f"{path}: the file states no resolution; set `mpp` to its um per px")
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        fix = "set" if request.mpp is None else "correct"
         raise SourceError(
-            f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
+            f"{path}: {mpp:.10g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); {fix} `mpp`"
         )
     check_side(slide.size, mpp, str(path), trusted=request.trust_mpp)
     return float(mpp)
@@ -219,7 +224,7 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
         raise SourceError(
             f"{path}: no tile of {tile.um:g} um has {100 * request.grid.min_tissue:.3g} % of its area on tissue: the image covers "
             f"{width:.0f} x {height:.0f} um at {mpp:g} um per px, and {100 * mask.mean():.1f} % of it is tissue; check that it is an "
-            "H&E image and that `mpp` is correct, or set `min_tissue` to 0 to predict the complete image"
+            "H&E image and that `mpp` is correct, lower `min_tissue`, or set it to 0 to predict the complete image"
         )
     is_he, reason = looks_like_he(picture[mask][:, None])
     if not is_he:
@@ -228,7 +233,8 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
             path,
             reason,
         )
-    log.info("%s: %d tiles of %g um on tissue (%.1f%% of the image)", path, len(grid.xy_N2), tile.um, 100 * mask.mean())
+    covered = f"tissue, {mask.mean():.1%} of the image" if request.grid.min_tissue > 0 else "the complete image"
+    log.info("%s: %d tiles of %g um on %s", path, len(grid.xy_N2), tile.um, covered)
     return _Layout(slide, path.stem, mpp, grid, _shrunk(picture), tile)
 
 
@@ -248,7 +254,7 @@ def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show
     if not todo:
         return
     stain = _stain(layout) if prediction.predictor.normalises_stain else None
-    with _Progress(f"{layout.name}: tiles", n, n - sum(min(PIECE_TILES, n - starts[i]) for i in todo), show) as done:
+    with _Progress(f"{layout.name}: encoding", n, n - sum(min(PIECE_TILES, n - starts[i]) for i in todo), show) as done:
         for i in todo:
             rows = slice(starts[i], min(starts[i] + PIECE_TILES, n))
             tiles = layout.tiles(rows)
@@ -276,7 +282,7 @@ def _predict(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, sho
         return size
     store = PieceFeatures(pieces, PIECE_TILES, prediction.width)
     whole = prediction.summarise(store, n, layout.grid.xy_N2)
-    with _Progress(f"{layout.name}: genes", n, n - sum(min(size, n - starts[i]) for i in todo), show) as done:
+    with _Progress(f"{layout.name}: prediction", n, n - sum(min(size, n - starts[i]) for i in todo), show) as done:
         for i in todo:
             rows = np.arange(starts[i], min(starts[i] + size, n))
             values = np.empty((2, rows.size, prediction.n_genes), np.float32)
@@ -321,14 +327,14 @@ def _join(layout: _Layout, request: SlideRequest, pieces: Pieces, out: Path, siz
 
 
 class _Progress:
-    """Progress bar on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager."""
+    """Progress bar of tiles on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager."""
 
     def __init__(self, what: str, total: int, done: int, show: bool) -> None:
         self._what, self._total, self._first, self._done, self._show = what, total, done, done, show
         self._bar = tqdm(total=total, initial=done, desc=what, disable=None if show else True, unit="tile")
         self._start = self._last = time.monotonic()
         if done:
-            log.info("%s: resuming, %d of %d are complete", what, done, total)
+            log.info("%s: resuming, %d of %d tiles are complete", what, done, total)
 
     def update(self, n: int) -> None:
         """Count finished tiles."""
@@ -338,7 +344,7 @@ class _Progress:
         if self._show and self._bar.disable and now - self._last >= LOG_EVERY_S:
             self._last = now
             left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-            log.info("%s: %d of %d, %.1f min left", self._what, self._done, self._total, left / 60)
+            log.info("%s: %d of %d tiles, %.1f min left", self._what, self._done, self._total, left / 60)
 
     def __enter__(self) -> _Progress:
         return self

@@ -28,6 +28,7 @@ def check_tiles(tiles: np.ndarray, mpp: float, tile: TileGeometry) -> np.ndarray
         raise TypeError(f"tiles: dtype {found.dtype}; convert to uint8 with values from 0 to 255")
     if found.ndim != 4 or found.shape[3] != 3 or found.shape[1] != found.shape[2] or found.shape[1] == 0:
         hint = "; transpose channels to the end" if found.ndim == 4 and found.shape[1] == 3 else ""
+        hint = "; add a first axis to a single tile, tiles[None]" if found.ndim == 3 else hint
         raise ValueError(f"tiles: shape {found.shape}; expected square RGB tiles (N, H, H, 3){hint}")
     if not isinstance(mpp, (int, float, np.floating, np.integer)) or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise ValueError(f"`mpp`: {mpp!r} um per px; give a number from {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}")

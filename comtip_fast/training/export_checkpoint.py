@@ -11,8 +11,9 @@ from comtip_shards.storage.remote import is_url
 from comtip_fast.config.io import load_config
 from comtip_fast.shards import shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.content import problem_of
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
-from comtip_fast.training.checkpoint.run_state import changed_inputs, with_earlier_values
+from comtip_fast.training.checkpoint.run_state import GENES, changed_inputs, with_earlier_values
 from comtip_fast.training.checkpoint.schema import check_state, load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
@@ -77,6 +78,8 @@ def _fix_of(changed: list[str]) -> str:
         return "use the release that trained the run"
     if "shards" not in changed and "gene vectors" in changed:
         return "restore the file that text.gene_vectors names"
+    if changed == [GENES]:
+        return "restore the keys genes.* in the run's config.yaml, or use the release that trained the run"
     return "give the shard set of the run with `shards`"
 
 
@@ -102,13 +105,24 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     found = checkpoints.newest_good(root, moments=False) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
         return found
+    available = ", ".join(str(s) for s in steps)
     if found is not None:
         check_state(found[1].state, checkpoints.folder_of(root, found[0]), found[0])
+    elif which in ("newest", "best"):
+        raise CheckpointError(
+            f"{root}: none of the {len(steps)} checkpoints can be read, see the warnings above; give another run"
+        )
     step = found[1].state["best_step"] if found is not None else _step(which)
+    if found is not None and step == 0:
+        raise CheckpointError(
+            f"{root}: no checkpoint has a validation score yet, so none is the best; choose newest or a step of {available}"
+        )
     if step not in checkpoints.steps_of(root):
-        available = ", ".join(str(s) for s in steps)
-        raise CheckpointError(f"{root}: no complete checkpoint {which!r}; choose one of the steps {available}")
-    return step, checkpoints.load(checkpoints.folder_of(root, step), moments=False)
+        raise CheckpointError(f"{root}: no complete checkpoint {which!r}; choose newest, best or a step of {available}")
+    try:
+        return step, checkpoints.load(checkpoints.folder_of(root, step), moments=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{problem_of(error)}; choose newest or another step of {available}") from error
 
 
 def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:

@@ -35,7 +35,7 @@ class Freezing:
 
     def __init__(self, module: nn.Module, rules: Rules) -> None:
         names = [name for name, p in module.named_parameters() if p.requires_grad]
-        _check(names, rules)
+        _check(names, [name for name, _ in module.named_parameters()], rules)
         self._until = last_frozen_steps(names, rules)
         self._applied: set[str] | None = None
         first = self.frozen_at(1)
@@ -76,10 +76,14 @@ def _matches(names: Sequence[str], pattern: str) -> list[str]:
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
 
 
-def _check(names: Sequence[str], rules: Rules) -> None:
-    """Raise TrainingError for a rule that matches no trainable parameter."""
+def _check(names: Sequence[str], every: Sequence[str], rules: Rules) -> None:
+    """Raise TrainingError for a rule that matches none of the trainable parameters ``names``; ``every`` has all parameters."""
     for pattern, _ in rules:
         if not _matches(names, pattern):
+            if _matches(every, pattern):
+                raise TrainingError(
+                    f"optim.freeze: {pattern!r} names only parameters that this model never trains; remove it"
+                )
             levels = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
             near = difflib.get_close_matches(pattern, sorted(levels), n=3, cutoff=0.0)
             raise TrainingError(

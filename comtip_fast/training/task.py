@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,8 +139,19 @@ def check_attention(config: RunConfig, device: torch.device, longest: int) -> st
     try:
         return attention_name(config.text.attention, device, dtype, longest)
     except ValueError as error:
-        fix = "" if config.text.attention == "auto" else "; or set text.attention=auto"
-        raise ValueError(f"text.attention={config.text.attention}: {error}{fix}") from error
+        raise ValueError(
+            f"text.attention={config.text.attention}: {_in_settings(str(error), config.text.attention)}"
+        ) from error
+
+
+def _in_settings(message: str, choice: str) -> str:
+    """Return a message of the kernels' attention with settings of the config instead of arguments of the kernels."""
+    problem, _, fix = message.removeprefix("packed_attention: ").partition("; ")
+    problem = re.sub(r"impl='(\w+)'", r"\1", problem)
+    fix = re.sub(r"(^|,? or )use impl='\w+'", "", fix)
+    fix = fix.replace("cast the operands and move them", "train on a GPU with train.precision=bf16")
+    fixes = [*filter(None, [fix]), *([] if choice == "auto" else ["set text.attention=auto"])]
+    return f"{problem}; {', or '.join(fixes)}"
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
@@ -372,7 +384,7 @@ class CoMTIPTask:
         if known.sum() < 2:
             raise ValueError(
                 f"text.gene_vectors={self.config.text.gene_vectors}: the file has vectors of {int(known.sum())} of the {len(keys)} "
-                "trained genes, but at least 2 are needed; give vectors of the same species"
+                "trained genes, but at least 2 are needed; give a file with vectors of more of them (of the same species)"
             )
         self.model.genes.vector_scale.fill_(float(np.sqrt((vector_GK[known] ** 2).mean())))
         return vector_GK

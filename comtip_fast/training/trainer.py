@@ -289,7 +289,10 @@ class Trainer:
                 self._epoch_batches = (p.epoch, self.task.batches(p.epoch))
             batches = self._epoch_batches[1]
             if not batches:
-                raise TrainingError("no batches: no training spots; build the set with sections of split train")
+                raise TrainingError(
+                    f"epoch {p.epoch} has no batch: no readable spot in a section of split train; check the set with "
+                    "`comtip shards verify`, and build it with sections of split train"
+                )
             if p.position < len(batches):
                 return batches[p.position]
             p.epoch, p.position = p.epoch + 1, 0
@@ -325,8 +328,8 @@ class Trainer:
         else:
             # Not counted for train.patience: there is no score to compare.
             log.warning(
-                "step %d: validation has no score; check that sections of split val measured trained genes, and that losses are "
-                "finite",
+                "step %d: validation has no score; check that the set has sections of split val that measured trained genes, and that "
+                "losses are finite",
                 p.step,
             )
         self._reporter.log(

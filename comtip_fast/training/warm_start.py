@@ -166,8 +166,8 @@ def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> 
     messages = []
     if not parents.parents_known:
         messages.append(
-            "the parent was exported without lineage: what else its weights were trained on is unknown; evaluate on donors "
-            "that no earlier run can have used"
+            "the lineage of the parent is not known, so neither is what else its weights were trained on; evaluate on donors that no "
+            "earlier run can have used"
         )
     held_out = [LineageSection.of(s) for s in shards.manifest.sections if s.split in ("val", "test")]
     for section, uses in zip(held_out, parents.uses(held_out), strict=True):

@@ -109,8 +109,8 @@ def choose(
         raise ValueError(f"{op}: impl={impl!r} is not available; choose 'auto' or one of {sorted(implementations)}")
     if impl == "triton" and not can_launch(device):
         raise ValueError(
-            f"{op}: impl='triton' cannot run on {device.type}; it needs a CUDA device and the triton package "
-            "(or TRITON_INTERPRET=1, for tests)"
+            f"{op}: impl='triton' cannot run on {device.type}: it needs a CUDA device and the triton package "
+            "(or TRITON_INTERPRET=1, for tests); use impl='auto'"
         )
     if impl == "triton" and unsupported:
         raise ValueError(

@@ -17,6 +17,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.doctor import _attention
 from comtip_fast.models import gene_encoder
 from comtip_fast.runtime import devices
+from comtip_fast.training import task
 from comtip_fast.training.task import build_task
 
 CPU = torch.device("cpu")
@@ -179,8 +180,11 @@ def test_a_model_step_passes_through(name: str, tiny_overrides: list[str], monke
     ("name", "message"),
     [
         ("flash", "text.attention=flash: .*flash-attn, which cannot be imported.*set text.attention=auto"),
-        ("varlen", "text.attention=varlen: .*upgrade torch"),
-        ("triton", "text.attention=triton: .*needs a CUDA device"),
+        (
+            "varlen",
+            "=varlen: varlen needs torch.nn.attention.varlen; install a newer PyTorch, or set text.attention=auto$",
+        ),
+        ("triton", "=triton: triton cannot run on cpu: it needs a CUDA device .*for tests.; set text.attention=auto$"),
     ],
 )
 def test_what_is_not_there_is_refused_before_training(
@@ -190,6 +194,16 @@ def test_what_is_not_there_is_refused_before_training(
     monkeypatch.setattr(peers, "torch_varlen", lambda: None)
     with pytest.raises(ValueError, match=message):
         build_task(load_config(None, [*tiny_overrides, f"text.attention={name}"]), CPU)
+
+
+def test_the_fixes_of_the_kernels_become_settings() -> None:
+    cast = "impl='flash' needs fp16 or bf16 on a CUDA device, not torch.float32 on cpu; cast the operands and move them, or use impl='auto'"
+    assert task._in_settings(f"packed_attention: {cast}", "flash") == (
+        "flash needs fp16 or bf16 on a CUDA device, not torch.float32 on cpu; train on a GPU with train.precision=bf16, or set "
+        "text.attention=auto"
+    )
+    old = "Triton 3.6.0 cannot compile the kernels for sm_100; install a PyTorch with Triton 3.8 or newer, or use impl='reference'"
+    assert task._in_settings(f"packed_attention: {old}", "auto") == old.removesuffix(", or use impl='reference'")
 
 
 def test_flash_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch):

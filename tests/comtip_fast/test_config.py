@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comtip_fast.config.io import (
+    RENAMED,
     ConfigError,
     config_from_dict,
     config_to_dict,
@@ -21,6 +22,7 @@ from comtip_fast.config.io import (
 )
 from comtip_fast.config.schema import OptimConfig, RunConfig
 
+FORMER = next(iter(RENAMED))
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
@@ -86,6 +88,29 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
 def test_an_empty_group_or_file_means_defaults(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "optim:\n  # lr: 1\ntrain:\n"), ["train.steps=3"]).train.steps == 3
     assert load_config(written(tmp_path, "# nothing\n")) == RunConfig()
+    assert load_config(written(tmp_path, "vision:\n  vit:\n    # depth: 2\n")) == RunConfig()
+
+
+def test_an_override_of_a_group_with_an_alias_changes_this_group_only(tmp_path: Path) -> None:
+    path = written(tmp_path, "optim: {text: &part {lr_scale: 2.0}, heads: *part}\n")
+    optim = load_config(path, ["optim.heads.lr_scale=3.0"]).optim
+    assert (optim.text.lr_scale, optim.heads.lr_scale) == (2.0, 3.0)
+
+
+def test_an_override_below_a_value_names_what_holds_the_value(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps is a value, not a group of keys; write train.steps=VALUE"):
+        load_config(None, ["train.steps.deep=3"])
+    with pytest.raises(
+        ConfigError, match="optim already has the value 5, but must be a group of keys; remove this value"
+    ):
+        load_config(written(tmp_path, "optim: 5\n"), ["optim.lr=1"])
+
+
+@pytest.mark.parametrize(("stage", "fix"), [(0, "not 0"), (1, "not 1; or set engine.offload_optimizer=cpu")])
+def test_offloading_to_nvme_names_a_stage_that_works(stage: int, fix: str) -> None:
+    items = ["engine.kind=deepspeed", "engine.offload_optimizer=nvme", f"engine.zero_stage={stage}"]
+    with pytest.raises(ConfigError, match=f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, {fix}$"):
+        load_config(None, items)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +121,6 @@ def test_an_empty_group_or_file_means_defaults(tmp_path: Path) -> None:
         ("lr: 0.1", "lr", "optim.lr"),
         ("loss: {paat: {stratta: 3}}", "loss.paat.stratta", "loss.paat.strata"),
         ("train: {batch_size: 3}", "train.batch_size", "data.batch_size"),
-        ("1: 2", "1", ""),
     ],
 )
 def test_unknown_key_names_file_key_and_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
@@ -104,6 +128,24 @@ def test_unknown_key_names_file_key_and_nearest(tmp_path: Path, text: str, key: 
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert str(caught.value).startswith(f"{path}: unknown key {key}; did you mean {nearest}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1: 2", "unknown key 1; choose one of name, version, data, genes"),
+        ("train.steps: 3", "unknown key train.steps; in a file, write it as `train: {steps: VALUE}`"),
+        (
+            "genes: {per_task: 3, per_cohort: 4}",
+            f"{FORMER} is the former name of genes.per_cohort, and both are given; remove {FORMER}",
+        ),
+    ],
+)
+def test_a_key_without_a_similar_one_gets_the_fix_of_its_case(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +270,18 @@ def test_other_version_is_refused_by_name(tmp_path: Path, version: str) -> None:
         ("train: {steps: 3}\ntrain: {seed: 1}\n", "duplicate key.*line 2"),
         ("name: !!python/object/apply:os.system ['true']\n", "not YAML"),
         ("optim: 3\n", "optim is a group of keys"),
+        (
+            "train: {steps: 3}\n---\ntrain: {}\n",
+            "expected a single document in the stream, but found another document .line 2",
+        ),
+        ("name: a\x00b\n", "character 8 of the text"),
+        ("train: {steps: !!int abc}\n", "a tag .* does not fit its value"),
+        ("train: {steps: !!timestamp 2020-01-01}\n", "train.steps: a value of the type date; use numbers"),
+        ("[" * 3000, "nested too deeply"),
+        ("vision: {pixel_mean: [0.5]}\n", r"vision.pixel_mean: must be a list of 3 values .given: \[0.5\]"),
+        ("watch: {trace: [1, 2, 3]}\n", "watch.trace: must be a list of 2 values"),
+        ("genes: {held_out: EPCAM}\n", "genes.held_out: must be a list"),
+        ("name: 2020\n", "name: must be text; put it in YAML quotes"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -240,6 +294,8 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="a folder or device"):
+        load_config(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_config(tmp_path / "b.yaml")

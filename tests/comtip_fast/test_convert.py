@@ -18,7 +18,15 @@ from scipy import sparse
 
 from comtip_fast.cli import main
 from comtip_fast.constants import OBSM_EMBEDDING
-from comtip_fast.data.convert import MATRIX, MICRONS, array_notes, read_section, to_spatialdata, write_space_ranger
+from comtip_fast.data.convert import (
+    MATRIX,
+    MICRONS,
+    _positions,
+    array_notes,
+    read_section,
+    to_spatialdata,
+    write_space_ranger,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -168,7 +176,8 @@ ARRAYS: dict[str, tuple[dict[str, list[float]], str]] = {
     "square": ({"array_row": [0, 0, 1], "array_col": [0, 1, 0]}, "not hexagonal as on Visium slides"),
     "fractions": ({"array_row": [0, 1.02, 2], "array_col": [0, 0.98, 4]}, "were rounded"),
     "cells": ({"array_row": [0, 0, 0], "array_col": [0, 0, 2]}, "the same array_row and array_col"),
-    "no array": ({}, "has no array_row"),
+    "no array": ({}, "has no array_row and no array_col: spots are numbered"),
+    "no column": ({"array_row": [0, float("nan"), 2]}, "has no array_col: spots are numbered"),
 }
 
 
@@ -179,6 +188,16 @@ def test_what_space_ranger_files_cannot_hold_is_reported(name: str):
     found = array_notes(data)
     assert len(found) == bool(note)
     assert note in "".join(found)
+    if "are numbered" in note:  # also the column that obs has, which belongs to no other
+        data.obsm["spatial"] = np.zeros((3, 2))
+        assert _positions(data)[["array_row", "array_col"]].to_numpy().tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_inputs_of_other_kinds_are_named(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"^https://host/set:x1: a URL, but a conversion reads local files only"):
+        read_section("https://host/set:x1")
+    with pytest.raises(SourceError, match=r"a folder without manifest\.json.*build a shard set of this folder first"):
+        read_section(tmp_path)
 
 
 def test_a_spot_name_that_is_a_formula_is_refused(section: ad.AnnData, tmp_path: Path):
@@ -212,7 +231,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.Ann
     assert "empty.h5ad: the section has no expression" in capsys.readouterr().err
     bare = section.copy()
     del bare.uns["spatial"]
-    with pytest.raises(SourceError, match=r"no image.*write a \.zarr"):
+    with pytest.raises(SourceError, match=r"no hires image.*write a \.zarr"):
         write_space_ranger(bare, tmp_path / "outs")
     two = section.copy()
     two.uns["spatial"] = {"a": two.uns["spatial"]["x1"], "b": two.uns["spatial"]["x1"]}

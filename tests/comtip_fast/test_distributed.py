@@ -65,6 +65,8 @@ def test_shares_are_contiguous_and_leave_nothing_out():
 
 def test_the_launcher_is_found_in_the_environment():
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
+    with pytest.raises(TrainingError, match="environment: RANK='x' is not an integer; start with torchrun"):
+        distributed_env(torchrun | {"RANK": "x"})
     env = distributed_env(torchrun)
     assert (env.rank, env.size, env.local_rank, env.address, env.port) == (3, 4, 1, "a", 1234)
     slurm = {

@@ -121,8 +121,8 @@ GENES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "a trained gene cut": (lambda x: [x[0], *x[2:]], "trained genes, which must come first"),
     "all but three cut": (lambda x: x[:4], "the model was trained on"),
     "a held-out gene in front": (_swap_sets, "trained genes, which must come first"),
-    "a gene twice": (lambda x: [*x[:-1], x[-2]], "is empty or duplicate"),
-    "no key": (lambda x: [x[0], "\t" + x[1].split("\t", 1)[1], *x[2:]], "is empty or duplicate"),
+    "a gene twice": (lambda x: [*x[:-1], x[-2]], "is a duplicate"),
+    "no key": (lambda x: [x[0], "\t" + x[1].split("\t", 1)[1], *x[2:]], "the key is empty"),
     "a cell missing": (lambda x: [x[0], x[1].rsplit("\t", 1)[0], *x[2:]], "does not have 6 cells"),
     "a cell more": (lambda x: [x[0], x[1] + "\tx", *x[2:]], "does not have 6 cells"),
     "another flag": (lambda x: [x[0], x[1][:-3] + "2\t0", *x[2:]], "must be 1 and 0, or 0 and 1"),
@@ -154,10 +154,10 @@ def set_one(name: str, value: float, at: Any = 0) -> Callable[[dict[str, np.ndar
 
 LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     **{
-        f"NaN in {n}": (set_one(n, np.nan), f"{n} has values that are not finite \\(1\\)")
+        f"NaN in {n}": (set_one(n, np.nan), f"1 of [0-9]+ values of {n} are {'NaN' if n == 'edges' else 'not finite'}")
         for n in ("edges", "value_cp10k", "value_raw", "log_prior")
     },
-    "infinite value": (set_one("value_cp10k", np.inf, -1), "value_cp10k has"),
+    "infinite value": (set_one("value_cp10k", np.inf, -1), "values of value_cp10k are not finite"),
     "a row less": (lambda a: a.update(value_raw=a["value_raw"][1:]), "value_raw is"),
     "a level less": (lambda a: a.update(log_prior=a["log_prior"][:, 1:]), "log_prior is"),
     "doubles": (lambda a: a.update(edges=a["edges"].astype(np.float64)), "edges is float64"),
@@ -439,7 +439,7 @@ def _set_head(name: str, value: Any) -> Callable[[dict[str, np.ndarray], dict[st
 READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any], str]] = {
     "NaN": (
         lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan),
-        "loading_KG has values that are not finite",
+        "1 of [0-9]+ values of 0.vector.raw.loading_KG are not finite",
     ),
     "a gene cut": (lambda a, h: a.update({"0.vector.raw.mean_G": a["0.vector.raw.mean_G"][1:]}), "mean_G is float32"),
     "no programme": (
@@ -453,15 +453,15 @@ READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any]
     "an array missing": (lambda a, h: a.pop("0.vector.cp10k.std_G"), "missing or unknown: 0.vector.cp10k.std_G"),
     "another version": (lambda a, h: h.update(version=7), "version 7"),
     "no heads": (lambda a, h: h.update(heads=[]), "no list of heads"),
-    "a head twice": (lambda a, h: h["heads"].append(h["heads"][0]), "two heads"),
+    "a head twice": (lambda a, h: h["heads"].append(h["heads"][0]), "has 2 heads"),
     "a gene twice": (lambda a, h: h["heads"][0]["keys"].append(h["heads"][0]["keys"][0]), "duplicate"),
-    "an unknown gene": (_set_head("keys", ["human:NOTHING"]), "not trained genes"),
-    "genes are no list": (_set_head("keys", 3), "not trained genes"),
+    "an unknown gene": (_set_head("keys", ["human:NOTHING"]), "not trained genes of the model: human:NOTHING"),
+    "genes are no list": (_set_head("keys", 3), "not a list of genes"),
     "another block": (lambda a, h: h["heads"][0]["blocks"].append("frozen"), "blocks are"),
     "weights above 1": (_set_head("mix", {"vector": 2, "levels": -1}), "must be 0 to 1"),
     "all on levels": (_set_head("mix", {"vector": 0.0, "levels": 1.0}), "not all on levels"),
     "no weight of levels": (_set_head("mix", {"vector": 1.0}), "expected a weight"),
-    "no cohort": (_set_head("cohort", None), "cohort or facts"),
+    "no cohort": (_set_head("cohort", None), "cohort is None, expected text"),
     "too many views": (lambda a, h: h["settings"].update(views=9), "views 9"),
     "another space": (lambda a, h: h["settings"].update(vector_dim=31), "vector_dim 31"),
     "text for views": (lambda a, h: h["settings"].update(views="2"), "settings are"),

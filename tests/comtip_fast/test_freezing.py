@@ -111,6 +111,14 @@ def test_rules_that_cannot_be_meant_are_refused(rules: list[list[object]], messa
         Freezing(CoMTIP(run, SIZES), run.optim.freeze)
 
 
+def test_a_rule_for_what_is_never_trained_says_so() -> None:
+    run = config("optim.freeze=[[generator, 0]]", "loss.mfm=0")
+    with pytest.raises(
+        TrainingError, match="'generator' names only parameters that this model never trains; remove it"
+    ):
+        Freezing(CoMTIP(run, SIZES), run.optim.freeze)
+
+
 def test_deepspeed_freezes_for_all_steps_only() -> None:
     with pytest.raises(ConfigError, match=r"optim\.freeze: DeepSpeed cannot freeze"):
         config("optim.freeze=[[vision, 5]]", "engine.kind=deepspeed")

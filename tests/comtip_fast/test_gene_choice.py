@@ -15,12 +15,23 @@ from comtip_shards.sources import open_source
 
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import GenesConfig, PanelConfig
-from comtip_fast.data.expression.panel import CohortStatistics, assay_balance, choose_genes, draw_panel
-from comtip_fast.data.expression.training_tables import training_tables
+from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes, draw_panel
+from comtip_fast.data.expression.training_tables import _more_genes, training_tables
 from comtip_fast.data.loaders.torch import TorchLoader
 from testkit import tiny
 
 GENES = 2000
+
+
+def test_too_few_genes_get_the_fix_of_the_setting_that_leaves_too_few() -> None:
+    def fix(trained: int, held_out: int, eligible: int, **genes: float) -> str:
+        choice = GeneChoice(np.arange(trained), np.arange(held_out), {}, {"human_breast": np.arange(eligible)})
+        return _more_genes(choice, GenesConfig(**genes))
+
+    assert fix(1, 3, 9).startswith("hold out fewer genes (genes.held_out_every=6")
+    assert fix(1, 0, 9, per_cohort=1) == "raise genes.per_cohort (1)"
+    assert fix(0, 0, 0) == "lower genes.min_detection (0.1)"
+    assert fix(0, 0, 0, min_detection=0.0) == "train on sections that measured more genes"
 
 
 def section(rng: np.random.Generator, rate: np.ndarray, n: int = 400) -> SectionStatistics:

@@ -199,9 +199,24 @@ def test_the_file_round_trips_and_damage_is_found(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path / "a.tsv.gz", make_counts(10))
-    with pytest.raises(ValueError, match="set `species` to human or mouse"):
+    with pytest.raises(ValueError, match=r"no gene has an Ensembl id of human or mouse.*set `species`"):
         gene_vectors([table])
-    with pytest.raises(ValueError, match="no gene identifier is known"):
+    with pytest.raises(ValueError, match=r"0 genes vary .* at least 2 are needed; give more cells$"):
+        gene_vectors([write_table(tmp_path / "flat.tsv.gz", np.ones((4, len(SYMBOLS)), int))], species="human")
+    ensembl = write_table(tmp_path / "e.tsv.gz", make_counts(5, genes=2), ["ENSG00000999991", "ENSG00000999992"])
+    with pytest.raises(ValueError, match=r"known for human, e.g. 'ENSG00000999991'; correct the identifiers"):
+        gene_vectors([ensembl], species="human")
+    with pytest.raises(FileNotFoundError, match="not a file; give a count matrix"):
+        open_counts(tmp_path)
+    commas = tmp_path / "commas.tsv"
+    commas.write_text("id,A,B\nc1,1,2\n")
+    with pytest.raises(SourceError, match="the row after the header has no tab"):
+        open_counts(commas)
+    latin = tmp_path / "latin.tsv"
+    latin.write_bytes("id\té\tb\nc1\t1\t2\n".encode("latin-1"))
+    with pytest.raises(SourceError, match="not UTF-8 text"):
+        open_counts(latin)
+    with pytest.raises(ValueError, match=r"no gene identifier is known for human, e.g. 'xx1'; check `species`"):
         gene_vectors([write_table(tmp_path / "b.tsv.gz", make_counts(5, genes=2), ["xx1", "xx2"])], species="human")
     bad = write_h5ad(tmp_path / "n.h5ad", sparse.csr_matrix(np.full((4, len(SYMBOLS)), 0.5, np.float32)))
     with pytest.raises(SourceError, match="raw counts are needed"):

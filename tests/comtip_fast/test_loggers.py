@@ -60,7 +60,7 @@ def test_progress_prints_lines_with_step_loss_speed_and_time_left() -> None:
     progress.log(TRAIN)
     progress.log(VALID)
     first, second = stream.getvalue().splitlines()
-    assert re.fullmatch(r"step 10/100  loss 1\.5000  nce 0\.5000  321 spots/s  \d+:\d\d left", first)
+    assert re.fullmatch(r"step 10/100  loss 1\.5000  nce 0\.5000  321 spots/s  \d+:\d\d min left", first)
     assert second == "step 20/100  validation 0.2500  (human_breast 0.2500)  best"
     progress.log(VALID | {"score": float("nan"), "per_cohort": {}, "best": False})
 

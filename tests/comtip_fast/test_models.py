@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from comtip_fast.config.schema import AlignConfig, RunConfig, TextConfig, VisionConfig
+from comtip_fast.config.vision import VitConfig
 from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models import CoMTIP, GeneEncoder, MaskFeatureGenerator, ModelSizes, VisionEncoder
 
@@ -159,11 +160,13 @@ def test_timm_backbones_return_the_features_of_timm(name: str, patches: int, tmp
 
 
 def test_invalid_backbones_and_weights_are_reported(tmp_path: Path):
-    with pytest.raises(ValueError, match="timm cannot build it"):
+    with pytest.raises(ValueError, match=r"timm cannot build it.*; choose a name of timm\.list_models"):
         VisionEncoder(VisionConfig(backbone="vit_enormous"), 224)
+    with pytest.raises(ValueError, match=r"timm cannot build it.*; correct vision\.vit, or choose a name"):
+        VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", vit=VitConfig(heads=7)), 224)
     with pytest.raises(ValueError, match="not a Vision Transformer"):
         VisionEncoder(VisionConfig(backbone="swin_tiny_patch4_window7_224"), 224)
-    with pytest.raises(ValueError, match=r"existing file that ends in \.safetensors"):
+    with pytest.raises(ValueError, match=r"weights\.pth: no such file; give a file of weights"):
         VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", pretrained="weights.pth"), 224)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"do not fit vision\.backbone"):

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
             ["vision.patch_px=32", "vision.mask_ratio=0.9"],
             r"=0\.9 hides none of the 1 patches .*visible\); make patches smaller",
         ),
-        (["vision.patch_px=12"], r"vision\.patch_px=12: tiles of 32 px.*give one of 4, 8, 16, 32"),
+        (["vision.patch_px=12"], r"vision\.patch_px=12: tiles of 32 px.*set vision\.patch_px to one of 4, 8, 16, 32"),
         (["vision.patch_px=64"], r"vision\.patch_px=64: tiles of 32 px.*`tile_px=64`"),
         (["vision.patch_px=12", "loss.mfm=0"], r"vision\.patch_px=12: "),
     ],
@@ -47,7 +47,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_slow(
 
 def test_a_backbone_whose_patches_do_not_fit_is_named(tiny_overrides: list[str]):
     more = ["vision.backbone=vit_base_patch14_dinov2"]
-    with pytest.raises(ValueError, match=r"vision\.backbone 'vit_base_patch14_dinov2' has patches of 14 px"):
+    with pytest.raises(
+        ValueError, match=r"'vit_base_patch14_dinov2' has patches of 14 px.*set vision\.vit\.patch_px to one of"
+    ):
         build_task(load_config(None, [*tiny_overrides, *more]), CPU)
 
 

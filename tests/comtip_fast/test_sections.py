@@ -26,6 +26,24 @@ XY = np.column_stack([60 + COL * 25.0, 60 + ROW * 43.3])
 TILE = TileGeometry(16, 64.0, 4.0)
 
 
+def test_what_a_section_needs_is_named(tiny_shards: ShardSet, tmp_path: Path):
+    with pytest.raises(
+        SourceError, match="is a shard set, and no section is named; give SHARDS:section_id with one of t1"
+    ):
+        open_section(tiny_shards.path, TileGeometry(32, 224.0, 5.0))
+    with pytest.raises(SourceError, match=r"tiles of 224\.0 um .* reads 224\.0000001 um"):
+        open_section(f"{tiny_shards.path}:x1", TileGeometry(32, 224.0000001, 5.0))
+    data = adata()
+    data.write_h5ad(tmp_path / "one.h5ad")
+    with pytest.raises(SourceError, match="no section 'zz'; it has one; choose it, or leave the section out"):
+        open_section(f"{tmp_path / 'one.h5ad'}:zz", TILE)
+    data.obs["library_id"] = ["lib"] * 30 + ["other"] * 30
+    data.uns["spatial"]["other"] = data.uns["spatial"]["lib"]
+    data.write_h5ad(tmp_path / "two.h5ad")
+    with pytest.raises(SourceError, match=r"no section 'zz'; it has lib, other; choose one$"):
+        open_section(f"{tmp_path / 'two.h5ad'}:zz", TILE)
+
+
 def picture(blue: int = 170, scale: int = 1) -> np.ndarray:
     y, x = np.mgrid[0 : 400 * scale, 0 : 640 * scale] / scale
     return np.stack([x / 4, y / 2, np.full(x.shape, blue)], axis=-1).astype(np.uint8)

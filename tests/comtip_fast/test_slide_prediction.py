@@ -141,10 +141,15 @@ def test_the_grid_has_the_step_the_shape_and_the_share_of_tissue_that_were_asked
     np.testing.assert_allclose(rows[1][0] - rows[0][0], [50, 100 * 3**0.5 / 2])
     every = tissue_grid(mask, (2000, 1000), 0.5, 50.0, GridOptions(min_tissue=0))
     assert len(every.xy_N2) == 200
-    with pytest.raises(ValueError, match=r"more than 20,000,000 tiles; choose a larger step"):
+    with pytest.raises(
+        ValueError, match=r"tiles every 1 um at 0\.5 um per px are .* at most 20,000,000 .*set a larger `step_um`"
+    ):
         tissue_grid(mask, (10**6, 10**6), 0.5, 50.0, GridOptions(step_um=1.0))
-    with pytest.raises(ValueError, match="`step_um` -1"):
-        GridOptions(step_um=-1)
+    for wrong in (-1, "100"):
+        with pytest.raises(ValueError, match=f"`step_um` {wrong!r}: not a positive number"):
+            GridOptions(step_um=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`min_tissue` '1': not a share"):
+        GridOptions(min_tissue="1")  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +279,7 @@ def test_pieces_of_other_settings_are_not_used_and_a_complete_answer_is_kept(
         patch.setattr(run, "_join", lambda *_: (_ for _ in ()).throw(ValueError("stopped")))
         assert predict(quick, slide, out, "--min-tissue", "0.9") == 2
     assert predict(quick, slide, out) == 0
-    assert any("which were computed with other settings" in m for m in caplog.messages)
+    assert any("computed for another slide or model, or with other settings" in m for m in caplog.messages)
     assert out.read_bytes() == whole.read_bytes()
     stamp = out.stat().st_mtime_ns
     assert predict(quick, slide, out) == 0
@@ -285,7 +290,7 @@ def test_pieces_of_other_settings_are_not_used_and_a_complete_answer_is_kept(
 def test_two_processes_do_not_work_on_one_output(tmp_path: Path):
     with (
         Pieces(tmp_path / "x.h5ad", {"a": 1}),
-        pytest.raises(FileExistsError, match="in use by another process that predicts this slide"),
+        pytest.raises(FileExistsError, match="in use by another process that writes the same output"),
         Pieces(tmp_path / "x.h5ad", {}),
     ):
         pass
@@ -362,7 +367,7 @@ def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == ["a.h5ad", "c.h5ad"]
     assert "2 of 4 slides failed: b.tif, blank.png" in caplog.text
     assert "Git LFS" in caplog.text
-    assert "set `min_tissue` to 0 to predict the complete image" in caplog.text
+    assert "lower `min_tissue`, or set it to 0 to predict the complete image" in caplog.text
     assert predict(quick, tmp_path / "out", tmp_path / "none") == 2
     error = capsys.readouterr().err
     assert "not a folder of slides" in error or "no image or whole-slide file" in error
@@ -530,9 +535,9 @@ def test_positions_of_tiles_are_checked(quick: Path):
 def test_progress_is_logged_with_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     monkeypatch.setattr(run, "LOG_EVERY_S", 0.0)
-    with run._Progress("slide: tiles", 100, 20, True) as progress:
+    with run._Progress("slide: encoding", 100, 20, True) as progress:
         time.sleep(0.01)
         progress.update(40)
-    assert "slide: tiles: resuming, 20 of 100 are complete" in caplog.text
-    assert "slide: tiles: 60 of 100, 0.0 min left" in caplog.text
+    assert "slide: encoding: resuming, 20 of 100 tiles are complete" in caplog.text
+    assert "slide: encoding: 60 of 100 tiles, 0.0 min left" in caplog.text
     assert pieces.digest({"a": 1}) != pieces.digest({"a": 2})

@@ -171,6 +171,14 @@ def test_devices_are_refused_by_name():
             pick_device("cuda")
 
 
+def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="device cuda:2: PyTorch finds 2 GPUs; use a number below that"):
+        pick_device("cuda:2")
+
+
 def test_describe_names_what_is_trained(tiny_overrides: list[str]):
     text = make(tiny_overrides).describe()
     assert "98 spots" in text

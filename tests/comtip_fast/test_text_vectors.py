@@ -284,7 +284,7 @@ def test_further_vectors_add_genes_if_their_axes_agree(runs: dict[str, Path], ve
     assert tokens.vector_GK[1].abs().sum() == 0
     assert predictor.has_vector("human:TTN")
     other = replace(more, vector_GK=more.vector_GK[:, ::-1].copy())
-    with pytest.raises(ValueError, match="other axes"):
+    with pytest.raises(ValueError, match="fewer than 2 common genes, or other values for them"):
         Predictor(bundle, vectors=other)
 
 

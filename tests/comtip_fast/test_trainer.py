@@ -192,7 +192,7 @@ def test_all_checkpoints_damaged_is_an_error(reference: Path, tmp_path: Path) ->
     shutil.copytree(reference, run)
     for folder in (run / "checkpoints").iterdir():
         (folder / "model.safetensors").unlink()
-    with pytest.raises(TrainingError, match="all checkpoints are damaged"):
+    with pytest.raises(TrainingError, match=r"none of the [0-9]+ checkpoints can be read"):
         fit(run, resume=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from comtip_fast.cli import main
 from comtip_fast.config.io import dump_config, load_config
 from comtip_fast.export import Bundle
+from comtip_fast.training.checkpoint import store
+from comtip_fast.training.export_checkpoint import _fix_of, export_checkpoint
 from comtip_fast.training.task import CoMTIPTask, build_task
 
 IDENTITY = "genes.identity_Id"
@@ -84,4 +87,18 @@ def test_a_checkpoint_exports_what_a_finished_run_would(tiny_run: Path, tmp_path
     assert main(["export", str(tiny_run), "--checkpoint", "newest", "--out", str(newest)]) == 0
     assert "step 200" in capsys.readouterr().out
     assert main(["export", str(tiny_run), "--checkpoint", "7", "--out", str(tmp_path / "none")]) == 2
-    assert "no complete checkpoint '7'" in capsys.readouterr().err
+    assert "no complete checkpoint '7'; choose newest, best or a step of " in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_exported_is_named_with_a_fix_that_works(tiny_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run / "checkpoints", run / "checkpoints")
+    steps = store.steps_of(run / "checkpoints")
+    for step in steps:
+        (store.folder_of(run / "checkpoints", step) / "model.safetensors").unlink()
+    with pytest.raises(store.CheckpointError, match=r"model.safetensors: missing; choose newest or another step of"):
+        export_checkpoint(run, str(steps[-1]), tmp_path / "none")
+    with pytest.raises(store.CheckpointError, match=r"none of the .* checkpoints can be read"):
+        export_checkpoint(run, "newest", tmp_path / "none")
+    assert "config.yaml" in _fix_of(["trained genes"])
+    assert "`shards`" in _fix_of(["shards", "trained genes"])

@@ -246,7 +246,7 @@ BAD = {
     ),
     "no section": (
         ["predict", "{run}", "{shards}:zz", "--out", "{tmp}/x.h5ad"],
-        "has no section 'zz'; choose one of t1",
+        "has no section 'zz'; give SHARDS:section_id with one of t1",
     ),
     "not h5ad": (["predict", "{run}", "{shards}:x1", "--out", "{tmp}/x.csv"], "ends in .h5ad"),
     "no folder": (["embed", "{run}", "{shards}:x1", "--out", "{tmp}/no/x.h5ad"], "the folder"),

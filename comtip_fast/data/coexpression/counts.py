@@ -84,7 +84,8 @@ def open_counts(path: str | Path) -> CountSource:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a count matrix (.h5ad, 10x .h5, .tsv or .tsv.gz)")
+        problem = "not a file" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {problem}; give a count matrix (.h5ad, 10x .h5, .tsv or .tsv.gz)")
     genes, symbols = _reader(path).genes(path)
     if not genes:
         raise SourceError(f"{path}: the matrix has no gene column; give spots x genes with gene identifiers")
@@ -109,9 +110,13 @@ class _Table:
         with _explained(path), _text(path) as file:
             names = [n.strip().strip('"') for n in file.readline(MAX_LINE).rstrip("\r\n").split("\t")]
             columns = file.readline(MAX_LINE).rstrip("\r\n").count("\t")
+        if columns < 1:
+            raise SourceError(
+                f"{path}: the row after the header has no tab; give a tab-separated table of spots x genes with a header"
+            )
         # R omits the name of the id column, other writers include it.
         genes = names[1:] if len(names) == columns + 1 else names
-        if columns < 1 or len(genes) != columns:
+        if len(genes) != columns:
             raise SourceError(
                 f"{path}: {len(names)} names in the header, but {columns + 1} columns in the first row; give a tab-separated table "
                 "of spots x genes"
@@ -145,7 +150,8 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
         ) from error
     if values.size != n_genes:
         raise SourceError(
-            f"{path}, line {number}: {values.size} values for {n_genes} genes; copy or download the file again"
+            f"{path}, line {number}: {values.size} values for {n_genes} genes; correct this line, or copy the file again if it "
+            "is truncated"
         )
     return values
 
@@ -155,8 +161,23 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn errors of reading a text file, also one that is compressed, into SourceError."""
     try:
         yield
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from error
+    except PermissionError:
+        raise
+    except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: truncated or damaged ({error}); copy or download the file again") from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn errors of reading a matrix of an HDF5 file into SourceError."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise SourceError(f"{path}: counts cannot be read ({error}); copy or download the file again") from error
 
 
 def _text(path: Path) -> Any:
@@ -223,20 +244,15 @@ class _AnnData:
     @staticmethod
     def _all(element: Any, path: Path) -> Iterator[sparse.csr_matrix]:
         """Yield the rows of a dense or sparse matrix in CSR blocks."""
-        if isinstance(element, h5py.Group):
-            matrix: Any = sparse_dataset(element)
-            if matrix.format == "csc":
+        with _readable(path):
+            matrix: Any = sparse_dataset(element) if isinstance(element, h5py.Group) else element
+            if isinstance(element, h5py.Group) and matrix.format == "csc":
                 # Rows of a column-compressed matrix cannot be read separately, so all of it is read.
                 matrix = sparse.csr_matrix(matrix.to_memory())
-        else:
-            matrix = element
         for start in range(0, matrix.shape[0], BLOCK_ROWS):
-            try:
-                yield sparse.csr_matrix(matrix[start : start + BLOCK_ROWS])
-            except (OSError, ValueError, RuntimeError) as error:
-                raise SourceError(
-                    f"{path}: counts cannot be read ({error}); copy or download the file again"
-                ) from error
+            with _readable(path):
+                block = sparse.csr_matrix(matrix[start : start + BLOCK_ROWS])
+            yield block
 
 
 def _reader(path: Path) -> Any:

@@ -132,12 +132,16 @@ class _Spool:
 
     def add(self, source: CountSource, species: str | None) -> None:
         """Parse a source and write its blocks to the temporary folder."""
-        known = species_of(source.genes) or species
+        own = species_of(source.genes)
+        known = own or species
         if known is None:
-            raise ValueError(f"{source.path}: symbols do not identify the species; set `species` to human or mouse")
+            raise ValueError(
+                f"{source.path}: no gene has an Ensembl id of human or mouse, which would identify the species; set `species`"
+            )
         genes = map_genes(source.genes, known, symbols=source.symbols if any(source.symbols) else ())
         if not genes.keys:
-            raise ValueError(f"{source.path}: no gene identifier is known for {known}; check `species`")
+            fix = "check `species`" if own is None else "correct the identifiers"
+            raise ValueError(f"{source.path}: no gene identifier is known for {known}, e.g. {source.genes[0]!r}; {fix}")
         log.info("%s: %s", source.path.name, genes.report().splitlines()[0])
         names = [k.split(":", 1)[1].upper() if self.orthologues else k for k in genes.keys]
         for name in names:
@@ -230,9 +234,10 @@ class _Standard:
         moments = np.stack([m for n in (0, 1) for m in _moments(total[n].sum(0), square[n].sum(0), cells_G)], axis=1)
         kept = np.flatnonzero(varies.any(0) & (detection >= min_detection))
         if kept.size < 2:
+            fix = "give more cells, or lower `min_detection`" if min_detection else "give more cells"
             raise ValueError(
-                f"fewer than 2 genes vary and are detected in a share of at least `min_detection`={min_detection:g} of the cells; give "
-                "more cells, or lower `min_detection`"
+                f"{kept.size} genes vary and are detected in a share of at least {min_detection:g} of the cells, but at least 2 are "
+                f"needed; {fix}"
             )
         weight = 1 / cells / S if weigh == "sources" else np.full(S, 1 / cells.sum())
         coverage = ((weight * cells)[:, None] * varies)[:, kept].sum(0)

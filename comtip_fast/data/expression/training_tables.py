@@ -17,7 +17,7 @@ from comtip_shards.reader.statistics import gene_statistics
 from scipy import sparse
 from torch import Tensor
 
-from comtip_fast.config.schema import RunConfig
+from comtip_fast.config.schema import GenesConfig, RunConfig
 from comtip_fast.data.expression.level_fit import CHUNK, CountSample, fit_levels
 from comtip_fast.data.expression.levels import LevelTable, log1p_cp10k
 from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes
@@ -71,8 +71,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     genes, variance = _genes(shards, np.unique(shards.sections_of(train)), config)
     if genes.trained.size < 2:
         raise ValueError(
-            f"{shards.name}: {genes.trained.size} genes can be trained, but at least 2 are needed; lower genes.min_detection "
-            f"({config.genes.min_detection:g}) or hold out fewer genes"
+            f"{shards.name}: {genes.trained.size} genes can be trained, but at least 2 are needed; {_more_genes(genes, config.genes)}"
         )
     with shards.files.by_ranges():  # a few records of every shard
         sample, fit, damaged = _read_sample(shards, train, genes.trained, config)
@@ -100,6 +99,20 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
         strata=strata,
         balance=_balance(shards, train, measured_SG, config),
     )
+
+
+def _more_genes(genes: GeneChoice, config: GenesConfig) -> str:
+    """Return the fix for too few trained genes: the setting that leaves too few."""
+    if genes.trained.size + genes.held_out.size >= 2:
+        return (
+            f"hold out fewer genes (genes.held_out_every={config.held_out_every}, "
+            f"{len(config.held_out)} names in genes.held_out)"
+        )
+    if np.unique(np.concatenate([*genes.eligible.values()])).size >= 2:
+        return f"raise genes.per_cohort ({config.per_cohort})"
+    if config.min_detection > 0:
+        return f"lower genes.min_detection ({config.min_detection:g})"
+    return "train on sections that measured more genes"
 
 
 def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> np.ndarray | None:

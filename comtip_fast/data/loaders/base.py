@@ -374,7 +374,9 @@ class BaseLoader(ABC):
         log.info("computing the features of the frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
         out: Tensor | None = None
         label = f"frozen stem, view {view + 1} of {views}"
-        for start in tqdm(range(0, spots.size, size), desc=label, leave=False, disable=None):
+        for start in tqdm(
+            range(0, spots.size, size), desc=label, unit=" tiles", unit_scale=size, leave=False, disable=None
+        ):
             chunk = spots[start : start + size]
             readable, tiles = self.tiles(chunk, np.full(chunk.shape, view))
             features = stem(tiles).half()

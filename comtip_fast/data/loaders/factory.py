@@ -70,10 +70,12 @@ def _kept_in_memory(stem: Stem, shards: ShardSet, tables: TrainingTables, config
     n_bytes = torch.half.itemsize * values * config.data.views * tables.spots.size
     if n_bytes > STEM_BYTES:
         log.info(
-            "frozen stem: the features of %d tiles in %d views would need %.1f GiB; the stem runs on every batch instead",
+            "frozen stem: the features of %d tiles in %d views need %d MiB, more than the %d MiB that data.stem_features=auto "
+            "keeps in memory; the stem runs on every batch instead",
             tables.spots.size,
             config.data.views,
-            n_bytes / 2**30,
+            -(-n_bytes // 2**20),
+            STEM_BYTES >> 20,
         )
     return n_bytes <= STEM_BYTES
 

@@ -15,10 +15,17 @@ SUMS = "SHA256SUMS"
 """File with one line per file of the checkpoint, in the format of ``sha256sum -c``."""
 STATE = "state.json"
 DELETE = "delete the folder to use an older checkpoint"
+MISFIT = f"restore the config and the release of the run, or {DELETE}"
+"""Fix of weights that do not fit the model."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another format version. The message names the folder and the fix."""
+
+
+def problem_of(error: Exception) -> str:
+    """Return the message of a checkpoint's error without its fix, for a caller that continues without this checkpoint."""
+    return str(error).removesuffix(f"; {DELETE}")
 
 
 @dataclass
@@ -64,5 +71,7 @@ def check_hashes(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; {DELETE}")
-        if sha256_of(folder / name) != stated.get(name):
+        if name not in stated:
+            raise CheckpointError(f"{sums}: no SHA-256 of {name}; {DELETE}")
+        if sha256_of(folder / name) != stated[name]:
             raise CheckpointError(f"{folder / name}: the SHA-256 differs from {SUMS}; {DELETE}")

@@ -113,7 +113,10 @@ def prepare_run_folder(
     found = checkpoints.newest_good(folder, damage, in_parts=in_parts)
     if found is None:
         if steps:
-            raise TrainingError(f"{folder}: all checkpoints are damaged; delete the folder to start from step 0")
+            raise TrainingError(
+                f"{folder}: none of the {len(steps)} checkpoints can be read, see the warnings above; delete the folder to start from "
+                "step 0"
+            )
         if resume:
             log.info("%s has no checkpoint yet: starting from step 0", run_dir)
         for name in (NONFINITE, SPIKES):

@@ -174,7 +174,7 @@ def check_same_run(
     old, new = flatten(config_to_dict(then)), flatten(config_to_dict(config))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_KEYS]
     if changed:
-        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:5])
+        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed)
         raise TrainingError(
             f"{run_dir}: cannot resume, the config has changed: {shown}; restore these values or train into another folder"
         )

@@ -15,6 +15,7 @@ from comtip_fast.config.io import config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
+from comtip_fast.training.checkpoint.content import problem_of
 from comtip_fast.training.checkpoint.run_state import RunState, random_state
 from comtip_fast.training.checkpoint.shard_saver import ShardSaver
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
@@ -144,7 +145,9 @@ class CheckpointSaver:
             checkpoints.verify(checkpoints.folder_of(self.folder, progress.best_step))
         except CheckpointError as error:
             best = f"step {progress.best_step}, score {progress.best_score:.4f}"
-            log.warning("cannot use the best checkpoint (%s), so it no longer counts as the best: %s", best, error)
+            log.warning(
+                "cannot use the best checkpoint (%s), so it no longer counts as the best: %s", best, problem_of(error)
+            )
             progress.best_step, progress.best_score = 0, float("-inf")
 
     def load_best(self, progress: RunState) -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import nn
 
-from comtip_fast.training.checkpoint.content import DELETE, Checkpoint, CheckpointError
+from comtip_fast.training.checkpoint.content import DELETE, MISFIT, Checkpoint, CheckpointError
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=1 << 20)]
@@ -74,7 +74,7 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
             f"folder of step {step}; {DELETE}"
         )
     if len(found.torch_rng) != 2 * torch.get_rng_state().numel():
-        raise CheckpointError(f"{where}: torch_rng is not a random state of PyTorch; {DELETE}")
+        raise CheckpointError(f"{where}: torch_rng is not a random state of this PyTorch; {DELETE}")
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None:
@@ -91,7 +91,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None
         module.load_state_dict(checkpoint.model)
     except RuntimeError as error:  # missing, unknown, another shape
         text = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{where}: the weights do not fit the model of the config ({text}); {DELETE}") from error
+        raise CheckpointError(f"{where}: the weights do not fit the model of the config ({text}); {MISFIT}") from error
     for name, tensor in (*checkpoint.model.items(), *checkpoint.optim.items(), *checkpoint.ema.items()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{where}: {name} holds values that are not finite; {DELETE}")

@@ -32,6 +32,7 @@ from comtip_fast.training.checkpoint.content import (
     Checkpoint,
     CheckpointError,
     check_hashes,
+    problem_of,
     sha256_of,
     stated_sums,
 )
@@ -305,7 +306,7 @@ def newest_good(
             return step, load_state_of_parts(folder)
         except (CheckpointError, FileNotFoundError) as error:
             if folder.is_dir():  # otherwise a running process has just deleted it
-                log.warning("skipped a damaged checkpoint: %s", error)
+                log.warning("skipped a damaged checkpoint: %s", problem_of(error))
     return None
 
 

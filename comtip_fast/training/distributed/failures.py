@@ -73,7 +73,7 @@ def explain_failures(
             raise
         late = any(word in str(error).lower() for word in ("timed out", "timeout", "time out"))
         what = (
-            f"a rank did not reach a collective within {key}={timeout_s:g} s"
+            f"a rank did not reach a collective within {key}={timeout_s:g} s (see the logs of the other ranks; if one was only slow, raise {key})"
             if late
             else "the connection to another rank is lost: its process or node failed (see its log)"
         )
@@ -89,7 +89,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
 
     def end() -> None:
         write_line(
-            f"comtip: error: {what} took more than {seconds:g} s; process ended, so that the launcher can restart the run",
+            f"comtip: error: {what} took more than {seconds:g} s; process ended, so that a launcher can restart the run",
             sys.stderr,
         )
         hard_exit()

@@ -55,26 +55,37 @@ def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
     Raises
     ------
     TrainingError
-        A variable of the launcher is missing, or the host of rank 0 cannot be determined.
+        A variable of the launcher is missing or not a number, or the host of rank 0 cannot be determined.
     """
-    if int(environ.get("WORLD_SIZE", "1")) > 1 or "RANK" in environ:
+    if _number(environ, "WORLD_SIZE", 1) > 1 or "RANK" in environ:
         missing = [k for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
         if missing:
             raise TrainingError(f"environment: {', '.join(missing)} not set; start with torchrun, deepspeed or srun")
-        rank = int(environ["RANK"])
-        local = int(environ.get("LOCAL_RANK", rank))
-        return DistributedEnv(
-            rank, int(environ["WORLD_SIZE"]), local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), "torchrun"
-        )
+        rank = _number(environ, "RANK")
+        local = _number(environ, "LOCAL_RANK", rank)
+        size, port = _number(environ, "WORLD_SIZE"), _number(environ, "MASTER_PORT")
+        return DistributedEnv(rank, size, local, environ["MASTER_ADDR"], port, "torchrun")
     # SLURM_STEP_NUM_TASKS is set by srun only; salloc sets SLURM_NTASKS even for a single process.
-    size = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    size = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
     if size > 1 and "SLURM_PROCID" in environ:
         address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
-        port = int(environ.get("MASTER_PORT", _FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % _PORTS))
-        return DistributedEnv(
-            int(environ["SLURM_PROCID"]), size, int(environ.get("SLURM_LOCALID", "0")), address, port, "slurm"
-        )
+        port = _number(environ, "MASTER_PORT", _FIRST_PORT + _number(environ, "SLURM_JOB_ID", 0) % _PORTS)
+        rank, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID", 0)
+        return DistributedEnv(rank, size, local, address, port, "slurm")
     return DistributedEnv()
+
+
+def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
+    """Return an integer of the environment, or ``default`` if it is not set; raise TrainingError for other text."""
+    text = environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise TrainingError(
+            f"environment: {name}={text!r} is not an integer; start with torchrun, deepspeed or srun"
+        ) from None
 
 
 def first_host(nodes: str) -> str:

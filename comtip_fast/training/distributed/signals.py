@@ -112,9 +112,10 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                     time.sleep(0.1)
                     continue
                 file.seek(0)
-                holder = file.read().strip() or "?"
+                holder = file.read().strip()
                 raise TrainingError(
-                    f"{run_dir}: in use by process {holder}; wait for this process to end, or stop it"
+                    f"{run_dir}: in use by {f'process {holder}' if holder else 'another process'}, on this machine or another one that "
+                    "shares the folder; wait for it to end, or stop it"
                 ) from error
             except OSError as error:
                 if error.errno not in NO_LOCKS:

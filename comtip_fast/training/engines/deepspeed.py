@@ -355,8 +355,8 @@ def _import(device: torch.device) -> ModuleType:
         import deepspeed
     except ImportError as error:
         raise TrainingError(
-            "engine.kind=deepspeed: DeepSpeed is not installed or cannot be imported; run pip install "
-            "'comtip-fast[deepspeed]', or set engine.kind=auto"
+            f"engine.kind=deepspeed: DeepSpeed cannot be imported ({error}); run pip install 'comtip-fast[deepspeed]', or set "
+            "engine.kind=auto"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed uses deprecated names of PyTorch, which would warn at every call.

@@ -155,7 +155,7 @@ class Progress:
         done = step - self.start
         left = (self.total - step) * (time.monotonic() - self.began) / done if done > 0 else float("nan")
         losses = "  ".join(f"{k} {row[k]:.4f}" for k in ("loss", "nce", "mfm", "pair", "level") if k in row)
-        eta = f"{int(left // 60)}:{int(left % 60):02d}" if math.isfinite(left) else "-"
+        eta = f"{int(left // 60)}:{int(left % 60):02d} min" if math.isfinite(left) else "-"
         speed = f"{row['spots_per_s']:.0f} spots/s" if "spots_per_s" in row else ""
         if "mfu" in row:
             speed += f"  {row['mfu']:.0%} MFU"

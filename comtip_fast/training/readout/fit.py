@@ -82,7 +82,8 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     n = sum(len(raw[i][0]) for i in fitted)
     if n < MIN_SPOTS or rows.size < 2:
         log.warning(
-            "no linear readout for %s: %d readable training spots and %d genes, but at least %d spots and 2 genes are needed",
+            "no linear readout for %s: %d readable training spots and %d genes, but at least %d spots and 2 genes are needed; genes "
+            "that no other cohort has are predicted from level sentences",
             cohort,
             n,
             rows.size,

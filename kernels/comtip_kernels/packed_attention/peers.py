@@ -107,7 +107,7 @@ def _flash() -> Callable[..., Any]:
     function = flash_varlen()
     if function is None:
         raise ValueError(
-            "packed_attention: impl='flash' needs flash-attn, which cannot be imported; pip install flash-attn"
+            "packed_attention: impl='flash' needs flash-attn, which cannot be imported; run pip install flash-attn"
         )
     if "deterministic" not in inspect.signature(function).parameters:
         raise ValueError(
@@ -121,7 +121,7 @@ def _varlen() -> Callable[..., Any]:
     """Return PyTorch's varlen attention; raise ValueError if this PyTorch has none."""
     function = torch_varlen()
     if function is None:
-        raise ValueError("packed_attention: impl='varlen' needs a torch with torch.nn.attention.varlen; upgrade torch")
+        raise ValueError("packed_attention: impl='varlen' needs torch.nn.attention.varlen; install a newer PyTorch")
     return function
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from comtip_fast.training.checkpoint.content import DELETE, CheckpointError
+from comtip_fast.training.checkpoint.content import DELETE, MISFIT, CheckpointError
 from comtip_fast.training.checkpoint.parts.index import BUFFER, ShardIndex, part_name, read_index
 from comtip_fast.training.checkpoint.parts.writer import TYPES
 
@@ -96,7 +96,7 @@ class ShardReader:
             k = different[0]
             raise CheckpointError(
                 f"{self.folder}: the weights do not fit the model of the config ({len(different)} tensors, e.g. {k}: "
-                f"{found.get(k, 'absent')} in the checkpoint, {wanted.get(k, 'absent')} in the model); {DELETE}"
+                f"{found.get(k, 'absent')} in the checkpoint, {wanted.get(k, 'absent')} in the model); {MISFIT}"
             )
 
     @torch.no_grad()

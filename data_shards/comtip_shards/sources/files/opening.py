@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
