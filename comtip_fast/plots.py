@@ -9,7 +9,7 @@ Shapes: N spots, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anndata as ad
@@ -385,7 +385,7 @@ def _picture(adata: ad.AnnData) -> tuple[np.ndarray, float, float, float]:
     if "spatial" not in adata.obsm:
         raise ValueError("the AnnData has no positions (obsm['spatial']); pass the result for a section with positions")
     spatial = adata.uns.get("spatial", {})
-    library = next((spatial[name] for name in library_names(spatial)), {})
+    library: Mapping[str, Any] = next((spatial[name] for name in library_names(spatial)), {})
     image, factors = library.get("images", {}).get("hires"), library.get("scalefactors", {})
     lacking = [name for name in ("tissue_hires_scalef", "spot_diameter_fullres") if name not in factors]
     if image is None or lacking:

@@ -89,7 +89,7 @@ def test_a_larger_table_than_allowed_is_not_to_be_unpacked(tmp_path: Path):
         check_table_size(path, 500)
 
 
-def test_files_of_one_name_are_told_apart_by_their_folder(tmp_path: Path):
+def test_files_of_one_name_are_distinguished_by_their_folder(tmp_path: Path):
     paths = [tmp_path / genome / "matrix.mtx" for genome in ("GRCh38", "mm10")]
     with pytest.raises(SourceError, match=r"more than one matrix: GRCh38/matrix\.mtx, mm10/matrix\.mtx"):
         only(paths, "matrix")
