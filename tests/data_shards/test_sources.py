@@ -129,7 +129,10 @@ def repeat_spot(folder: Path):
 BAD = {
     "no scale": (lambda f: edit(f, "manifest.tsv", mpp_um_per_px=""), "no scale.*mpp"),
     "scale is text": (lambda f: edit(f, "manifest.tsv", mpp_um_per_px="big"), "not a number"),
-    "scale is absurd": (lambda f: edit(f, "manifest.tsv", mpp_um_per_px="5000"), "5000 um per px is out of range"),
+    "scale is absurd": (
+        lambda f: edit(f, "manifest.tsv", mpp_um_per_px="5000"),
+        "5000 um per px of the image is outside the range",
+    ),
     "unknown species": (lambda f: edit(f, "manifest.tsv", species="zebrafish"), "species.*human or mouse"),
     "unknown split": (lambda f: edit(f, "manifest.tsv", split="dev"), "split 'dev'"),
     "column gone": (lambda f: edit_drop(f, "manifest.tsv", "donor"), "missing columns donor"),

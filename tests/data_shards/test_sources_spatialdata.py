@@ -98,7 +98,9 @@ def test_another_image_may_be_asked_for(store_path: Path):
     assert section.meta.spot_diameter_um == 55
     with pytest.raises(SourceError, match="no image 'big'; set `image` to one of"):
         open_source(store_path, overrides=FACTS | {"image": "big"})
-    with pytest.raises(SourceError, match="no three-channel image shares a coordinate system with spots"):
+    with pytest.raises(
+        SourceError, match=r"the image dapi is not a three-channel image .* of spots; set `image` to one"
+    ):
         open_source(store_path, overrides=FACTS | {"image": "dapi"})
     with pytest.raises(SourceError, match="image he: no scale; set `mpp`, the um per px of the positions"):
         open_source(store_path, overrides={"tissue": "x"})

@@ -191,9 +191,10 @@ def check_meta(meta: SectionMeta, where: Path | str) -> None:
             f"{where}: section {meta.section_id}: unknown species {meta.species!r}; state human or mouse (`species`)"
         )
     if not (np.isfinite(meta.mpp) and meta.mpp > 0):
+        problem = "no scale" if np.isnan(meta.mpp) else f"the scale is {meta.mpp:g} um per px of the image"
         raise SourceError(
-            f"{where}: section {meta.section_id}: the scale is {meta.mpp:g} um per px of the image, expected a positive number; "
-            "state it (`mpp`, or mpp_um_per_px of a manifest.tsv)"
+            f"{where}: section {meta.section_id}: {problem}; state a positive number of um per px (`mpp`, or mpp_um_per_px of a "
+            "manifest.tsv)"
         )
     if not 0.05 <= meta.mpp <= 50:
         raise SourceError(

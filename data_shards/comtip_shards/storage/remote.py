@@ -170,9 +170,9 @@ class Remote:
         """Return {name: size in bytes} of the files of :meth:`names`; None if the server does not report a size."""
         fs, root = self._filesystem()
         deadline = time.monotonic() + self.retry.total
-        where = self._name(pattern)
+        glob = f"{root}/{pattern}"
         found = self._retry(
-            where, deadline, lambda: self._call(lambda: fs.glob(f"{root}/{pattern}", detail=True), deadline)
+            self._name(pattern), deadline, lambda: self._call(lambda: fs.glob(glob, detail=True), deadline)
         )
         return {
             str(path)[len(root) :].lstrip("/"): None if info.get("size") is None else int(info["size"])
@@ -214,9 +214,8 @@ class Remote:
                 fs, root = url_to_fs(self.url, **{**self._http_options(), **self.storage_options})
             except (ImportError, ValueError) as error:
                 fix = install_extra("remote") if isinstance(error, ImportError) else "correct the URL"
-                raise ShardError(
-                    f"{self.url}: cannot open ({error}); {fix}, or download it first", kind="remote"
-                ) from error
+                text = f"{self.url}: cannot open ({error}); {fix}, or download it first"
+                raise ShardError(text, kind="remote") from error
             self._fs = (os.getpid(), fs, root.rstrip("/"))
         return self._fs[1], self._fs[2]
 
@@ -258,9 +257,8 @@ class Remote:
                                     "of the cache",
                                     f"set {SIZE_VARIABLE} to a larger size, or download it first",
                                 )
-                            raise ShardError(
-                                f"{where}: larger than {limit:,} bytes, the limit {what}; {fix}", kind="checksum"
-                            )
+                            text = f"{where}: larger than {limit:,} bytes, the limit {what}; {fix}"
+                            raise ShardError(text, kind="checksum")
                         if size is not None and n > size:
                             raise _MismatchError(f"received more than the expected {size:,} bytes")
                         digest.update(chunk)
@@ -350,9 +348,8 @@ class Remote:
                 raise ShardError(f"{where}: {error}; {install_extra('remote')}", kind="remote") from error
             except Exception as error:  # every protocol raises its own types
                 if isinstance(error, FileNotFoundError) and _is_absent(error):
-                    raise ShardError(
-                        f"{where}: no such file; check the URL, and that the files there are complete", kind="vanished"
-                    ) from error
+                    text = f"{where}: no such file; check the URL, and that the files there are complete"
+                    raise ShardError(text, kind="vanished") from error
                 pause = min(30.0, self.retry.backoff * 2 ** (number - 1))
                 late = time.monotonic() + pause >= deadline
                 if number == self.retry.attempts or late or not _is_transient(error):
