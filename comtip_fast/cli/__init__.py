@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     """Parse the arguments, set up the log, run the command, and turn known errors into messages and exit codes."""
+    from comtip_fast.cli.options import check_out
+
     _limit_spinning()
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
@@ -72,6 +74,7 @@ def _main(arguments: list[str]) -> int:
     if args.command != "pretrain" and not args.debug:
         logging.getLogger("comtip_kernels").setLevel(logging.WARNING)
     try:
+        check_out(args)
         code = int(args.run(args) or 0)
         sys.stdout.flush()
         return code

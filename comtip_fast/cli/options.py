@@ -17,6 +17,8 @@ from comtip_fast.constants import UNS
 SLIDES_HELP = "or an image or whole-slide file without spots, or (with a folder as --out) a folder of these"
 SECTION_HELP = "SHARDS:section_id (SHARDS is a folder or URL), a source folder, SOURCE:section_id, an .h5ad with image, or FILE.h5ad:section_id"
 GENE_FILE_BYTES = 4 << 20
+NAME_BYTES, PATH_BYTES = 255, 4096
+"""Maximum length of a name, and of a path with its final null byte, on Linux."""
 GENE_COLUMNS = {"gene", "genes", "symbol", "symbols", "gene_symbol", "hgnc_symbol", "gene_name", "gene_id", "ensembl"}
 GENE_COLUMNS |= {"ensembl_id", "x"}
 """Headers of a column of genes; R writes ``x`` for a vector."""
@@ -67,6 +69,34 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--out``."""
     parser.add_argument("--out", type=Path, required=True, help=what)
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Check, before the work of any command, that ``--out`` can be created where it is.
+
+    Raises
+    ------
+    ValueError, NotADirectoryError, PermissionError
+        A name in the path is too long, a file is where a folder must be, or the folder cannot be written to.
+    """
+    path: Path | None = getattr(args, "out", None)
+    if path is None:
+        return
+    long = next((part for part in path.parts if len(os.fsencode(part)) > NAME_BYTES), None)
+    if long is not None or len(os.fsencode(path)) >= PATH_BYTES:
+        what = f"the name {(long or path.name)[:40]}... " + (
+            f"has {len(os.fsencode(long))} bytes, but file systems allow {NAME_BYTES}"
+            if long is not None
+            else f"makes a path of {len(os.fsencode(path)):,} bytes, but {PATH_BYTES - 1:,} are allowed"
+        )
+        raise ValueError(f"--out: {what}; give a shorter name")
+    if os.path.lexists(path):
+        return
+    folder = next((p for p in path.absolute().parents if os.path.lexists(p)), path.absolute().parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"--out {path}: {folder} is not a folder; give a path in a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {path}: no permission to write to {folder}; give another folder")
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -135,10 +165,18 @@ def check_parent(out: Path) -> None:
 
 
 def out_folder(args: argparse.Namespace) -> Path:
-    """Return ``--out``; raise NotADirectoryError, before slow work, if it is a file."""
+    """Return ``--out`` after checks, before slow work, that it is not a file and can be written to.
+
+    Raises
+    ------
+    NotADirectoryError, PermissionError
+        The path cannot be used; the message names the reason.
+    """
     path: Path = args.out
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--out {path}: is a file; give a folder")
+    if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {path}: no permission to write to this folder; give another one")
     return path
 
 

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.plan.sizes import Inputs
 
     _refuse_unused(args)
+    if args.out is not None:
+        out_folder(args)
     config = load_config(args.config, args.set)
     efficiency = _efficiency(args)
     cluster = make_cluster(
@@ -164,8 +166,6 @@ def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs
     from comtip_fast.plan.scaling.figures import write
     from comtip_fast.plan.scaling.sweep import as_rows, sweep, table
 
-    if args.out is not None:
-        out_folder(args)
     found = sweep(config, cluster, inputs, most=1024 if args.most is None else args.most)
     if args.out is not None:
         for path in write(found, args.out):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from comtip_fast.api import Model
 
 log = logging.getLogger("comtip_fast")
+MAX_NAME_BYTES = 240
+"""Maximum length of the name of a slide's output, to which ``.NAME.parts`` and ``NAME.overlays`` add up to 10 bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +223,11 @@ def _predict_slide(
     from comtip_fast.slide_prediction import GridOptions
     from comtip_fast.slide_prediction.drawings import Answer, write_geojson, write_overlays
 
+    if len(os.fsencode(out.name)) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"{out}: a name of {len(os.fsencode(out.name))} bytes, but at most {MAX_NAME_BYTES} are allowed for a slide, because the names "
+            "of its overlays and unfinished pieces are longer; give a shorter name"
+        )
     given = {"shape": args.grid, "step_um": args.step_um, "min_tissue": args.min_tissue}
     grid = GridOptions(**{k: v for k, v in given.items() if v is not None})
     answer = model.predict_slide(path, genes, out=out, facts=facts, grid=grid, progress=True)

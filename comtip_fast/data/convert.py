@@ -70,6 +70,8 @@ def read_section(spec: str | Path) -> ad.AnnData:
     data = read_h5ad(path)
     store = MemoryStore(data, path)
     library = chosen_library(store, section_id)[1]
+    if library.lost:
+        log.warning("%s: %s", path, library.lost)
     xy = read_centres(store, CountOptions(), [])
     rows = library.rows(data.obs)
     if len(rows) < data.n_obs:

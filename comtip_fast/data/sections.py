@@ -7,6 +7,7 @@ model's physical size and resolution, so that a model cannot distinguish section
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +35,7 @@ from comtip_shards.storage.remote import is_url
 from comtip_fast.data.anndata_file import chosen_library, own_entries, read_annotation
 from comtip_fast.data.tile_sources import ShardTiles, SlideTiles, TileGeometry, TileSource
 
+log = logging.getLogger("comtip_fast")
 OVERVIEW_PX = 1024
 MPP_RANGE = (0.05, 50.0)
 """Plausible um per px of an image that tiles are cut from."""
@@ -229,6 +231,8 @@ def _from_anndata(
     check_options(options, ("image", "positions", "trust_mpp"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
     name, library = chosen_library(store, section_id)
+    if library.lost:
+        log.warning("%s: %s", where, library.lost)
     own = data.uns.get("comtip", {})
     if own.get("species") and options.facts.species is None:
         known = source_options({"species": str(own["species"])}).facts.species

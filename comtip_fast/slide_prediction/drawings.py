@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+from comtip_shards.names import problem_with
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.storage.atomic import atomic_path
 from matplotlib import colormaps
@@ -18,12 +21,15 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from comtip_fast.constants import UNS
+from comtip_fast.plots import plain
 
 ROWS = 4096
 """Number of rows per read."""
 QUANTILES = (0.01, 0.99)
 """Quantiles at the ends of the colour map."""
 OPACITY = 0.6
+MAX_GENE_NAME = 100
+"""Maximum length of a gene's name in the name of its overlay, in characters."""
 MAX_MEASUREMENTS = 50
 """Maximum number of genes in a GeoJSON file for which the genes need not be named."""
 
@@ -97,12 +103,30 @@ def write_overlays(answer: Answer, genes: Sequence[str], folder: Path) -> list[P
     folder.mkdir(exist_ok=True)
     owner = _owner(answer)
     written = []
+    names = overlay_names(genes)
     for gene, column in zip(genes, columns, strict=True):
         values = np.concatenate([v[:, 0] for _, v in answer.rows([column])])
-        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', gene)}.png"
+        path = folder / names[gene]
         _draw(answer.image, owner, values, gene, path)
         written.append(path)
     return written
+
+
+def overlay_names(genes: Sequence[str]) -> dict[str, str]:
+    """Return {gene: file name of its overlay}.
+
+    Characters that are not allowed in a file name are replaced by ``_``. A hash of the gene's name is appended if the result is
+    too long, is no valid name on every system, or is that of another gene (on a file system that ignores case, too).
+    """
+    replaced = {gene: re.sub(r"[^A-Za-z0-9._-]", "_", gene) for gene in genes}
+    uses = Counter(name.casefold() for name in replaced.values())
+    out = {}
+    for gene, name in replaced.items():
+        if uses[name.casefold()] > 1 or problem_with(name, MAX_GENE_NAME):
+            # Without dots, so that it is neither hidden nor the name of a device, such as CON.1 on Windows.
+            name = f"{name[:MAX_GENE_NAME].replace('.', '_')}-{hashlib.sha256(gene.encode()).hexdigest()[:12]}"
+        out[gene] = f"{name}.png"
+    return out
 
 
 def _owner(answer: Answer) -> np.ndarray:
@@ -129,7 +153,7 @@ def _draw(image_HW3: np.ndarray, owner_HW: np.ndarray, values_N: np.ndarray, gen
     axes = figure.add_subplot()
     axes.imshow(picture, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(gene)
+    axes.set_title(plain(gene), parse_math=False)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="log1p counts per 10,000, predicted")
     with atomic_path(path) as tmp_path:
         figure.savefig(tmp_path, format="png", metadata={"Software": None})

@@ -218,6 +218,56 @@ def test_export_looks_at_its_output_before_the_work(tmp_path: Path, capsys: pyte
     assert f"--out {tmp_path / 'out'}: is a file; give a folder" in capsys.readouterr().err
 
 
+COMMANDS = {
+    "predict": ["predict", "run", "s.h5ad"],
+    "embed": ["embed", "run", "s.h5ad"],
+    "evaluate": ["evaluate", "run", "--shards", "set"],
+    "adapt": ["adapt", "run", "s.h5ad"],
+    "export": ["export", "run"],
+    "pretrain": ["pretrain", "--config", "c.yaml"],
+    "convert": ["convert", "s.h5ad"],
+    "build": ["shards", "build", "source"],
+    "check": ["shards", "check", "source"],
+    "merge": ["shards", "merge", "part"],
+    "vectors": ["genes", "vectors", "s.h5ad"],
+    "sweep": ["plan", "--config", "c.yaml", "--sweep"],
+    "loader": ["bench", "loader"],
+    "step": ["bench", "step", "--config", "c.yaml"],
+    "hest": ["bench", "hest", "folder", "--encoder", "x"],
+}
+SUFFIX = {"predict": ".h5ad", "embed": ".h5ad", "vectors": ".safetensors", "convert": ".zarr"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_looks_at_its_output_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """No input of these commands exists, so a message about --out comes before any of them is read."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "pointer").symlink_to(tmp_path / "gone")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
+    name = f"x{SUFFIX.get(command, '')}"
+    for out, message in (
+        (tmp_path / ("n" * 256 + name), "file systems allow 255; give a shorter name"),
+        (tmp_path / ("é" * 130) / name, "has 260 bytes, but file systems allow 255"),
+        (tmp_path.joinpath(*["f" * 200] * 21, name), "but 4,095 are allowed; give a shorter name"),
+        (tmp_path / "file" / name, f"{tmp_path / 'file'} is not a folder"),
+        (tmp_path / "file" / "sub" / name, f"{tmp_path / 'file'} is not a folder"),
+        (tmp_path / "pointer" / name, f"{tmp_path / 'pointer'} is not a folder"),
+        (tmp_path / "closed" / name, f"no permission to write to {tmp_path / 'closed'}; give another folder"),
+    ):
+        assert main([*COMMANDS[command], "--out", str(out)]) == 2
+        told = capsys.readouterr().err
+        assert "error: --out" in told
+        assert message in told
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["closed", "file", "pointer"]
+    if command in ("evaluate", "adapt", "export", "pretrain", "hest", "sweep", "loader", "step"):
+        assert main([*COMMANDS[command], "--out", str(tmp_path / "closed")]) == 2
+        assert "closed: no permission to write to this folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["predict", "embed"])
 @pytest.mark.parametrize(
     ("out", "message"),

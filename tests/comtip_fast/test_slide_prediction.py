@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
 import pytest
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.names import problem_with
 from comtip_shards.sources import open_source
 from PIL import Image
 from scipy import ndimage
@@ -25,6 +27,7 @@ from comtip_fast.cli.predict import _output_names
 from comtip_fast.data.sections import TileGeometry
 from comtip_fast.inference import Predictor
 from comtip_fast.slide_prediction import fit_tiles, pieces, run
+from comtip_fast.slide_prediction.drawings import overlay_names, write_overlays
 from comtip_fast.slide_prediction.grid import tissue_grid
 from comtip_fast.slide_prediction.pieces import Pieces
 from comtip_fast.slide_prediction.tissue import tissue_mask
@@ -327,6 +330,43 @@ def test_overlays_and_geojson(quick: Path, slide: Path, tmp_path: Path, capsys: 
     capsys.readouterr()
     assert predict(quick, slide, out, "--overlays", "CD74") == 2
     assert "not predicted: CD74; add them to --genes" in capsys.readouterr().err
+
+
+def test_every_gene_has_an_overlay_of_its_own_on_every_file_system():
+    names = overlay_names(
+        ["ERBB2", "HLA-A", "hla-a", "HLA_A", "a/b", "a_b", "a:b", "..", ".x", "CON", "aux.1", "A.", "é", "x" * 300]
+    )
+    assert names["ERBB2"] == "ERBB2.png"
+    assert names["HLA_A"] == "HLA_A.png"
+    assert len({name.casefold() for name in names.values()}) == len(names)
+    assert [problem_with(name.lstrip("_-")) for name in names.values()] == [""] * len(names)
+    assert max(map(len, names.values())) < 130
+    assert names == overlay_names(list(names))
+    assert overlay_names(["HLA-A", "HLA-A"]) == {"HLA-A": "HLA-A.png"}
+
+
+def test_overlays_of_genes_that_differ_in_case_or_are_formulas(tmp_path: Path):
+    genes = ["Actb", "ACTB", "$\\frac{$", "n" * 400]
+    answer = SimpleNamespace(
+        image=np.full((20, 30, 3), 200, np.uint8),
+        scale=1.0,
+        tile_px=10.0,
+        xy_N2=np.array([[5.0, 5.0], [15, 5]]),
+        columns=lambda wanted: [genes.index(g) for g in wanted],
+        rows=lambda columns: [(0, np.array([[0.0], [1.0 + columns[0]]], np.float32))],
+    )
+    written = write_overlays(answer, genes, tmp_path / "overlays")
+    assert len(set(written)) == len(list((tmp_path / "overlays").iterdir())) == 4
+
+
+@pytest.mark.parametrize("length", [241, 255, 256])
+def test_a_name_too_long_for_the_files_next_to_it_is_refused_before_the_prediction(
+    length: int, quick: Path, slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / ("x" * (length - 5) + ".h5ad")
+    assert predict(quick, slide, out, "--overlays", "ERBB2") == 2
+    assert "give a shorter name" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("drawing", ["--overlays", "--geojson"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +16,14 @@ from pathlib import Path
 import pytest
 from comtip_shards import ShardSet
 
+from comtip_fast import pretraining
+from comtip_fast.cli import main
 from comtip_fast.runtime import streams
 from comtip_fast.training.checkpoint import store as checkpoint
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.distributed import failures
 from comtip_fast.training.monitor.loggers import BestEffort
+from comtip_fast.training.trainer import FitResult
 from tests.comtip_fast.trainer_standin import fit
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +173,28 @@ def comtip(*arguments: str, **kinds: object) -> subprocess.CompletedProcess[str]
         check=False,
         **kinds,
     )
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a command whose run ends without a validation: its score is -inf, for which JSON has no number."""
+    result = FitResult(step=2, best_step=0, best_score=-math.inf, stopped="steps")
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: result)
+    (tmp_path / "c.yaml").write_text("{}\n")
+    return ["pretrain", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
+
+
+def test_the_summary_of_a_run_is_json(pretrained: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(pretrained) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["best_score"] is None
+
+
+def test_a_run_whose_output_is_closed_has_ended_well(pretrained: list[str], monkeypatch: pytest.MonkeyPatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(pretrained) == 0
 
 
 @pytest.mark.slow

@@ -297,6 +297,19 @@ def test_labels_from_a_table_and_from_an_anndata(tmp_path: Path):
         LabelFile(str(tmp_path / "cut.csv.gz"))
 
 
+def test_labels_without_a_section_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "labels.csv").write_text("section,spot,label\nA,1x1,t\n,1x2,u\n  ,1x3,v\n")
+    obs = pd.DataFrame({"section_id": pd.Categorical(["A", None]), "layer": ["gl", "gl"]}, index=["1x1", "1x2"])
+    ad.AnnData(np.zeros((2, 1), np.float32), obs).write_h5ad(tmp_path / "x.h5ad")
+    for spec, told, want in (
+        (tmp_path / "labels.csv", "2 of 3 rows name no section", ["t", "", ""]),
+        (f"{tmp_path / 'x.h5ad'}:layer", "1 of 2 rows name no section", ["gl", "", ""]),
+    ):
+        caplog.clear()
+        assert LabelFile(str(spec)).of("A", ["1x1", "1x2", "1x3"]).tolist() == want
+        assert told in caplog.text
+
+
 def test_embeddings_from_a_table_are_joined_by_spot(tmp_path: Path):
     path = tmp_path / "features.csv"
     path.write_text("section,spot,f0,f1\nA,b,1,2\nA,a,3,4\nB,a,5,6\n")

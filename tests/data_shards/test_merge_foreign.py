@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from comtip_shards import ShardError, ShardSet
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
+from comtip_shards.format import spot_table as spots
 from comtip_shards.format.manifest import read_manifest
 from comtip_shards.format.record import decode_expr, decode_json, encode_expr, encode_json
 from comtip_shards.reader.verify import verify
@@ -86,10 +90,14 @@ def unmeasured(folder: Path) -> None:
     change_manifest(folder, change, seal=True)
 
 
-def large_tile(folder: Path) -> None:
+def large_picture(px: int) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (2000, 2000)).save(out, "JPEG")
-    rewrite(folder / "shards/t1-0000.tar", lambda m: m.update({"000000000.jpg": out.getvalue()}))
+    Image.new("RGB", (px, px)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def large_tile(folder: Path) -> None:
+    rewrite(folder / "shards/t1-0000.tar", lambda m: m.update({"000000000.jpg": large_picture(2000)}))
     reseal(folder, read_manifest(folder))
 
 
@@ -113,6 +121,18 @@ def source(**values: object) -> Callable[[Path], None]:
         data["sections"][0]["source"].update(values)
 
     return manifest(change)
+
+
+def spot_table(column: str, row: int, value: object) -> Callable[[Path], None]:
+    """Set a value of spots.parquet."""
+
+    def forge(folder: Path) -> None:
+        columns = pq.read_table(folder / spots.FILE).to_pydict()
+        columns[column][row] = value(columns[column]) if callable(value) else value
+        pq.write_table(pa.table(columns, schema=spots.SCHEMA), folder / spots.FILE)
+        seal_files(folder)
+
+    return forge
 
 
 BROKEN = {
@@ -145,6 +165,19 @@ BROKEN = {
     "counts of a gene that was not measured": (unmeasured, "counts for a gene that .* did not measure"),
     "a tile of another size": (large_tile, r"record 000000000: the tile is 2000 x 2000 px"),
     "an overview that is text": (overview(b"<script>"), r"overview/t1\.jpg: the overview cannot be decoded"),
+    "a position of nan in the table": (spot_table("x_px", 0, math.nan), "a spot of section t1 has no position"),
+    "an infinite position in the table": (spot_table("y_px", 17, math.inf), "a spot of section t2 has no position"),
+    "a position of null in the table": (spot_table("x_px", 0, None), r"column x_px has type double and 1 nulls"),
+    "an id twice in the table": (spot_table("spot_id", 1, lambda ids: ids[0]), "duplicate spot id in section t1"),
+    "a source row twice in the table": (
+        spot_table("source_row", 0, 99),
+        "source_row of section t1 is not a permutation",
+    ),
+    "another order in the table": (spot_table("spot_index", 0, 7), "spot_index is not 0 to 17"),
+    "a long label in the table": (
+        spot_table("label", 0, "x" * 5000),
+        "column label .* texts of at most 4096 characters",
+    ),
     "a spot of another section": (spot(section_id="t2"), r"000000000\.json: section_id is t2"),
     "a spot elsewhere": (spot(x_px=7.5), r"x_px is 7\.5, but the spot table states"),
     "a spot at infinity": (spot(x_px=10**400), r"'x_px' is '1000.*which no build writes"),
@@ -154,6 +187,14 @@ BROKEN = {
     "a field more": (spot(surprise=1), r"'surprise' is '1', which no build writes"),
     "a long label": (spot(label="x" * 5000), r"'label' is .*which no build writes"),
     "a field less": (spot(x_px=...), "missing x_px"),
+    "an overview larger than stated": (
+        overview(large_picture(4000)),
+        r"overview/t1\.jpg: 4000 x 4000 px, but the manifest",
+    ),
+    "an overview without end": (
+        manifest(lambda m: m["sections"][0]["overview"].update(width=10**6)),
+        r"sections\.0\.overview\.width",
+    ),
     "an empty source": (manifest(lambda m: m["sections"][0].update(source={})), r"sections\.0\.source"),
     "notes that are not a list": (source(notes="x"), r"sections\.0\.source"),
     "a status that is none": (

@@ -7,6 +7,7 @@ import pytest
 from comtip_shards import SourceError
 from comtip_shards.slides import open as images
 from comtip_shards.slides.open import image_size, open_slide
+from comtip_shards.slides.pixel_scale import tiff_mpp
 from PIL import Image
 
 tifffile = pytest.importorskip("tifffile")
@@ -98,6 +99,12 @@ def test_jpeg_2000(tmp_path: Path, reader: str):
     with open_slide(path) as slide:
         assert (slide.size, slide.mpp) == ((800, 600), pytest.approx(0.25))
         assert np.abs(slide.whole().astype(int) - picture()).mean() < 3
+
+
+def test_aperio_mpp_with_a_comma_without_openslide():
+    text = "Aperio Image Library v12.0\n800x600 [0,0 800x600] (240x240) JPEG/RGB Q=70|AppMag = 20|MPP = {}"
+    for number in ("0,500000", "0.5"):
+        assert tiff_mpp(text.format(number), (800, 600), (None, None), None) == 0.5
 
 
 def test_aperio_mpp_with_a_comma(tmp_path: Path):

@@ -51,6 +51,8 @@ TABLES = {
     "study.csv": "path,id,split\na,one,train\n\nb,,test\n",
     "semicolon.csv": "Path;ID;Split\na;one;train\nb;;test\n",
     "study.tsv": "path\tid\tsplit\na\tone\ttrain\nb\t\ttest\n",
+    "comments.csv": '# a, comment with "one quote\n\npath,id,split\n  # of P1\na,one,train\n#b,two,test\nb,,test\n#\n',
+    "comments.tsv": "#path\tid\npath\tid\tsplit\na\tone\ttrain\n# b; c\nb\t\ttest\n",
     "study.yaml": "- path: a\n  id: one\n  split: train\n- path: b\n  split: test\n",
     "study.yml": "sections:\n- {path: a, id: one, split: train}\n- {path: b, split: test}\n",
 }
@@ -83,6 +85,17 @@ def test_a_renamed_section_has_the_tiles_and_counts_of_the_source(sources: Path,
     np.testing.assert_array_equal(new.tiles(rows[0]), old.tiles(rows[1]))
     np.testing.assert_array_equal(new.counts(rows[0]).toarray(), old.counts(rows[1]).toarray())
     assert json.loads((tmp_path / "new/report/new.json").read_text())["section_id"] == "new"
+
+
+def test_lines_of_a_table_are_counted_with_comments_and_a_quoted_hash_is_a_value(tmp_path: Path):
+    text = '# one\npath,id,attribution\n# two\na,x,"first\n# second"\n"#b",y,# third\n# four\nc,z,\n'
+    rows = read_study(table(tmp_path, text))
+    assert [(row.number, row.path, row.id) for row in rows] == [(5, "a", "x"), (6, "#b", "y"), (8, "c", "z")]
+    assert [row.options.facts.attribution for row in rows] == ["first\n# second", "# third", None]
+    with pytest.raises(SourceError, match=r"study\.csv, line 4: column split 'dev'"):
+        read_study(table(tmp_path, "#\npath,split\n#\na,dev\n"))
+    with pytest.raises(SourceError, match="no column path"):
+        read_study(table(tmp_path, "# only\n# comments\n"))
 
 
 BAD_TABLES = {

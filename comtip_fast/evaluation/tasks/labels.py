@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 
 from comtip_fast.data.anndata_file import read_annotation
 
+log = logging.getLogger("comtip_fast")
 SECTION_COLUMNS, SPOT_COLUMNS = ("section", "section_id"), ("spot", "spot_id", "barcode")
 
 
@@ -38,6 +40,9 @@ class LabelFile:
             self._table = _from_h5ad(Path(file), column)
         else:
             self._table = _from_table(Path(spec))
+        lost = int(self._table["section"].eq("").sum())
+        if 0 < lost < len(self._table):
+            log.warning("labels %s: %d of %d rows name no section and are left out", spec, lost, len(self._table))
 
     def of(self, section: str, spots: Sequence[str]) -> np.ndarray:
         """Return the labels of spots, str (N,); empty for a spot without a label.
@@ -73,9 +78,15 @@ def _from_h5ad(path: Path, column: str) -> pd.DataFrame:
     if column not in obs:
         fix = f"name one of {', '.join(map(str, obs.columns))}" if len(obs.columns) else "add a column with the labels"
         raise ValueError(f"{path}: obs has no column {column!r}; {fix}")
-    section = next((obs[c].astype(str) for c in SECTION_COLUMNS if c in obs), pd.Series("", index=obs.index))
-    label = obs[column].astype(object).where(obs[column].notna(), "").astype(str)
+    name = next((c for c in SECTION_COLUMNS if c in obs), None)
+    section = pd.Series("", index=obs.index) if name is None else _text(obs[name])
+    label = _text(obs[column])
     return pd.DataFrame({"section": section.to_numpy(), "spot": obs.index.astype(str), "label": label.to_numpy()})
+
+
+def _text(column: pd.Series) -> pd.Series:
+    """Return a column as text, with "" for missing values."""
+    return column.astype(object).where(column.notna(), "").astype(str).str.strip()
 
 
 def _from_table(path: Path) -> pd.DataFrame:
@@ -98,7 +109,7 @@ def _from_table(path: Path) -> pd.DataFrame:
     section = next((c for c in SECTION_COLUMNS if c in table), None)
     return pd.DataFrame(
         {
-            "section": table[section] if section else "",
+            "section": table[section].str.strip() if section else "",
             "spot": table[spot].str.strip(),
             "label": table["label"].str.strip(),
         }

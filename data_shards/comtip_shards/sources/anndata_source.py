@@ -174,6 +174,7 @@ def view_library(
     except SourceError as error:  # the width of a spot changes no tile; R writes NA where it is unknown
         diameter = None
         notes.append(f"the diameter of spots is unknown ({str(error).removeprefix(f'{path}: ')})")
+    notes += [library.lost] if library.lost else []
     return LibraryView(rows, xy, mpp, image, picture, diameter, facts, notes)
 
 

@@ -19,7 +19,7 @@ from comtip_shards.genes.species import species_name
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import CatalogueRow, SectionSource, pick, stated_image
-from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.names import by_section_id, safe_id
 from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.spots import SpotPositions, join
@@ -99,6 +99,7 @@ def _read_meta(path: Path) -> dict[str, _SlideRow]:
         raise SourceError(
             f"{tables[-1]}: missing column {', '.join(missing)} (found {', '.join(table.columns[:12])}); download it again"
         )
+    by_section_id((str(name) for name in table["slide"]), "slides", tables[-1])
     return {
         safe_id(str(row["slide"])): _SlideRow(
             str(row["species"]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,14 +92,21 @@ def read_study(path: Path) -> list[StudyRow]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line, cells) of a csv or tsv file; blank lines are skipped."""
-    first = text.partition("\n")[0]
+    """Yield (line, cells) of a csv or tsv file; blank lines and comments are skipped."""
+    lines = _Lines(text)
+    first = next((line for line in io.StringIO(text) if not _is_comment(line) and line.strip()), "")
     sep = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
     limit = csv.field_size_limit(MAX_BYTES)  # of the whole process
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
+    reader = csv.reader(lines, delimiter=sep, strict=True)
     try:
-        names = _columns(path, _without_tail(next(reader, [])))
-        for count, values in enumerate(reader, 1):
+        header: list[str] = []
+        while not header and not lines.ended:
+            header = _without_tail(lines.record(reader))
+        names = _columns(path, header)
+        for count in itertools.count(1):
+            values = lines.record(reader)
+            if lines.ended:
+                return
             if count > MAX_ROWS:
                 raise SourceError(f"{path}: more than {MAX_ROWS:,} rows; split the table")
             values = _without_tail(values) if len(values) > len(names) else values
@@ -116,6 +124,36 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         ) from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _is_comment(line: str) -> bool:
+    return line.lstrip().startswith("#")
+
+
+class _Lines:
+    """Lines of a csv text, of which those that begin with ``#`` are blank, except inside a quoted value."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = io.StringIO(text, newline="")
+        self._first_of_record = True
+        self.ended = False
+        """Whether :meth:`record` has reached the end."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        is_comment = self._first_of_record and _is_comment(line)
+        self._first_of_record = False
+        return "\n" if is_comment else line
+
+    def record(self, reader: Iterator[list[str]]) -> list[str]:
+        """Return the next record of a reader of these lines; an empty list for blank lines, comments and the end."""
+        self._first_of_record = True
+        values = next(reader, None)
+        self.ended = values is None
+        return values or []
 
 
 def _without_tail(values: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sources.anndata_parts.picture import library_names
 from comtip_shards.sources.anndata_parts.positions import centres_of
 from comtip_shards.sources.anndata_parts.store import Store, stem_of
-from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.names import by_section_id, safe_id
 from comtip_shards.sources.geometry import median_gap
 
 LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
@@ -34,6 +34,15 @@ class Library:
     """Its value in :attr:`column`."""
     column: str = ""
     """Column of ``obs`` that names the section of a spot; "" if all rows belong to this section."""
+    n_unnamed: int = 0
+    """Rows of ``obs`` that have no value in :attr:`column` and thus belong to no section of the AnnData."""
+
+    @property
+    def lost(self) -> str:
+        """A note on the rows that belong to no section; "" if there are none."""
+        if not self.n_unnamed:
+            return ""
+        return f"{self.n_unnamed} spots of the file belong to no section, because obs['{self.column}'] has no value for them"
 
     def rows(self, obs: pd.DataFrame) -> np.ndarray:
         """Return its rows of ``obs``, int64."""
@@ -76,13 +85,10 @@ def libraries_of(store: Store) -> dict[str, Library]:
         if not column:
             return {safe_id(stem_of(store.path)): Library(key)}
         found = [Library(value if value == key else "", value, column) for value in values]
-    out = {safe_id(library.value): library for library in found}
-    if len(out) < len(found):
-        raise SourceError(
-            f"{store.path}: two of the libraries {', '.join(lib.value for lib in found[:8])} have the same section id, in which other "
-            "characters than letters, digits, ., _ and - become _; rename one"
-        )
-    return out
+    ids = by_section_id((library.value for library in found), "libraries", store.path)
+    unnamed = int((~store["obs"][found[0].column].astype(str).isin(list(ids.values()))).sum())
+    found = [replace(library, n_unnamed=unnamed) for library in found]
+    return dict(zip(ids, found, strict=True))
 
 
 def _with_spots(keys: list[str], obs: pd.DataFrame) -> list[str]:

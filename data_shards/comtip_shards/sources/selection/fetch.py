@@ -20,6 +20,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sources.base import pick
+from comtip_shards.sources.files.names import by_section_id
 from comtip_shards.sources.selection.choose import choose
 from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
 from comtip_shards.storage.atomic import publish_link
@@ -198,7 +199,7 @@ def _choose(
             raise SourceError(f"{url}: {layout.fmt} has no metadata table to filter by; select sections with `samples`")
         return None
     stems = layout.names(root, listing.match(only or layout.marks[0]))
-    stem_of = {layout.section(stem): stem for stem in stems}
+    stem_of = by_section_id(stems, "file names", url, layout.section)
     ids = pick(samples, list(stem_of), url)
     rows = {row.section_id: row for row in layout.rows(root)} if layout.rows else {}
     if where and not rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.names import by_section_id, safe_id
 from comtip_shards.sources.files.packaging import by_prefix, contents, find, prefix_of, unpacked_tar
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from comtip_shards.sources.tenx.run import TAR, find_flat_mex, find_matrices, find_pictures, only, section_name
@@ -63,7 +63,8 @@ def find_runs(path: Path) -> list[RunFiles]:
         with_positions = {"": with_positions[""]}
     if len(with_positions) <= 1:
         return [_single(path, groups, with_positions, matrices)]
-    return [_one_of_many(path, prefix, groups[prefix], matrices) for prefix in sorted(with_positions)]
+    prefixes = by_section_id(sorted(with_positions), "prefixes", path)
+    return [_one_of_many(path, prefix, groups[prefix], matrices) for prefix in prefixes.values()]
 
 
 def _spatial_folders(path: Path) -> list[tuple[Path, str]]:

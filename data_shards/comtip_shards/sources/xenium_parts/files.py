@@ -10,7 +10,7 @@ from pathlib import Path
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import PoolingOptions, SectionFacts
 from comtip_shards.sources.base import stated_file
-from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.names import by_section_id, safe_id
 from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.packaging import by_prefix, find
 from comtip_shards.sources.tenx.matrix import TenxMatrix
@@ -63,7 +63,7 @@ def find_runs(path: Path) -> list[XeniumFiles]:
             **{role: _preferred(groups.get(prefix, []), role) for role, groups in found.items()},
             matrix=matrices.get(prefix),
         )
-        for prefix in prefixes
+        for prefix in by_section_id(prefixes, "prefixes", path).values()
     ]
 
 
