@@ -181,7 +181,8 @@ def print_rows(outcome: Outcome) -> None:
     """Print one table row per rank and agent."""
     for host in (0, 1):
         for kind, end in (("rank", outcome.ranks[host]), ("agent", outcome.agents[host])):
-            text = "| killed | | |" if end is None else f"| {end.seconds:.1f} | {end.code} | {end.message} |"
+            how = "killed" if outcome.agents[host] is None else "stopped by its agent"
+            text = f"| {how} | | |" if end is None else f"| {end.seconds:.1f} | {end.code} | {end.message} |"
             print(f"| {outcome.fault.name} | {kind} {host} {text}")
 
 
