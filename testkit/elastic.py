@@ -62,7 +62,8 @@ class Spec:
     """Time in s that the agent waits for ranks after asking them to exit."""
     join_s: int = 600
     """Time in s that an agent waits for the minimum number of agents; torchrun's ``join_timeout``."""
-
+    heartbeats: int = 3
+    """Missed heartbeats, one per second, after which an agent is lost; a busy machine delays them."""
     call_s: int = 60
     """Time in s that an agent waits for a response of the rendezvous host; torchrun's ``call_timeout``."""
 
@@ -141,7 +142,7 @@ def agent(spec_path: Path, address: str) -> int:
         # A lost agent is detected when its heartbeats stop; torchrun's defaults are 5 s and 3 missed heartbeats.
         rdzv_configs={
             "keep_alive_interval": 1,
-            "keep_alive_max_attempt": 3,
+            "keep_alive_max_attempt": spec.heartbeats,
             "last_call_timeout": 2,
             "join_timeout": spec.join_s,
             "call_timeout": spec.call_s,

@@ -103,10 +103,12 @@ def spec_of(config: Path, folder: Path, failures: Sequence[InjectedFailure] = ()
     return Spec(arguments, str(folder / "run"), str(folder), dict(enumerate(failures)), **more)
 
 
-def run(config: Path, folder: Path, failures: Sequence[InjectedFailure] = (), **more: Any) -> Outcome:
-    """Run to the end under one agent, with one failure per attempt."""
+def run(
+    config: Path, folder: Path, failures: Sequence[InjectedFailure] = (), *, limit_s: float = 600, **more: Any
+) -> Outcome:
+    """Run to the end under one agent, with one failure per attempt, within ``limit_s`` seconds."""
     spec = spec_of(config, folder, failures, **more)
-    code = start_agent(spec.write()).wait(600)
+    code = start_agent(spec.write()).wait(limit_s)
     return Outcome(folder, code, recoveries(read_events(spec.events)))
 
 

@@ -30,9 +30,8 @@ from testkit.network import Host, missing, network
 from testkit.tiny import tiny_shards
 
 TIMEOUT_S = 15
-SETTINGS = (f"engine.timeout_s={TIMEOUT_S}", "engine.wait_timeout_s=20")
 PORT, LIMIT_S, JOIN_S, AT_STEP = 29400, 400, 100, 10
-START_S, CALL_S = 900, 20
+START_S, CALL_S, HEARTBEATS = 900, 20, 10
 Agents = list[subprocess.Popen[bytes]]
 
 
@@ -72,6 +71,11 @@ class Outcome:
     code: int
     """Exit code of the agent, or of the second start, that finished the run."""
     rows: list[str] = field(default_factory=list)
+
+
+def settings(timeout_s: int = TIMEOUT_S) -> tuple[str, ...]:
+    """Return the settings of a run whose collectives wait for ``timeout_s``."""
+    return f"engine.timeout_s={timeout_s}", f"engine.wait_timeout_s={timeout_s + 5}"
 
 
 def cut(hosts: Sequence[Host], agents: Agents) -> None:
@@ -124,6 +128,7 @@ def run(fault: Fault, config: Path, folder: Path) -> Outcome:
             step_s=0.1,
             join_s=JOIN_S,
             call_s=CALL_S,
+            heartbeats=HEARTBEATS,
         )
         spec.write()
         agents = [start_agent(spec.path, host) for host in hosts]
@@ -147,14 +152,14 @@ def run(fault: Fault, config: Path, folder: Path) -> Outcome:
 
 
 def _ends(agents: Agents, began: float) -> list[Ended | None]:
+    """Wait for the agents; None is the end of one that was killed, as the fault kills a host."""
     ends: list[Ended | None] = [None] * len(agents)
-    left = {i for i, agent in enumerate(agents) if agent.poll() != -signal.SIGKILL}
-    time.sleep(0.2)
-    left = {i for i in left if agents[i].poll() != -signal.SIGKILL}
+    left = set(range(len(agents)))
     until = time.monotonic() + LIMIT_S
     while left and time.monotonic() < until:
         for i in [i for i in left if agents[i].poll() is not None]:
-            ends[i] = Ended(time.time() - began, agents[i].returncode, "")
+            if agents[i].returncode != -signal.SIGKILL:
+                ends[i] = Ended(time.time() - began, agents[i].returncode, "")
             left.remove(i)
         time.sleep(0.1)
     return [Ended(math.inf, -1, "did not end") if i in left else end for i, end in enumerate(ends)]
@@ -176,7 +181,8 @@ def print_rows(outcome: Outcome) -> None:
     """Print one table row per rank and agent."""
     for host in (0, 1):
         for kind, end in (("rank", outcome.ranks[host]), ("agent", outcome.agents[host])):
-            text = "| killed | | |" if end is None else f"| {end.seconds:.1f} | {end.code} | {end.message} |"
+            how = "killed" if outcome.agents[host] is None else "stopped by its agent"
+            text = f"| {how} | | |" if end is None else f"| {end.seconds:.1f} | {end.code} | {end.message} |"
             print(f"| {outcome.fault.name} | {kind} {host} {text}")
 
 
@@ -184,6 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="only faults whose names contain this text; may be repeated")
     parser.add_argument("--work", type=Path, help="keep the runs in this folder")
+    parser.add_argument(
+        "--timeout-s",
+        type=int,
+        default=TIMEOUT_S,
+        help=f"engine.timeout_s; more on a busy machine (default {TIMEOUT_S})",
+    )
     args = parser.parse_args(argv)
     reason = missing()
     if reason is not None:
@@ -191,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = args.work or Path(name)
         folder.mkdir(exist_ok=True)
-        config = faults.write_config(tiny_shards(folder / "tiny"), folder, SETTINGS)
-        whole = faults.run(config, folder / "whole")
+        config = faults.write_config(tiny_shards(folder / "tiny"), folder, settings(args.timeout_s))
+        whole = faults.run(config, folder / "whole", limit_s=3600)
         print("| fault | process | seconds until it ended | exit code | message |\n|---|---|---|---|---|")
         bad = 0
         chosen = [f for f in FAULTS if any(part in f.name for part in args.only or [""])]

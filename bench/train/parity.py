@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import load_config
@@ -158,7 +159,8 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
         return {n: safe_get_full_grad(p).detach().clone() for n, p in named}
-    return {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
+    found = {n: p.grad.detach() for n, p in named if p.grad is not None}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in found.items()}
 
 
 def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:

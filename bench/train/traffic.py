@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,8 +31,20 @@ from testkit.distributed import run_distributed
 LIMIT = {"gather": 0.52, "ring": 0.77}
 
 
+KINDS = {
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "_allgather_base": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "send": "send",
+}
+"""Kind of collective by the name of its operator, in ``c10d`` and in ``_c10d_functional``."""
+
+
 class Count(TorchDispatchMode):
-    """Sum the bytes of every ``c10d`` collective."""
+    """Sum the bytes of every collective, also of those that a DTensor calls, by the operator's name."""
 
     def __init__(self, world: int) -> None:
         super().__init__()
@@ -39,17 +52,26 @@ class Count(TorchDispatchMode):
         self.bytes: dict[str, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name.startswith("c10d::"):
-            short, W = name[6:].rstrip("_"), self.world
-            if short in ("allreduce", "_allgather_base", "_reduce_scatter_base", "send"):
-                # The smaller tensor of a gather or scatter belongs to one rank.
-                sizes = [t.nbytes for t in _tensors(args)]
-                factor = {"allreduce": 2 * (W - 1) / W, "send": 1.0}.get(short, W - 1.0)
-                self.bytes[short] = self.bytes.get(short, 0.0) + factor * min(sizes)
-            elif short not in ("recv", "barrier"):
-                raise NotImplementedError(f"no byte count is defined for the collective {name}; add it here")
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # then the DTensor calls operators on its parts, which are counted
+        space, _, name = func.name().partition("::")
+        if space in ("c10d", "_c10d_functional"):
+            short, W = name.rstrip("_"), self.world
+            if short in KINDS:
+                # The smaller tensor of a gather or scatter belongs to one rank; the outputs of functional operators are new.
+                factor = {"all_reduce": 2 * (W - 1) / W, "send": 1.0}.get(KINDS[short], W - 1.0)
+                size = min(t.nbytes for t in _tensors(args)) / (W if short == "reduce_scatter_tensor" else 1)
+                self.bytes[short] = self.bytes.get(short, 0.0) + factor * size
+            elif short not in ("recv", "barrier", "wait_tensor", "_wrap_tensor_autograd"):
+                raise NotImplementedError(f"no byte count is defined for the collective {func.name()}; add it here")
         return func(*args, **(kwargs or {}))
+
+    def by_kind(self) -> dict[str, float]:
+        """Return the bytes by kind of collective."""
+        out: dict[str, float] = {}
+        for short, size in self.bytes.items():
+            out[KINDS[short]] = out.get(KINDS[short], 0.0) + size
+        return out
 
     @property
     def total(self) -> float:

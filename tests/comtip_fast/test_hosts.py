@@ -25,12 +25,12 @@ def _hosts() -> None:
 
 @pytest.fixture(scope="module")
 def config(tiny_shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fault_injection.write_config(tiny_shards.path, tmp_path_factory.mktemp("config"), lost_hosts.SETTINGS)
+    return fault_injection.write_config(tiny_shards.path, tmp_path_factory.mktemp("config"), lost_hosts.settings())
 
 
 @pytest.fixture(scope="module")
 def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    outcome = fault_injection.run(config, tmp_path_factory.mktemp("reference") / "w")
+    outcome = fault_injection.run(config, tmp_path_factory.mktemp("reference") / "w", limit_s=1800)
     assert outcome.code == 0
     return outcome.folder / "run"
 

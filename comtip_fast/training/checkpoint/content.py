@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comtip_shards.storage.regular_file import MAX_BYTES, read_regular
+from comtip_shards.storage.regular_file import read_regular
 
 SUMS = "SHA256SUMS"
 """File with one line per file of the checkpoint, in the format of ``sha256sum -c``."""
 STATE = "state.json"
+MAX_TEXT_BYTES = 1 << 26
+"""Maximum size of the file of hashes and of the state."""
 DELETE = "delete the folder to use an older checkpoint"
 MISFIT = f"restore the config and the release of the run, or {DELETE}"
 """Fix of weights that do not fit the model."""
@@ -50,9 +53,25 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text_file(path: Path) -> bytes:
+    """Return the content of the file of hashes or of the state.
+
+    Raises
+    ------
+    CheckpointError
+        The file is not regular or too large. Errors of the disk are not damage and stay errors of the system.
+    """
+    try:
+        return read_regular(path, MAX_TEXT_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        raise CheckpointError(f"{path}: {error.strerror}; {DELETE}") from error
+
+
 def stated_sums(path: Path) -> dict[str, str]:
     """Return ``{file: hash}`` of a file of hashes."""
-    lines = read_regular(path, MAX_BYTES).decode("utf-8", "replace").splitlines()
+    lines = read_text_file(path).decode("utf-8", "replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -66,12 +85,19 @@ def check_hashes(folder: Path, names: Iterable[str]) -> None:
     """
     sums = folder / SUMS
     if not sums.is_file():
-        raise CheckpointError(f"{sums}: missing, the checkpoint is incomplete; {DELETE}")
+        raise CheckpointError(f"{sums}: {absence(sums)}, the checkpoint is incomplete; {DELETE}")
     stated = stated_sums(sums)
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing; {DELETE}")
+            raise CheckpointError(f"{folder / name}: {absence(folder / name)}; {DELETE}")
         if name not in stated:
             raise CheckpointError(f"{sums}: no SHA-256 of {name}; {DELETE}")
         if sha256_of(folder / name) != stated[name]:
             raise CheckpointError(f"{folder / name}: the SHA-256 differs from {SUMS}; {DELETE}")
+
+
+def absence(path: Path) -> str:
+    """Return why a path is not a file, as text."""
+    if path.exists():
+        return "not a regular file"
+    return "a link to nothing" if path.is_symlink() else "missing"

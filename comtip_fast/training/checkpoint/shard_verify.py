@@ -46,11 +46,11 @@ def _next(root: Path, damage: dict[int, str]) -> tuple[int, list[str], str] | No
     checkpoints.clear_leftovers(root)
     for step in reversed(checkpoints.steps_of(root)):
         folder = checkpoints.folder_of(root, step)
-        if not checkpoints.is_in_parts(folder):
-            return None
         if step in damage:
             continue
         try:
+            if not checkpoints.is_in_parts(folder):
+                return None
             return step, checkpoints.verify_head(folder), ""
         except CheckpointError as error:
             return step, [], str(error)

@@ -33,6 +33,7 @@ from comtip_fast.training.checkpoint.content import (
     CheckpointError,
     check_hashes,
     problem_of,
+    read_text_file,
     sha256_of,
     stated_sums,
 )
@@ -55,7 +56,8 @@ def folder_of(root: Path, step: int) -> Path:
 
 def steps_of(root: Path) -> list[int]:
     """Return the steps that have a checkpoint folder, ascending; does not verify the folders."""
-    return sorted(int(p.name[5:]) for p in root.glob("step_*") if p.name[5:].isdigit() and p.is_dir())
+    numbers = {int(p.name[5:]) for p in root.glob("step_*") if p.name[5:].isascii() and p.name[5:].isdigit()}
+    return sorted(step for step in numbers if folder_of(root, step).is_dir())
 
 
 def is_in_parts(folder: Path) -> bool:
@@ -228,7 +230,7 @@ def load_state_of_parts(folder: Path) -> Checkpoint:
 def _state_of(folder: Path) -> dict[str, Any]:
     """Return the content of the state of a checkpoint."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads(read_text_file(folder / STATE).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE}: not JSON ({error}); {DELETE}") from error
     if not isinstance(state, dict):
@@ -270,10 +272,14 @@ def verify_head(folder: Path) -> list[str]:
     Raises
     ------
     CheckpointError
-        See :func:`verify`.
+        See :func:`verify`; or index and file of hashes state different hashes of a part, which then is of another checkpoint.
     """
     check_hashes(folder, (INDEX, STATE))
-    return [file.name for file in read_index(folder).files]
+    index, stated = read_index(folder), stated_sums(folder / SUMS)
+    for file in index.files:
+        if file.sha256 != stated.get(file.name):
+            raise CheckpointError(f"{folder / file.name}: {INDEX} and {SUMS} state different hashes of it; {DELETE}")
+    return [file.name for file in index.files]
 
 
 def newest_good(
@@ -315,7 +321,7 @@ def quarantine_newer(root: Path, step: int) -> None:
     for newer in steps_of(root):
         if newer > step:
             folder = folder_of(root, newer)
-            shutil.rmtree(root / f"damaged_{folder.name}", ignore_errors=True)
+            _remove(root / f"damaged_{folder.name}")
             folder.rename(root / f"damaged_{folder.name}")
             log.warning("%s is damaged and was renamed to damaged_%s; you can delete it", folder, folder.name)
 
@@ -330,7 +336,7 @@ def clear_leftovers(root: Path) -> None:
         if step.isdigit() and not folder_of(root, int(step)).exists():
             old.rename(folder_of(root, int(step)))
     for path in (*root.glob(".writing-*"), *root.glob(".deleting-*"), *root.glob(".parts-*")):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def prune(root: Path, keep: int, best: int | None) -> None:
@@ -345,6 +351,14 @@ def prune(root: Path, keep: int, best: int | None) -> None:
 def delete(folder: Path) -> None:
     """Rename a checkpoint and delete it, so that an interruption leaves no incomplete checkpoint behind."""
     tmp_path = folder.with_name(f".deleting-{folder.name}")
-    shutil.rmtree(tmp_path, ignore_errors=True)
+    _remove(tmp_path)
     folder.rename(tmp_path)
-    shutil.rmtree(tmp_path)
+    _remove(tmp_path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or only the link to a folder that was moved elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

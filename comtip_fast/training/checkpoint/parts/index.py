@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from comtip_fast.training.checkpoint.content import DELETE, CheckpointError
+from comtip_fast.training.checkpoint.content import DELETE, CheckpointError, absence
 
 INDEX = "shards.json"
 MAX_INDEX_BYTES = 1 << 29
@@ -116,7 +116,7 @@ def read_index(folder: Path) -> ShardIndex:
     """
     path = folder / INDEX
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {DELETE}")
+        raise CheckpointError(f"{path}: {absence(path)}; {DELETE}")
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES >> 20} MiB; {DELETE}")
     try:
@@ -163,7 +163,7 @@ def _wrong_size(index: ShardIndex, folder: Path) -> str:
     for file in index.files:
         path = folder / file.name
         if not path.is_file():
-            return f"{path}: missing"
+            return f"{path}: {absence(path)}"
         if path.stat().st_size != file.bytes:
             return f"{path}: {path.stat().st_size} bytes, but the index states {file.bytes}"
     return ""

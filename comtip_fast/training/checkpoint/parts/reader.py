@@ -62,8 +62,9 @@ class ShardReader:
             low, high = max(start, part.offset), min(stop, part.offset + part.length)
             if low < high:
                 found = self._slice(rank, f"{key}/{name}", [part.length], parameter.dtype)
-                out[low - start : high - start] = found[low - part.offset : high - part.offset]
-        self._refuse_not_finite(out, f"{key}/{name}")
+                piece = out[low - start : high - start]
+                piece.copy_(found[low - part.offset : high - part.offset])
+                self._refuse_not_finite(piece, rank, f"{key}/{name}")
         return out
 
     def step_of(self, name: str) -> float:
@@ -83,7 +84,7 @@ class ShardReader:
             name = f"{BUFFER}/{buffer.name}"
             found = self._slice(0, name, buffer.shape, buffer.dtype)
             out[buffer.name] = found[...] if buffer.shape else self._open(0).get_tensor(name)
-            self._refuse_not_finite(out[buffer.name], name)
+            self._refuse_not_finite(out[buffer.name], 0, name)
         return out
 
     def check_fits(self, module: nn.Module) -> None:
@@ -147,9 +148,10 @@ class ShardReader:
             )
         return found
 
-    def _refuse_not_finite(self, tensor: Tensor, name: str) -> None:
+    def _refuse_not_finite(self, tensor: Tensor, rank: int, name: str) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{self.folder}: {name} holds values that are not finite; {DELETE}")
+            path = self.folder / part_name(rank)
+            raise CheckpointError(f"{path}: {name} holds values that are not finite; {DELETE}")
 
 
 def buffer_names(module: nn.Module) -> list[str]:
