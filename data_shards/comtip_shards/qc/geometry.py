@@ -26,6 +26,8 @@ RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 AGREED_MARGIN, AGREED_SCALE = 0.03, 0.05
 """The same for a scale that also gives the spots their known spacing, within the second value."""
+SHIFT_MARGIN = 0.05
+"""Minimum gain of fit of another scale over the best shift, of which far fewer are tried."""
 MIN_TISSUE = 0.02
 """Minimum share of the tissue that lies between the spots: a map that is shrunk to a few px fits any smooth expression."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
@@ -99,10 +101,11 @@ def full_or_hires(context: SectionContext) -> Finding:
     if not context.can_fit:
         return not_applicable(name, TOO_FEW)
     best, fit = _best_scale(context)
+    agreed = _gives_known_spacing(context, best)
     rival = max(
-        context.as_given + (AGREED_MARGIN if _gives_known_spacing(context, best) else RESOLUTION_MARGIN),
+        context.as_given + (AGREED_MARGIN if agreed else RESOLUTION_MARGIN),
         best_turn(context)[2],
-        best_shift(context)[1],
+        best_shift(context)[1] + (0.0 if agreed else SHIFT_MARGIN),
         context.chance(context.xy * best),
     )
     if max(best, 1 / best) < RESOLUTION_MIN or fit < rival:

@@ -29,6 +29,8 @@ MAX_MAGENTA = 0.02
 MAX_TINTED, MUCH_TINTED = 0.045, 0.15
 """The same where very smooth areas cover at least the second share of the image: glass that eosin has stained. On the sections of
 ``samples/`` pink glass covers 0.3 or more of the image, and as smooth and pale tissue at most 0.04, also with half the stain."""
+COLOURLESS = 0.1
+"""Maximum share of colourless areas in these: if there are more, they are the glass, and the others pale tissue."""
 MIN_COLOUR = 0.2
 """Minimum difference of green and blue density, relative to the distance from glass. Eosin and haematoxylin absorb green
 most; grey frames printed on the slide, dust and pens do not."""
@@ -78,11 +80,9 @@ def glass_density(density_HW3: np.ndarray, seen: np.ndarray) -> np.ndarray | Non
     flat &= density_HW3.max(-1) - density_HW3.min(-1) < SPREAD
     red, green, blue = (density_HW3[..., c] for c in range(3))
     magenta = ndimage.uniform_filter(green - (red + blue) / 2, 5)
-    tinted = flat & (magenta < MAX_TINTED)
-    if tinted.mean() >= MUCH_TINTED and np.median(texture[tinted]) < TEXTURE / 4:
-        flat = tinted
-    else:
-        flat &= magenta < MAX_MAGENTA
+    tinted, colourless = flat & (magenta < MAX_TINTED), flat & (magenta < MAX_MAGENTA)
+    much = tinted.mean() >= max(MUCH_TINTED, colourless.mean() / COLOURLESS)
+    flat = tinted if much and np.median(texture[tinted]) < TEXTURE / 4 else colourless
     if flat.mean() < MIN_GLASS:
         return None
     glass = flat & (smooth <= np.quantile(smooth[flat], 0.02) + NEAR)
