@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -90,12 +89,12 @@ def test_a_checkpoint_exports_what_a_finished_run_would(tiny_run: Path, tmp_path
     assert "no complete checkpoint '7'; choose newest, best or a step of " in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_cannot_be_exported_is_named_with_a_fix_that_works(tiny_run: Path, tmp_path: Path):
+def test_a_checkpoint_that_cannot_be_exported_is_named_with_a_fix_that_works(tmp_path: Path):
     run = tmp_path / "run"
-    shutil.copytree(tiny_run / "checkpoints", run / "checkpoints")
-    steps = store.steps_of(run / "checkpoints")
+    steps = [5, 10]
     for step in steps:
-        (store.folder_of(run / "checkpoints", step) / "model.safetensors").unlink()
+        folder = store.save(run / "checkpoints", step, store.Checkpoint({"a": torch.zeros(1)}, {}, {"step": step}))
+        (folder / "model.safetensors").unlink()
     with pytest.raises(store.CheckpointError, match=r"model.safetensors: missing; choose newest or another step of"):
         export_checkpoint(run, str(steps[-1]), tmp_path / "none")
     with pytest.raises(store.CheckpointError, match=r"none of the .* checkpoints can be read"):
