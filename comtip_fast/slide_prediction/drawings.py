@@ -78,7 +78,9 @@ def check_genes(predicted: Sequence[str], genes: Sequence[str], where: str) -> N
     known = set(predicted)
     missing = [g for g in genes if g not in known]
     if missing:
-        raise ValueError(f"{where}: not predicted: {', '.join(missing[:5])}; add them to `genes`")
+        raise ValueError(
+            f"{where}: not predicted: {', '.join(missing[:5])}; name all genes to predict in `genes`, these included"
+        )
 
 
 def check_measurements(predicted: Sequence[str], genes: Sequence[str] | None, where: str) -> None:

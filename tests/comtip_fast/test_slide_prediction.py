@@ -329,7 +329,7 @@ def test_overlays_and_geojson(quick: Path, slide: Path, tmp_path: Path, capsys: 
         np.testing.assert_allclose([values[g] for g in GENES], answer.X[i], atol=1e-5)
     capsys.readouterr()
     assert predict(quick, slide, out, "--overlays", "CD74") == 2
-    assert "not predicted: CD74; add them to --genes" in capsys.readouterr().err
+    assert "not predicted: CD74; name all genes to predict in --genes, these included" in capsys.readouterr().err
 
 
 def test_every_gene_has_an_overlay_of_its_own_on_every_file_system():
@@ -374,7 +374,10 @@ def test_genes_to_draw_are_checked_before_the_prediction(
     drawing: str, quick: Path, slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert predict(quick, slide, tmp_path / "x.h5ad", drawing, "ERBB2,CD74") == 2
-    assert f"{drawing}: not predicted: CD74; add them to --genes" in capsys.readouterr().err
+    assert (
+        f"{drawing}: not predicted: CD74; name all genes to predict in --genes, these included"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.glob("*.h5ad")) + list(tmp_path.glob(".*.parts"))
 
 
