@@ -145,6 +145,21 @@ def test_a_line_that_is_not_taken_is_no_error(number: int):
     assert streams.write_line("µm", ascii_only) is True
 
 
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_write_to_the_log_of_a_command_never_raises(number: int, monkeypatch: pytest.MonkeyPatch):
+    """Progress bars, warnings and tracebacks of libraries write to sys.stderr without a handler for errors."""
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Broken(number), closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with streams.guarded_stderr():
+            print("x", file=sys.stderr, flush=True)
+        assert sys.stderr is stream
+    monkeypatch.setattr(sys, "stderr", None)  # pythonw, or a service
+    with streams.guarded_stderr():
+        assert sys.stderr is None
+
+
 def test_the_watchdog_ends_a_process_whose_streams_are_broken():
     script = (
         "import sys, io\n"

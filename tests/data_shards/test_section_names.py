@@ -49,19 +49,6 @@ def test_regions_of_a_spatialdata_store_with_one_section_id_are_refused(tmp_path
         open_source(tmp_path / "a.zarr", overrides=sd.FACTS)
 
 
-def test_rows_of_a_spatialdata_table_without_a_region_are_counted(tmp_path: Path):
-    pytest.importorskip("spatialdata")
-    from tests.data_shards import test_sources_spatialdata as sd
-
-    data = sd.store(np.arange(12))
-    table = data["table"]
-    table.obs["region"] = pd.Categorical(["spots"] * 9 + ["gone"] * 3)
-    data.write(tmp_path / "a.zarr")
-    section = open_source(tmp_path / "a.zarr", overrides=sd.FACTS)[0].read()
-    assert len(section.spot_ids) == 8
-    assert "3 rows of table belong to no section, because obs['region'] names no annotated region" in section.notes
-
-
 @pytest.mark.parametrize("name", ["GSM1_A-", "GSM1_A."])
 def test_downloads_whose_prefixes_give_one_section_id_are_refused(tmp_path: Path, name: str):
     for prefix in ("GSM1_A_", name):

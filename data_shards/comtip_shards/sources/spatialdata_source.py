@@ -88,12 +88,13 @@ def _regions(data: Any, path: Path) -> dict[str, str]:
     """Return {region: name of the table that annotates it}; raises SourceError if there is none, or more than one table."""
     out: dict[str, str] = {}
     for name, table in data.tables.items():
-        for region in _region_names(table):
+        regions = table.uns.get("spatialdata_attrs", {}).get("region")
+        for region in [regions] if isinstance(regions, str) else list(regions or []):
             if region in out:
                 raise SourceError(
                     f"{path}: the tables {out[region]} and {name} annotate the same region {region}; remove one"
                 )
-            out[region] = name
+            out[str(region)] = name
     if not out:
         raise SourceError(
             f"{path}: no table annotates a region; set region, region_key and instance_key (TableModel.parse)"
@@ -101,21 +102,12 @@ def _regions(data: Any, path: Path) -> dict[str, str]:
     return out
 
 
-def _region_names(table: Any) -> list[str]:
-    """Return the regions that a table annotates."""
-    regions = table.uns.get("spatialdata_attrs", {}).get("region")
-    if regions is None:
-        return []
-    return [regions] if isinstance(regions, str) else [str(region) for region in regions]
-
-
 def _source(path: Path, data: Any, table_name: str, region: str, name: str, options: SourceOptions) -> SectionSource:
     image, system = choose_image(data, region, options.facts.image, path)
     xy, _ = centres_in(data, region, image, system, path)
     table = data.tables[table_name]
     attrs = table.uns["spatialdata_attrs"]
-    of_row = table.obs[attrs["region_key"]].astype(str)
-    own = table.obs[of_row == region]
+    own = table.obs[table.obs[attrs["region_key"]].astype(str) == region]
     facts = facts_of(own, options.facts, MemoryStore(table, path))
     ids, symbols = gene_names(table.var)
     features = Features(ids, symbols, [GENE_KIND] * len(ids))
@@ -123,11 +115,6 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
     if not facts.tissue:
         raise SourceError(f"{path}: neither obs nor uns of {table_name} states one tissue for {region}; set `tissue`")
     gap, notes = median_gap(xy), [f"tiles are cut from the image {image}, in the coordinate system {system}"]
-    lost = int((~of_row.isin(_region_names(table))).sum())
-    if lost:
-        notes.append(
-            f"{lost} rows of {table_name} belong to no section, because obs[{attrs['region_key']!r}] names no annotated region"
-        )
     units = units_per_px(data, image, system)
     if options.facts.mpp is not None:
         mpp = _stated_scale(options.facts.mpp, units, notes)
