@@ -144,14 +144,21 @@ class VisionEncoder(nn.Module):
             x = run_block(block, x, recompute=self.recompute)
         return self._tokens(x)
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether :meth:`encode_both` takes one pass over the blocks.
+
+        It takes two if a block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`), and with activation
+        checkpointing, which exists to save memory: recomputing both together would need more of it.
+        """
+        return self.takes_parts and not self.recompute
+
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
         """Encode all patches, and those of ``visible_BV`` without the others; return both.
 
-        Both run in one pass over the blocks, which halves the operators and reads and accumulates every weight once, unless a
-        block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`). With activation checkpointing, which
-        exists to save memory, they run one after the other: recomputing both together would need more of it.
+        In one pass over the blocks (:attr:`in_one_pass`), every weight is read once and has one gradient.
         """
-        if self.takes_parts and not self.recompute:
+        if self.in_one_pass:
             both: tuple[ImageTokens, ImageTokens] = self(features_BP, visible_BV, True)
             return both
         return self(features_BP), self(features_BP, visible_BV)

@@ -119,9 +119,6 @@ def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
         vit_block += 2 * [pointwise(n, d, p.operand, name="layer scale")]
     if w.checkpointing:
         vit_block = checkpointed(vit_block, n * d * p.stream, "block input")
-    if one_pass:
-        weights = (4 * d * d + 2 * d * s.mlp) * p.operand
-        vit_block.append(Cost("weights are read by the full branch", moved=-weights, back_moved=-2 * weights))
     costs = [*start, *(vit_block * s.depth), norm(n, d, p)]
     return costs if s.vision_trained else forward_only(costs)
 
