@@ -57,10 +57,10 @@ class PartsAttention(Attention):  # type: ignore[misc]
 class PartsBlock(Block):  # type: ignore[misc]
     """Pre-norm block of timm, with attention within each of several parts of the rows."""
 
-    def forward(self, x: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any) -> Tensor:
         """Return the output for sequences (B, T, d), or for the rows (N, d) of parts of ``tokens`` tokens per tile."""
         if tokens is None:
-            out: Tensor = super().forward(x)
+            out: Tensor = super().forward(x, **options)  # such as a mask
             return out
         x = x + self.ls1(self.attn(self.norm1(x), tokens))
         return x + self.ls2(self.mlp(self.norm2(x)))
@@ -97,7 +97,8 @@ def _known(block: nn.Module) -> bool:
     if not {n for n, _ in block.named_children()} <= _BLOCK or not {n for n, _ in attn.named_children()} <= _ATTENTION:
         return False
     dropped = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
-    norms = (block.norm1, block.norm2, attn.q_norm, attn.k_norm, getattr(attn, "norm", nn.Identity()))
+    optional = (getattr(module, "norm", nn.Identity()) for module in (attn, block.mlp))
+    norms = (block.norm1, block.norm2, attn.q_norm, attn.k_norm, *optional)
     return (
         not dropped
         and all(type(m) in _NORMS for m in norms)

@@ -213,3 +213,13 @@ def test_a_newer_timm_runs_two_passes(monkeypatch: pytest.MonkeyPatch):
 def test_names_of_parameters_are_those_of_timm():
     names = set(timm.create_model("test_vit", num_classes=0, img_size=64, depth=2).blocks.state_dict())
     assert set(built(KNOWN["class token"]).blocks.state_dict()) == names
+
+
+def test_a_block_has_the_options_of_timm():
+    torch.manual_seed(0)
+    block, x = Block(8, 2), torch.randn(2, 5, 8)
+    mask = (torch.arange(5) < 3)[None, None, None]
+    expected = block(x, attn_mask=mask)
+    assert vit_blocks.take_parts([block])
+    torch.testing.assert_close(block(x, attn_mask=mask), expected, rtol=0, atol=0)
+    assert not torch.equal(block(x), expected)
