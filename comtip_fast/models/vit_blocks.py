@@ -27,10 +27,12 @@ _ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "p
 _NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, RmsNorm, nn.Identity)
 
 
-class PartsAttention(Attention):  # type: ignore[misc]
+class PartsAttention(Attention):
     """Attention of timm within each of several parts of the rows."""
 
-    def forward(self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
+    ) -> Tensor:
         """Return the attention of sequences (B, T, d), or of the rows (N, d) of parts of ``tokens`` tokens per tile."""
         if tokens is None:
             out: Tensor = super().forward(x, **options)  # timm's block passes options
@@ -54,10 +56,12 @@ class PartsAttention(Attention):  # type: ignore[misc]
         return out
 
 
-class PartsBlock(Block):  # type: ignore[misc]
+class PartsBlock(Block):
     """Pre-norm block of timm, with attention within each of several parts of the rows."""
 
-    def forward(self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
+    ) -> Tensor:
         """Return the output for sequences (B, T, d), or for the rows (N, d) of parts of ``tokens`` tokens per tile."""
         if tokens is None:
             out: Tensor = super().forward(x, **options)  # such as a mask
@@ -81,7 +85,8 @@ def take_parts(blocks: Sequence[nn.Module]) -> bool:
 
 def timm_type(module: nn.Module | None) -> type:
     """Return the type of a module as timm built it."""
-    return {PartsBlock: Block, PartsAttention: Attention}.get(type(module), type(module))
+    ours: dict[type, type] = {PartsBlock: Block, PartsAttention: Attention}
+    return ours.get(type(module), type(module))
 
 
 def release(version: str) -> tuple[int, ...]:
