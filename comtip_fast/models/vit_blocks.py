@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, GluMlp, LayerNorm, LayerNormFp32, LayerScale, Mlp, RmsNorm, SwiGLU
+from timm.layers import Attention, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ TESTED = (1, 0, 31)
 """Newest release of timm that the tests ran with. ``pyproject.toml`` has the oldest."""
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
-_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, RmsNorm, nn.Identity)
+_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm, nn.Identity)
 
 
 class PartsAttention(Attention):
