@@ -156,7 +156,8 @@ class VisionEncoder(nn.Module):
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
         """Encode all patches, and those of ``visible_BV`` without the others; return both.
 
-        In one pass over the blocks (:attr:`in_one_pass`), every weight is read once and has one gradient.
+        In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the output
+        projection of attention.
         """
         if self.in_one_pass:
             both: tuple[ImageTokens, ImageTokens] = self(features_BP, visible_BV, True)

@@ -1,8 +1,8 @@
 """Blocks of timm's Vision Transformer for all patches and for the visible patches of a batch in one call.
 
 The rows of both parts are concatenated. Norms, linear layers and residual sums process all rows together; attention processes
-each part by itself. Each weight is therefore read once, and has one gradient. This is the only module that depends on what a
-block of timm computes; parameters keep timm's names.
+each part separately, its output projection included. Every other weight is read once, and has one gradient. This is the only
+module that depends on what a block of timm computes; parameters keep timm's names.
 
 Shapes: B tiles, T tokens of a part per tile, N = B * (sum of T) rows, d the width, H heads of E channels.
 """
@@ -42,7 +42,7 @@ class PartsAttention(Attention):
         gates = [None] * len(rows) if gate is None else gate(x).sigmoid().split(rows)
         # Parts are split before q, k and v are: the gradient of each then is one stack, and that of all one concatenation.
         parts = zip(self.qkv(x).split(rows), tokens, gates, strict=True)
-        # Each part is projected by itself: a concatenated input would be saved in addition to the results of attention.
+        # Each part is projected separately: a concatenated input would be saved in addition to the results of attention.
         return torch.cat([self._part(*part) for part in parts])
 
     def _part(self, qkv_M: Tensor, tokens: int, gate_M: Tensor | None) -> Tensor:
