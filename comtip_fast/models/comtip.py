@@ -21,7 +21,7 @@ from comtip_fast.collectives import Group, counts_of, gather_rows, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models.gene_encoder import GeneEncoder
-from comtip_fast.models.image_encoder import VisionEncoder
+from comtip_fast.models.image_encoder import ImageTokens, VisionEncoder
 from comtip_fast.models.mask_generator import MaskFeatureGenerator
 
 
@@ -170,10 +170,12 @@ class CoMTIP(nn.Module):
         group
             Ranks that share the encoding of the table; None encodes the full table on this rank.
         """
-        image = self.encode_image(features_BP)
         predicted = target = None
-        if visible_BV is not None and hidden_BK is not None:
-            visible = self.vision(features_BP, visible_BV)
+        if visible_BV is None or hidden_BK is None:
+            image = self.encode_image(features_BP)
+        else:
+            full, visible = self.vision.encode_both(features_BP, visible_BV)
+            image = self.project_tokens(full)
             predicted = self.generator(visible.patches_BVd, hidden_BK)
             target = self._target(features_BP, image, hidden_BK)
         return StepOutput(
@@ -187,7 +189,10 @@ class CoMTIP(nn.Module):
 
     def encode_image(self, features_BP: Tensor) -> ImageOutput:
         """Encode all P patches (full branch), pool their features and project them to the shared space."""
-        tokens = self.vision(features_BP)
+        return self.project_tokens(self.vision(features_BP))
+
+    def project_tokens(self, tokens: ImageTokens) -> ImageOutput:
+        """Project the pooled features of all patches to the shared space."""
         vector_BD = F.normalize(self.project_image(tokens.pooled_Bd), dim=-1)
         return ImageOutput(vector_BD, tokens.pooled_Bd, tokens.patches_BVd)
 

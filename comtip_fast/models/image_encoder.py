@@ -23,6 +23,7 @@ from comtip_fast.models.adapters import add_adapters
 from comtip_fast.models.pretrained import fill_normalisation, load_weights, normalisation
 from comtip_fast.models.recompute import run_block
 from comtip_fast.models.stems import EfficientNetLite0Stem
+from comtip_fast.models.vit_blocks import take_parts
 
 
 class ImageTokens(NamedTuple):
@@ -84,6 +85,7 @@ class VisionEncoder(nn.Module):
         self.no_embed_class = bool(vit.no_embed_class)
         self.norm_pre, self.blocks, self.norm, self.fc_norm = vit.norm_pre, vit.blocks, vit.norm, vit.fc_norm
         self.recompute = False
+        self.takes_parts = take_parts(list(self.blocks))
         # Stored with the weights: a checkpoint or an export must not depend on the files of the initial weights.
         mean, std = normalisation(config, vit)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1))
@@ -117,8 +119,10 @@ class VisionEncoder(nn.Module):
         B, P = patches.shape[:2]
         return self.stem(patches.flatten(0, 1)).view(B, P, -1)
 
-    def forward(self, features_BP: Tensor, visible_BV: Tensor | None = None) -> ImageTokens:
-        """Encode all patches, or only those of ``visible_BV``.
+    def forward(
+        self, features_BP: Tensor, visible_BV: Tensor | None = None, with_all: bool = False
+    ) -> ImageTokens | tuple[ImageTokens, ImageTokens]:
+        """Encode all patches, or only those of ``visible_BV``, or both in one pass over the blocks.
 
         Parameters
         ----------
@@ -126,22 +130,69 @@ class VisionEncoder(nn.Module):
             Result of :meth:`stem_features`.
         visible_BV
             int64 indices of the patches to encode; None encodes all.
+        with_all
+            Whether to return a pair: the tokens of all patches and those of ``visible_BV``. See :meth:`encode_both`.
         """
+        if with_all:
+            assert visible_BV is not None
+            return self._both(features_BP, visible_BV)
         if visible_BV is not None:
             rows = torch.arange(features_BP.shape[0], device=features_BP.device)[:, None]
             features_BP = features_BP[rows, visible_BV]
-        B, V = features_BP.shape[:2]
-        if self.stem is not None:
-            x_BVd = self.patch_embed(features_BP)
-        else:
-            x_BVd = self.patch_embed(features_BP.flatten(0, 1)).reshape(B, V, self.width)
-        x_BVd = x_BVd + self.positions(visible_BV, B)
-        x = torch.cat([*self._prefix(B), x_BVd], dim=1)
-        x = self.norm_pre(x)
+        x = self.norm_pre(self._embedded(features_BP, visible_BV))
         for block in self.blocks:
             x = run_block(block, x, recompute=self.recompute)
-        x = self.norm(x)
-        patches_BVd = x[:, self.n_prefix :]
+        return self._tokens(x)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether :meth:`encode_both` takes one pass over the blocks.
+
+        It takes two if a block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`), and with activation
+        checkpointing, which exists to save memory: recomputing both together would need more of it.
+        """
+        return self.takes_parts and not self.recompute
+
+    def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
+        """Encode all patches, and those of ``visible_BV`` without the others; return both.
+
+        In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the output
+        projection of attention.
+        """
+        if self.in_one_pass:
+            both: tuple[ImageTokens, ImageTokens] = self(features_BP, visible_BV, True)
+            return both
+        return self(features_BP), self(features_BP, visible_BV)
+
+    def _both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
+        """Return the tokens of all patches and of ``visible_BV``, which attend to tokens of their own part only."""
+        x_BTd = self._embedded(features_BP, None)
+        (B, T, d), n, V = x_BTd.shape, self.n_prefix, visible_BV.shape[1]
+        rows_Bn = torch.arange(B * T, device=visible_BV.device).view(B, T)[:, : n + 1]
+        own_BV = torch.cat([rows_Bn[:, :n], rows_Bn[:, n:] + visible_BV], dim=1) if n else rows_Bn + visible_BV
+        x_Md = x_BTd.view(B * T, d)
+        # A row is selected at most once, so that its gradient does not depend on the order of sums.
+        x_Nd = self.norm_pre(torch.cat([x_Md, x_Md.index_select(0, own_BV.flatten())]))
+        for block in self.blocks:
+            x_Nd = run_block(block, x_Nd, (T, n + V), recompute=False)
+        full, visible = x_Nd.split([B * T, B * (n + V)])
+        return self._tokens(full.view(B, T, d)), self._tokens(visible.view(B, n + V, d))
+
+    def _embedded(self, features_BV: Tensor, visible_BV: Tensor | None) -> Tensor:
+        """Return class, distillation and register tokens and embedded patches, with their positions, (B, n + V, d)."""
+        B, V = features_BV.shape[:2]
+        if self.stem is not None:
+            x_BVd = self.patch_embed(features_BV)
+        else:
+            x_BVd = self.patch_embed(features_BV.flatten(0, 1)).reshape(B, V, self.width)
+        x_BVd = x_BVd + self.positions(visible_BV, B)
+        prefix = self._prefix(B)
+        return torch.cat([*prefix, x_BVd], dim=1) if prefix else x_BVd
+
+    def _tokens(self, x_BTd: Tensor) -> ImageTokens:
+        """Return the output for the last block's result, (B, n + V, d)."""
+        x_BTd = self.norm(x_BTd)
+        patches_BVd = x_BTd[:, self.n_prefix :] if self.n_prefix else x_BTd
         return ImageTokens(patches_BVd, self.fc_norm(patches_BVd.mean(dim=1)))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -102,21 +102,30 @@ def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
     """Return the costs of the image encoder on ``patches`` patches per tile of a micro-batch."""
     p, b, d = w.precision, w.micro_batch_spots, s.d
     n = b * (patches + s.prefix)
-    # The full branch reads the features of the batch; the masked branch copies the visible ones.
-    copied = masked or p.operand != 4
-    costs = [
-        linear(b * patches, s.patch_inputs, d, p, input_grad=False, keep=copied),
-        pointwise(n, d, p.stream, reads=2, keep=0, name="positions"),
-    ]
+    one_pass = masked and in_one_pass(s, w)
+    if one_pass:
+        # Rows of the visible patches are selected among those of all patches, which are embedded once.
+        start = [pointwise(n, d, p.stream, keep=0, name="visible rows"), Cost("row indices", saved=n * INDEX)]
+    else:
+        # The full branch reads the features of the batch; the masked branch copies the visible ones.
+        copied = masked or p.operand != 4
+        start = [
+            linear(b * patches, s.patch_inputs, d, p, input_grad=False, keep=copied),
+            pointwise(n, d, p.stream, reads=2, keep=0, name="positions"),
+            Cost("patch indices", saved=2 * b * patches * INDEX if masked else 0),
+        ]
     vit_block = block(n, patches + s.prefix, d, s.mlp, s.heads, p)
     if s.layer_scale:
         vit_block += 2 * [pointwise(n, d, p.operand, name="layer scale")]
     if w.checkpointing:
         vit_block = checkpointed(vit_block, n * d * p.stream, "block input")
-    costs += vit_block * s.depth
-    index = 2 * b * patches * INDEX if masked else 0
-    costs = [*costs, norm(n, d, p), Cost("patch indices", saved=index)]
+    costs = [*start, *(vit_block * s.depth), norm(n, d, p)]
     return costs if s.vision_trained else forward_only(costs)
+
+
+def in_one_pass(s: Sizes, w: RankShare) -> bool:
+    """Return whether all patches and the visible ones pass through the image encoder's blocks together."""
+    return s.has_mfm and s.one_pass and not w.checkpointing
 
 
 def largest_block(s: Sizes, w: RankShare) -> float:

@@ -20,12 +20,15 @@ from torch import nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.vit_blocks import timm_type
 from comtip_fast.training.freezing import last_frozen_steps
 
 GENE_STRIDE = 23
 """Sentence lengths are estimated on every ``GENE_STRIDE``-th gene."""
 DEFAULT_GENES = 10_000
 """Number of trained genes if ``genes.per_cohort`` is 0 and none is given."""
+PLAIN_BLOCK = [Block, Mlp, Attention]
+"""Types of a block, its MLP and its attention that have formulas."""
 
 
 class UnknownBlocksError(ValueError):
@@ -109,6 +112,8 @@ class Sizes:
     D: int
     candidates: int
     has_mfm: bool
+    one_pass: bool
+    """Whether the image encoder can encode all patches and the visible ones in one pass over its blocks."""
     vision_trained: bool
     """Whether any parameter of the image encoder is trained in some step; otherwise it has no backward pass."""
     has_teacher: bool
@@ -211,7 +216,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
     model = model or build_on_meta(config, inputs.tile_px, genes)
     E, paat, loss, text = model.vision, config.loss.paat, config.loss, config.text
     block: Any = E.blocks[0]
-    if [type(m) for m in (block, getattr(block, "mlp", None), getattr(block, "attn", None))] != [Block, Mlp, Attention]:
+    if [timm_type(m) for m in (block, getattr(block, "mlp", None), getattr(block, "attn", None))] != PLAIN_BLOCK:
         raise UnknownBlocksError(
             f"vision.backbone={config.vision.backbone}: comtip plan has no costs for its blocks; "
             "plan with a backbone of plain pre-norm blocks, e.g. vit_base_patch32_224"
@@ -247,6 +252,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         D=config.align.dim,
         candidates=paat.candidates if paat.adversary == "hard" else 1,
         has_mfm=loss.mfm > 0,
+        one_pass=E.takes_parts,
         vision_trained=any(p.requires_grad and f"vision.{n}" not in frozen for n, p in E.named_parameters()),
         has_teacher=model.teacher is not None,
         has_pair=loss.pair > 0,

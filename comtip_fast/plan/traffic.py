@@ -120,7 +120,7 @@ def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
     per_micro_batch = (s.image_side * n + s.trained - s.image_side) * ELEMENT
     if e.zero_stage == 3:
         # The parameters of a model below DeepSpeed's limit stay gathered between forward and backward pass.
-        gathered = _gathered_for_micro_batches(s, n) if n > 1 else full * (1 if s.trained <= MAX_LIVE else 2)
+        gathered = _gathered_for_micro_batches(s, e) if n > 1 else full * (1 if s.trained <= MAX_LIVE else 2)
         return [
             Collective("parameters", "gathered for use", "all_gather", gathered, hidden_by="forward"),
             Collective("gradients", "to their owners", "reduce_scatter", per_micro_batch, hidden_by="backward"),
@@ -132,15 +132,17 @@ def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
     return out
 
 
-def _gathered_for_micro_batches(s: Sizes, n: int) -> int:
+def _gathered_for_micro_batches(s: Sizes, e: EngineSpec) -> int:
     """Return the bytes of parameters that ZeRO 3 gathers for n micro-batches, as measured with DeepSpeed 0.19.
 
-    A module is gathered whenever it is called, the image encoder once per branch. It stays gathered between its forward
+    A module is gathered whenever it is called, the image encoder once per pass over its blocks. It stays gathered between its forward
     and backward pass only if the previous pass used the same modules, which holds from the third micro-batch on. The first
     pass follows the trace of the previous step and gathers everything.
     """
-    full = s.trained_in("image encoder", "image head")
-    replay = full + (s.trained_in("image encoder", "mask generator") if s.has_mfm else 0)
+    n, full = e.micro_batches, s.trained_in("image encoder", "image head")
+    replay = full + (s.trained_in("mask generator") if s.has_mfm else 0)
+    if s.has_mfm and not (s.one_pass and not e.activation_checkpointing):
+        replay += s.trained_in("image encoder")
     text = s.trained - s.image_side
     # Embedded once, replayed n times, and gathered twice more for the backward pass.
     return ELEMENT * (s.trained + (n - 1) * full + (n + 2) * replay + 2 * text)

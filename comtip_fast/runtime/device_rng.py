@@ -6,6 +6,7 @@ computed on the host; it is passed to the kernels as a scalar.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
@@ -36,32 +37,30 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
     return _mixed(_scaled(index) + _offset(key(seed, purpose, *counters)))
 
 
-def uniforms(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, n: int, index: Tensor) -> Tensor:
-    """Return ``n`` draws stacked: row i equals ``uniform(seed, purpose, *counters, i, index=index)``.
-
-    One call launches a third of the kernels of three calls of :func:`uniform`.
+def uniforms_of(*draws: tuple[Sequence[int], Tensor]) -> list[Tensor]:
+    """Return several draws, computed together with the operators of one.
 
     Parameters
     ----------
-    seed, purpose, counters
-        The key, as in :func:`comtip_shards.sampling.rng.key`; the index of the row is added as the last counter.
-    n
-        Number of rows.
-    index
-        Integers of any shape.
+    draws
+        The n keys of each draw (:func:`comtip_shards.sampling.rng.key`) and its index, integers of any shape, all on one device.
 
     Returns
     -------
-    Tensor
-        float64 (n, *index.shape) on the device of ``index``.
+    list
+        For each draw, a view, float64 (n, *index.shape): row i equals :func:`uniform` with the i-th key.
 
     Raises
     ------
     TypeError
-        The dtype of ``index`` is not an integer type.
+        The dtype of an index is not an integer type.
     """
-    scaled = _scaled(index)
-    return _mixed(torch.stack([scaled + _offset(key(seed, purpose, *counters, i)) for i in range(n)]))
+    states = []
+    for keys, index in draws:
+        scaled = _scaled(index).flatten()
+        states += [scaled + _offset(key) for key in keys]
+    parts = _mixed(torch.cat(states)).split([len(keys) * index.numel() for keys, index in draws])
+    return [part.view(len(keys), *index.shape) for part, (keys, index) in zip(parts, draws, strict=True)]
 
 
 def _scaled(index: Tensor) -> Tensor:
@@ -77,16 +76,16 @@ def _offset(value: int) -> int:
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """Return the uniform numbers in [0, 1) of SplitMix64 for the states ``z``, float64."""
-    z = (z ^ _shift(z, 30)) * _MIX_1
-    z = (z ^ _shift(z, 27)) * _MIX_2
-    z = z ^ _shift(z, 31)
-    return _shift(z, 11).double() * 2.0**-53
+    """Return the uniform numbers in [0, 1) of SplitMix64 for the states ``z``, float64; ``z`` is overwritten."""
+    z.bitwise_xor_(_shift(z, 30)).mul_(_MIX_1)
+    z.bitwise_xor_(_shift(z, 27)).mul_(_MIX_2)
+    z.bitwise_xor_(_shift(z, 31))
+    return _shift(z, 11).double().mul_(2.0**-53)
 
 
 def _shift(z: Tensor, n: int) -> Tensor:
     """Return ``z`` shifted right by ``n`` bits without sign extension."""
-    return (z >> n) & ((1 << (64 - n)) - 1)
+    return (z >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
 def _signed(value: int) -> int:

@@ -6,10 +6,13 @@ number and its spots, on any number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from comtip_shards.sampling.rng import key
 from torch import Tensor
 
-from comtip_fast.runtime.device_rng import uniform, uniforms
+from comtip_fast.runtime.device_rng import uniform, uniforms_of
 
 GENE_BITS = 20
 """A (spot, gene) pair is keyed by ``spot << GENE_BITS | gene``."""
@@ -51,12 +54,33 @@ def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
     return uniform(seed, "vector", step, index=genes)
 
 
-def mispair_uniforms(seed: int, purpose: str, step: int, n: int, spot_index: Tensor, genes: Tensor) -> Tensor:
-    """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene; different purposes have independent numbers."""
+def mispairings(
+    seed: int, step: int, n: int, spot_index: Tensor, genes: Tensor, purposes: Sequence[str], *, choose: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Draw the numbers of all mispairings of a step together.
+
+    Parameters
+    ----------
+    seed, step
+        The run's seed and the optimizer step.
+    n
+        Number of candidates.
+    spot_index, genes
+        int64 (B,) and (G,).
+    purposes
+        What the numbers are for: ``from`` and ``to`` (orders of the genes of a stratum), ``spot`` (other spots).
+    choose
+        Whether to choose between levels within strata and those of other spots.
+
+    Returns
+    -------
+    tuple
+        Uniform numbers in [0, 1), float64 (n, B, G), of each purpose, independent of each other; and bool (B,): whether a spot
+        permutes levels within strata (probability 0.5) instead of taking those of other spots, None unless ``choose``.
+    """
     index = spot_index[:, None] * (1 << GENE_BITS) + genes
-    return uniforms(seed, purpose, step, n=n, index=index)
-
-
-def mispair_within_stratum(seed: int, step: int, spot_index: Tensor) -> Tensor:
-    """Return bool (B,): whether a spot permutes levels within strata (probability 0.5) instead of taking those of other spots."""
-    return uniform(seed, "mispair-mode", step, index=spot_index) < 0.5
+    keys = [key(seed, f"mispair-{purpose}", step, i) for purpose in purposes for i in range(n)]
+    mode = [(key(seed, "mispair-mode", step),)] if choose else []
+    u, *own = uniforms_of((keys, index), *((k, spot_index) for k in mode))
+    by_purpose = u.view(len(purposes), n, *index.shape).unbind()
+    return dict(zip(purposes, by_purpose, strict=True)), own[0][0] < 0.5 if own else None

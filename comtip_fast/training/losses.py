@@ -249,22 +249,23 @@ class StepLosses:
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
         """Draw C mispairings, levels (C, b, G): within strata, from other spots, or per spot either with equal probability."""
-        paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spot_index
-        panel = batch.panel.long()
-
-        def draw(purpose: str) -> Tensor:
-            return draws.mispair_uniforms(seed, purpose, batch.step, paat.candidates, spots, panel)
-
-        section = batch.section.long()
-        strata = self.strata[section][:, panel]
-        within = permute_within_strata(levels, strata, draw("mispair-from"), draw("mispair-to"))
-        if paat.mode == "strata":
-            return within
-        others = self._from_other_spots(batch, levels, draw("mispair-spot"))
+        paat, panel, section = self.config.loss.paat, batch.panel.long(), batch.section.long()
+        purposes = {"strata": ("from", "to"), "spots": ("spot",), "mixed": ("from", "to", "spot")}[paat.mode]
+        u, use_stratum = draws.mispairings(
+            self.config.train.seed,
+            batch.step,
+            paat.candidates,
+            batch.spot_index,
+            panel,
+            purposes,
+            choose=paat.mode == "mixed",
+        )
         if paat.mode == "spots":
-            return others
-        use_stratum = draws.mispair_within_stratum(seed, batch.step, spots)
-        return torch.where(use_stratum[None, :, None], within, others)
+            return self._from_other_spots(batch, levels, u["spot"])
+        within = permute_within_strata(levels, self.strata[section][:, panel], u["from"], u["to"])
+        if use_stratum is None:
+            return within
+        return torch.where(use_stratum[None, :, None], within, self._from_other_spots(batch, levels, u["spot"]))
 
     def _from_other_spots(self, batch: Batch, levels: Tensor, u: Tensor) -> Tensor:
         """Draw levels (C, b, G) from other spots of the same section, on any rank."""

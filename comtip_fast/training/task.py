@@ -116,6 +116,9 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
     attention = check_attention(config, device, sizes.longest)
     model.genes.set_attention(config.text.attention)
     log.info("attention of the sentence encoder: %s", attention)
+    if config.loss.mfm > 0:
+        passes = "one pass" if model.vision.in_one_pass else "two passes"
+        log.info("image encoder: all patches and the visible ones in %s", passes)
     if config.engine.compile:
         model.compile_blocks()
     return model

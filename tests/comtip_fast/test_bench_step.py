@@ -87,7 +87,8 @@ def test_the_command_measures_every_step(tiny_shards: ShardSet, tiny_overrides: 
     assert float(plain["gflop"]) > 1.2 * float(ours["gflop"])
     for part in (p for p in PARTS if p != "communication"):  # one process does not communicate
         assert float(ours[f"{part}_s"]) > 0, part
-        assert float(plain[f"{part}_s"]) > 0, part
+        # Only our step encodes all and visible patches in one pass.
+        assert (float(plain[f"{part}_s"]) > 0) == (part != "vision both"), part
 
 
 def test_functions_are_replaced_only_while_their_parts_are_timed(task: CoMTIPTask):
@@ -95,9 +96,9 @@ def test_functions_are_replaced_only_while_their_parts_are_timed(task: CoMTIPTas
     ours = Ours(task)
     with ours.timed():
         assert losses.table_pool is not before
-        assert "encode_image" in vars(task.model)
+        assert "project_tokens" in vars(task.model)
     assert losses.table_pool is before
-    assert "encode_image" not in vars(task.model)
+    assert "project_tokens" not in vars(task.model)
 
 
 def test_the_clock_attributes_forward_and_backward():

@@ -6,7 +6,7 @@ import torch
 from comtip_shards.sampling import rng
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from comtip_fast.runtime.device_rng import uniform, uniforms
+from comtip_fast.runtime.device_rng import uniform, uniforms_of
 
 
 @pytest.mark.parametrize("purpose", ["mask", "identity", "mispair-from"])
@@ -29,16 +29,21 @@ def test_shapes_and_narrow_integers():
         uniform(1, "a", index=torch.zeros(2))
 
 
-def test_stacked_draws_are_single_draws_to_the_bit():
+def test_draws_together_are_single_draws_to_the_bit():
     index = torch.tensor([[0, 1, 2**31], [2**40 + 17, 2**62, 2**63 - 2]])
-    found = uniforms(7, "mispair-from", 12, n=3, index=index)
+    other = torch.tensor([5, 2**40], dtype=torch.int64)
+    before = index.clone()
+    keys = [rng.key(7, "mispair-from", 12, i) for i in range(3)]
+    found, single = uniforms_of((keys, index), ([rng.key(7, "mispair-mode")], other))
     assert found.shape == (3, 2, 3)
     for i in range(3):
         expected = rng.uniform(7, "mispair-from", 12, i, index=index.numpy())
         np.testing.assert_array_equal(found[i].numpy(), expected)
         assert torch.equal(found[i], uniform(7, "mispair-from", 12, i, index=index))
+    np.testing.assert_array_equal(single[0].numpy(), rng.uniform(7, "mispair-mode", index=other.numpy()))
+    assert torch.equal(index, before)
     with pytest.raises(TypeError, match="bool"):
-        uniforms(1, "a", n=2, index=torch.zeros(2, dtype=torch.bool))
+        uniforms_of(([1, 2], torch.zeros(2, dtype=torch.bool)))
 
 
 def test_nothing_leaves_the_device():

@@ -6,6 +6,7 @@ sentences are custom operators with data-dependent shapes; they are replaced by 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_image_side(planned: tuple[CoMTIP, Sizes, RankShare]):
     full = count(lambda: [model.encode_image(features).vector_BD])
     assert full == predicted([*vision(s, share, s.P, masked=False), *image_head(s, share)])
     masked = count(lambda: [model.vision(features, visible).patches_BVd])
-    assert masked == predicted(vision(s, share, s.V, masked=True))
+    assert masked == predicted(vision(replace(s, one_pass=False), share, s.V, masked=True))
+    both = count(lambda: [tokens.patches_BVd for tokens in model.vision.encode_both(features, visible)])
+    assert both == predicted([*vision(s, share, s.P, masked=False), *vision(s, share, s.V, masked=True)])
     seen = torch.empty(TILES, s.V, s.d, device=META, requires_grad=True)
     assert count(lambda: [model.generator(seen, hidden)]) == predicted(generator(s, share))
 

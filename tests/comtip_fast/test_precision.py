@@ -69,7 +69,7 @@ def test_compiled_blocks_give_the_same_losses(
 
     monkeypatch.setattr(nn.Module, "compile", trace)
     _, losses = run(tiny_overrides, tmp_path / "run", "engine.compile=true")
-    assert sorted(type(m).__name__ for m in compiled) == ["Block", "SentenceBlock"]
+    assert sorted(type(m).__name__ for m in compiled) == ["PartsBlock", "SentenceBlock"]
     assert losses == pytest.approx(plain, rel=1e-5)
 
 

@@ -15,6 +15,7 @@ from comtip_fast.runtime.torch_internals import tree_map
 
 PARTS = (
     "loader",
+    "vision both",
     "vision full",
     "vision masked",
     "table",

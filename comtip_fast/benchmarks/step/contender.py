@@ -91,11 +91,11 @@ class Ours(StepContender):
         """Time the functions of the package inside the block."""
         model, step = self.task.model, self.task.step
 
-        def of_vision(_features: Tensor, visible: Tensor | None = None) -> str:
-            return "vision full" if visible is None else "vision masked"
+        def of_vision(_features: Tensor, visible: Tensor | None = None, with_all: bool = False) -> str:
+            return "vision both" if with_all else "vision full" if visible is None else "vision masked"
 
         functions: list[tuple[Any, str, Any]] = [
-            (model, "encode_image", "vision full"),
+            (model, "project_tokens", "vision full"),
             (model.vision, "forward", of_vision),
             (model.vision, "stem_features", "vision full"),
             (model.generator, "forward", "vision masked"),

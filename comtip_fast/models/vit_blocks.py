@@ -1,0 +1,113 @@
+"""Blocks of timm's Vision Transformer for all patches and for the visible patches of a batch in one call.
+
+The rows of both parts are concatenated. Norms, linear layers and residual sums process all rows together; attention processes
+each part separately, its output projection included. Every other weight is read once, and has one gradient. This is the only
+module that depends on what a block of timm computes; parameters keep timm's names.
+
+Shapes: B tiles, T tokens of a part per tile, N = B * (sum of T) rows, d the width, H heads of E channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TESTED = (1, 0, 31)
+"""Newest release of timm that the tests ran with. ``pyproject.toml`` has the oldest."""
+_BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_ATTENTION = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm, nn.Identity)
+
+
+class PartsAttention(Attention):
+    """Attention of timm within each of several parts of the rows."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
+    ) -> Tensor:
+        """Return the attention of sequences (B, T, d), or of the rows (N, d) of parts of ``tokens`` tokens per tile."""
+        if tokens is None:
+            out: Tensor = super().forward(x, **options)  # timm's block passes options
+            return out
+        rows = [x.shape[0] // sum(tokens) * T for T in tokens]
+        gate = getattr(self, "gate", None)
+        gates = [None] * len(rows) if gate is None else gate(x).sigmoid().split(rows)
+        # Parts are split before q, k and v are: the gradient of each then is one stack, and that of all one concatenation.
+        parts = zip(self.qkv(x).split(rows), tokens, gates, strict=True)
+        # Each part is projected separately: a concatenated input would be saved in addition to the results of attention.
+        return torch.cat([self._part(*part) for part in parts])
+
+    def _part(self, qkv_M: Tensor, tokens: int, gate_M: Tensor | None) -> Tensor:
+        """Return the projected attention (M, d) of a part's rows."""
+        q, k, v = qkv_M.view(-1, tokens, 3, self.num_heads, qkv_M.shape[1] // (3 * self.num_heads)).unbind(2)
+        q, k, v = (x_BTHE.transpose(1, 2) for x_BTHE in (self.q_norm(q), self.k_norm(k), v))
+        x_BHTE = F.scaled_dot_product_attention(q, k, v)
+        x_M = x_BHTE.transpose(1, 2).reshape(qkv_M.shape[0], -1)
+        x_M = self.norm(x_M) if hasattr(self, "norm") else x_M
+        out: Tensor = self.proj(x_M if gate_M is None else x_M * gate_M)
+        return out
+
+
+class PartsBlock(Block):
+    """Pre-norm block of timm, with attention within each of several parts of the rows."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
+    ) -> Tensor:
+        """Return the output for sequences (B, T, d), or for the rows (N, d) of parts of ``tokens`` tokens per tile."""
+        if tokens is None:
+            out: Tensor = super().forward(x, **options)  # such as a mask
+            return out
+        x = x + self.ls1(self.attn(self.norm1(x), tokens))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def take_parts(blocks: Sequence[nn.Module]) -> bool:
+    """Let the blocks accept rows of several parts, in place; return False, and change nothing, if one of them is not known.
+
+    Known are plain pre-norm blocks without dropout, of a tested release of timm.
+    """
+    if release(timm.__version__) > TESTED or not all(map(_known, blocks)):
+        return False
+    for block in blocks:
+        block.__class__ = PartsBlock
+        block.get_submodule("attn").__class__ = PartsAttention
+    return True
+
+
+def timm_type(module: nn.Module | None) -> type:
+    """Return the type of a module as timm built it."""
+    ours: dict[type, type] = {PartsBlock: Block, PartsAttention: Attention}
+    return ours.get(type(module), type(module))
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: (1, 0, 31) of ``1.0.31.dev0``."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+
+
+def _known(block: nn.Module) -> bool:
+    """Return whether the parts of a block are those that :class:`PartsBlock` calls, each of which processes rows one by one."""
+    attn = getattr(block, "attn", None)
+    if type(block) is not Block or type(attn) is not Attention or not attn.fused_attn:
+        return False
+    if not {n for n, _ in block.named_children()} <= _BLOCK or not {n for n, _ in attn.named_children()} <= _ATTENTION:
+        return False
+    dropped = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+    optional = (getattr(module, "norm", nn.Identity()) for module in (attn, block.mlp))
+    norms = (block.norm1, block.norm2, attn.q_norm, attn.k_norm, *optional)
+    return (
+        not dropped
+        and all(type(m) in _NORMS for m in norms)
+        and all(type(m) in (nn.Identity, LayerScale) for m in (block.ls1, block.ls2))
+        and all(type(m) is nn.Identity for m in (block.drop_path1, block.drop_path2))
+        and type(block.mlp) in (Mlp, GluMlp, SwiGLU)
+    )
