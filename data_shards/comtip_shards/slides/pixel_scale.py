@@ -23,9 +23,9 @@ DISAGREE, TENFOLD = 1.2, 5.0
 images that were resized without a new tag; a wrong unit or magnification (10x, 40x), or px of another image, is above."""
 MAX_SIDE_UM = 150_000.0
 """Maximum longer side of an image in um: the largest slides, of whole organs, have 102 x 127 mm."""
-INCH, CENTIMETER = 2, 3
-"""Values of the TIFF tag ResolutionUnit; INCH is the default."""
-_UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0}
+INCH, CENTIMETER, MILLIMETER, MICROMETER = 2, 3, 4, 5
+"""Values of the TIFF tag ResolutionUnit; INCH is the default, and tifffile writes the last two."""
+_UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0, MILLIMETER: 1_000.0, MICROMETER: 1.0}
 
 
 def plausible_mpp(mpp: float | None) -> float | None:
