@@ -13,7 +13,14 @@ log = logging.getLogger(__name__)
 
 UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
 """{unit of OME-XML: um}; other units, such as ``pixel``, state no scale."""
-IMAGEJ_UNITS_UM = UNITS_UM | {"micron": 1.0, "microns": 1.0, "micrometer": 1.0, "\\u00B5m": 1.0}
+IMAGEJ_UNITS_UM = UNITS_UM | {
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "\\u00B5m": 1.0,
+    "inch": 25_400.0,
+    "inches": 25_400.0,
+}
 PLAUSIBLE_MPP = (0.05, 20.0)
 """Range of um per px in which a scale is accepted. It excludes 72 and 96 dpi, which are defaults of programs."""
 SQUARE = 1.05
