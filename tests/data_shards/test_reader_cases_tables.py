@@ -311,3 +311,11 @@ def test_a_second_download_is_named(run: Path):
         open_source(run, overrides=VIS)
     (run / name).rename(run / "filtered_feature_bc_matrix.h5")
     is_the_run(*read(run))
+
+
+def test_bins_of_visium_hd_in_a_renamed_folder_are_named(tmp_path: Path):
+    (tmp_path / "016um/spatial").mkdir(parents=True)
+    (tmp_path / "016um/spatial/scalefactors_json.json").write_text('{"bin_size_um": 16}')
+    (tmp_path / "016um/spatial/tissue_positions.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SourceError, match="name the folder square_016um"):
+        open_source(tmp_path / "016um", overrides=VIS)

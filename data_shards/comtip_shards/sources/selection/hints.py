@@ -92,9 +92,21 @@ def _first_line(path: Path) -> bytes:
         return file.readline(1 << 16).replace(b"\0", b"")  # UTF-16
 
 
+def _has_bins(spatial: Path) -> bool:
+    """Return whether the scale factors in a folder ``spatial/`` are those of bins of Visium HD."""
+    factors = spatial / "scalefactors_json.json"
+    if not factors.is_file():
+        return False
+    with factors.open("rb") as file:
+        return b"bin_size_um" in file.read(1 << 16)
+
+
 def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     entries = contents(path)[:MAX_FILES]
-    runs = {p.name: r.name for p in entries if p.is_dir() for r in readers if r.recognise(p)}
+    if _has_bins(path / "spatial"):
+        return "bins of Visium HD; name the folder square_016um (or square_008um, square_002um), as Space Ranger does"
+    parts = [p for p in entries if p.is_dir() and p.name != "spatial"]  # spatial/ alone has no counts
+    runs = {p.name: r.name for p in parts for r in readers if r.recognise(p)}
     if runs:
         listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
         return (
