@@ -13,7 +13,7 @@ from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_parts.counts import raw_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
-from comtip_shards.sources.anndata_parts.store import SUFFIXES, MemoryStore
+from comtip_shards.sources.anndata_parts.store import MemoryStore, is_anndata_file
 from comtip_shards.storage.remote import is_url
 from scipy import sparse
 
@@ -65,7 +65,7 @@ def measured_counts(
     if isinstance(spec, ad.AnnData):
         return _of_anndata(spec, Path("the AnnData"), species, options, "")
     path, section_id = (Path(), "") if is_url(str(spec)) else split_spec(str(spec))
-    if path.name.endswith(SUFFIXES):
+    if is_anndata_file(path):
         return _of_anndata(read_h5ad(path), path, species, options, section_id)
     if is_url(str(spec)) or (path / "manifest.json").is_file():
         url, _, own = str(spec).rpartition(":")

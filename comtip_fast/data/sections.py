@@ -26,8 +26,7 @@ from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_slide
-from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
-from comtip_shards.sources.anndata_parts.store import MemoryStore
+from comtip_shards.sources.anndata_parts.store import MemoryStore, is_anndata_file
 from comtip_shards.sources.anndata_source import view_library
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.storage.remote import is_url
@@ -110,7 +109,7 @@ def open_section(
         _refuse_options(options, url)
         return _from_shards(ShardSet(url), section_id, tile)
     path, section_id = split_spec(str(spec))
-    if path.name.endswith(H5AD_SUFFIXES):
+    if is_anndata_file(path):
         _refuse_format(fmt, f"{path} is an .h5ad file", own="anndata")
         return _from_anndata(read_annotation(path), str(path), tile, options, section_id)
     if (path / "manifest.json").is_file():
@@ -271,7 +270,7 @@ def is_anndata(section: str | Path | ad.AnnData) -> bool:
     """Return whether a SECTION is an AnnData in memory or in an ``.h5ad``, with or without the name of a section."""
     if isinstance(section, ad.AnnData):
         return True
-    return not is_url(str(section)) and split_spec(str(section))[0].name.endswith(H5AD_SUFFIXES)
+    return not is_url(str(section)) and is_anndata_file(split_spec(str(section))[0])
 
 
 def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:

@@ -80,6 +80,8 @@ def archive_kind(path: Path) -> str | None:
         return None
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it first (tar -xf)"
+    if head.startswith(b"\x1f\x8b") and path.name.lower().endswith((".tar.gz", ".tgz")):
+        return "a tar archive; unpack it first (tar -xf)"
     return next((text for magic, text in _SIGNATURES if head.startswith(magic)), None)
 
 

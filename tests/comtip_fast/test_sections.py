@@ -248,3 +248,12 @@ def test_files_that_are_no_data_are_named(tmp_path: Path):
     (tmp_path / "a.h5ad").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(SourceError, match="Git LFS pointer"):
         open_section(tmp_path / "a.h5ad", TILE, {"mpp": "2.0"})
+
+
+@pytest.mark.parametrize("name", ["a.H5AD", "a.h5", "a.h5ad (1)"])
+def test_an_anndata_of_another_name_is_opened_as_an_anndata(tmp_path: Path, name: str):
+    data = adata()
+    data.X[0, 0] = 0.5  # counts are not read, so predict and embed need none
+    data.write_h5ad(tmp_path / "written.h5ad")
+    opened = open_section((tmp_path / "written.h5ad").rename(tmp_path / name), TILE, {"mpp": "2.0"})
+    assert len(opened.rows) == N  # of the AnnData, which embed copies

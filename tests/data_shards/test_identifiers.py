@@ -131,6 +131,22 @@ def test_names_changed_by_spreadsheets_and_r(text: tuple[str, str]):
     assert (hit.symbol, hit.how) == REPAIRS[text]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ENSG00000141736_ERBB2",
+        "ERBB2_ENSG00000141736",
+        "ERBB2|ENSG00000141736.14",
+        "ENSG00000141736.14|ERBB2",
+        "gene:ENSG00000141736",
+    ],
+)
+def test_an_ensembl_id_that_is_joined_to_a_symbol(text: str):
+    hit = GeneResource.load().resolve(text, "human")
+    assert (hit.symbol, hit.how) == ("ERBB2", "ensembl")
+    assert GeneResource.load().resolve(text, "mouse").how == "unmapped"
+
+
 def test_tails_of_make_unique_are_summed_where_the_name_is_a_column():
     genes = map_genes(["2-Sep", "HLA.A", "MT.CO1", "NKX2.1", "TBCE", "TBCE-1", "TBCE.2", "CD74-1"], "human")
     assert genes.keys == [f"human:{s}" for s in ("SEPTIN2", "HLA-A", "MT-CO1", "NKX2-1", "TBCE")]

@@ -89,6 +89,24 @@ def test_the_scale_of_resolution_tags(tmp_path: Path, reader: str, per_cm: float
         assert slide.mpp == (pytest.approx(mpp) if mpp else None)
 
 
+@pytest.mark.parametrize(
+    ("unit", "per_unit"), [("MILLIMETER", 2_000), ("MICROMETER", 2), ("CENTIMETER", 20_000), ("INCH", 50_800)]
+)
+def test_the_units_of_resolution_tags(tmp_path: Path, reader: str, unit: str, per_unit: float):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(), resolution=(per_unit, per_unit), resolutionunit=unit, metadata=None)
+    assert images.mpp_by_tag(path, []) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("unit", "per_unit"), [("um", 2), ("\\u00B5m", 2), ("cm", 20_000), ("inch", 50_800), ("pixel", 1)]
+)
+def test_the_units_of_imagej(tmp_path: Path, reader: str, unit: str, per_unit: float):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(), imagej=True, resolution=(per_unit, per_unit), metadata={"unit": unit})
+    assert images.mpp_by_tag(path, []) == (None if unit == "pixel" else pytest.approx(0.5))
+
+
 def test_jpeg_2000(tmp_path: Path, reader: str):
     pytest.importorskip("imagecodecs")
     path = tmp_path / "a.ome.tif"

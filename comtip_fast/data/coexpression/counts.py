@@ -21,7 +21,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.genes.identifiers import SPECIES
 from comtip_shards.sources.anndata_parts.counts import COUNTS, has_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
-from comtip_shards.sources.anndata_parts.store import SUFFIXES, open_h5ad, read_part
+from comtip_shards.sources.anndata_parts.store import is_anndata_file, open_h5ad, read_part
 from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.sources.files.tables import as_counts
 from comtip_shards.sources.tenx.features import GENE_KIND
@@ -258,7 +258,7 @@ class _AnnData:
 def _reader(path: Path) -> Any:
     """Return the reader for a file by its name; raise SourceError for an unknown format."""
     name = path.name.lower()
-    if name.endswith(SUFFIXES):
+    if is_anndata_file(path):
         return _AnnData
     if name.endswith(".h5"):
         return _Tenx

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from comtip_shards.sources.anndata_parts.store import is_anndata_file
 
 from comtip_fast.data.anndata_file import read_annotation
 
@@ -34,9 +35,9 @@ class LabelFile:
     def __init__(self, spec: str) -> None:
         self.spec = spec
         file, _, column = spec.rpartition(":")
-        if spec.endswith(".h5ad"):
+        if spec.lower().endswith(".h5ad"):
             raise ValueError(f"`labels` {spec}: names no column of the AnnData; give FILE.h5ad:COLUMN")
-        if file.endswith(".h5ad"):
+        if is_anndata_file(Path(file)):
             self._table = _from_h5ad(Path(file), column)
         else:
             self._table = _from_table(Path(spec))

@@ -25,6 +25,11 @@ from comtip_shards.errors import SourceError
 SPECIES = ("human", "mouse")
 RESOURCE = "genes_v1.tsv.gz"
 _ENSEMBL = re.compile(r"(ENS(?:MUS)?G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
+_JOINED = re.compile(
+    r"(?:^|[_|:;,/ -])(ENS(?:MUS)?G\d{11})(?:\.\d+)?(?=[_|:;,/ -])|[_|:;,/ -](ENS(?:MUS)?G\d{11})(?:\.\d+)?$",
+    re.IGNORECASE,
+)
+"""An Ensembl id that is joined to a symbol, as count tables of R have it (``ERBB2_ENSG00000141736``)."""
 _MONTHS = {
     "jan": ("JAN",),
     "feb": ("FEB",),
@@ -134,6 +139,9 @@ class GeneResource:
             raise ValueError(f"unknown species {species!r}; use {' or '.join(SPECIES)}")
         text = identifier.strip()
         found, how = self._find(text, species)
+        inner = _JOINED.search(text) if found is None and how == "unmapped" else None
+        if inner is not None:
+            found, how = self._find(inner[1] or inner[2], species)
         if found is None and how == "unmapped":
             found, how = self._repair(text, species)
         if found is None:

@@ -13,7 +13,14 @@ log = logging.getLogger(__name__)
 
 UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
 """{unit of OME-XML: um}; other units, such as ``pixel``, state no scale."""
-IMAGEJ_UNITS_UM = UNITS_UM | {"micron": 1.0, "microns": 1.0, "micrometer": 1.0, "\\u00B5m": 1.0}
+IMAGEJ_UNITS_UM = UNITS_UM | {
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "\\u00B5m": 1.0,
+    "inch": 25_400.0,
+    "inches": 25_400.0,
+}
 PLAUSIBLE_MPP = (0.05, 20.0)
 """Range of um per px in which a scale is accepted. It excludes 72 and 96 dpi, which are defaults of programs."""
 SQUARE = 1.05
@@ -23,9 +30,9 @@ DISAGREE, TENFOLD = 1.2, 5.0
 images that were resized without a new tag; a wrong unit or magnification (10x, 40x), or px of another image, is above."""
 MAX_SIDE_UM = 150_000.0
 """Maximum longer side of an image in um: the largest slides, of whole organs, have 102 x 127 mm."""
-INCH, CENTIMETER = 2, 3
-"""Values of the TIFF tag ResolutionUnit; INCH is the default."""
-_UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0}
+INCH, CENTIMETER, MILLIMETER, MICROMETER = 2, 3, 4, 5
+"""Values of the TIFF tag ResolutionUnit; INCH is the default, and tifffile writes the last two."""
+_UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0, MILLIMETER: 1_000.0, MICROMETER: 1.0}
 
 
 def plausible_mpp(mpp: float | None) -> float | None:

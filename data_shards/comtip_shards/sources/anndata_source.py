@@ -144,6 +144,11 @@ def view_library(
     obs, key = store["obs"], library.key
     rows = library.rows(obs)
     xy = read_centres(store, options.counts, notes)[rows]
+    if len(xy) > 1 and 0 <= xy.min() < xy.max() <= 1:
+        raise SourceError(
+            f"{path}: the positions lie between 0 and 1, so they are shares of the image or embeddings; store x and y in "
+            "image px"
+        )
     image = stated_image(options.facts, name)
     if not key and image is None:
         which = f" for section {name} (obs['{library.column}'])" if library.column else ""

@@ -98,6 +98,8 @@ def _source(
 
     def load() -> Section:
         matrix, ids, genes = read_counts_table(counts)
+        if spots is None and all(_SPOT_ID.match(g) for g in genes) and not any(_SPOT_ID.match(i) for i in ids):
+            raise SourceError(f"{counts}: its columns are spots, so it is genes x spots; transpose it to spots x genes")
         positions = spots if spots is not None else _from_array(ids, image, counts, name)
         return join(meta, image, matrix, ids, genes, [""] * len(genes), positions, counts, table or counts, notes)
 

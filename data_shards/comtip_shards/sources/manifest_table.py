@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.species import species_name
 from comtip_shards.names import check_section_id
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import RENAME, Section, SectionMeta, check_meta
@@ -17,7 +18,7 @@ from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.base import CatalogueRow, SectionSource, pick
 from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.spots import join, read_spots_table
-from comtip_shards.sources.files.tables import number, read_counts_table, read_table
+from comtip_shards.sources.files.tables import encoding_of, number, read_counts_table, read_table
 from comtip_shards.sources.geometry import ScaleCheck
 
 NAME = "manifest.tsv"
@@ -30,10 +31,10 @@ REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots
 def recognise(path: Path) -> str | None:
     """Return a reason if ``path`` is a manifest table, else None."""
     table = path / NAME if path.is_dir() else path
-    if not table.is_file() or table.suffix != ".tsv":
+    if not table.is_file() or table.suffix.lower() != ".tsv":
         return None
-    with table.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline(MAX_HEADER).rstrip("\n").split("\t")
+    with table.open(encoding=encoding_of(table), errors="replace") as file:
+        header = [name.strip() for name in file.readline(MAX_HEADER).split("\t")]
     return f"{table.name} has the column sample_id" if "sample_id" in header else None
 
 
@@ -79,6 +80,12 @@ def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
     return {str(row["sample_id"]): row for row in table.to_dict("records")}
 
 
+def _file(root: Path, cell: str) -> Path:
+    """Return the path of a cell; a table from Windows may separate folders by backslashes, which are valid in other names."""
+    path = root / cell
+    return path if path.exists() else root / cell.replace("\\", "/")
+
+
 def _source(row: Mapping[Hashable, Any], where: Path, facts: SectionFacts) -> SectionSource:
     root = where.parent
     name = str(row["sample_id"])
@@ -86,7 +93,7 @@ def _source(row: Mapping[Hashable, Any], where: Path, facts: SectionFacts) -> Se
     def cell(column: str) -> str:
         return str(row.get(column, ""))
 
-    image, counts, spots = (existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in FILES)
+    image, counts, spots = (existing(_file(root, str(row[c])), f"{c} of {name} in {where.name}") for c in FILES)
     notes: list[str] = []
     mpp = facts.mpp or number(cell("mpp_um_per_px"), f"{where}: mpp_um_per_px of {name}")
     if not np.isfinite(mpp):
@@ -94,7 +101,7 @@ def _source(row: Mapping[Hashable, Any], where: Path, facts: SectionFacts) -> Se
     meta = SectionMeta(
         section_id=name,
         dataset=cell("dataset"),
-        species=facts.species or cell("species").lower(),
+        species=facts.species or species_name(cell("species")),
         tissue=facts.tissue or cell("tissue"),
         donor=facts.donor or cell("donor"),
         platform=facts.platform or cell("platform"),

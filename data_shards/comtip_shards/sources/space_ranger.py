@@ -20,9 +20,9 @@ from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, check_one_file, pick
 from comtip_shards.sources.files.opening import existing, reading
-from comtip_shards.sources.files.packaging import read_packed, unpacked
+from comtip_shards.sources.files.packaging import find, read_packed, unpacked
 from comtip_shards.sources.files.spots import SpotPositions, join
-from comtip_shards.sources.files.tables import flags, numbers
+from comtip_shards.sources.files.tables import flags, numbers, without_blank
 from comtip_shards.sources.tenx.features import for_species
 from comtip_shards.sources.tenx.run import PICTURES, appearance_note, choose_image, scale_factors, section_name
 from comtip_shards.sources.tenx.space_ranger_files import RunFiles, find_runs, spatial_files
@@ -36,7 +36,18 @@ COARSE_MPP = 2.0
 """um per px above which the image of the positions is probably not a microscope scan."""
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+_ALSO_CALLED = {
+    "tissue": "in_tissue",
+    "row": "array_row",
+    "col": "array_col",
+    "imagerow": "pxl_row_in_fullres",
+    "imagecol": "pxl_col_in_fullres",
+}
+"""Names of the columns in Seurat."""
 FACTORS = "scalefactors_json.json"
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_BARCODE = re.compile(r"(?<![A-Za-z])[ACGTN]{14,}(?![A-Za-z])")
+"""A barcode of 10x Genomics, between the affixes of samples that R and GEO add (``S1_AAAC...-1_2``)."""
 
 
 def _head(path: Path) -> bytes:
@@ -73,10 +84,14 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     path, notes, counts = run.root, list(run.notes), run.matrix
+    if counts is None and path.name.lower() == "spatial":
+        raise SourceError(
+            f"{path}: a part of a run without counts; give the folder above it, which has the count matrix"
+        )
     if counts is None:
         raise SourceError(
-            f"{path}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one from the "
-            "run"
+            f"{path}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one from "
+            f"the run{_renamed(path)}"
         )
     if not run.positions:
         raise SourceError(f"{path}: none of {', '.join(POSITIONS)} exists; copy the table of positions from the run")
@@ -108,13 +123,19 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     def load() -> Section:
         tally: dict[str, int] = {}
         matrix, barcodes, genes = counts.read(features, tally)
-        aligned = _align_suffix(scaled, barcodes)
+        aligned = _align_barcodes(scaled, barcodes)
         plain = unpacked(image)
         all_notes = notes + features.others_note(tally) + appearance_note(plain)
         return join(meta, plain, matrix, barcodes, genes.ids, genes.symbols, aligned, counts.path, positions, all_notes)
 
     inputs = (image, *counts.files, positions, *([run.factors] if run.factors is not None else []))
     return SectionSource(meta, inputs, load)
+
+
+def _renamed(path: Path) -> str:
+    """Return advice on an HDF5 file of another name, such as a second download (``filtered_feature_bc_matrix (1).h5``)."""
+    found = find(path, "*.h5")
+    return f", or rename {found[0].name} if it is this matrix" if found else ""
 
 
 def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
@@ -140,22 +161,10 @@ def read_positions(path: Path) -> SpotPositions:
     """
     existing(path, "table of positions")
     with reading(path, "tissue positions"):
-        if ".parquet" in path.name:
+        if ".parquet" in path.name.lower():
             table = _parquet(path)
         else:
-            # The file name does not tell whether there is a header: some tissue_positions_list.csv have one.
-            raw = read_packed(path)
-            text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-            header = text.lower().lstrip('"').startswith("barcode")
-            first = text.partition("\n")[0]
-            table = pd.read_csv(
-                io.StringIO(text),
-                sep=max(",;\t", key=first.count),  # spreadsheets write the separator of their language
-                header=0 if header else None,
-                dtype=str,
-                keep_default_na=False,
-                skipinitialspace=True,
-            )
+            table = _text_table(path)
     if set(COLUMNS) <= set(table.columns):
         table = table[COLUMNS]
     elif table.shape[1] != len(COLUMNS) or "barcode" in table.columns:
@@ -181,6 +190,36 @@ def read_positions(path: Path) -> SpotPositions:
         [""] * len(table),
         tissue,
     )
+
+
+def _text_table(path: Path) -> pd.DataFrame:
+    """Read a table of positions in text; known names of columns are replaced by those of :data:`COLUMNS`."""
+    raw = read_packed(path)
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
+    first = text.partition("\n")[0].lower()
+    # The file name does not tell whether there is a header: some tissue_positions_list.csv have one.
+    header = "barcode" in first or "imagerow" in first
+    sep = max(",;\t", key=first.count)  # spreadsheets write the separator of their language
+    table = pd.read_csv(
+        io.StringIO(text),
+        sep=sep,
+        header=0 if header else None,
+        dtype=str,
+        keep_default_na=False,
+        skipinitialspace=True,
+    )
+    table = without_blank(table)
+    if sep == ";":  # the comma is the decimal separator of these languages
+        table = table.map(lambda v: v.replace(",", ".") if _DECIMAL_COMMA.fullmatch(v) else v)
+    if header:
+        names = [str(c).strip().lower() for c in table.columns]
+        if "barcode" not in names and names[0].startswith("unnamed:"):
+            names[0] = "barcode"  # row names of R
+        table.columns = pd.Index([_ALSO_CALLED.get(n, n) for n in names])
+    return table
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -256,12 +295,18 @@ def _pitch_px(spots: SpotPositions, path: Path) -> float:
     return pitch
 
 
-def _align_suffix(spots: SpotPositions, barcodes: list[str]) -> SpotPositions:
-    """Return the spots with barcodes as in the counts, if only one of the two has a suffix such as "-1"."""
+def _align_barcodes(spots: SpotPositions, barcodes: list[str]) -> SpotPositions:
+    """Return the spots with barcodes as in the counts, if the two have other affixes of samples, such as "-1" or "S1_"."""
     if not barcodes or set(spots.ids) & set(barcodes):
         return spots
-    full_name = {re.sub(r"-\d+$", "", b): b for b in barcodes}
-    if len(full_name) < len(barcodes):
-        return spots  # aggregated runs: the suffix is significant
-    ids = [full_name.get(re.sub(r"-\d+$", "", i), i) for i in spots.ids]
+    full_name = {_core(b): b for b in barcodes}
+    if len(full_name) < len(barcodes) or len({_core(i) for i in spots.ids}) < len(spots.ids):
+        return spots  # aggregated runs: the affix is significant
+    ids = [full_name.get(_core(i), i) for i in spots.ids]
     return SpotPositions(ids, spots.xy, spots.array_xy, spots.labels, spots.in_tissue)
+
+
+def _core(barcode: str) -> str:
+    """Return a barcode without the affixes of samples."""
+    found = _BARCODE.search(barcode)
+    return found[0] if found else re.sub(r"-\d+$", "", barcode)

@@ -11,6 +11,7 @@ import csv
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,9 @@ SUFFIXES = (".csv", ".tsv", ".yaml", ".yml")
 MAX_BYTES = 16 << 20
 """Maximum size of a table in bytes."""
 MAX_ROWS = 100_000
+NUMBERS = ("mpp", "pool_um", "bin_um", "min_cover", "qv")
+"""Columns of numbers, which may have a decimal comma in tables that are separated by semicolons."""
+_DECIMAL_COMMA = re.compile(r"\d+,\d+")
 MAX_CELL = 4096
 """Maximum length of a cell in characters."""
 _Cell = Annotated[str, Field(max_length=MAX_CELL)]
@@ -117,7 +121,10 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                     f"{path}, line {reader.line_num}: {len(values)} values for {len(names)} columns; quote values that "
                     f"contain {'a tab' if sep == chr(9) else sep!r}"
                 )
-            yield reader.line_num, dict(zip(names, (v.strip() for v in values), strict=False))
+            cells = dict(zip(names, (v.strip() for v in values), strict=False))
+            if sep == ";":  # the comma is the decimal separator of these languages
+                cells |= {n: v.replace(",", ".") for n in NUMBERS if _DECIMAL_COMMA.fullmatch(v := cells.get(n, ""))}
+            yield reader.line_num, cells
     except csv.Error as error:
         raise SourceError(
             f"{path}, line {reader.line_num}: {error}; correct the quotes in this line or before it"
@@ -211,6 +218,11 @@ def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
     names = [name.strip().lower().replace("-", "_") for name in header]
     for name in names:
         if name not in COLUMNS:
+            if name == "sample_id":
+                raise SourceError(
+                    f"{path}{where}: a column sample_id, so this is a table of sections and not of sources; save it separated by "
+                    "tabs as manifest.tsv and give that file"
+                )
             near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
             known = f"did you mean {near[0]}? The columns are" if near else "the columns are"
             raise SourceError(f"{path}{where}: unknown column {name[:80]!r}; {known} {', '.join(COLUMNS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -126,12 +127,27 @@ def files_of(path: Path) -> list[Path]:
             return [path]
         found = [p for suffix in SUFFIXES for p in find(path, f"*{suffix}") if p.is_file()]
         return sorted([*found, *(p for p in find(path, "*.zarr") if p.is_dir() and is_zarr(p))])
-    return [path] if path.name.endswith(SUFFIXES) else []
+    return [path] if is_anndata_file(path) else []
+
+
+def is_anndata_file(path: Path) -> bool:
+    """Return whether a file is an AnnData by its suffix, or by its content under another name (``data.h5``, ``a.h5ad (1)``)."""
+    if path.name.lower().endswith(SUFFIXES):
+        return True
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return False
+    try:
+        with open_hdf5(path, "an .h5ad", "copy or download it again") as file:
+            return "obs" in file and "var" in file
+    except SourceError:
+        return False
 
 
 def stem_of(path: Path) -> str:
     """Return the file name without its suffix."""
-    return path.name.removesuffix(".gz").removesuffix(".h5ad").removesuffix(".zarr")
+    return re.sub(
+        r"\.(?:h5ad|zarr|h5|hdf5)$", "", re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE), flags=re.IGNORECASE
+    )
 
 
 @contextmanager

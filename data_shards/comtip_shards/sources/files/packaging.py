@@ -46,10 +46,24 @@ def is_hidden(name: str) -> bool:
 
 
 def find(folder: Path, pattern: str) -> list[Path]:
-    """Return the matches of a glob pattern in sorted order, without hidden files and folders."""
+    """Return the matches of a glob pattern in sorted order, without hidden files and folders, see :func:`_any_case`."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.glob(pattern) if not any(is_hidden(n) for n in p.relative_to(folder).parts))
+    return sorted(
+        p for p in folder.glob(_any_case(pattern)) if not any(is_hidden(n) for n in p.relative_to(folder).parts)
+    )
+
+
+def _any_case(pattern: str) -> str:
+    """Return a glob pattern without case: Windows, cameras and file servers write ``IMAGE.TIF`` and ``A.H5AD``.
+
+    Patterns that begin with a name keep their case, because ``s1`` and ``S1`` may be two sections.
+    """
+    if not pattern.startswith("*"):
+        return pattern
+    return re.sub(
+        r"\[[^]]*\]|[A-Za-z]", lambda m: f"[{m[0].lower()}{m[0].upper()}]" if len(m[0]) == 1 else m[0], pattern
+    )
 
 
 def contents(folder: Path) -> list[Path]:
@@ -229,7 +243,7 @@ def _copy_folder(path: Path) -> Path:
 
 
 def prefix_of(name: str, role: str) -> str | None:
-    """Return the part of a file name before its role ("" if there is none), or None if the name has another role.
+    """Return the part of a file name before its role ("" if there is none), or None if the name has another role; case is ignored.
 
     Parameters
     ----------
@@ -238,7 +252,7 @@ def prefix_of(name: str, role: str) -> str | None:
     role
         Regular expression for the part of the name that states the content, e.g. ``barcodes[.]tsv``.
     """
-    match = re.fullmatch(rf"(?P<prefix>(?:.*[._-])?){role}(?:\.gz)?", name)
+    match = re.fullmatch(rf"(?P<prefix>(?:.*[._-])?){role}(?:\.gz)?", name, re.IGNORECASE)
     return None if match is None else match["prefix"]
 
 

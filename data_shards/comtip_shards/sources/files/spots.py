@@ -98,6 +98,10 @@ def join(
     row_of = {spot: i for i, spot in enumerate(count_ids)}
     both = np.array([s in row_of for s in spots.ids], bool)
     if not both.any():
+        if set(genes) & set(spots.ids):
+            raise SourceError(
+                f"{counts_path}: the spot ids of {spots_path.name} are its columns, so it is genes x spots; transpose it to spots x genes"
+            )
         raise SourceError(
             f"{counts_path} and {spots_path} share no spot id: {', '.join(count_ids[:3])} ... against "
             f"{', '.join(spots.ids[:3])} ...; use the same spot ids in both files"

@@ -74,7 +74,7 @@ def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.n
 
 def is_csv(path: Path) -> bool:
     """Return whether a file is csv by its suffix; ``.gz`` at the end is ignored."""
-    return path.name.removesuffix(".gz").endswith(".csv")
+    return path.name.lower().removesuffix(".gz").endswith(".csv")
 
 
 def _columns(path: Path) -> list[str]:

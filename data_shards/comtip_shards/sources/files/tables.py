@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import check_unique
 from comtip_shards.sources.files.opening import existing, reading
+from comtip_shards.sources.files.packaging import is_gzip, open_packed
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_LINE, MAX_TABLE_BYTES, check_table_size
 
 _TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
@@ -43,11 +43,41 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
     """
     check_table_size(existing(path, "table"), MAX_TABLE_BYTES)
     with reading(path, "a table"):
-        # Spreadsheets and HEST write a byte order mark.
-        table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        try:
+            sep = _separator(path, sep)
+            # By content: some tools rename or unpack files without a new suffix.
+            packed: Literal["gzip"] | None = "gzip" if is_gzip(path) else None
+            table = pd.read_csv(
+                path, sep=sep, dtype=str, keep_default_na=False, encoding=encoding_of(path), compression=packed
+            )
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
+    table = without_blank(table)
     if table.empty:
         raise SourceError(f"{path}: the table has a header but no rows; add the rows, or copy or download it again")
     return table
+
+
+def encoding_of(path: Path) -> str:
+    """Return the encoding of a table by its byte order mark: UTF-16 (Excel's "Unicode text"), or UTF-8 with or without a mark."""
+    with open_packed(path) as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _separator(path: Path, expected: str) -> str:
+    """Return the separator of a table: the expected one if the first line has it, else the most frequent of the usual ones."""
+    with open_packed(path) as file:
+        first = file.readline(MAX_LINE).decode(encoding_of(path), "replace")
+    return expected if expected in first else max((expected, *"\t,;"), key=first.count)
+
+
+def without_blank(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of text without the empty rows and columns that spreadsheets write for cells that were cleared."""
+    table = table.fillna("")
+    filled = (table.map(str.strip) != "").to_numpy()
+    named = np.array([isinstance(c, str) and not c.startswith("Unnamed:") for c in table.columns], bool)
+    rows, columns = np.flatnonzero(filled.any(axis=1)), np.flatnonzero(filled.any(axis=0) | named)
+    return table.iloc[rows].iloc[:, columns].reset_index(drop=True)
 
 
 def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, list[str], list[str]]:
@@ -66,9 +96,13 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
     check_table_size(existing(path, "count table"), MAX_COUNTS_BYTES)
     # pyarrow reads tables of 20,000 columns several times faster than pandas and keeps duplicate names.
     options = pa_csv.ReadOptions(skip_rows=1, autogenerate_column_names=True, block_size=1 << 27)
-    with reading(path, f"spots x genes, separated by {sep!r}"):
+    with reading(path, "a table of spots x genes"), open_packed(path) as unpacked:
+        sep = _separator(path, sep)
         names = _header(path, sep)
-        body = pa_csv.read_csv(path, read_options=options, parse_options=pa_csv.ParseOptions(delimiter=sep))
+        # pyarrow decompresses by suffix, which some tools leave unchanged.
+        source = path if is_gzip(path) == (path.suffix == ".gz") else unpacked
+        body = pa_csv.read_csv(source, read_options=options, parse_options=pa_csv.ParseOptions(delimiter=sep))
+    body = _without_blank_tail(body)
     # R omits the name of the id column; other programs write a name or an empty field.
     genes = names[1:] if len(names) == body.num_columns else names
     if body.num_columns < 2:
@@ -89,6 +123,14 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
     return as_counts(_sparse(columns), path, spots, genes), spots, genes
 
 
+def _without_blank_tail(body: pa.Table) -> pa.Table:
+    """Return a table without empty rows at its end, which spreadsheets write for cells that were cleared."""
+    n_rows = body.num_rows
+    while n_rows and all(column[n_rows - 1].as_py() in (None, "") for column in body.columns):
+        n_rows -= 1
+    return body.slice(0, n_rows)
+
+
 def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
     """Return numeric columns as float64 CSR without a dense matrix between."""
     values, rows, pointer = [], [], [0]
@@ -103,7 +145,7 @@ def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
 
 
 def _header(path: Path, sep: str) -> list[str]:
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+    with open_packed(path) as file:
         line = file.readline(MAX_LINE + 1).decode("utf-8-sig").rstrip("\r\n")
     if len(line) > MAX_LINE:
         raise SourceError(

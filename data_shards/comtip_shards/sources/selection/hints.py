@@ -39,6 +39,16 @@ _PARTS = (
     ),
 )
 
+_OF_RUNS = (
+    "feature_bc_matrix",
+    "cell_feature_matrix",
+    "experiment.xenium",
+    "matrix.mtx",
+    "tissue_positions",
+    "scalefactors",
+)
+"""Parts of the names of files that are read with others of their folder."""
+
 
 def explain(path: Path, readers: Sequence[Reader]) -> str:
     """Return a message with the problem of a path that no reader accepts, and the fix.
@@ -50,7 +60,7 @@ def explain(path: Path, readers: Sequence[Reader]) -> str:
     readers
         All readers, whose layouts are listed if nothing more specific is known.
     """
-    special = _of_file(path) if path.is_file() else _of_folder(path, readers)
+    special = _of_file(path, readers) if path.is_file() else _of_folder(path, readers)
     if special:
         return special
     known = "; ".join(f"{r.name}: {r.looks_for}" for r in readers)
@@ -59,24 +69,47 @@ def explain(path: Path, readers: Sequence[Reader]) -> str:
     return f"no known format. Looked for {known}. If it is one of these, set `fmt` to it"
 
 
-def _of_file(path: Path) -> str | None:
+def _of_file(path: Path, readers: Sequence[Reader]) -> str | None:
     reason = not_data(path) or _SUFFIXES.get(path.suffix.lower())
     if reason:
         return reason
+    folder = path.resolve().parent
+    folder = folder.parent if folder.name == "spatial" else folder
+    if any(part in path.name for part in _OF_RUNS) and any(r.recognise(folder) for r in readers):
+        return f"one file of a source; give its folder, {folder}"
     if is_image(path):
         return (
             "an image alone, without spots and counts; give the source that has them and state the image as `image`, or "
             "predict on the image with `comtip predict`"
         )
     kind = archive_kind(path)
-    if kind and not (is_gzip(path) and path.name.endswith(".h5ad.gz")):
+    if kind and not (is_gzip(path) and path.name.lower().endswith(".h5ad.gz")):
         return kind
+    if path.suffix.lower() in (".csv", ".txt") and b"sample_id" in _first_line(path):
+        return "a table with a column sample_id; save it separated by tabs as manifest.tsv"
     return next((text for part, text in _PARTS if part in path.name), None)
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline(1 << 16).replace(b"\0", b"")  # UTF-16
+
+
+def _has_bins(spatial: Path) -> bool:
+    """Return whether the scale factors in a folder ``spatial/`` are those of bins of Visium HD."""
+    factors = spatial / "scalefactors_json.json"
+    if not factors.is_file():
+        return False
+    with factors.open("rb") as file:
+        return b"bin_size_um" in file.read(1 << 16)
 
 
 def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     entries = contents(path)[:MAX_FILES]
-    runs = {p.name: r.name for p in entries if p.is_dir() for r in readers if r.recognise(p)}
+    if _has_bins(path / "spatial"):
+        return "bins of Visium HD; name the folder square_016um (or square_008um, square_002um), as Space Ranger does"
+    parts = [p for p in entries if p.is_dir() and p.name != "spatial"]  # spatial/ alone has no counts
+    runs = {p.name: r.name for p in parts for r in readers if r.recognise(p)}
     if runs:
         listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
         return (
@@ -88,6 +121,9 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
         reason = not_data(file)
         if reason and file.suffix.lower() not in (".txt", ".md"):
             return f"{file.name}: {reason}"
+    tables = [p for p in files if p.suffix.lower() in (".csv", ".txt") and b"sample_id" in _first_line(p)]
+    if tables:
+        return f"{tables[0].name}: a table with a column sample_id; save it separated by tabs as manifest.tsv"
     archives = [p for p in files if p.suffix.lower() in (".tar", ".tgz", ".zip") or p.name.endswith(".tar.gz")]
     if archives:
         return f"{archives[0].name} is an archive; unpack it into this folder first"

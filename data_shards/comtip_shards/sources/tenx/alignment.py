@@ -70,9 +70,14 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
                 "again from Xenium Explorer"
             )
         with plain.open(encoding="utf-8-sig") as file:
-            header = [n.strip().strip('"').lower() for n in file.readline().split(",")]
+            first = file.readline()
+        sep = next((s for s in "\t;" if s in first), ",")  # spreadsheets write the separator of their language
+        header = [n.strip().strip('"').lower() for n in first.split(sep)]
         named = any(n.isalpha() for n in header)
-        table = pd.read_csv(plain, header=0 if named else None, comment="#", encoding="utf-8-sig")
+        decimal = "," if sep == ";" and "." not in plain.read_text(encoding="utf-8-sig") else "."
+        table = pd.read_csv(
+            plain, header=0 if named else None, sep=sep, decimal=decimal, comment="#", encoding="utf-8-sig"
+        )
         table.columns = pd.Index([str(c).strip().lower() for c in table.columns])
         if named:
             if not set(POINTS) <= set(table.columns):

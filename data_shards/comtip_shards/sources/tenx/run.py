@@ -98,7 +98,7 @@ def find_matrix(folder: Path, stem: str) -> TenxMatrix | None:
 
 
 def _mex(matrix: Path) -> TenxMatrix:
-    prefix = matrix.name.split("matrix.mtx")[0]
+    prefix = re.split(r"matrix\.mtx", matrix.name, flags=re.IGNORECASE)[0]
     files = [matrix]
     for what, role in _MEX.items():
         groups = by_prefix(matrix.parent, role)
@@ -244,7 +244,7 @@ def _microscope_image(root: Path, prefix: str) -> Path | None:
         found = [
             p
             for p in find(root, pattern)
-            if Path(p.name.removesuffix(".gz")).suffix.lower() in _IMAGES
+            if Path(p.name.lower().removesuffix(".gz")).suffix in _IMAGES
             and not _NOT_MICROSCOPE.search(p.name)
             and (p.name.startswith(prefix) or p.parent != root)
         ]

@@ -34,7 +34,7 @@ def find_bins(path: Path) -> dict[float, Path]:
 def find_table(folder: Path) -> Path | None:
     """Return the table of positions in the folder of one bin width, None if there is none; Parquet takes precedence."""
     found = [p for files in by_prefix(folder / "spatial", TABLE).values() for p in files]
-    return next((p for p in found if ".parquet" in p.name), found[0] if found else None)
+    return next((p for p in found if ".parquet" in p.name.lower()), found[0] if found else None)
 
 
 def find_factors(spatial: Path) -> Path | None:
