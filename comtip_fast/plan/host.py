@@ -11,12 +11,16 @@ from comtip_fast.plan.sizes import Sizes
 
 # Operators of a transformer block: forward and backward, forward alone, and recomputation under activation checkpointing.
 VISION_BLOCK, VISION_FORWARD, VISION_AGAIN = 43, 19, 18
+VISION_BOTH = 48
+"""Operators of a block for all and the visible patches in one pass, forward and backward."""
 TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 35, 14, 17
-PREFIX, PREFIX_FORWARD = 8, 4
+PREFIX, PREFIX_FORWARD, PREFIX_BOTH = 8, 4, 11
 """Operators of class and register tokens, per call of the image encoder."""
-FIXED = 861
+EMBEDDED_ONCE = 8
+"""Operators that one pass saves before and after the blocks."""
+FIXED = 808
 """Everything else of a step in one piece: embeddings, heads, pooling, losses, draws, optimizer."""
-FIXED_PIECES, PER_PIECE = 716, 313
+FIXED_PIECES, PER_PIECE = 663, 313
 """The same with micro-batches: once, and per micro-batch."""
 DDP, ZERO_PIECE, RING_HOP = 59, 268, 43
 """Further operators of DDP, of ZeRO per micro-batch, and of the ring per other rank."""
@@ -25,7 +29,10 @@ DDP, ZERO_PIECE, RING_HOP = 59, 268, 43
 def operators(s: Sizes, e: EngineSpec, ranks: int) -> int:
     """Return the number of operators of a step of a rank, with the losses of the default config."""
     n, branches = e.micro_batches, 2 if s.has_mfm else 1
-    image = branches * (VISION_BLOCK * s.depth + PREFIX * (s.prefix > 0))
+    if s.has_mfm and s.one_pass and not e.activation_checkpointing:
+        image = VISION_BOTH * s.depth + PREFIX_BOTH * (s.prefix > 0) - EMBEDDED_ONCE
+    else:
+        image = branches * (VISION_BLOCK * s.depth + PREFIX * (s.prefix > 0))
     text = TEXT_BLOCK * s.text_depth
     if n == 1:
         out = FIXED + image + text
