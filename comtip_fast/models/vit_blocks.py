@@ -47,10 +47,11 @@ class PartsAttention(Attention):
 
     def _part(self, qkv_M: Tensor, tokens: int, gate_M: Tensor | None) -> Tensor:
         """Return the projected attention (M, d) of a part's rows."""
-        q, k, v = qkv_M.view(-1, tokens, 3, self.num_heads, qkv_M.shape[1] // (3 * self.num_heads)).unbind(2)
+        M, width = qkv_M.shape  # a rank may have no tile, so no size is left to be inferred
+        q, k, v = qkv_M.view(M // tokens, tokens, 3, self.num_heads, width // (3 * self.num_heads)).unbind(2)
         q, k, v = (x_BTHE.transpose(1, 2) for x_BTHE in (self.q_norm(q), self.k_norm(k), v))
         x_BHTE = F.scaled_dot_product_attention(q, k, v)
-        x_M = x_BHTE.transpose(1, 2).reshape(qkv_M.shape[0], -1)
+        x_M = x_BHTE.transpose(1, 2).reshape(M, width // 3)
         x_M = self.norm(x_M) if hasattr(self, "norm") else x_M
         out: Tensor = self.proj(x_M if gate_M is None else x_M * gate_M)
         return out

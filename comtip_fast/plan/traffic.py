@@ -135,17 +135,23 @@ def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
 def _gathered_for_micro_batches(s: Sizes, e: EngineSpec) -> int:
     """Return the bytes of parameters that ZeRO 3 gathers for n micro-batches, as measured with DeepSpeed 0.19.
 
-    A module is gathered whenever it is called, the image encoder once per pass over its blocks. It stays gathered between its forward
-    and backward pass only if the previous pass used the same modules, which holds from the third micro-batch on. The first
-    pass follows the trace of the previous step and gathers everything.
+    A module is gathered whenever it is called, the image encoder once per pass over its blocks. It stays gathered between its
+    forward and backward pass only if the previous pass used the same modules, which holds from the third micro-batch on. The
+    first pass follows the trace of the previous step and gathers everything. If all and the visible patches take one pass, the
+    blocks are gathered twice more for the backward pass, and the output projections of attention, called for each part, once
+    more per micro-batch.
     """
     n, full = e.micro_batches, s.trained_in("image encoder", "image head")
+    encoder = s.trained_in("image encoder")
     replay = full + (s.trained_in("mask generator") if s.has_mfm else 0)
-    if s.has_mfm and not (s.one_pass and not e.activation_checkpointing):
-        replay += s.trained_in("image encoder")
+    again = 0
+    if s.has_mfm and s.one_pass and not e.activation_checkpointing:
+        again = 2 * encoder + (n * s.depth * s.d * (s.d + 1) if s.vision_trained else 0)
+    elif s.has_mfm:
+        replay += encoder
     text = s.trained - s.image_side
     # Embedded once, replayed n times, and gathered twice more for the backward pass.
-    return ELEMENT * (s.trained + (n - 1) * full + (n + 2) * replay + 2 * text)
+    return ELEMENT * (s.trained + (n - 1) * full + (n + 2) * replay + again + 2 * text)
 
 
 def step_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:

@@ -178,9 +178,7 @@ def test_patches_are_cropped_to_the_width_of_the_model(tmp_path: Path):
     assert cropped.shape == (2, 16, 16, 3)
     assert (cropped[:, 2:-2, 2:-2] == 50).all()
     assert H5Patches(path, TileGeometry(16, 224.0, 1.0), whole=True).all()[0, 0, 0, 0] == 200
-    with pytest.raises(
-        ValueError, match=r"R1\.h5: tiles: 32 px .* are 112 um wide, but the model reads tiles of 224 um"
-    ):
+    with pytest.raises(ValueError, match=r"R1\.h5: patches are 112 um wide, but the model reads tiles of 224 um"):
         H5Patches(path, TileGeometry(16, 224.0, 1.0))
     with h5py.File(path, "r+") as file:
         values = file["img"][:].astype("f4")

@@ -283,7 +283,7 @@ def test_a_changed_checkpoint_is_never_loaded(
     case.change(folder, tmp_path / "foreign")
     if case.back:
         assert resume(run) == (OLD, weights_of(OLD))
-        caplog_has(caplog, rf"skipped a damaged checkpoint: .*step_{NEW:08d}/{case.message}.*delete the folder")
+        caplog_has(caplog, rf"skipped a damaged checkpoint: .*step_{NEW:08d}/{case.message}")
         assert (run / "checkpoints" / f"damaged_step_{NEW:08d}").exists()
         return
     with pytest.raises((CheckpointError, TrainingError), match=case.message) as caught:
@@ -301,7 +301,9 @@ def test_a_changed_checkpoint_without_an_older_one_is_refused(run: Path, tmp_pat
     root = run / "checkpoints"
     shutil.rmtree(checkpoints.folder_of(root, OLD))
     CASES[name].change(checkpoints.folder_of(root, NEW), tmp_path / "foreign")
-    with pytest.raises(TrainingError, match="all checkpoints are damaged; delete the folder to start from step 0"):
+    with pytest.raises(
+        TrainingError, match="can be read, see the warnings above; delete the folder to start from step 0"
+    ):
         resume(run)
 
 

@@ -259,7 +259,7 @@ def test_an_old_export_loads_with_unknown_parents_and_passes_this_on(
     settings = [*tiny_overrides, *SHORT, f"data.shards={sets['third'].path}", "name=child"]
     with caplog.at_level(logging.WARNING, "comtip_fast"):
         comtip_fast.pretrain(None, tmp_path / "run", overrides=settings, start_from=old, device="cpu")
-    assert "exported without lineage" in caplog.text
+    assert "the lineage of the parent is not known" in caplog.text
     result = evaluate_run(
         tmp_path / "run", sets["third"].path, tmp_path / "scores", sections=["s3"], null_draws=2, device="cpu"
     )

@@ -124,9 +124,10 @@ def read_index(folder: Path) -> ShardIndex:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {DELETE}") from error
-    problem = _problem(index) or _wrong_size(index, folder)
-    if problem:
+    if problem := _problem(index):
         raise CheckpointError(f"{path}: {problem}; {DELETE}")
+    if problem := _wrong_size(index, folder):  # names the file itself
+        raise CheckpointError(f"{problem}; {DELETE}")
     return index
 
 
