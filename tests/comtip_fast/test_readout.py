@@ -164,7 +164,7 @@ def test_unseen_genes_follow_the_genes_that_their_vectors_resemble() -> None:
     np.testing.assert_array_equal(without["cp10k"][:, 0], values["cp10k"][:, 0])
     one = np.ones((1, 3), np.float32)
     strange = GeneVectors(["human:N"], one, np.ones((1, 4), np.float32), one[0, :1])
-    with pytest.raises(ValueError, match="contain 0 of the 9 trained genes"):
+    with pytest.raises(ValueError, match="contain 0 of the 9 genes of a head of the linear readout"):
         readout.predict(test.x_NF, ["human:N"], vectors=strange)
     other = GeneVectors(["mouse:N"], one, np.ones((1, 4), np.float32), one[0, :1])
     assert not readout.predict(test.x_NF, ["mouse:N"], vectors=other)[1].any()

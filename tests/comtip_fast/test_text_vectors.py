@@ -259,7 +259,9 @@ def test_damaged_or_other_vectors_are_refused(case: str, runs: dict[str, Path], 
         if case == "of another run":
             edit_meta(export, "gene_vectors", other.sha256)
         write_sums(export, files)
-    with pytest.raises(ExportError, match=r"gene_vectors\.safetensors"):
+    with pytest.raises(
+        ExportError, match=r"gene_vectors\.safetensors|config\.json names the gene vectors .*, but lineage\.json names"
+    ):
         Bundle.load(export)
 
 

@@ -376,7 +376,7 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path:
 def test_no_batches_is_an_error(tmp_path: Path) -> None:
     task = StandIn(config_of())
     task.batches = lambda epoch: []
-    with pytest.raises(TrainingError, match="no training spots"):
+    with pytest.raises(TrainingError, match="epoch 0 has no batch: no readable spot in a section of split train"):
         Trainer(task, config_of(), tmp_path / "run").fit()
 
 

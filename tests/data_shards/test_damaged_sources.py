@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     ),
     "spots at one position": (
         lambda f: replaced(f, "obsm/spatial", np.full((24, 2), 50.0)),
-        "the distance between spots is 0 px",
+        "most spots have the same position as another one",
     ),
 }
 

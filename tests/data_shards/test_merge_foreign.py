@@ -144,7 +144,7 @@ BROKEN = {
     "another species": (genes(lambda r: r[1].__setitem__(1, "mouse")), r"line 2: the key .* is not species:symbol"),
     "no symbol": (
         genes(lambda r: r.__setitem__(1, ["human:", "human", "", "", ""])),
-        "line 2: the key 'human:' is empty",
+        "line 2: the key 'human:' has no symbol",
     ),
     "escapes in a gene": (
         genes(lambda r: r.__setitem__(1, ["human:\x1b[2J", "human", "\x1b[2J", "", ""])),
@@ -161,7 +161,10 @@ BROKEN = {
             "name": ["human:B2M", "human", "B2M", "", "+cmd|' /C calc'!A0"],
         }.items()
     },
-    "a long gene": (genes(lambda r: r[1].__setitem__(4, "x" * 5000)), "line 2: the key .* too long"),
+    "a long gene": (
+        genes(lambda r: r[1].__setitem__(4, "x" * 5000)),
+        "line 2: the key .* has a text of more than 1,000 characters",
+    ),
     "counts of a gene that was not measured": (unmeasured, "counts for a gene that .* did not measure"),
     "a tile of another size": (large_tile, r"record 000000000: the tile is 2000 x 2000 px"),
     "an overview that is text": (overview(b"<script>"), r"overview/t1\.jpg: the overview cannot be decoded"),

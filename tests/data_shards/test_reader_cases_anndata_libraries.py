@@ -191,7 +191,7 @@ def test_two_libraries_with_one_section_id_are_refused(tmp_path: Path):
     both.obs["library_id"] = ["A 1" if v == "A" else "A+1" for v in both.obs["library_id"]]
     library = adata().uns["spatial"]["lib"]
     both.uns["spatial"] = {"A 1": library, "A+1": library}
-    with pytest.raises(SourceError, match=r"two of the libraries A 1, A.1 have the same section id"):
+    with pytest.raises(SourceError, match=r"the libraries 'A 1' and 'A.1' have the same section id A_1"):
         open_source(write(tmp_path, both), overrides=FACTS)
 
 

@@ -130,7 +130,6 @@ BAD = {
         lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace("50.0", "far", 1)),
         "'far', not a number",
     ),
-    "tabs": (lambda f: rewrite(f, "gene_exp/{}_count.csv", lambda t: t.replace(",", "\t")), r"count\.csv"),
     "other slide": (lambda f: counts(MOUSE).to_csv(f / f"ST/gene_exp/{ST.slide}_count.csv"), "share no spot id"),
     "fractions": (lambda f: (counts(ST) / 2).to_csv(f / f"ST/gene_exp/{ST.slide}_count.csv"), "raw counts are needed"),
     "table": (

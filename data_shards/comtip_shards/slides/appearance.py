@@ -62,13 +62,6 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
             "mostly black" if (mean >= DENSITY[1]).mean() > 0.5 else "grey" if tissue.mean() > MIN_COLOURED else "blank"
         )
         return False, f"{what}: only {share:.1%} of it is coloured tissue"
-    brightest, dimmest = flat[coloured].max(axis=1).astype(float), flat[coloured].min(axis=1)
-    saturation = float(np.median((brightest - dimmest) / brightest))
-    if saturation > MAX_SATURATION:
-        return (
-            False,
-            f"pure colours on black, like fluorescence (saturation {saturation:.2f}; H&E is below {MAX_SATURATION})",
-        )
     red, green, blue = density[coloured].T
     green = np.maximum(green, 1e-3)
     r, b = float(np.median(red / green)), float(np.median(blue / green))
@@ -77,6 +70,13 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
         return False, f"pink without haematoxylin, like pure eosin ({measured}; H&E has red to green near 0.8)"
     if b > BLUE_TO_GREEN[1]:
         return False, f"brown or yellow, like an antibody stain ({measured}; H&E has blue to green near 0.5)"
+    brightest, dimmest = flat[coloured].max(axis=1).astype(float), flat[coloured].min(axis=1)
+    saturation = float(np.median((brightest - dimmest) / brightest))
+    if saturation > MAX_SATURATION:
+        return (
+            False,
+            f"pure colours on black, like fluorescence (saturation {saturation:.2f}; H&E is below {MAX_SATURATION})",
+        )
     if r > RED_TO_GREEN[1] or b < BLUE_TO_GREEN[0]:
         return False, f"blue or green, like fluorescence or another dye ({measured})"
     return True, f"pink and purple ({measured})"

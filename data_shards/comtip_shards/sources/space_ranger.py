@@ -25,7 +25,7 @@ from comtip_shards.sources.files.spots import SpotPositions, join
 from comtip_shards.sources.files.tables import flags, numbers, without_blank
 from comtip_shards.sources.tenx.features import for_species
 from comtip_shards.sources.tenx.run import PICTURES, appearance_note, choose_image, scale_factors, section_name
-from comtip_shards.sources.tenx.space_ranger_files import RunFiles, find_runs, spatial_files
+from comtip_shards.sources.tenx.space_ranger_files import RENAMED_BINS, RunFiles, find_runs, has_bins, spatial_files
 
 PITCH_UM, DIAMETER_UM = 100.0, 55.0
 SLIDES = {4_992: "6.5 mm", 14_336: "11 mm"}
@@ -84,6 +84,8 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     path, notes, counts = run.root, list(run.notes), run.matrix
+    if counts is None and path.name.lower() == "spatial" and has_bins(path):
+        raise SourceError(f"{path.parent}: {RENAMED_BINS}")
     if counts is None and path.name.lower() == "spatial":
         raise SourceError(
             f"{path}: a part of a run without counts; give the folder above it, which has the count matrix"

@@ -50,7 +50,7 @@ def test_a_probe_passes_as_many_rows_as_its_lengths_state(monkeypatch: pytest.Mo
     monkeypatch.setattr(peers, "torch_varlen", lambda: varlen)
     assert cases.probe("varlen", "cpu", 2, 16) == ""
     monkeypatch.setattr(peers, "torch_varlen", lambda: None)
-    assert "needs a torch" in cases.probe("varlen", "cpu", 2, 16)
+    assert "needs torch.nn.attention.varlen" in cases.probe("varlen", "cpu", 2, 16)
 
 
 def test_clip_loss_is_timed_on_the_same_columns(monkeypatch: pytest.MonkeyPatch):

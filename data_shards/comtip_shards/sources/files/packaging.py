@@ -116,7 +116,8 @@ def read_packed(path: Path, limit: int = 1 << 30) -> bytes:
     SourceError
         The content exceeds ``limit`` bytes, or is implausibly larger than the file.
     """
-    size, packed, most = path.stat().st_size, is_gzip(path), limit
+    packed, most = is_gzip(path), limit
+    size = path.stat().st_size
     if packed:
         most = min(limit, max(ALWAYS_UNPACKED, MAX_GROWTH * size))
     with open_packed(path) as file:

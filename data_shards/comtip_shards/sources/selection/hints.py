@@ -9,6 +9,7 @@ from comtip_shards.not_data import archive_kind, not_data
 from comtip_shards.slides.open import is_image
 from comtip_shards.sources.base import Reader
 from comtip_shards.sources.files.packaging import contents, is_gzip
+from comtip_shards.sources.tenx.space_ranger_files import RENAMED_BINS, has_bins
 
 MAX_FILES = 200
 MICROSCOPE = "a microscope's own format, which cannot be read; convert it to OME-TIFF (QuPath, or bfconvert -pyramid-resolutions 5)"
@@ -95,19 +96,10 @@ def _first_line(path: Path) -> bytes:
         return file.readline(1 << 16).replace(b"\0", b"")  # UTF-16
 
 
-def _has_bins(spatial: Path) -> bool:
-    """Return whether the scale factors in a folder ``spatial/`` are those of bins of Visium HD."""
-    factors = spatial / "scalefactors_json.json"
-    if not factors.is_file():
-        return False
-    with factors.open("rb") as file:
-        return b"bin_size_um" in file.read(1 << 16)
-
-
 def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     entries = contents(path)[:MAX_FILES]
-    if _has_bins(path / "spatial"):
-        return "bins of Visium HD; name the folder square_016um (or square_008um, square_002um), as Space Ranger does"
+    if has_bins(path / "spatial"):
+        return RENAMED_BINS
     parts = [p for p in entries if p.is_dir() and p.name != "spatial"]  # spatial/ alone has no counts
     runs = {p.name: r.name for p in parts for r in readers if r.recognise(p)}
     if runs:

@@ -11,6 +11,8 @@ from comtip_shards.sources.files.packaging import by_prefix, contents, find, pre
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from comtip_shards.sources.tenx.run import TAR, find_flat_mex, find_matrices, find_pictures, only, section_name
 
+RENAMED_BINS = "bins of Visium HD; name the folder square_016um (or square_008um, square_002um), as Space Ranger does"
+
 POSITIONS = r"tissue_positions(?:_list)?\.(?:csv|parquet)"
 FACTORS = r"scalefactors_json\.json"
 _FILTERED = ("filtered_feature_bc_matrix", "filtered_gene_bc_matrices")
@@ -155,3 +157,12 @@ def _noted(run: RunFiles, prefixed: bool) -> RunFiles:
     if run.matrix is not None and any(_RAW in n for n in (run.matrix.path.name, run.matrix.path.parent.name)):
         run.notes.append(f"counts from {run.matrix.path.name} (no filtered matrix), restricted to spots in tissue")
     return run
+
+
+def has_bins(spatial: Path) -> bool:
+    """Return whether the scale factors in a folder ``spatial/`` are those of bins of Visium HD."""
+    factors = spatial / "scalefactors_json.json"
+    if not factors.is_file():
+        return False
+    with factors.open("rb") as file:
+        return b"bin_size_um" in file.read(1 << 16)
