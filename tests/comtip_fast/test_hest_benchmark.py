@@ -184,7 +184,7 @@ def test_patches_are_cropped_to_the_width_of_the_model(tmp_path: Path):
         values = file["img"][:].astype("f4")
         del file["img"]
         file["img"] = values
-    with pytest.raises(ValueError, match=r"R1\.h5: tiles: dtype float32; convert to uint8"):
+    with pytest.raises(ValueError, match=r"R1\.h5: img is float32 of shape .* expected uint8"):
         H5Patches(path, TileGeometry(16, 56.0, 1.0))
 
 

@@ -192,7 +192,7 @@ CASES = {
     "a foreign hash": Case(
         data(SUMS, lambda raw: b"0" * 64 + raw[64:]), rf"{FIRST}: {INDEX} and {SUMS} state different"
     ),
-    "hashes removed": Case(data(SUMS, lambda raw: b""), r"SHA256SUMS: missing|SHA-256 differs"),
+    "hashes removed": Case(data(SUMS, lambda raw: b""), r"SHA256SUMS: no SHA-256 of"),
     "hashes without end": Case(replaced(SUMS, lambda path, _: huge(path)), rf"{SUMS}: more than .* bytes"),
     "a state without end, with hashes": Case(
         then(replaced(STATE, lambda path, _: huge(path)), rehash), rf"{STATE}: more than .* bytes"
