@@ -36,6 +36,7 @@ NO_FACTS = {
     "then": "hashes by input of a run",
     "now": "hashes by input of a run",
     "failed": "error messages by section",
+    "renamed": "settings by their former names",
 }
 """What a parameter of type ``dict[str, str]`` holds, by its name, where that is no facts about a section."""
 FACTS = re.compile(r"(dict|Mapping)\[str, str\]")

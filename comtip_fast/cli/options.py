@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from comtip_shards.not_data import text_encoding
 from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, option_specs, parse_facts
 from comtip_shards.storage.atomic import refuse_input_as_output
 
@@ -148,16 +149,14 @@ def new_file(option_value: Path, suffix: str, what: str) -> Path:
 
 
 def check_parent(out: Path) -> None:
-    """Check that ``--out`` can be created in its folder.
+    """Check that the folder of ``--out`` exists and can be written to, also where the file exists; see :func:`check_out`.
 
     Raises
     ------
-    FileNotFoundError, NotADirectoryError, PermissionError
-        The folder does not exist, is a file, or cannot be written.
+    FileNotFoundError, PermissionError
+        The folder does not exist, or cannot be written to.
     """
     folder = out.parent
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {out}: {folder} is a file; give a path in a folder")
     if not folder.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK):
@@ -291,7 +290,7 @@ def read_gene_file(path: Path) -> list[str]:
         )
     try:
         # Excel and R on Windows write a byte order mark; Excel's "Unicode text" is UTF-16.
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = raw.decode(text_encoding(raw))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"

@@ -39,6 +39,11 @@ SHORT_BYTES = 1024
 _ERROR_PAGES = (b"<error", b"accessdenied", b"nosuchkey", b"<message>")
 
 
+def text_encoding(start: bytes) -> str:
+    """Return the encoding of a text by its first bytes: UTF-16 with its mark (Excel's "Unicode text"), or UTF-8 with or without one."""
+    return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
 def not_data(path: Path) -> str | None:
     """Return what a file is and what to do, if its first bytes show that it holds no data; otherwise None."""
     if path.exists() and not path.is_file():  # opening a pipe waits for a writer

@@ -246,13 +246,14 @@ def test_xenium_suffixes_in_capitals(tmp_path: Path, csv: bool):
     np.testing.assert_array_equal(section.counts.toarray(), expected.counts.toarray())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize(
     "text", ["4.7\t0\t0\n0\t4.7\t0\n0\t0\t1\n", "4,7;0;0\n0;4,7;0\n0;0;1\n", "4.7;0;0\n0;4.7;0\n0;0;1"]
 )
-def test_an_alignment_that_a_spreadsheet_wrote(tmp_path: Path, text: str):
+def test_an_alignment_that_a_spreadsheet_wrote(tmp_path: Path, text: str, encoding: str):
     path = xenium(tmp_path)
     (expected,) = (s.read() for s in open_source(path, overrides=XEN))
-    (path / "S_he_imagealignment.csv").write_text(text)
+    (path / "S_he_imagealignment.csv").write_text(text, encoding=encoding)
     (section,) = (s.read() for s in open_source(path, overrides=XEN))
     np.testing.assert_allclose(section.xy, expected.xy)
 

@@ -16,13 +16,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from comtip_shards.errors import SourceError
+from comtip_shards.not_data import text_encoding
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, check_one_file, pick
 from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import find, read_packed, unpacked
 from comtip_shards.sources.files.spots import SpotPositions, join
-from comtip_shards.sources.files.tables import flags, numbers, without_blank
+from comtip_shards.sources.files.tables import flags, numbers, with_point, without_blank
 from comtip_shards.sources.tenx.features import for_species
 from comtip_shards.sources.tenx.run import PICTURES, appearance_note, choose_image, scale_factors, section_name
 from comtip_shards.sources.tenx.space_ranger_files import RENAMED_BINS, RunFiles, find_runs, has_bins, spatial_files
@@ -45,7 +46,6 @@ _ALSO_CALLED = {
 }
 """Names of the columns in Seurat."""
 FACTORS = "scalefactors_json.json"
-_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _BARCODE = re.compile(r"(?<![A-Za-z])[ACGTN]{14,}(?![A-Za-z])")
 """A barcode of 10x Genomics, between the affixes of samples that R and GEO add (``S1_AAAC...-1_2``)."""
 
@@ -84,9 +84,9 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     path, notes, counts = run.root, list(run.notes), run.matrix
-    if counts is None and path.name.lower() == "spatial" and has_bins(path):
-        raise SourceError(f"{path.parent}: {RENAMED_BINS}")
     if counts is None and path.name.lower() == "spatial":
+        if has_bins(path):
+            raise SourceError(f"{path.parent}: {RENAMED_BINS}")
         raise SourceError(
             f"{path}: a part of a run without counts; give the folder above it, which has the count matrix"
         )
@@ -198,7 +198,7 @@ def _text_table(path: Path) -> pd.DataFrame:
     """Read a table of positions in text; known names of columns are replaced by those of :data:`COLUMNS`."""
     raw = read_packed(path)
     try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = raw.decode(text_encoding(raw))
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
     first = text.partition("\n")[0].lower()
@@ -215,7 +215,7 @@ def _text_table(path: Path) -> pd.DataFrame:
     )
     table = without_blank(table)
     if sep == ";":  # the comma is the decimal separator of these languages
-        table = table.map(lambda v: v.replace(",", ".") if _DECIMAL_COMMA.fullmatch(v) else v)
+        table = table.map(with_point)
     if header:
         names = [str(c).strip().lower() for c in table.columns]
         if "barcode" not in names and names[0].startswith("unnamed:"):

@@ -11,7 +11,6 @@ import csv
 import difflib
 import io
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,10 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import check_section_id
-from comtip_shards.not_data import refuse_not_data
+from comtip_shards.not_data import refuse_not_data, text_encoding
 from comtip_shards.sections.facts import META_KEYS, SourceOptions, source_options
 from comtip_shards.sections.section import RENAME, Split
 from comtip_shards.sources import FORMATS
+from comtip_shards.sources.files.tables import with_point
 
 SUFFIXES = (".csv", ".tsv", ".yaml", ".yml")
 MAX_BYTES = 16 << 20
@@ -32,7 +32,6 @@ MAX_BYTES = 16 << 20
 MAX_ROWS = 100_000
 NUMBERS = ("mpp", "pool_um", "bin_um", "min_cover", "qv")
 """Columns of numbers, which may have a decimal comma in tables that are separated by semicolons."""
-_DECIMAL_COMMA = re.compile(r"\d+,\d+")
 MAX_CELL = 4096
 """Maximum length of a cell in characters."""
 _Cell = Annotated[str, Field(max_length=MAX_CELL)]
@@ -85,7 +84,7 @@ def read_study(path: Path) -> list[StudyRow]:
     if len(raw) > MAX_BYTES:
         raise SourceError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a table of sources; check the path")
     try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = raw.decode(text_encoding(raw))
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error}); save the table as UTF-8") from error
     found = _yaml_rows(path, text) if path.suffix.lower() in (".yaml", ".yml") else _csv_rows(path, text)
@@ -123,7 +122,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             cells = dict(zip(names, (v.strip() for v in values), strict=False))
             if sep == ";":  # the comma is the decimal separator of these languages
-                cells |= {n: v.replace(",", ".") for n in NUMBERS if _DECIMAL_COMMA.fullmatch(v := cells.get(n, ""))}
+                cells |= {n: with_point(cells[n]) for n in NUMBERS if n in cells}
             yield reader.line_num, cells
     except csv.Error as error:
         raise SourceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,14 @@ import pyarrow.csv as pa_csv
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.not_data import text_encoding
 from comtip_shards.sections.section import check_unique
 from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import is_gzip, open_packed
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_LINE, MAX_TABLE_BYTES, check_table_size
 
 _TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
 
 
@@ -59,9 +62,14 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
 
 
 def encoding_of(path: Path) -> str:
-    """Return the encoding of a table by its byte order mark: UTF-16 (Excel's "Unicode text"), or UTF-8 with or without a mark."""
+    """Return the encoding of a table, packed or not, see :func:`comtip_shards.not_data.text_encoding`."""
     with open_packed(path) as file:
-        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        return text_encoding(file.read(2))
+
+
+def with_point(value: str) -> str:
+    """Return a number with a decimal comma, as the spreadsheets of some languages write it, with a point; other text unchanged."""
+    return value.replace(",", ".") if _DECIMAL_COMMA.fullmatch(value) else value
 
 
 def _separator(path: Path, expected: str) -> str:

@@ -15,6 +15,7 @@ import pandas as pd
 from comtip_shards.errors import SourceError
 from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import unpacked
+from comtip_shards.sources.files.tables import encoding_of
 
 POINTS = ("fixedx", "fixedy", "alignmentx", "alignmenty")
 MAX_RESIDUAL_UM = 20.0
@@ -69,14 +70,15 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
                 f"{path}: {plain.stat().st_size:,} bytes, but an alignment of the H&E image has 9 numbers or a few keypoints; export it "
                 "again from Xenium Explorer"
             )
-        with plain.open(encoding="utf-8-sig") as file:
+        encoding = encoding_of(plain)
+        with plain.open(encoding=encoding) as file:
             first = file.readline()
         sep = next((s for s in "\t;" if s in first), ",")  # spreadsheets write the separator of their language
         header = [n.strip().strip('"').lower() for n in first.split(sep)]
         named = any(n.isalpha() for n in header)
-        decimal = "," if sep == ";" and "." not in plain.read_text(encoding="utf-8-sig") else "."
+        decimal = "," if sep == ";" and "." not in plain.read_text(encoding=encoding) else "."
         table = pd.read_csv(
-            plain, header=0 if named else None, sep=sep, decimal=decimal, comment="#", encoding="utf-8-sig"
+            plain, header=0 if named else None, sep=sep, decimal=decimal, comment="#", encoding=encoding
         )
         table.columns = pd.Index([str(c).strip().lower() for c in table.columns])
         if named:
