@@ -25,7 +25,9 @@ FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
 FORMAT, VERSION = "comtip-lineage", 1
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
-_FIX = "copy the file again, or write the export again with `comtip export`"
+_FIX = (
+    "copy the file again, or write the export from a checkpoint of the run with `comtip export RUN --checkpoint best`"
+)
 _FIX_OF_RUN = "copy it again, or delete it: the parents are then read from the export that train.start_from names"
 LEARNING = ("train", "val")
 """Splits that influence the weights: val selects the step."""

@@ -1,7 +1,8 @@
 """A closed-form correction of the linear readout, fitted to some spots of a section.
 
 The model's prediction stays, and ridge regression of its residuals on the frozen encoder's features is added. With a strong
-penalty the correction vanishes, so few spots change the model little. The sum is again a linear readout, which an export holds.
+penalty the correction approaches a constant per gene, the mean residual, so few spots change the predicted pattern little. The sum
+is again a linear readout, which an export holds.
 
 Shapes: N spots, F features, G genes, K programmes.
 """

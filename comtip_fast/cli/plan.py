@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--tile-kb", type=float, default=30.0, metavar="KB", help="size of an encoded tile in kB (default 30)"
     )
-    data.add_argument("--trained-genes", type=int, metavar="N", help="trained genes (default: genes.per_cohort)")
+    data.add_argument(
+        "--trained-genes", type=int, metavar="N", help="trained genes (default: genes.per_cohort, or 10,000 if it is 0)"
+    )
     data.add_argument("--panel", type=int, metavar="G", help="genes per step (default: panel.max_genes)")
     data.add_argument(
         "--loader-tiles-per-s", type=float, metavar="N", help="measured throughput of the loader per node, if known"

@@ -40,7 +40,7 @@ CORRECT = "correct it in uns['spatial']"
 
 
 def read_section(spec: str | Path) -> ad.AnnData:
-    """Return a section as AnnData with positions, image and scale.
+    """Return a section as AnnData with positions and, if the input has them, image and scale.
 
     Parameters
     ----------
@@ -51,8 +51,10 @@ def read_section(spec: str | Path) -> ad.AnnData:
     Raises
     ------
     SourceError
-        The set has no such section, the file cannot be read, there are no positions, or ``spec`` is a URL or a folder that is no
-        shard set.
+        There is no such section, or there are several and none is named; the file cannot be read; a spot has no position; or
+        ``spec`` is a URL or a folder that is no shard set.
+    ShardError
+        The shard set is damaged.
     FileNotFoundError
         The path does not exist.
     """

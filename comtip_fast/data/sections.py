@@ -104,7 +104,9 @@ def open_section(
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
         if "/" in section_id:
-            raise SourceError(f"{spec}: a URL must name a section of a shard set; give SHARDS_URL:section_id")
+            raise SourceError(
+                f"{spec}: a URL must name a section of a shard set; give SHARDS_URL:section_id, or download a file of another kind first"
+            )
         _refuse_format(fmt, f"{url} is a shard set")
         _refuse_options(options, url)
         return _from_shards(ShardSet(url), section_id, tile)

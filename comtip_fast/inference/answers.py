@@ -82,7 +82,7 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
     Parameters
     ----------
     model
-        The model, whose trained genes are predicted if ``genes`` is None.
+        The model, whose trained genes of the species are predicted if ``genes`` is None.
     genes
         Symbols, Ensembl ids or previous symbols.
     species
@@ -96,7 +96,7 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
     Raises
     ------
     ValueError
-        The list is empty, a gene is named more than once, or the model has no trained gene of the species.
+        The list is empty, a gene is named more than once, or ``genes`` is None and the model has no trained gene of the species.
     """
     known = {g.key: g for g in model.bundle.genes}
     if genes is None:

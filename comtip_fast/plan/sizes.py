@@ -44,7 +44,7 @@ class Inputs:
     tile_bytes: float = 30e3
     """Mean bytes of an encoded tile."""
     trained_genes: int | None = None
-    """Number of trained genes; None means ``genes.per_cohort``."""
+    """Number of trained genes; None means ``genes.per_cohort``, or :data:`DEFAULT_GENES` if it is 0."""
     panel: int | None = None
     """Panel size G; None means ``panel.max_genes``, the largest."""
     sentence_tokens: float | None = None

@@ -216,7 +216,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     latin.write_bytes("id\té\tb\nc1\t1\t2\n".encode("latin-1"))
     with pytest.raises(SourceError, match="not UTF-8 text"):
         open_counts(latin)
-    with pytest.raises(ValueError, match=r"no gene identifier is known for human, e.g. 'xx1'; check `species`"):
+    with pytest.raises(
+        ValueError, match=r"no gene identifier is known for human, e.g. 'xx1'; check the identifiers and `species`"
+    ):
         gene_vectors([write_table(tmp_path / "b.tsv.gz", make_counts(5, genes=2), ["xx1", "xx2"])], species="human")
     bad = write_h5ad(tmp_path / "n.h5ad", sparse.csr_matrix(np.full((4, len(SYMBOLS)), 0.5, np.float32)))
     with pytest.raises(SourceError, match="raw counts are needed"):

@@ -271,7 +271,7 @@ CASES = {
     "12 bits in a PNG": Case(
         "12 or 8 bits in 16",
         lambda p: png16(p, WIDE * 16),
-        refusal="16-bit values of which at most 12 bits are used; convert it to 8 bits",
+        refusal="16-bit values of which at most 12 bits are used, .*; save it as TIFF",
         suffix=".png",
     ),
     "4 bits": Case(

@@ -23,9 +23,9 @@ widths = st.floats(0.5, 5_000)
 
 
 def pool(rows, width: float, min_units: int = 1, batches: int = 1):
-    pooler = Pooler(N_GENES)
+    pooler = Pooler(N_GENES, "x")
     for part in np.array_split(np.arange(len(rows)), batches):
-        squares = squares_of(np.array([rows[i][:2] for i in part]).reshape(-1, 2), width)
+        squares = squares_of(np.array([rows[i][:2] for i in part]).reshape(-1, 2), width, "x")
         pooler.add_units(squares)
         pooler.add_counts(squares, sparse.csr_matrix(np.array([rows[i][2] for i in part]).reshape(-1, N_GENES)))
     return pooler.result(min_units=min_units)
@@ -35,7 +35,7 @@ def slowly(rows, width: float):
     """Sum with dictionaries: {square: [units, counts]}."""
     out: dict = {}
     for x, y, counts in rows:
-        key = tuple(squares_of(np.array([[x, y]]), width)[0].tolist())
+        key = tuple(squares_of(np.array([[x, y]]), width, "x")[0].tolist())
         n, total = out.get(key, (0, np.zeros(N_GENES, int)))
         out[key] = (n + 1, total + counts)
     return out
@@ -67,7 +67,7 @@ def test_no_position_lies_outside_its_square(values, width):
     edges = np.round(np.array(values) / width) * width
     xy = np.concatenate([values, edges, np.nextafter(edges, np.inf), np.nextafter(edges, -np.inf)])
     xy = np.stack([xy, xy[::-1]], axis=1)
-    square = squares_of(xy, width)
+    square = squares_of(xy, width, "x")
     assert (square * width <= xy).all()
     assert (xy < (square + 1) * width).all()
 
@@ -87,9 +87,9 @@ def test_transcripts_are_units_and_counts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pooling, "_COMPACT", 7)  # with intermediate sums, as for a large section
     rng = np.random.default_rng(0)
     xy, genes = rng.uniform(0, 300, (200, 2)), rng.integers(0, N_GENES, 200)
-    pooler = Pooler(N_GENES)
+    pooler = Pooler(N_GENES, "x")
     for part in np.array_split(np.arange(200), 9):
-        pooler.add_transcripts(squares_of(xy[part], 100.0), genes[part])
+        pooler.add_transcripts(squares_of(xy[part], 100.0, "x"), genes[part])
     pooled = pooler.result()
     want = np.zeros((3, 3, N_GENES), int)
     np.add.at(want, ((xy[:, 1] // 100).astype(int), (xy[:, 0] // 100).astype(int), genes), 1)
@@ -99,16 +99,16 @@ def test_transcripts_are_units_and_counts(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_sum_that_does_not_fit_is_refused():
-    pooler, square = Pooler(1), np.zeros((1, 2), np.int64)
+    pooler, square = Pooler(1, "counts.h5"), np.zeros((1, 2), np.int64)
     for _ in range(2):
         pooler.add_units(square)
         pooler.add_counts(square, sparse.csr_matrix([[2**30]]))
-    with pytest.raises(SourceError, match="smaller `pool_um`"):
+    with pytest.raises(SourceError, match=r"^counts.h5: a pseudo-spot .* smaller `pool_um`"):
         pooler.result()
 
 
 def test_absurd_positions_are_refused():
-    with pytest.raises(SourceError, match="check the positions, their unit"):
-        Pooler(1).add_units(np.array([[2**40, 0]]))
-    with pytest.raises(SourceError, match="check the positions, their unit"):
-        squares_of(np.array([[1e300, 0.0]]), 100.0)
+    with pytest.raises(SourceError, match=r"^cells.csv: a position .* check the positions, their unit"):
+        Pooler(1, "cells.csv").add_units(np.array([[2**40, 0]]))
+    with pytest.raises(SourceError, match=r"^cells.csv: a position .* check the positions, their unit"):
+        squares_of(np.array([[1e300, 0.0]]), 100.0, "cells.csv")

@@ -140,7 +140,7 @@ class _Spool:
             )
         genes = map_genes(source.genes, known, symbols=source.symbols if any(source.symbols) else ())
         if not genes.keys:
-            fix = "check `species`" if own is None else "correct the identifiers"
+            fix = "check the identifiers and `species`" if own is None else "correct the identifiers"
             raise ValueError(f"{source.path}: no gene identifier is known for {known}, e.g. {source.genes[0]!r}; {fix}")
         log.info("%s: %s", source.path.name, genes.report().splitlines()[0])
         names = [k.split(":", 1)[1].upper() if self.orthologues else k for k in genes.keys]

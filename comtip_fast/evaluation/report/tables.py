@@ -14,7 +14,10 @@ SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calib
 
 
 def score_table(result: Evaluation) -> pd.DataFrame:
-    """Return one row per ``cohort``, ``predictor`` and ``normalisation``, with the fields of :class:`Score`, means over sections."""
+    """Return one row per ``cohort``, ``predictor`` and ``normalisation``, with the fields of :class:`Score`.
+
+    Scores are means over sections; undefined genes are counted over all of them.
+    """
     rows = [
         {"cohort": cohort, "predictor": name, "normalisation": norm, **entry[name][norm]}
         for cohort, entry in result.metrics["cohorts"].items()

@@ -166,7 +166,10 @@ class ExpressionTask(ABC):
         return out
 
     def choose_by_validation(self) -> str:
-        """Choose the setting with the best validation score under the current weights, and return its name."""
+        """Choose the setting with the best validation score under the current weights, and return its name.
+
+        Without validation sections, nothing is chosen and the name is empty.
+        """
         share = self.validation_share(lambda what: None)
         means = self._means(share)
         if not means:

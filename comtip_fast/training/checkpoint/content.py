@@ -17,7 +17,7 @@ SUMS = "SHA256SUMS"
 STATE = "state.json"
 MAX_TEXT_BYTES = 1 << 26
 """Maximum size of the file of hashes and of the state."""
-DELETE = "delete the folder to use an older checkpoint"
+DELETE = "delete the folder to use an older checkpoint (if there is none, the run starts from step 0)"
 MISFIT = f"restore the config and the release of the run, or {DELETE}"
 """Fix of weights that do not fit the model."""
 

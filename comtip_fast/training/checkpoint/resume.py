@@ -48,7 +48,8 @@ def find_checkpoint(
 ) -> tuple[int, Checkpoint] | None:
     """Return the checkpoint to resume from on every rank, and write the config to the run folder; a collective call.
 
-    Parameters and errors are those of :func:`prepare_run_folder`; ``pause`` is that of :func:`.process_group.on_rank_zero`.
+    Parameters and errors are those of :func:`prepare_run_folder`, for the ranks of ``group``; ``pause`` is that of
+    :func:`.process_group.on_rank_zero`.
     """
     damage = damage_of_parts(run_dir / CHECKPOINTS, group, pause) if resume and in_parts else {}
     own: list[tuple[int, Checkpoint]] = []

@@ -72,7 +72,7 @@ class PartSource(Protocol):
 
 
 class Shards(Protocol):
-    """Access to the parameters of an engine of which every rank holds a part."""
+    """Access to this rank's part of the parameters, for an engine that divides them over ranks."""
 
     def parts(self) -> Iterator[ParameterPart]:
         """Yield this rank's part of every parameter; not a collective call."""

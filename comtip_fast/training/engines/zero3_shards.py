@@ -77,9 +77,9 @@ class Zero3Shards:
 
     @contextmanager
     def elementwise(self) -> Iterator[None]:
-        """See :meth:`.base.Engine.elementwise`; a parameter's data is this rank's part of it, and nothing is gathered.
+        """See :meth:`.base.Engine.elementwise`; a parameter's data is this rank's part of it.
 
-        Small parameters, which ZeRO 3 keeps gathered between steps, are whole on every rank.
+        Small parameters, which ZeRO 3 keeps gathered between steps, are whole on every rank; no other parameter is gathered.
         """
         before = [(p, p.data) for _, p in self._named()]
         for parameter, _ in before:

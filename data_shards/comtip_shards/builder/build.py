@@ -331,13 +331,13 @@ def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[Section
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise SourceError(
-            f"duplicate section ids: {', '.join(twice)}; rename their files or folders, or state ids in a table of sources"
+            f"duplicate section ids: {', '.join(twice)}; rename their files or folders, or state different ids in a table of sources"
         )
     alike = same_file(ids)
     if alike:
         raise SourceError(
             f"section ids must not differ only in case: {alike[0]} and {alike[1]}; rename one of their files or folders, or state "
-            "ids in a table of sources"
+            "different ids in a table of sources"
         )
     unknown = sorted(set(splits) - set(ids))
     if unknown:

@@ -41,7 +41,7 @@ class Pooled:
         return [f"{j:03d}x{i:03d}" for i, j in self.square_N2]
 
 
-def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
+def squares_of(xy_N2: np.ndarray, width: float, where: str) -> np.ndarray:
     """Return the square that contains each position.
 
     Parameters
@@ -50,6 +50,8 @@ def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
         float (N, 2), finite, in the unit of ``width``.
     width
         Width of a square.
+    where
+        File of the positions, for messages.
 
     Returns
     -------
@@ -65,7 +67,7 @@ def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
     # The quotient is rounded, so a position just below an edge may be assigned to the next square, and vice versa.
     index -= index * width > xy
     index += (index + 1) * width <= xy
-    _check_near(index)
+    _check_near(index, where)
     return index.astype(np.int64)
 
 
@@ -76,10 +78,12 @@ class Pooler:
     ----------
     n_genes
         Number of genes.
+    where
+        File of the units, for messages.
     """
 
-    def __init__(self, n_genes: int) -> None:
-        self.n_genes = n_genes
+    def __init__(self, n_genes: int, where: str) -> None:
+        self.n_genes, self.where = n_genes, where
         self.total_units = 0
         self.total_counts = 0
         self._row_of: dict[int, int] = {}
@@ -132,7 +136,9 @@ class Pooler:
         self._compact()
         flat, data = self._flat[0], self._data[0]
         if data.size and data.max() > np.iinfo(np.int32).max:
-            raise SourceError("a pseudo-spot has more than 2^31 - 1 counts of one gene; set a smaller `pool_um`")
+            raise SourceError(
+                f"{self.where}: a pseudo-spot has more than 2^31 - 1 counts of one gene; set a smaller `pool_um`"
+            )
         shape = (len(self._units), self.n_genes)
         whole = sparse.csr_matrix((data, (flat // self.n_genes, flat % self.n_genes)), shape=shape)
         squares = _decode(np.array(list(self._row_of), np.int64))
@@ -152,7 +158,7 @@ class Pooler:
 
     def _rows(self, square_N2: np.ndarray) -> np.ndarray:
         """Return the row of each square, adding rows for new squares."""
-        codes, inverse = np.unique(_encode(square_N2), return_inverse=True)
+        codes, inverse = np.unique(_encode(square_N2, self.where), return_inverse=True)
         for code in codes.tolist():
             self._row_of.setdefault(code, len(self._row_of))
         new = len(self._row_of) - len(self._units)
@@ -171,16 +177,16 @@ class Pooler:
         self._buffered = len(first)
 
 
-def _encode(square_N2: np.ndarray) -> np.ndarray:
+def _encode(square_N2: np.ndarray, where: str) -> np.ndarray:
     squares = np.asarray(square_N2, np.int64)
-    _check_near(squares)
+    _check_near(squares, where)
     return squares[:, 0] * (2 * _LIMIT) + squares[:, 1]
 
 
-def _check_near(squares: np.ndarray) -> None:
+def _check_near(squares: np.ndarray, where: str) -> None:
     if squares.size and not np.abs(squares).max() < _LIMIT:
         raise SourceError(
-            f"a position is {np.abs(squares).max():.3g} pseudo-spots away from the origin; check the positions, their unit and "
+            f"{where}: a position is {np.abs(squares).max():.3g} pseudo-spots away from the origin; check the positions, their unit and "
             "the scale"
         )
 

@@ -193,7 +193,8 @@ def _open_plain(path: Path) -> Slide:
             raise SourceError(f"{path}: {str(error).removeprefix('the image: ')}") from error
         if halved and pixels.max(initial=0) < 17:
             raise SourceError(
-                f"{path}: 16-bit values of which at most 12 bits are used; convert it to 8 bits per channel"
+                f"{path}: 16-bit values of which at most 12 bits are used, so this PNG would be read as nearly black; "
+                "save it as TIFF, whose values are scaled"
             )
         slide = ArraySlide(pixels, path, mpp=_mpp_of(image), reader="Pillow")
         turn = image.getexif().get(ORIENTATION, 1) if image.format != "TIFF" else 1

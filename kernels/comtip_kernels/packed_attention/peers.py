@@ -1,6 +1,7 @@
 """Packed attention on external kernels: flash-attn (2, 3 and 4) and torch's own, for sentences longer than a tile.
 
-All of them run their deterministic backward pass, so that a run repeats bit for bit.
+The backward passes of flash-attn and of torch's variable-length attention are deterministic, so that a run repeats bit for bit. On
+a GPU, that of torch's padded attention (``sdpa``) is deterministic only under :func:`torch.use_deterministic_algorithms`.
 """
 
 from __future__ import annotations

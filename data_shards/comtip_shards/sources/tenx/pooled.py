@@ -133,7 +133,7 @@ def pool_cells(
     SourceError
         Fewer than half of the cells have a position, so the files belong to different runs.
     """
-    pooler, lost, lost_counts = Pooler(len(features.genes())), 0, 0
+    pooler, lost, lost_counts = Pooler(len(features.genes()), str(counts.path)), 0, 0
     for barcodes, matrix in counts.chunks(features, BATCH, tally):
         known, squares = locate(barcodes)
         pooler.add_units(squares)

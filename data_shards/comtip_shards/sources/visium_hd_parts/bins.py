@@ -206,7 +206,7 @@ def _pool_bins(
     grid: _Grid, counts: TenxMatrix, features: Features, table: Path, width: float, tally: dict[str, int]
 ) -> tuple[Pooler, list[str]]:
     """Sum the bins in tissue per pseudo-spot; returns the pooler and notes on the bins."""
-    pooler = Pooler(len(features.genes()))
+    pooler = Pooler(len(features.genes()), str(counts.path))
     tissue = np.flatnonzero(grid.state == 2)
     for part in np.array_split(tissue, max(1, len(tissue) // BATCH)):
         row, col = np.divmod(part, grid.shape[1])
@@ -249,7 +249,8 @@ def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path:
     design = np.column_stack([mean[:, 2:], np.ones(len(mean))])
     if np.linalg.matrix_rank(design) < 3:
         bins = np.flatnonzero(grid.state)
-        raise SourceError(f"{path}: {len(bins)} bins give too few pseudo-spots to fit the grid; reduce `pool_um`")
+        fix = "reduce `pool_um`" if grid.side > 1 else "copy the table from the run again"
+        raise SourceError(f"{path}: {len(bins)} bins give too few pseudo-spots to fit the grid; {fix}")
     fit, *_ = np.linalg.lstsq(design, mean[:, :2], rcond=None)
     step = float(np.sqrt(abs(np.linalg.det(fit[:2]))))
     if not 0.95 < step * mpp / width < 1.05:

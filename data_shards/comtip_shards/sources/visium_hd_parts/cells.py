@@ -118,7 +118,7 @@ def _pool_cells(
         cells = numbers_in(pa.array(barcodes), _CELL, counts.path, "cellid_000000001-1")["cell"].tolist()
         xy = np.array([centroids.get(c, (np.nan, np.nan)) for c in cells], np.float64).reshape(-1, 2)
         known = np.flatnonzero(np.isfinite(xy[:, 0]))
-        return known, squares_of(xy[known], width_px)
+        return known, squares_of(xy[known], width_px, str(polygons))
 
     return pool_cells(
         counts,

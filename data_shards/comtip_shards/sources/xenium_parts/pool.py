@@ -39,7 +39,7 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
     genes = run.features.only_genes()
     check_unique(genes.symbols, f"{run.path}: gene names of the panel")
     row_of = {name: i for i, name in enumerate(genes.symbols)}
-    pooler, left = Pooler(len(genes.ids)), Counter[str]()
+    pooler, left = Pooler(len(genes.ids), str(path)), Counter[str]()
     flagged = has_column(path, "is_gene")
     columns = ["feature_name", "x_location", "y_location", "qv", *(["is_gene"] if flagged else [])]
     for batch in batches(path, columns, dictionary=["feature_name"]):
@@ -59,7 +59,7 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
         for reason, mask in bad.items():
             left[reason] += int((mask & keep).sum())
             keep &= ~mask
-        pooler.add_transcripts(run.squares(xyq[keep, :2]), gene[keep])
+        pooler.add_transcripts(run.squares(xyq[keep, :2], path), gene[keep])
     excluded = [f"{n:,} transcripts excluded: {reason}" for reason, n in left.items() if n]
     if not pooler.total_units:
         raise SourceError(
@@ -102,7 +102,7 @@ def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, 
     def locate(barcodes: list[str]) -> tuple[np.ndarray, np.ndarray]:
         known = np.array([i for i, b in enumerate(barcodes) if b in centroids], np.int64)
         um = np.array([centroids[barcodes[i]] for i in known], np.float64).reshape(-1, 2)
-        return known, run.squares(um)
+        return known, run.squares(um, path)
 
     return pooled.pool_cells(
         counts, run.features, locate, units="cells", located=f"are in {path}", not_located=f"not in {path.name}"

@@ -48,9 +48,9 @@ class XeniumRun:
         """Pixel size of the H&E image in um."""
         return self.pixel_size * self.alignment.scale()
 
-    def squares(self, um_N2: np.ndarray) -> np.ndarray:
-        """Return the square of each position, int64 (N, 2), from positions of the run in um, float (N, 2)."""
-        return squares_of(self.alignment.to_image(um_N2 / self.pixel_size), self.pool_um / self.mpp)
+    def squares(self, um_N2: np.ndarray, path: Path) -> np.ndarray:
+        """Return the square of each position, int64 (N, 2), from positions of the table ``path`` in um, float (N, 2)."""
+        return squares_of(self.alignment.to_image(um_N2 / self.pixel_size), self.pool_um / self.mpp, str(path))
 
 
 def open_run(files: XeniumFiles, options: SourceOptions, pool_um: float) -> XeniumRun:
