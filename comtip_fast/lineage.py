@@ -26,7 +26,7 @@ FILE = "lineage.json"
 FORMAT, VERSION = "comtip-lineage", 1
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = (
-    "copy the file again, or write the export from a checkpoint of the run with `comtip export RUN --checkpoint best`"
+    "copy the file again, or write the export from a checkpoint of the run (`comtip export` with the option checkpoint)"
 )
 _FIX_OF_RUN = "copy it again, or delete it: the parents are then read from the export that train.start_from names"
 LEARNING = ("train", "val")

@@ -34,8 +34,8 @@ VECTORS = "gene_vectors.safetensors"
 """The gene vectors of a model that was trained with ``text.gene_vectors``."""
 FILES = (*HASHED, READOUT, VECTORS, "README.md", SUMS)
 GENE_COLUMNS = ("key", "symbol", "ensembl", "name", "trained", "held_out")
-FIX = "copy the export again, or write it from a checkpoint of the run with `comtip export RUN --checkpoint best`"
-"""Without ``--checkpoint``, the command copies the run's export, which may be the damaged one."""
+FIX = "copy the export again, or write it from a checkpoint of the run (`comtip export` with the option checkpoint)"
+"""Without this option, the command copies the run's export, which may be the damaged one."""
 
 
 @dataclass(frozen=True)
