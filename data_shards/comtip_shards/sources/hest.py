@@ -90,7 +90,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(read_regular(path, 1 << 28).decode("utf-8-sig"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'download it again')}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise SourceError(f"{path}: not a JSON object; download it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -213,16 +213,27 @@ def _h5_chunks(
         )
 
 
+class _ReadOnly:
+    """A file of which only ``read`` is known.
+
+    SciPy's reader seeks back over what it has not parsed when it is destroyed. In a file that is no text this fails, and an error
+    in a C++ destructor ends the process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read = file.read
+
+
 def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.csr_matrix]:
     path, _, barcodes_file = matrix.files
     barcodes = [line.split("\t")[0].strip('"') for line in _lines(barcodes_file)]
     n_bytes = check_table_size(existing(path, "matrix of counts"), MAX_COUNTS_BYTES)
     with reading(path, "a Matrix Market file"), open_packed(path) as file:
-        entries = scipy_io.mminfo(file)[2]
+        entries = scipy_io.mminfo(_ReadOnly(file))[2]
         if entries * _MEX_ENTRY_BYTES > n_bytes:
             raise ValueError(f"its header claims {entries:,} entries, which {n_bytes:,} bytes cannot hold")
         file.seek(0)
-        counts = sparse.csc_matrix(scipy_io.mmread(file))
+        counts = sparse.csc_matrix(scipy_io.mmread(_ReadOnly(file)))
     if counts.shape != (n_features, len(barcodes)):
         raise SourceError(
             f"{path}: the matrix shape is {counts.shape}, but there are {n_features} features and {len(barcodes)} "
