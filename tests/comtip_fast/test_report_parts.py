@@ -229,4 +229,5 @@ def test_curves_of_a_run_that_was_killed_while_it_wrote_a_row(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "kind": "tr', encoding="utf-8")
     curves = loss_curves(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    assert curves and curves == loss_curves(tmp_path / "metrics.jsonl")
+    assert curves
+    assert curves == loss_curves(tmp_path / "metrics.jsonl")
