@@ -19,7 +19,7 @@ from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import open_packed, read_packed, unpacked
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, check_table_size
 from comtip_shards.sources.files.tables import as_counts
-from comtip_shards.sources.tenx.features import GENE_KIND, Features
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, counts_by_kind
 
 MATRIX = "a 10x Genomics feature-barcode matrix"
 _MEX_ENTRY_BYTES = 6
@@ -87,9 +87,11 @@ class TenxMatrix:
         rows = features.genes()
         ids = [features.ids[i] for i in rows]
         for barcodes, counts in self._raw_chunks(len(features.ids), size):
+            genes = as_counts(counts[:, rows], self.path, barcodes, ids)
             if tally is not None:
-                _add_to(tally, features, counts)
-            yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
+                for kind, total in counts_by_kind(features.kinds, np.asarray(counts.sum(axis=0)).ravel()).items():
+                    tally[kind] = tally.get(kind, 0) + total
+            yield barcodes, genes
 
     def _raw_chunks(self, n_features: int, size: int) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
         if not self.is_h5:
@@ -100,13 +102,6 @@ class TenxMatrix:
                 yield from _h5_chunks(file["matrix"], self.path, n_features, size)
             else:
                 yield _read_legacy(file, self.path)
-
-
-def _add_to(tally: dict[str, int], features: Features, counts: sparse.csr_matrix) -> None:
-    per_feature = np.asarray(counts.sum(axis=0)).ravel()
-    kinds = np.array([kind or GENE_KIND for kind in features.kinds])
-    for kind in np.unique(kinds).tolist():
-        tally[kind] = tally.get(kind, 0) + int(per_feature[kinds == kind].sum())
 
 
 def _open_h5(path: Path) -> h5py.File:
