@@ -46,11 +46,21 @@ def test_mutated_sources_are_read_or_refused_by_name(fuzzer: SourceFuzzer, block
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("seed", "number"), [(29111, 117), (29111, 1010), (29111, 1796), (29112, 1024), (29111, 4797), (29112, 4311), (30000, 4982)]
+    ("seed", "number"),
+    [
+        (29111, 117),
+        (29111, 1010),
+        (29111, 1796),
+        (29112, 1024),
+        (29111, 4797),
+        (29112, 4311),
+        (30000, 4982),
+        (30000, 8636),
+    ],
 )
 def test_cases_that_once_escaped(tmp_path: Path, seed: int, number: int):
     """A pitch of 0, counts in half precision, an attribute that is an array, a flag that is binary, a JPEG that ends in a hole,
-    an image named by its temporary copy, counts of bins that are not finite."""
+    an image named by its temporary copy, counts of bins that are not finite, a distance that is a URL."""
     outcome = SourceFuzzer(tmp_path, seed=seed, limit_s=30).run(number)
     assert outcome.outcome in ("reads", "refused"), outcome.detail
 
