@@ -154,7 +154,7 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
         inner = facts.get("pretrained_cfg", facts)
         if not isinstance(inner, dict):
             raise TypeError("pretrained_cfg is not an object")
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a model description of timm ({error}); repair it, or move the weights to another folder"
         ) from error

@@ -71,9 +71,17 @@ def _structured(path: Path) -> Callable[[Path, Generator], str] | None:
     return table if name.endswith((".csv", ".tsv", ".mtx")) else None
 
 
+REPLACEMENTS = ("deleted", "not data", "other file", "folder", "pipe", "endless", "sparse", "link to nothing")
+"""What a whole file can be replaced by."""
+
+
 def _replace(path: Path, others: list[Path], rng: Generator) -> str:
+    """Replace the whole file by one of ``REPLACEMENTS``; return which."""
+    return replaced(path, pick(rng, list(REPLACEMENTS)), others, rng)
+
+
+def replaced(path: Path, kind: str, others: list[Path], rng: Generator) -> str:
     """Replace the whole file by other content, a folder, a pipe or a link, or delete it; return the kind."""
-    kind = pick(rng, ["deleted", "not data", "other file", "folder", "pipe", "endless", "sparse", "link to nothing"])
     data = path.read_bytes() if kind != "other file" else pick(rng, others).read_bytes()
     path.unlink()
     if kind == "not data":

@@ -38,7 +38,7 @@ from comtip_shards.sources.files.hdf5_probe import WALK
 from comtip_shards.sources.files.packaging import temporary_folder
 
 from testkit.source_fuzz.corpus import SOURCES, Source
-from testkit.source_fuzz.mutate import mutate, pick
+from testkit.source_fuzz.mutate import mutate, pick, replaced
 
 MEMORY_BYTES = 2 << 30
 _SPAWNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
@@ -235,6 +235,20 @@ class SourceFuzzer:
             return "; ".join(done)
 
         return self._judge(name, self.folder / "case", change, number)
+
+    def run_replaced(self, name: str, file: Path, kind: str) -> Outcome:
+        """Return the outcome of source ``name`` with ``file``, relative to its folder, replaced by something else."""
+
+        def change(root: Path) -> str:
+            files = sorted(p for p in root.rglob("*") if p.is_file())
+            return f"{file}: {replaced(root / file, kind, files, np.random.default_rng(self.seed))}"
+
+        return self._judge(name, self.folder / "case", change, -1)
+
+    def files_of(self, name: str) -> list[Path]:
+        """Return the files of an intact source, relative to its folder."""
+        root = self.intact / name.replace(" ", "_")
+        return sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
 
     def _judge(self, name: str, case: Path, change: Callable[[Path], str], number: int) -> Outcome:
         shutil.rmtree(case, ignore_errors=True)

@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata as ad
@@ -13,7 +14,7 @@ import pytest
 from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K
 from comtip_fast.evaluation.evaluate import SectionData
 from comtip_fast.evaluation.report import payload
-from comtip_fast.evaluation.report.charts import ticks
+from comtip_fast.evaluation.report.charts import loss_curves, ticks
 from comtip_fast.evaluation.report.payload import SectionPayload, page_json
 from comtip_fast.evaluation.report.summaries import BLOCKS_PER_SIDE, clusters, intervals
 from comtip_fast.evaluation.tasks.intervals import spatial_blocks, weighted_pcc
@@ -220,3 +221,13 @@ def test_maps_name_what_an_anndata_lacks():
         data.uns["spatial"] = spatial
         with pytest.raises(ValueError, match=lacking):
             maps(data, genes)
+
+
+def test_curves_of_a_run_that_was_killed_while_it_wrote_a_row(tmp_path: Path):
+    rows = [{"step": step, "kind": "train", "nce": 3.0 - step / 10} for step in range(1, 4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "kind": "tr', encoding="utf-8")
+    curves = loss_curves(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert curves
+    assert curves == loss_curves(tmp_path / "metrics.jsonl")

@@ -399,6 +399,23 @@ def test_antibodies_are_excluded(tmp_path: Path):
     assert "1 features are not genes: Antibody Capture" in section.notes
 
 
+@pytest.mark.parametrize("column", [0, 6])
+def test_only_counts_of_genes_must_be_counts(tmp_path: Path, column: int):
+    """A value that is not finite is refused for a gene by name, and does not matter for an antibody."""
+    values = np.concatenate([COUNTS, COUNTS[:, :1]], axis=1).astype(np.float32)
+    values[2, column] = np.nan
+    kinds = ["Gene Expression"] * 6 + ["Antibody Capture"]
+    path = visium(tmp_path / "x", np.ones(values.shape, int), ids=[*IDS, "CD3E"], names=[*SYM, "CD3E"], kinds=kinds)
+    with h5py.File(path / "filtered_feature_bc_matrix.h5", "r+") as file:
+        del file["matrix/data"]
+        file["matrix/data"] = values.ravel()
+    if column == 6:
+        is_the_run(read(path)[0])
+    else:
+        with pytest.raises(SourceError, match=f"nan.*{BC[2]}.*{IDS[0]}"):
+            read(path)
+
+
 # -- missing files and stated facts -------------------------------------------------------------------------
 
 

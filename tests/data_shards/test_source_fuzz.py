@@ -18,6 +18,7 @@ from comtip_shards.sources.base import named
 
 from testkit.source_fuzz import run as source_fuzz
 from testkit.source_fuzz.corpus import SOURCES
+from testkit.source_fuzz.mutate import REPLACEMENTS
 from testkit.source_fuzz.run import SourceFuzzer
 
 pytest.importorskip("tifffile")
@@ -45,13 +46,45 @@ def test_mutated_sources_are_read_or_refused_by_name(fuzzer: SourceFuzzer, block
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("seed", "number"), [(29111, 117), (29111, 1010), (29111, 1796), (29112, 1024), (29111, 4797), (29112, 4311)]
+    ("seed", "number"),
+    [
+        (29111, 117),
+        (29111, 1010),
+        (29111, 1796),
+        (29112, 1024),
+        (29111, 4797),
+        (29112, 4311),
+        (30000, 4982),
+        (30000, 8636),
+    ],
 )
 def test_cases_that_once_escaped(tmp_path: Path, seed: int, number: int):
     """A pitch of 0, counts in half precision, an attribute that is an array, a flag that is binary, a JPEG that ends in a hole,
-    an image named by its temporary copy."""
+    an image named by its temporary copy, counts of bins that are not finite, a distance that is a URL."""
     outcome = SourceFuzzer(tmp_path, seed=seed, limit_s=30).run(number)
     assert outcome.outcome in ("reads", "refused"), outcome.detail
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_file_of_a_source_may_be_no_file(fuzzer: SourceFuzzer, name: str):
+    """Every file in turn is missing, a folder, a pipe, a link to nothing, or a web page."""
+    kinds = [kind for kind in REPLACEMENTS if kind not in ("other file", "sparse", "endless")]
+    outcomes = [fuzzer.run_replaced(name, file, kind) for file in fuzzer.files_of(name) for kind in kinds]
+    assert [o for o in outcomes if o.outcome == "escaped"] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_matrix_of_counts_may_be_any_file(fuzzer: SourceFuzzer):
+    """SciPy's reader of Matrix Market files once ended the process on a PNG."""
+    root = fuzzer.intact / "visium_mex"
+
+    def change(case: Path) -> str:
+        shutil.copy(root / "spatial" / "tissue_hires_image.png", next(case.rglob("matrix.mtx.gz")))
+        return "a PNG"
+
+    outcome = fuzzer._judge("visium mex", fuzzer.folder / "case", change, -1)
+    assert (outcome.outcome, "matrix.mtx.gz" in outcome.detail) == ("refused", True)
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------

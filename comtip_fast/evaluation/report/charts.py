@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,10 @@ def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
 
 def loss_curves(path: Path) -> list[tuple[str, Markup]]:
     """Draw losses and validation score from ``metrics.jsonl``: a title and a chart each; empty without training rows."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a run that was killed may have left part of a line
+            rows.append(json.loads(line))
     train, valid = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "valid"]
     out = []
     for key, title in LOSSES:

@@ -120,7 +120,7 @@ def _scalefactors(image: Path) -> dict[str, float]:
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 return {}  # a reader that needs the file reports the error
             return {
                 k: float(v) for k, v in found.items() if k.endswith("scalef") and isinstance(v, (int, float)) and v > 0

@@ -90,7 +90,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(read_regular(path, 1 << 28).decode("utf-8-sig"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'download it again')}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise SourceError(f"{path}: not a JSON object; download it again")
@@ -217,8 +217,8 @@ def _geometry(
         xy = centres(read_part(file, "obsm/spatial", table), table)
     check_pitch(xy, mpp, limit, str(table))
     gap = median_gap(xy) * mpp
-    stated = number(metadata.get("inter_spot_dist", ""), f"inter_spot_dist of {table.stem}")
-    diameter = number(metadata.get("spot_diameter", ""), f"spot_diameter of {table.stem}")
+    stated = number(metadata.get("inter_spot_dist", ""), f"{table.parents[1]}: inter_spot_dist of {table.stem}")
+    diameter = number(metadata.get("spot_diameter", ""), f"{table.parents[1]}: spot_diameter of {table.stem}")
     if np.isfinite(stated) and np.isfinite(gap) and abs(gap / stated - 1) > 0.1:
         notes.append(f"the spot pitch is {gap:.1f} um at {mpp:.4f} um per px, but inter_spot_dist is {stated:g} um")
     pitch = gap if np.isfinite(gap) else stated
@@ -264,7 +264,7 @@ def _open_patches(
         picture = library_picture(library, f"{table}: uns['spatial'][{key!r}]")
         small = library_slide(library, picture, table)
     size = [
-        number(metadata.get(f"fullres_px_{side}", ""), f"fullres_px_{side} of {table.stem}")
+        number(metadata.get(f"fullres_px_{side}", ""), f"{table.parents[1]}: fullres_px_{side} of {table.stem}")
         for side in ("width", "height")
     ]
     if not np.isfinite(size).all():

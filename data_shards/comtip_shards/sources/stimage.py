@@ -20,7 +20,7 @@ from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import CatalogueRow, SectionSource, pick, stated_image
 from comtip_shards.sources.files.names import by_section_id, safe_id
-from comtip_shards.sources.files.opening import existing
+from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.spots import SpotPositions, join
 from comtip_shards.sources.files.table_size import MAX_LINE
@@ -90,7 +90,8 @@ def _read_meta(path: Path) -> dict[str, _SlideRow]:
     tables = sorted(find(path, TABLE), key=lambda p: (_date(p.stem), p.name))
     if not tables:
         return {}
-    with tables[-1].open(encoding="utf-8-sig", errors="replace") as file:
+    what = "table of slides"
+    with reading(tables[-1], what), existing(tables[-1], what).open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline(MAX_LINE)
     # The first release is tab-separated, later ones are comma-separated; all are named .csv.
     table = read_table(tables[-1], sep="\t" if header.count("\t") > header.count(",") else ",")

@@ -18,7 +18,7 @@ from comtip_shards.sources.anndata_parts.positions import read_centres
 from comtip_shards.sources.anndata_parts.store import open_store
 from comtip_shards.sources.files.spots import SpotPositions, join
 from comtip_shards.sources.files.tables import as_counts, flags
-from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, counts_by_kind, for_species
 
 _IDS = ("gene_ids", "gene_id", "ensembl_id")
 _SYMBOLS = (
@@ -156,9 +156,7 @@ def annotated(
     features, _ = for_species(Features(ids, symbols, kinds), meta.species, path)
     genes = features.only_genes()
     counts = as_counts(sparse.csr_matrix(matrix[:, features.genes()]), path, names, genes.ids)
-    excluded = np.array([k or GENE_KIND for k in features.kinds])
-    sums = np.asarray(matrix.sum(axis=0)).ravel()
-    tally = {kind: int(sums[excluded == kind].sum()) for kind in set(excluded.tolist())}
+    tally = counts_by_kind(features.kinds, np.asarray(matrix.sum(axis=0)).ravel())
     counts, genes, doubles = _merged(counts, genes)
     spots = SpotPositions(names, xy, _array(obs), _labels(obs), _in_tissue(obs, path))
     notes = [*notes, *features.others_note(tally), *doubles]

@@ -63,6 +63,13 @@ class Features:
         return notes
 
 
+def counts_by_kind(kinds: Sequence[str], sums: np.ndarray) -> dict[str, int]:
+    """Return the sum of counts per kind of feature from ``sums`` per feature; 0 if it is not finite, as only genes are checked."""
+    names = np.array([kind or GENE_KIND for kind in kinds])
+    totals = {kind: float(sums[names == kind].sum()) for kind in np.unique(names).tolist()}
+    return {kind: int(total) if np.isfinite(total) else 0 for kind, total in totals.items()}
+
+
 def for_species(features: Features, stated: str | None, where: Path) -> tuple[Features, str]:
     """Mark the features of other species, and strip genome prefixes (``GRCh38_ENSG...``, ``mm10___Stk4``).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -19,7 +19,7 @@ from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import open_packed, read_packed, unpacked
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, check_table_size
 from comtip_shards.sources.files.tables import as_counts
-from comtip_shards.sources.tenx.features import GENE_KIND, Features
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, counts_by_kind
 
 MATRIX = "a 10x Genomics feature-barcode matrix"
 _MEX_ENTRY_BYTES = 6
@@ -87,9 +87,11 @@ class TenxMatrix:
         rows = features.genes()
         ids = [features.ids[i] for i in rows]
         for barcodes, counts in self._raw_chunks(len(features.ids), size):
+            genes = as_counts(counts[:, rows], self.path, barcodes, ids)
             if tally is not None:
-                _add_to(tally, features, counts)
-            yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
+                for kind, total in counts_by_kind(features.kinds, np.asarray(counts.sum(axis=0)).ravel()).items():
+                    tally[kind] = tally.get(kind, 0) + total
+            yield barcodes, genes
 
     def _raw_chunks(self, n_features: int, size: int) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
         if not self.is_h5:
@@ -100,13 +102,6 @@ class TenxMatrix:
                 yield from _h5_chunks(file["matrix"], self.path, n_features, size)
             else:
                 yield _read_legacy(file, self.path)
-
-
-def _add_to(tally: dict[str, int], features: Features, counts: sparse.csr_matrix) -> None:
-    per_feature = np.asarray(counts.sum(axis=0)).ravel()
-    kinds = np.array([kind or GENE_KIND for kind in features.kinds])
-    for kind in np.unique(kinds).tolist():
-        tally[kind] = tally.get(kind, 0) + int(per_feature[kinds == kind].sum())
 
 
 def _open_h5(path: Path) -> h5py.File:
@@ -213,16 +208,27 @@ def _h5_chunks(
         )
 
 
+class _ReadOnly:
+    """A file of which only ``read`` is known.
+
+    SciPy's reader seeks back over what it has not parsed when it is destroyed. In a file that is no text this fails, and an error
+    in a C++ destructor ends the process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read = file.read
+
+
 def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.csr_matrix]:
     path, _, barcodes_file = matrix.files
     barcodes = [line.split("\t")[0].strip('"') for line in _lines(barcodes_file)]
     n_bytes = check_table_size(existing(path, "matrix of counts"), MAX_COUNTS_BYTES)
     with reading(path, "a Matrix Market file"), open_packed(path) as file:
-        entries = scipy_io.mminfo(file)[2]
+        entries = scipy_io.mminfo(_ReadOnly(file))[2]
         if entries * _MEX_ENTRY_BYTES > n_bytes:
             raise ValueError(f"its header claims {entries:,} entries, which {n_bytes:,} bytes cannot hold")
         file.seek(0)
-        counts = sparse.csc_matrix(scipy_io.mmread(file))
+        counts = sparse.csc_matrix(scipy_io.mmread(_ReadOnly(file)))
     if counts.shape != (n_features, len(barcodes)):
         raise SourceError(
             f"{path}: the matrix shape is {counts.shape}, but there are {n_features} features and {len(barcodes)} "

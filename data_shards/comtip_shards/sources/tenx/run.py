@@ -118,7 +118,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         with reading(path, "text"):
             text = read_packed(path).decode("utf-8-sig")
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{path}: not valid JSON ({error}); copy the file from the run again") from error
