@@ -24,6 +24,7 @@ from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
+from comtip_fast.runtime.garbage import collection_paused
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, find_checkpoint
@@ -105,6 +106,7 @@ class Trainer:
         self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
         self._saved_step = -1
         self.engine: Engine
+        self._train_mode = False
         self._reporter = StepReporter(task, config, self.run_dir, self.group, self.device, cost)
         self._freezing = Freezing(task.module, config.optim.freeze)
         self._norms = NormHistory(config.optim.spike, self.device)
@@ -255,15 +257,18 @@ class Trainer:
         if self._freezing.changes_at(step):
             self._thaw(step)
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
-        self.engine.module.train()
+        if not self._train_mode:  # a new engine, or a validation came before; the walk through all modules takes time
+            self.engine.module.train()
+            self._train_mode = True
         diagnostic("the profiler", lambda: self._profiler.before(step), None)
         batch = self.task.batch(spots, step, p.epoch)
-        self.engine.start_step(rate)
-        shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
-        loss = self.group.sum(shares["loss"].double())
-        update = self.engine.update(loss.isfinite(), self._norms.limit())
-        self._norms.add(update.norm)
-        self._after_step(step, update.good)
+        with collection_paused():
+            self.engine.start_step(rate)
+            shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
+            loss = self.group.sum(shares["loss"].double())
+            update = self.engine.update(loss.isfinite(), self._norms.limit())
+            self._norms.add(update.norm)
+            self._after_step(step, update.good)
         self._reporter.add(PendingStep(step, p.epoch, p.position, spots, rate, shares, numbers, loss, update))
         p.step, p.position = step, p.position + 1
         self._exchange_flags(caught)
@@ -314,6 +319,7 @@ class Trainer:
         weights = self.engine.gathered_for_read(every_rank=True, wanted=self.task.is_validated)
         with weights, self._average.applied(self.task.module):
             self.task.module.eval()
+            self._train_mode = False
             score, per_cohort, space = on_every_rank(
                 lambda: self.task.validation_share(lambda part: self._watchdog.reset(f"{what}, {part}")),
                 self.task.validation_result,
@@ -389,6 +395,7 @@ class Trainer:
     def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
         """Build the engine for the current weights, and start their moving average, with ``averages`` of a checkpoint if given."""
         self.engine = make_engine(self.task.module, self.config, self.group)
+        self._train_mode = False
         self._average.attach(self.engine.module, averages)
 
     def _thaw(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
@@ -25,7 +27,7 @@ from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.monitor.monitor import CLOCKED
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.trainer import FitResult, Trainer, TrainingError
-from tests.comtip_fast.trainer_standin import SPOTS, StandIn, config_of, fit
+from tests.comtip_fast.trainer_standin import SPOTS, Net, StandIn, config_of, fit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("trainer_standin.py")
@@ -514,3 +516,44 @@ def test_a_run_stopped_by_nan_can_continue_with_skips(tmp_path: Path) -> None:
     run_with_nan(straight, bad, "train.nan_policy=skip")
     assert_same_run(stopped, straight)
     assert nonfinite(stopped) == nonfinite(straight)
+
+
+# -- work of the host in a step ---------------------------------------------------------------------
+
+
+class Modes(StandIn):
+    """A stand-in that keeps the mode of its module in each step, and collections of garbage within the losses."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.modes: list[bool] = []
+        self.walks = 0
+        self.collections = 0
+        walk = self.module.train
+
+        def train(mode: bool = True) -> nn.Module:
+            self.walks += mode
+            return walk(mode)
+
+        self.module.train = train  # type: ignore[method-assign]
+
+    def losses(self, module: Net, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        self.modes.append(all(m.training for m in self.module.modules()))
+        gc.callbacks.append(self._count)
+        kept = [[] for _ in range(5 * gc.get_threshold()[0])]  # as many objects as start a collection
+        gc.callbacks.remove(self._count)
+        assert kept
+        return super().losses(module, batch)
+
+    def _count(self, phase: str, info: dict[str, int]) -> None:
+        self.collections += 1
+
+
+def test_a_step_walks_no_modules_and_collects_no_garbage(tmp_path: Path):
+    config = config_of("train.steps=12", "train.validate_every=4")
+    task = Modes(config)
+    Trainer(task, config, tmp_path).fit()
+    assert task.modes == [True] * 12
+    assert task.walks == 3  # at the start and after the validations of steps 4 and 8
+    assert task.collections == 0
+    assert gc.isenabled()

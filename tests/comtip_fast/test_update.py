@@ -96,7 +96,7 @@ def test_the_limit_is_a_factor_of_the_median_of_finite_norms() -> None:
 def test_clipping_and_skipping(skip: bool, limit: float, bound: float, norm: float, good: bool) -> None:
     net = nn.Linear(2, 1, bias=False)
     net.weight.grad = torch.tensor([[3.0, 4.0]])
-    update = clip(net, bound, True, SpikeLimit(torch.tensor(limit), skip))
+    update = clip(list(net.named_parameters()), bound, True, SpikeLimit(torch.tensor(limit), skip))
     assert float(update.norm) == 5
     assert float(net.weight.grad.norm()) == pytest.approx(norm, rel=1e-5)
     assert (bool(update.good), bool(update.spike)) == (good, limit < 5)

@@ -120,11 +120,11 @@ class Updater:
     """AdamW with clipping in the run's settings, for models of other contenders."""
 
     def __init__(self, module: torch.nn.Module, task: CoMTIPTask) -> None:
-        self.module, self.limit = module, task.config.optim.clip
+        self.parameters, self.limit = list(module.named_parameters()), task.config.optim.clip
         self.optimizer = make_optimizer(module, task.config.optim, fused=task.device.type == "cuda")
 
     def step(self) -> None:
         """Clip the gradients, update the weights and clear the gradients."""
-        clip(self.module, self.limit, True)
+        clip(self.parameters, self.limit, True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -97,6 +97,7 @@ class DeepSpeedEngine:
         # ZeRO 3 partitions the parameters of its module, so it gets a copy; see :meth:`gathered_for_read`.
         self._task_module = module
         self.module = _moved(module) if self.stage == 3 else module
+        self._parameters = list(self.module.named_parameters())
         # Optimizer state that is offloaded is updated on the host.
         self._fused = not devices.reads_are_free(device) and config.engine.offload_optimizer == "none"
         self.optimizer = make_optimizer(self.module, config.optim, fused=self._fused)
@@ -146,7 +147,7 @@ class DeepSpeedEngine:
     def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
         """See :meth:`.base.Engine.update`; ZeRO computes the norm, clips and skips updates that are not finite."""
         if self.stage == 0:
-            update = clip(self.module, self.config.optim.clip, finite, spikes)
+            update = clip(self._parameters, self.config.optim.clip, finite, spikes)
             if self._fused:
                 mask_steps(self.optimizer, update.good)
                 self._engine.step()

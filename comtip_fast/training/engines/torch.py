@@ -30,6 +30,7 @@ class TorchEngine:
         device = next(module.parameters()).device
         self._clock = clock_of(group, device)
         self._masked = not devices.reads_are_free(device)
+        self._parameters = list(module.named_parameters())
         self.optimizer = make_optimizer(module, config.optim, fused=self._masked)
         self.autocast = autocast_of(config, device)
         self._step: nn.Module = StepModule(module, self.autocast, cast_groups_of(module, config, device))
@@ -66,7 +67,7 @@ class TorchEngine:
 
     def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
         """See :meth:`Engine.update`."""
-        update = clip(self.module, self.config.optim.clip, finite, spikes)
+        update = clip(self._parameters, self.config.optim.clip, finite, spikes)
         if self._masked:
             mask_steps(self.optimizer, update.good)
             self.optimizer.step()

@@ -12,7 +12,9 @@ matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,12 +70,15 @@ def _by_length(length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sorted_N, order_S, torch.empty_like(order_S).scatter_(0, order_S, token_S)
 
 
+@lru_cache(maxsize=64)
 def _separator(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
-    """Return the additive mask between the sentences of a matrix; None for one sentence."""
+    """Return the additive mask between the sentences of a matrix, of at most 30 x 30 values; None for one sentence."""
     if several == 1:
         return None
-    own = torch.arange(several).repeat_interleave(length)
-    return torch.zeros(own.shape[0], own.shape[0], dtype=dtype).masked_fill_(own[:, None] != own, float("-inf"))
+    with torch.inference_mode(False):  # a mask that prediction made is kept for training, too
+        own = torch.arange(several, device="cpu").repeat_interleave(length)
+        mask = torch.zeros(own.shape[0], own.shape[0], dtype=dtype, device="cpu")
+        return mask.masked_fill_(own[:, None] != own, float("-inf"))
 
 
 def _attend(qkv: tuple[Tensor, ...], batches: list[Batch]) -> Tensor:
@@ -102,7 +107,7 @@ def _packed(qkv: tuple[Tensor, ...], length_N: Tensor) -> Tensor:
     shared = list(_shared(runs))
     out = _attend(qkv, shared)
     wide = torch.promote_types(out.dtype, torch.float32)
-    finite = shared == runs or bool(torch.isfinite(out.detach().sum(dtype=wide)))
+    finite = shared == runs or math.isfinite(out.detach().sum(dtype=wide).item())
     return out if finite else _attend(qkv, runs)
 
 
