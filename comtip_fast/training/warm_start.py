@@ -1,7 +1,8 @@
 """Initialization from the weights of another model (``train.start_from``), which may have other genes and other data.
 
-A tensor is copied if its name and shape agree. Rows of the identity embedding belong to genes and are copied by gene key. Level
-edges, frequencies and expected values are not copied, because they are fitted to the new data.
+A tensor is copied if its name and shape agree; tensors that depend on the tokenizer or on gene vectors are copied only if both
+models use the same ones. Rows of the identity embedding belong to genes and are copied by gene key. Level edges, frequencies and
+expected values are not copied, because they are fitted to the new data.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def start_from(
     Returns
     -------
     list of str
-        ``name: reason`` of each tensor that was not copied, sorted.
+        ``name: reason`` of each tensor of either model that was not copied, sorted.
 
     Raises
     ------
@@ -126,8 +127,8 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     config
         Config of the run; without ``train.start_from`` there are no parents.
     run_dir
-        Folder of a run that has already started; its ``lineage.json`` is used, because the parent may have been moved or replaced.
-        None reads the parent.
+        Folder of a run that has already started; its ``lineage.json`` is used if it exists, because the parent may have been
+        moved or replaced. Otherwise, and for None, the parent is read.
     required
         Whether a missing parent is an error; otherwise the parents are recorded as unknown.
 
@@ -154,7 +155,9 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
 
 
 def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> list[str]:
-    """Return a message for each validation or test section, donor and set of held-out genes that the parents were trained on.
+    """Return a message for each validation or test section that influenced the parents, or whose donor they were trained on.
+
+    There is one more message if the parents are not all known, and one if a parent was trained on held-out genes.
 
     Parameters
     ----------

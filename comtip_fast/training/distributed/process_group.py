@@ -186,7 +186,7 @@ def init_distributed(
     *,
     wait_timeout_s: float = 7200.0,
 ) -> Iterator[Group]:
-    """Initialize the process group inside the block and destroy it afterwards.
+    """Initialize the process group before the block and destroy it afterwards, if there are several processes.
 
     Parameters
     ----------
@@ -207,9 +207,10 @@ def init_distributed(
     Raises
     ------
     TrainingError
-        The launcher's environment is incomplete.
+        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or the block of one of
+        several ranks cannot write a path.
     RestartError
-        A rank is lost or late.
+        A rank is lost or late, or in the block of one of several ranks a disk is full or fails.
     """
     env = distributed_env() if env is None else env
     if env.size == 1:
@@ -268,8 +269,8 @@ def broadcast(value: T, group: Group) -> T:
 def on_rank_zero(work: Callable[[], T], group: Group, pause: Pause = nullcontext) -> T:
     """Call ``work`` on rank 0 and return its result on every rank; a collective call.
 
-    The result must be picklable. If rank 0 raises, the other ranks raise :class:`RestartError` or :class:`TrainingError`
-    with rank 0's message. ``work`` may last up to ``engine.wait_timeout_s``.
+    The result must be picklable. If ``work`` raises, rank 0 raises its error, and the other ranks raise :class:`RestartError` or
+    :class:`TrainingError` with rank 0's message. ``work`` may last up to ``engine.wait_timeout_s``.
 
     Parameters
     ----------
@@ -299,9 +300,19 @@ def on_every_rank(
 ) -> R:
     """Call ``work`` on every rank and return ``combine`` of the results, in rank order, on every rank; a collective call.
 
-    ``combine`` runs on rank 0. Results must be picklable. If a rank raises, every rank raises: that rank its own error,
-    the others :class:`RestartError` or :class:`TrainingError` with its message. ``work`` may last up to
-    ``engine.wait_timeout_s``. Parameters are those of :func:`on_rank_zero`.
+    Results must be picklable. If a rank raises, every rank raises: that rank its own error, the others
+    :class:`RestartError` or :class:`TrainingError` with its message.
+
+    Parameters
+    ----------
+    work
+        Called without arguments; may last up to ``engine.wait_timeout_s``.
+    combine
+        Called on rank 0 with the results of all ranks.
+    group
+        Ranks of the run.
+    pause
+        Returns the context in which every rank waits for the others and for ``combine``.
     """
     if group.size == 1:
         return combine([work()])

@@ -29,7 +29,7 @@ class Update:
     good: Tensor
     """bool scalar: whether the weights were updated. False if loss or norm is not finite, or if the step is a skipped spike."""
     names: tuple[str, ...] = ()
-    """Names of the n parameters that have a gradient on this rank."""
+    """Names of the n parameters that have a gradient on this rank; empty if ``norms`` is None."""
     norms: Tensor | None = None
     """Norm of the gradient of each of ``names``, (n,); None if the engine does not compute them."""
     spike: Tensor | None = None
@@ -134,7 +134,7 @@ class Engine(Protocol):
     ) -> AbstractContextManager[Any]:
         """Return a context in which rank 0, or every rank, can read the weights in the task's module; a collective call.
 
-        Of an engine that divides parameters over ranks, only those whose name is ``wanted`` can be read.
+        If the engine divides parameters over ranks, only those whose name is ``wanted`` are gathered.
         """
         ...
 
@@ -143,7 +143,13 @@ class Engine(Protocol):
         ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank."""
+        """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank.
+
+        Raises
+        ------
+        TrainingError
+            ZeRO updates some of the parameters together, but their step counts differ.
+        """
         ...
 
     def close(self) -> None:
@@ -170,9 +176,10 @@ class StepModule(nn.Module):
 
 
 def cast_groups_of(module: nn.Module, config: RunConfig, device: torch.device) -> list[ParameterNames]:
-    """Return the linear layers of each transformer block, whose weights are cast to bf16 in one call.
+    """Return, for each transformer block, the trained fp32 parameters of its linear layers, which are cast to bf16 in one call.
 
-    The list is empty in fp32, and for compiled blocks, which cast their weights themselves.
+    The list is empty in fp32, for compiled blocks, which cast their weights themselves, and for a module without
+    ``transformer_blocks``.
     """
     if not devices.in_bf16(config.train.precision, device) or config.engine.compile:
         return []

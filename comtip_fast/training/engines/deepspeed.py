@@ -144,7 +144,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss * factor)
 
     def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
-        """See :meth:`.base.Engine.update`; ZeRO computes the norm, clips and skips updates that are not finite."""
+        """See :meth:`.base.Engine.update`; in stages 1 to 3, ZeRO computes the norm, clips, and skips non-finite updates."""
         if self.stage == 0:
             update = clip(self.module, self.config.optim.clip, finite, spikes)
             if self._fused:
@@ -294,7 +294,7 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
     Raises
     ------
     TrainingError
-        DeepSpeed is not installed or, for ``nvme``, the folder cannot be created or the extension cannot be compiled.
+        DeepSpeed cannot be imported or, for ``nvme``, the folder cannot be created or the extension cannot be compiled.
     """
     deepspeed, e = _import(device), config.engine
     if "nvme" not in (e.offload_optimizer, e.offload_param):
@@ -347,7 +347,7 @@ def _empty(module: nn.Module) -> None:
 
 
 def _import(device: torch.device) -> ModuleType:
-    """Import DeepSpeed without its log lines and warnings; raise TrainingError if it is not installed."""
+    """Import DeepSpeed without its log lines and warnings; raise TrainingError if it cannot be imported."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

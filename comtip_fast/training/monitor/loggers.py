@@ -135,7 +135,7 @@ class BestEffort:
 
 
 class Progress:
-    """Prints a line per logged step: progress, losses, speed and remaining time."""
+    """Prints a line per row: progress, losses, speed and remaining time of a step, or the scores of a validation."""
 
     def __init__(self, total: int, start: int, stream: TextIO | None = None) -> None:
         self.total, self.start, self.began = total, start, time.monotonic()
