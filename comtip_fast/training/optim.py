@@ -105,7 +105,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the state that :func:`optimizer_tensors` returned."""
+    """Load the state that :func:`optimizer_tensors` returned, except that of parameters that are frozen now."""
     parameters = dict(module.named_parameters())
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)

@@ -310,7 +310,7 @@ class CoMTIPTask:
         return scalar + weighted, {"mfm": mfm, "loss": weighted}, self.step.health(piece, out)
 
     def cut(self, gradients: dict[str, Tensor], pieces: list[Batch]) -> list[dict[str, Tensor]]:
-        """Return the gradients of each piece: its rows of those of the vectors, and all others."""
+        """Return, for each piece, its rows of the gradients of the image vectors, and the gradients of all other tensors."""
         vectors = gradients["vector"].split([p.section.numel() for p in pieces])
         return [gradients | {"vector": v} for v in vectors]
 
@@ -323,7 +323,7 @@ class CoMTIPTask:
         return self.validation.score()
 
     def is_validated(self, name: str) -> bool:
-        """Return whether a validation reads the parameter: not those of the EMA teacher and of the mask feature generator."""
+        """Return whether a validation reads the parameter; it reads none of the EMA teacher and of the mask feature generator."""
         return name.partition(".")[0] not in ("teacher", "generator")
 
     def validation_share(self, progress: Callable[[str], None]) -> list[SectionScore]:

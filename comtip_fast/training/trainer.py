@@ -52,7 +52,7 @@ log = logging.getLogger("comtip_fast")
 T = TypeVar("T")
 
 TAKEOVER_S = 60.0
-"""Seconds for which a restarted rank 0 waits until the previous process releases the run folder."""
+"""Seconds for which rank 0 of several ranks waits until a previous process releases the run folder, as after a restart."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Trainer:
         return bool(due) and p.step > p.validated
 
     def _finish_step(self) -> None:
-        """Write a checkpoint and validate if they are due, in this order: a failed validation must not repeat steps."""
+        """Write a checkpoint and validate if they are due, in this order, so that no step is repeated if the validation fails."""
         p, cfg = self.progress, self.config.train
         due, last = self._validation_is_due(), p.step >= cfg.steps
         if due:

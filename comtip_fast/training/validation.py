@@ -102,6 +102,11 @@ class Validation:
 
         A section's score does not depend on the rank that computes it. Sections without a gene to score or without a readable spot
         are left out. ``progress`` is called before every chunk of spots is read, with text such as ``section 1 of 3``.
+
+        Raises
+        ------
+        ShardError
+            More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
         """
         own = self._sections_of(rank, size)
         out, logged = [], time.monotonic()
@@ -267,6 +272,11 @@ def validation_scores(
         the section measured.
     per_gene
         ``{key: PCC}`` of the trained and held-out genes, the mean over the sections that measured the gene.
+
+    Raises
+    ------
+    ShardError
+        As for :meth:`Validation.share`.
     """
     pcc: dict[str, list[float]] = {}
     cohorts: dict[str, list[float]] = {}

@@ -108,7 +108,10 @@ def _differing_inputs(bundle: Bundle, tokenizer_sha256: str, vectors_sha256: str
 def _take_identities(
     old: torch.Tensor | None, new: torch.Tensor | None, old_keys: Sequence[str], keys: Sequence[str]
 ) -> int:
-    """Copy the identity rows of the genes that both models have, and return their number."""
+    """Copy row 0 and the identity rows of the genes that both models have; return the number of these genes.
+
+    Nothing is copied if a model has no identities or if their widths differ.
+    """
     if old is None or new is None or old.shape[1:] != new.shape[1:]:
         return 0
     old_rows = {key: row for row, key in enumerate(old_keys, start=1)}
@@ -137,7 +140,7 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     FileNotFoundError
         The parent does not exist and ``required`` is set.
     ValueError
-        The parent's export or the run's ``lineage.json`` is damaged.
+        The parent's export or the run's ``lineage.json`` is damaged or of another format version.
     """
     if not config.train.start_from:
         return Lineage()

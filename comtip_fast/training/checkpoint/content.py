@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 def problem_of(error: Exception) -> str:
-    """Return the message of a checkpoint's error without its fix, for a caller that continues without this checkpoint."""
+    """Return the message of a checkpoint's error without the fix :data:`DELETE`, for a caller that continues without it."""
     return str(error).removesuffix(f"; {DELETE}")
 
 

@@ -77,7 +77,7 @@ class CheckpointSaver:
     def save(self, progress: RunState, engine: Engine, ema: dict[str, Tensor]) -> None:
         """Write a full checkpoint of weights, optimizer state and averaged weights, then delete old ones.
 
-        If a thread writes, only a copy is complete on return, and errors of the writing are raised by the next call.
+        If a thread writes, only a copy is complete on return, and errors of the writing are raised by a later call.
 
         Raises
         ------
@@ -95,7 +95,7 @@ class CheckpointSaver:
             on_rank_zero(lambda: self._save_whole(progress, engine, optim, ema), self.group, self._pause)
 
     def complete(self) -> None:
-        """Publish a checkpoint in parts whose parts are written; wait for those that are not."""
+        """Wait until the parts of the checkpoint in flight, if there is one, are written on all ranks, and publish it."""
         self._parts.complete()
 
     def check(self) -> None:
@@ -127,7 +127,10 @@ class CheckpointSaver:
             write(checkpoint)
 
     def save_state(self, progress: RunState, engine: Engine) -> None:
-        """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors."""
+        """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors.
+
+        Then checkpoints that are not kept are deleted, because the best step may have changed.
+        """
         self._parts.complete()
         step, state, prune = progress.step, self._state(progress, engine), self._prune(progress)
 
@@ -171,7 +174,7 @@ class CheckpointSaver:
             load_averages(self.task.module, best.ema)
 
     def _state(self, progress: RunState, engine: Engine) -> dict[str, Any]:
-        """Return the content of ``state.json``: progress, random state, config, input hashes and machine."""
+        """Return the content of ``state.json``: progress, random state, config, input hashes, ranks, engine, device and PyTorch."""
         state = progress.as_plain() | random_state(self.device)
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
         state |= {"world_size": self.group.size, "engine": engine.name}

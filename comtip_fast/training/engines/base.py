@@ -79,7 +79,13 @@ class Shards(Protocol):
         ...
 
     def restore(self, source: PartSource) -> None:
-        """Replace trained weights and optimizer state by those of ``source``; called on every rank before the first step."""
+        """Replace trained weights and optimizer state by those of ``source``; called on every rank before the first step.
+
+        Raises
+        ------
+        TrainingError
+            The engine updates some of the parameters together, but their step counts differ.
+        """
         ...
 
 
@@ -118,7 +124,7 @@ class Engine(Protocol):
         """Clip the gradients and update the weights.
 
         The weights do not change if the loss (``finite``) or the gradient norm is not finite, or if the step is a spike to skip.
-        On a GPU, the update is masked on the device, without a synchronization.
+        On a GPU, the update is masked on the device without a synchronization, except by ZeRO, which reads the norm on the host.
         """
         ...
 
@@ -148,7 +154,7 @@ class Engine(Protocol):
         Raises
         ------
         TrainingError
-            ZeRO updates some of the parameters together, but their step counts differ.
+            The engine updates some of the parameters together, but their step counts differ (ZeRO only).
         """
         ...
 

@@ -80,7 +80,13 @@ def deepspeed_config(config: RunConfig, world_size: int, gpu: bool) -> dict[str,
 
 
 class DeepSpeedEngine:
-    """DeepSpeed ZeRO: shards optimizer state, gradients and parameters over ranks according to ``engine.zero_stage``."""
+    """DeepSpeed ZeRO: shards optimizer state, gradients and parameters over ranks according to ``engine.zero_stage``.
+
+    Raises
+    ------
+    TrainingError
+        DeepSpeed cannot be imported.
+    """
 
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.config, self.group, self.stage = config, group, config.engine.zero_stage
@@ -272,7 +278,7 @@ class DeepSpeedEngine:
         return {name: steps[group] for name, group in self._group_of.items() if group in steps}
 
     def _set_steps(self, by_name: dict[str, float]) -> None:
-        """Set the number of optimizer steps of each parameter; a parameter that was frozen so far has 0."""
+        """Set the number of optimizer steps of each parameter (0 if it was frozen so far); raise if those of a group differ."""
         for index, state in self._states():
             names = [name for name, group in self._group_of.items() if group == index]
             steps = {by_name[name] for name in names}

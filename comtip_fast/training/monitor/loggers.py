@@ -57,7 +57,7 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """Writes events for TensorBoard (extra ``log``)."""
+    """Writes events for TensorBoard (extra ``log``); raises ValueError if it is not installed."""
 
     def __init__(self, folder: Path, start: int) -> None:
         try:
@@ -82,7 +82,10 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Writes rows to a Weights & Biases run (extra ``log``), which a resumed run continues."""
+    """Writes rows to a Weights & Biases run (extra ``log``), which a resumed run continues.
+
+    Raises ValueError if Weights & Biases is not installed.
+    """
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         try:

@@ -61,7 +61,7 @@ class ThroughputMeter:
             self._flops += self.cost.flops(spots, int(numbers["genes"]))
 
     def row(self, loader_wait_s: float) -> dict[str, float]:
-        """Return rates and shares of time since the last call, and the peak memory.
+        """Return rates and shares of time over the steps since the last call, and the peak memory.
 
         Parameters
         ----------
@@ -107,7 +107,7 @@ class SpikeDetector:
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=50))
 
     def update(self, loss: float, norm: float) -> str | None:
-        """Add a step; return a message if its loss or norm is a jump, else None, as before the first 20 finite values."""
+        """Add a step; return a message if its loss or norm is a jump, else None. At least 20 earlier values must be known."""
         message = None
         for value, before, limit, what in (
             (loss, self._losses, self.config.loss_jump, "loss"),

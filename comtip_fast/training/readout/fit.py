@@ -41,6 +41,11 @@ def fit_readout(
     -------
     LinearReadout or None
         None if no cohort has at least :data:`MIN_SPOTS` readable training spots and 2 genes.
+
+    Raises
+    ------
+    ShardError
+        More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
     """
     readout = LinearReadout(ReadoutSettings(config.readout.views, config.readout.context, config.align.dim), [])
     cohorts: dict[str, list[int]] = {}

@@ -70,7 +70,7 @@ class WeightAverage:
         """Move the averages towards the weights after a step; without ``optim.ema``, do nothing.
 
         The decay rises with the step as ``(1 + step) / (10 + step)``, up to ``optim.ema``, so that the initial weights soon have
-        no influence.
+        little influence.
 
         Parameters
         ----------
