@@ -18,8 +18,9 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDO
 def write_line(text: str, stream: TextIO | None) -> bool:
     """Write a line and flush it; return whether it was written, instead of raising an error.
 
-    If the reader has closed the stream, the stream is redirected to the null device, so that later writes and Python's flush at
-    exit do not fail either. If the disk is full, only this line is lost.
+    If the encoding of the stream lacks a character, all characters outside ASCII are written as escape sequences. If the reader has
+    closed the stream, the stream is redirected to the null device, so that later writes and Python's flush at exit do not fail
+    either. If the disk is full, only this line is lost.
     """
     if stream is None:
         return False
