@@ -51,7 +51,7 @@ def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
     Raises
     ------
     ValueError
-        A gene is not in ``adata`` or was not measured, or there is no measured layer, position or image.
+        ``genes`` is empty, a gene is not in ``adata`` or was not measured, or there is no measured layer, position or image.
 
     Examples
     --------
@@ -62,6 +62,8 @@ def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
     6
     """
     names = [genes] if isinstance(genes, str) else list(genes)
+    if not names:
+        raise ValueError("`genes`: the list is empty; name at least one gene of adata.var_names")
     measured, predicted = _layers(adata, names)
     pcc = pcc_per_gene(measured, predicted)
     image, per_px, diameter, mpp = _picture(adata)
