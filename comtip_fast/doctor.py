@@ -174,7 +174,7 @@ def _deepspeed() -> DoctorCheck:
 
 
 def _engines() -> DoctorCheck:
-    """Report which values of ``engine.kind`` work here."""
+    """Report which engines work here: one process, DDP and, if it is installed, DeepSpeed."""
     import torch
     from torch import distributed
 

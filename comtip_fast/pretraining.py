@@ -53,8 +53,8 @@ def pretrain(
         An export or finished run whose weights initialize the tensors of equal name and shape
         (:func:`comtip_fast.training.warm_start.start_from`).
     resume
-        Continue from the newest valid checkpoint in ``out``, or start from step 0 if there is none. By default, a folder that
-        holds a run is refused.
+        Continue from the newest valid checkpoint in ``out``, or start from step 0 if the folder has no checkpoint. By default, a
+        folder that holds a run is refused.
     device
         ``cpu`` or ``cuda``, which replaces ``train.device`` of the config; ``auto`` keeps the value of the config, by default
         a GPU if there is one.
