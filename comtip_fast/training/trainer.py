@@ -136,10 +136,10 @@ class Trainer:
             The folder is in use, has a symbolic link, cannot be written, has a checkpoint although ``resume`` is not set, or has
             damaged checkpoints only; the config or the input data has changed; the engine cannot be built; no training spot is
             readable; a loss or gradient is not finite (``train.nan_policy=stop``); or too many updates were skipped.
-        CheckpointError
-            The state, weights or optimizer state of the checkpoint do not fit the run.
-        ShardError
-            More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
+        CheckpointError, ConfigError
+            The state, weights or optimizer state of the checkpoint do not fit the run, or its config cannot be read.
+        ShardError, ValueError
+            More records are damaged than ``data.faults`` and ``data.max_faults`` allow, or a selected logger is not installed.
         RestartError
             A rank was lost or late, or a disk is full or fails; a new process can continue with ``resume``.
         """

@@ -158,9 +158,9 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
 
 
 def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> list[str]:
-    """Return a message for each validation or test section that influenced the parents, or whose donor they were trained on.
+    """Return a message for each validation or test section that influenced a parent's weights, or whose donor a parent trained on.
 
-    There is one more message if the parents are not all known, and one if a parent was trained on held-out genes.
+    There is one more message if the parents are not all known, and one if a parent trained on genes that this run holds out.
 
     Parameters
     ----------

@@ -122,7 +122,7 @@ class ProcessGroup:
         self.waits, self.wait_s = waits, wait_s
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """All-gather; shares of different lengths are padded to the longest one."""
+        """All-gather; for the transfer, shares of different lengths are padded to the longest one."""
         most = max(counts)
         mine = _padded(rows.contiguous(), most)
         out = mine.new_empty(self.size * most, *rows.shape[1:])
@@ -132,7 +132,7 @@ class ProcessGroup:
         return torch.cat([part[:n] for part, n in zip(out.split(most), counts, strict=True)])
 
     def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Reduce-scatter; shares of different lengths are padded to the longest one."""
+        """Reduce-scatter; for the transfer, shares of different lengths are padded to the longest one."""
         most = max(counts)
         parts = rows.split(list(counts))
         full = rows if min(counts) == most else torch.cat([_padded(part, most) for part in parts])

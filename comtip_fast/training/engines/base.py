@@ -182,10 +182,10 @@ class StepModule(nn.Module):
 
 
 def cast_groups_of(module: nn.Module, config: RunConfig, device: torch.device) -> list[ParameterNames]:
-    """Return, for each transformer block, the trained fp32 parameters of its linear layers, which are cast to bf16 in one call.
+    """Return the trained fp32 parameters of the linear layers of each transformer block, which are cast to bf16 in one call.
 
-    The list is empty in fp32, for compiled blocks, which cast their weights themselves, and for a module without
-    ``transformer_blocks``.
+    Blocks without such parameters are left out. The list is empty in fp32, for compiled blocks, which cast their weights
+    themselves, and for a module without ``transformer_blocks``.
     """
     if not devices.in_bf16(config.train.precision, device) or config.engine.compile:
         return []
