@@ -351,7 +351,7 @@ def model_card(bundle: Bundle) -> str:
 
 
 def _card_runs(lineage: Lineage) -> str:
-    """Describe the runs, oldest first, and the run's test sections that influenced the weights, in this or an earlier run."""
+    """Return the text on unknown parents, on the runs, oldest first, and on test sections of the run that influenced the weights."""
     lines = []
     if not lineage.parents_known:
         lines.append(

@@ -54,7 +54,7 @@ class Guarded:
         self._attempt(self._stream.flush)
 
     def _attempt(self, work: Callable[[], object]) -> None:
-        """Call ``work`` and ignore its errors; silence the stream if its reader has closed it."""
+        """Call ``work`` and ignore an OSError or ValueError; silence the stream if its reader has closed it."""
         try:
             work()
         except OSError as error:
