@@ -271,8 +271,8 @@ class Model:
         out
             The ``.h5ad`` to write, which may be larger than memory; None returns the result in memory.
         facts
-            ``mpp`` (default: the scale of the file) and ``species``. Tissue, donor, platform, licence and attribution are
-            recorded in ``uns["comtip"]``; other facts raise an error.
+            ``mpp`` (default: the scale of the file), ``trust_mpp`` and ``species``. Tissue, donor, platform, licence and
+            attribution are recorded in ``uns["comtip"]``; other facts raise an error.
         grid
             Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``); None is the default.
         progress
@@ -287,8 +287,11 @@ class Model:
         Raises
         ------
         ValueError, FileNotFoundError
-            The slide cannot be read, its scale is neither in the file nor in ``facts``, a fact has no effect on a slide,
-            ``genes`` is empty or has duplicates, or ``out`` is not an ``.h5ad`` in an existing folder.
+            The slide cannot be read or shows no tissue, its scale is neither in the file nor in ``facts``, a fact is invalid or has
+            no effect on a slide, the grid has too many tiles, ``genes`` is empty or has duplicates, or ``out`` is not an ``.h5ad``
+            in an existing folder.
+        FileExistsError
+            Another process writes ``out``, or the folder of its pieces contains other files.
 
         Examples
         --------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 DEMO_MEMORY, DEMO_DISK = 4e9, 2e9
-"""Bytes of memory and of free disk that the demo needs more than."""
+"""The demo needs more than this number of bytes of memory, and of free disk."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DoctorCheck:
     name: str
     state: str
     """``ok``, ``missing`` (optional and not available, or too little memory or disk for the demo) or ``broken`` (installed but not
-    working)."""
+    working, or a build of PyTorch that is slow on CPUs)."""
     detail: str
     """What was found, e.g. the version."""
     fix: str = ""
@@ -174,7 +174,7 @@ def _deepspeed() -> DoctorCheck:
 
 
 def _engines() -> DoctorCheck:
-    """Report which values of ``engine.kind`` work here."""
+    """Report which engines work here: one process, DDP and, if it is installed, DeepSpeed."""
     import torch
     from torch import distributed
 

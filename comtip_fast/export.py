@@ -71,7 +71,7 @@ class Bundle:
     vectors: GeneVectors | None = None
     """Gene vectors that the model was trained with (``text.gene_vectors``); None if it was trained without."""
     initial_weights: str = ""
-    """``vision.pretrained`` of the run, which ``config`` of a loaded export has not, because the export holds all weights."""
+    """``vision.pretrained`` of the run; empty in the ``config`` of a loaded export, which holds all weights."""
 
     def __post_init__(self) -> None:
         self.initial_weights = self.initial_weights or self.config.vision.pretrained
@@ -98,8 +98,8 @@ class Bundle:
     ) -> Bundle:
         """Build the bundle of a training task from its open shard set and training tables, without a linear readout.
 
-        ``parents`` is the lineage of the model that the run started from; None if it started from random weights.
-        ``vectors`` are the gene vectors of the run; None if it has none.
+        ``parents`` is the lineage of the model that the run started from; None if it did not start from another run
+        (``train.start_from``). ``vectors`` are the gene vectors of the run; None if it has none.
         """
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []
@@ -295,7 +295,7 @@ def _fault_of(error: Exception) -> str:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """Return the content of ``config.json`` after a check of format and version."""
+    """Return the content of ``config.json`` after a check of format, version and name of the readout file."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no export (config.json is missing); give a finished run or its export")
@@ -351,7 +351,7 @@ def model_card(bundle: Bundle) -> str:
 
 
 def _card_runs(lineage: Lineage) -> str:
-    """Describe the runs, oldest first, and the run's test sections that influenced the weights of an ancestor."""
+    """Return the text on unknown parents, on the runs, oldest first, and on test sections of the run that influenced the weights."""
     lines = []
     if not lineage.parents_known:
         lines.append(

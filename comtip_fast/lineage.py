@@ -58,7 +58,10 @@ def _check_picture(text: str) -> str:
 @_strict
 @dataclass(frozen=True, kw_only=True)
 class LineageSection:
-    """A section of a run's shard set, with the fields of :class:`comtip_shards.format.manifest.ManifestSection`."""
+    """A section of a run's shard set: fields of :class:`comtip_shards.format.manifest.ManifestSection`, and its fingerprint.
+
+    The fingerprint consists of the sketches ``spots`` and ``picture``.
+    """
 
     section_id: Annotated[str, Field(min_length=1, max_length=1000)]
     dataset: Text = ""
@@ -167,8 +170,9 @@ class Lineage:
     def uses(self, sections: Sequence[LineageSection]) -> list[list[SectionUse]]:
         """Return, for each section, which runs used it and in which split, in the order of runs.
 
-        Two sections are the same if their datasets and ids are equal, or if their counts or images are equal. Sections of
-        exports without lineage have no fingerprint and are compared by id alone.
+        Two sections are the same if their datasets and ids are equal, or if their fingerprints show the same counts or image
+        (:func:`comtip_shards.sections.duplicates.duplicate_pairs`). If one of them has no fingerprint, as in exports without
+        lineage, ids alone are compared.
         """
         known = [(label, s) for label, run in zip(self.labels(), self.runs, strict=True) for s in run.sections]
         same = _duplicates(sections, [s for _, s in known])
@@ -178,7 +182,7 @@ class Lineage:
         ]
 
     def runs_that_trained_on(self, donor: str) -> list[str]:
-        """Return the labels of the runs with a training section of ``donor``."""
+        """Return the labels of the runs with a section of ``donor`` in split ``train``."""
         return [
             label
             for label, run in zip(self.labels(), self.runs, strict=True)
@@ -213,13 +217,13 @@ class Lineage:
     # -- licences ---------------------------------------------------------------------------------------------
 
     def licences(self) -> list[str]:
-        """Return the distinct licences of all sections that influenced the weights, and of all gene vectors."""
+        """Return the distinct stated licences of all sections that influenced the weights, and of all gene vectors, sorted."""
         stated = {s.licence for run in self.runs for s in run.sections if s.split in LEARNING}
         stated |= {run.vectors.licence for run in self.runs if run.vectors is not None}
         return sorted(stated - {""})
 
     def attributions(self) -> list[str]:
-        """Return the distinct attributions of all sections of all runs."""
+        """Return the distinct stated attributions of all sections of all runs, sorted."""
         return sorted({s.attribution for run in self.runs for s in run.sections} - {""})
 
     # -- file -------------------------------------------------------------------------------------------------
@@ -303,7 +307,7 @@ def _same_id(a: LineageSection, b: LineageSection) -> bool:
 
 
 def _duplicates(new: Sequence[LineageSection], known: Sequence[LineageSection]) -> set[tuple[int, int]]:
-    """Return the pairs (index in ``new``, index in ``known``) with equal counts or images."""
+    """Return the pairs (index in ``new``, index in ``known``) whose fingerprints show the same counts or image."""
     left = [i for i, s in enumerate(new) if s.picture]
     right = [j for j, s in enumerate(known) if s.picture]
     if not left or not right:

@@ -55,7 +55,7 @@ def mean_with_zeros(pcc_G: np.ndarray) -> float | None:
 
 
 def mean_pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> float:
-    """Return the mean of :func:`pcc_per_gene`; an undefined correlation counts as 0, and no gene gives NaN."""
+    """Return the mean of :func:`pcc_per_gene`; an undefined correlation counts as 0. Without genes, the mean is NaN."""
     mean = mean_with_zeros(pcc_per_gene(measured_NG, predicted_NG))
     return math.nan if mean is None else mean
 

@@ -51,7 +51,7 @@ def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
     Raises
     ------
     ValueError
-        A gene is not in ``adata`` or was not measured, or there is no measured layer, position or image.
+        ``genes`` is empty, a gene is not in ``adata`` or was not measured, or there is no measured layer, position or image.
 
     Examples
     --------
@@ -62,6 +62,8 @@ def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
     6
     """
     names = [genes] if isinstance(genes, str) else list(genes)
+    if not names:
+        raise ValueError("`genes`: the list is empty; name at least one gene of adata.var_names")
     measured, predicted = _layers(adata, names)
     pcc = pcc_per_gene(measured, predicted)
     image, per_px, diameter, mpp = _picture(adata)
@@ -189,8 +191,8 @@ def calibration_table(measured_NG: np.ndarray, predicted_NG: np.ndarray, levels:
 def calibration_slope(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
     """Return the slope of measured on predicted expression of each gene over N spots, float64 (G,).
 
-    The slope is 1 if differences between predicted spots are as large as measured ones, below 1 if predictions vary too
-    much, above 1 if they vary too little, and NaN where the prediction is constant.
+    The slope is 1 if a difference between two predictions comes, on average, with an equal difference in measured expression, below
+    1 if predictions vary too much, above 1 if they vary too little, and NaN where the prediction is constant.
     """
     m, p = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
     p = p - p.mean(0)
@@ -303,7 +305,7 @@ def plain(text: str) -> str:
 
 
 def scale_length(width_um: float) -> int:
-    """Return a round length in um for a scale bar, at most a third of the image's width and at least 1."""
+    """Return 1, 2 or 5 times a power of ten, in um, for a scale bar: at most a third of the image's width, and at least 1."""
     steps = [n * 10**k for k in range(5) for n in (1, 2, 5)]
     return max((s for s in steps if s <= width_um / 3), default=1)
 
@@ -381,7 +383,10 @@ def _layers(adata: ad.AnnData, genes: Sequence[str]) -> tuple[np.ndarray, np.nda
 
 
 def _picture(adata: ad.AnnData) -> tuple[np.ndarray, float, float, float]:
-    """Return the image, its px per px of the positions, the spot diameter in px of the positions, and um per image px."""
+    """Return the image, its px per px of the positions, the spot diameter in px of the positions, and um per image px.
+
+    Without the scale factor ``microns_per_pixel``, one px of the positions counts as 1 um.
+    """
     if "spatial" not in adata.obsm:
         raise ValueError("the AnnData has no positions (obsm['spatial']); pass the result for a section with positions")
     spatial = adata.uns.get("spatial", {})

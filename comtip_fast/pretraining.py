@@ -37,7 +37,9 @@ def pretrain(
     resume: bool = False,
     device: str = "auto",
 ) -> FitResult:
-    """Train a model and export the weights with the best validation score, or the last weights without validation.
+    """Train a model and export the weights with the best validation score, or the last weights without a score.
+
+    A run that a signal stops writes a checkpoint and no export.
 
     Parameters
     ----------
@@ -48,10 +50,11 @@ def pretrain(
     overrides
         ``key=value`` settings that take precedence over the file, e.g. ``"train.steps=500"``.
     start_from
-        An export or finished run whose weights initialize all tensors with equal names and shapes.
+        An export or finished run whose weights initialize the tensors of equal name and shape
+        (:func:`comtip_fast.training.warm_start.start_from`).
     resume
-        Continue from the newest valid checkpoint in ``out``, or start from step 0 if there is none. By default, a folder that
-        holds a run is refused.
+        Continue from the newest valid checkpoint in ``out``, or start from step 0 if the folder has no checkpoint. By default, a
+        folder that holds a run is refused.
     device
         ``cpu`` or ``cuda``, which replaces ``train.device`` of the config; ``auto`` keeps the value of the config, by default
         a GPU if there is one.
@@ -64,9 +67,10 @@ def pretrain(
     Raises
     ------
     ValueError, FileNotFoundError
-        The config, the shard set or the run folder cannot be used, or training stopped at non-finite steps.
+        The config, device, shard set, initial weights or run folder cannot be used, a record is damaged, or training stopped at
+        non-finite steps or after too many skipped updates.
     comtip_fast.training.distributed.failures.RestartError
-        A rank was lost or a disk is full; once the cause is removed, a new process can continue with ``resume``.
+        A rank was lost or late, or a disk is full or fails; once the cause is removed, a new process can continue with ``resume``.
 
     Examples
     --------
@@ -108,7 +112,7 @@ def pretrain(
 
 
 def _record_parents(task: CoMTIPTask, out: Path) -> None:
-    """Write the lineage of the run's parents, because they may be moved before a resume, and warn of leakage."""
+    """Write the lineage of the run's parents, if it has any, because they may be moved before a resume; warn of leakage."""
     for message in task.leaks():
         log.warning("%s", message)
     if task.parents.runs or not task.parents.parents_known:

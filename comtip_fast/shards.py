@@ -67,7 +67,7 @@ def build_shards(
     fmt, samples, where, cache
         Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
     tile_um
-        Width of a tile in um; 112 by default.
+        Width of a tile in um; by default 112, or the nearest that all images have.
     progress
         Show a progress bar on a terminal.
     on_error
@@ -78,7 +78,7 @@ def build_shards(
     Returns
     -------
     BuildReport
-        Numbers of spots and genes, section ids, and a summary as text.
+        Folder, numbers of spots and genes, section ids, a summary as text, and the sections left out with ``on_error="skip"``.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def build_shards(
 
 
 def open_sections(source: str | Path, **options: Any) -> list[SectionSource]:
-    """Open the sections of a source or of a study without reading them; parameters as in :func:`build_shards`."""
+    """Open the sections of a source or of a study without reading them, as :func:`open_each`, and return the sections alone."""
     return open_each(source, **options)[0]
 
 
@@ -129,13 +129,20 @@ def open_each(
     progress: bool = False,
     on_error: OnError = "stop",
 ) -> tuple[list[SectionSource], dict[str, str]]:
-    """Open the sections of a source or of a study without reading them; parameters as in :func:`build_shards`.
+    """Open the sections of a source or of a study without reading them.
+
+    Parameters have the meaning that they have in :func:`build_shards`.
 
     Returns
     -------
     sources, failed
-        The sections, and ``{name: reason}`` of the rows of a study that cannot be opened; empty with ``on_error="stop"``
-        and with ``samples``.
+        The sections, and ``{name: reason}`` of the rows of a study that cannot be opened; ``failed`` is empty for other sources,
+        with ``on_error="stop"``, and with ``samples``.
+
+    Raises
+    ------
+    comtip_shards.SourceError
+        The input or an option cannot be used, or no section meets the selection; the message names the file and the fix.
     """
     options = stated_options(facts, pooling, counts)
     opener = _opener(where, cache, tile_um, progress)
@@ -164,7 +171,16 @@ def plan_build(
     cache: Path | None = None,
     tile_um: float | None = None,
 ) -> list[SectionPlan]:
-    """Return what a build would do with each section, by reading headers only; parameters as in :func:`build_shards`."""
+    """Return what a build would do with each section, by reading headers only.
+
+    Parameters have the meaning that they have in :func:`build_shards`. A section that cannot be built is listed with the
+    reason, and a URL without being examined.
+
+    Raises
+    ------
+    comtip_shards.SourceError
+        The source does not exist, an option is invalid or has no effect, or no section meets the selection.
+    """
     options = stated_options(facts, pooling, counts)
     _check_cache(source, cache)
     if is_study(source):
@@ -204,7 +220,7 @@ def _check_cache(source: str | Path, cache: Path | None) -> None:
 def _opener(
     where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
 ) -> Opener:
-    """Return a function that opens one source with the given selection, cache and default of ``pixels``."""
+    """Return a function that opens one source with the given selection and cache; ``tile_um`` sets the default of ``pixels``."""
     if tile_um is not None:
         check_tile_um(tile_um)
 
@@ -246,16 +262,16 @@ def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOp
 
 
 def _merged(one: _T, other: _T | None) -> _T:
-    """Merge two objects of options; the second takes precedence."""
+    """Merge two objects of options; values of the second that are not None take precedence."""
     return one if other is None else replace(one, **{k: v for k, v in vars(other).items() if v is not None})
 
 
 def shards_of_run(run: Path, configured: str) -> str:
     """Return the path of a run's shard set, searched at the configured path and near the run folder.
 
-    The set is searched at ``configured``, under the same name in ``run``, and relative to ``run`` and the folders above it. A
-    relative path in a config is relative to the folder in which training was started, which is often a parent of the run
-    folder.
+    The set is searched at ``configured``, under the same name in ``run`` and, if ``configured`` is a relative path without ``..``,
+    relative to ``run`` and the folders above it. A relative path in a config is relative to the folder in which training was
+    started, which is often a parent of the run folder.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors, without parameters, random draws or file access."""
+"""Losses, their mispairings and their metrics as pure functions of tensors, without parameters, random draws or file access."""
 
 from comtip_fast.objectives.contrastive import PairMetadata, global_infonce, same_text_hash
 from comtip_fast.objectives.expression import masked_mse, soft_contrastive

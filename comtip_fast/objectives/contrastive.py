@@ -7,7 +7,8 @@ rank, for vectors of width D:
 
 ``gather``  All-gather the images (B D), reduce-scatter their gradients (B D), and exchange a few numbers per image.
 ``ring``    Pass blocks of images round a ring of W ranks, overlapped with the computation on the previous block; the backward
-            pass also passes their gradients. It sends 3 B D instead of 2 B D, but holds only B / W images in memory.
+            pass also passes their gradients. It sends 3 B D instead of 2 B D, but holds only a few blocks of
+            B / W images in memory.
 
 Each rank returns its share of the loss and the gradient of the sum of shares, see :mod:`comtip_fast.collectives`. The
 backward pass assumes that all ranks scale their share by the same factor.
@@ -37,7 +38,7 @@ def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
     """Return a hash of each spot's text, int64 (X,): spots with the same measured genes at the same levels have equal hashes.
 
     Two spots with the same text are not negatives of each other. The hash of a row does not depend on other rows, so
-    ranks compute it without communication. Among 10^10 pairs of different texts, the probability of a collision is 10^-9.
+    ranks compute it without communication. Among 10^10 pairs of different texts, the probability of a collision is below 10^-9.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ class PairMetadata:
     section_m: Tensor
     """Integer section of each column, which ``negatives`` compares."""
     weight_b: Tensor
-    """Weight of each spot; 0 excludes the spot, including as a negative. Sent to other ranks in fp32."""
+    """Weight of each spot (b,); 0 excludes the spot, also as a negative of others. Sent to other ranks in fp32."""
     negatives: str = "all"
     """``align.negatives`` of the config."""
     excluded_m: Tensor | None = None
@@ -240,7 +241,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
 
 
 Columns = tuple[Tensor, Tensor]
-"""Weight and log-sum-exp of each of the rank's m columns."""
+"""Weight and log-sum-exp of each of the rank's m columns; both are 0 for mispaired texts."""
 
 
 def _gather_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:

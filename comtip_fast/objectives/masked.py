@@ -11,7 +11,9 @@ HEALTH = ("patch_variance", "patch_rank")
 
 
 def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str = "smooth_l1") -> Tensor:
-    """Return the mean distance between predicted features and layer-normalised, detached target features, a scalar in fp32.
+    """Return the mean distance between predicted features and layer-normalised, detached target features, a scalar.
+
+    It is computed in fp32, or in fp64 for features in fp64.
 
     Parameters
     ----------

@@ -34,8 +34,8 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
 def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)) -> Tensor:
     """Replace each level by the level of the same gene in another spot of the section, and return the levels (C, b, G).
 
-    The only spot of a section keeps its levels. Each gene's marginal distribution in the section is preserved, so that only
-    the image or the other genes can reveal the replacement.
+    The only spot of a section keeps its levels. Each gene's marginal distribution in the section is preserved in expectation, so
+    that only the image or the other genes can reveal the replacement.
 
     Parameters
     ----------

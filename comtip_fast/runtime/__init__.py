@@ -1,1 +1,1 @@
-"""Device selection, random numbers on a device, casts of weights, garbage collection, private names of PyTorch, output streams and CSV."""
+"""Device selection, random numbers on a device, casts of weights, garbage collection, private names of PyTorch, streams, CSV tables."""

@@ -11,8 +11,8 @@ import torch
 def reads_are_free(device: torch.device) -> bool:
     """Return whether the host can read tensors of ``device`` without a synchronization; True for the CPU only.
 
-    On other devices, a training step reads no tensor on the host: shapes do not depend on data, and losses stay on the
-    device until a row is logged.
+    On other devices, training steps avoid such reads: shapes do not depend on data, and losses stay on the device until a row
+    is logged.
     """
     return device.type == "cpu"
 
@@ -47,5 +47,8 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the autocast context of a forward pass with ``precision`` (``train.precision``); parameters stay fp32."""
+    """Return the context of a forward pass with ``precision`` (``train.precision``): bf16 autocast, or none in fp32.
+
+    Parameters stay fp32 in both.
+    """
     return torch.autocast(device.type, dtype=torch.bfloat16) if in_bf16(precision, device) else nullcontext()

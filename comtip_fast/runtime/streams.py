@@ -18,8 +18,9 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDO
 def write_line(text: str, stream: TextIO | None) -> bool:
     """Write a line and flush it; return whether it was written, instead of raising an error.
 
-    If the reader has closed the stream, the stream is redirected to the null device, so that later writes and Python's flush at
-    exit do not fail either. If the disk is full, only this line is lost.
+    If the encoding of the stream lacks a character, all characters outside ASCII are written as escape sequences. If the reader has
+    closed the stream, the stream is redirected to the null device, so that later writes and Python's flush at exit do not fail
+    either. If the disk is full, only this line is lost.
     """
     if stream is None:
         return False
@@ -49,11 +50,11 @@ class Guarded:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop the buffered text on an error."""
+        """Flush, and ignore an error."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, work: Callable[[], object]) -> None:
-        """Call ``work`` and ignore its errors; silence the stream if its reader has closed it."""
+        """Call ``work`` and ignore an OSError or ValueError; silence the stream if its reader has closed it."""
         try:
             work()
         except OSError as error:
@@ -68,7 +69,7 @@ class Guarded:
 
 @contextmanager
 def guarded_stderr() -> Iterator[None]:
-    """Replace ``sys.stderr`` by a :class:`Guarded` stream inside the block."""
+    """Replace ``sys.stderr`` by a :class:`Guarded` stream inside the block; if it is None, do nothing."""
     plain = sys.stderr
     if plain is None:
         yield
@@ -82,7 +83,7 @@ def guarded_stderr() -> Iterator[None]:
 
 
 def silence(stream: TextIO | None) -> None:
-    """Redirect the file descriptor of the stream to the null device."""
+    """Redirect the file descriptor of the stream, if it has one, to the null device, and flush the stream."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -93,7 +94,7 @@ def silence(stream: TextIO | None) -> None:
 
 
 def reader_is_gone(stream: TextIO | None) -> bool:
-    """Return whether the stream is a pipe or socket whose other end is closed."""
+    """Return whether the stream is a pipe or socket whose other end is closed; False if that cannot be determined."""
     try:
         number = stream.fileno()  # type: ignore[union-attr]
         if not (stat.S_ISFIFO(os.fstat(number).st_mode) or stat.S_ISSOCK(os.fstat(number).st_mode)):
@@ -106,7 +107,7 @@ def reader_is_gone(stream: TextIO | None) -> bool:
 
 
 def drain(stream: TextIO | None) -> OSError | None:
-    """Flush the stream at the end of a command; if that fails, silence the stream and return the error."""
+    """Flush the stream at the end of a command; if writing fails, silence the stream and return the error, otherwise None."""
     try:
         if stream is not None:
             stream.flush()

@@ -21,7 +21,7 @@ ParameterNames = Sequence[tuple[nn.Module, str]]
 
 
 def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the trained fp32 parameters of all linear layers in a module, as (layer, attribute name)."""
+    """Return the trained fp32 parameters of all ``nn.Linear`` layers (without subclasses) in a module: (layer, attribute name)."""
     out: list[tuple[nn.Module, str]] = []
     for layer in module.modules():
         if type(layer) is nn.Linear:

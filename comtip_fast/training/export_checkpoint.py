@@ -43,13 +43,14 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     ------
     ValueError
         ``shards`` is None and the run's config names a URL, which is not opened because a file in a run folder must not start
-        a download.
+        a download; or the run's config or lineage, the shard set or the gene vectors cannot be used.
     FileNotFoundError
-        The shard set is not found.
+        The shard set or the gene vectors are not found.
     FileExistsError
         ``out`` contains a file that is not part of an export.
     CheckpointError
-        The run has no such checkpoint, it is damaged, or the shard set or tokenizer is not that of the run.
+        The run has no such checkpoint, it is damaged, or the shard set, tokenizer, gene vectors or trained genes are not those of
+        the run.
     """
     step, loaded = _read(run_dir, which)
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
@@ -73,7 +74,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
 
 
 def _fix_of(changed: list[str]) -> str:
-    """Return what restores the inputs ``changed`` of :func:`changed_inputs`."""
+    """Return the fix, for an error message, for inputs that differ (``changed``, from :func:`changed_inputs`)."""
     if "tokenizer" in changed:
         return "use the release that trained the run"
     if "shards" not in changed and "gene vectors" in changed:

@@ -25,12 +25,13 @@ class Freezing:
     module
         Module with its initial ``requires_grad``; parameters that the model freezes stay frozen.
     rules
-        Pairs of a name and the last step for which it is frozen; 0 freezes it for all steps.
+        Pairs of a pattern for names of parameters or modules, and the last step in which these parameters are frozen; 0 freezes
+        them for all steps.
 
     Raises
     ------
     TrainingError
-        A name matches no trainable parameter, or all parameters are frozen in the first step.
+        A pattern matches no trainable parameter, or all trainable parameters are frozen at step 1.
     """
 
     def __init__(self, module: nn.Module, rules: Rules) -> None:
@@ -50,7 +51,7 @@ class Freezing:
         return {name for name, last in self._until.items() if last == 0 or step <= last}
 
     def changes_at(self, step: int) -> bool:
-        """Return whether the frozen parameters of ``step`` differ from those of the last :meth:`apply`."""
+        """Return whether the frozen parameters of ``step`` differ from those of the last :meth:`apply`; False before the first."""
         return self._applied is not None and self.frozen_at(step) != self._applied
 
     def apply(self, module: nn.Module, step: int) -> None:

@@ -65,7 +65,7 @@ def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> 
     batch
         This rank's share of the global batch.
     n
-        Number of pieces. Gradient caching is not used for 1, or if the task is not a :class:`PieceableTask`.
+        Largest number of pieces. Gradient caching is not used for 1, or if the task is not a :class:`PieceableTask`.
 
     Returns
     -------

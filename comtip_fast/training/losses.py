@@ -158,7 +158,10 @@ class StepLosses:
     # -- losses -----------------------------------------------------------------------------------------
 
     def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[dict[str, LossPart], Numbers]:
-        """Return this rank's shares of L_nce, L_pair and L_level (those with a weight above 0), and numbers to log."""
+        """Return this rank's shares of L_nce, L_pair and L_level (those with a weight above 0), and numbers to log.
+
+        L_pair is absent for a panel of one gene, which has no mispairing.
+        """
         weights, parts = self.config.loss, {}
         numbers: Numbers = {"genes": float(batch.n_genes), "scale": heads.scale_nce.detach()}
         numbers["tokens"] = self._tokens(batch) * self.config.levels.n_levels
@@ -232,7 +235,10 @@ class StepLosses:
 
     @torch.no_grad()
     def _mispair(self, batch: Batch, heads: LossInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return the levels (b, G) chosen by the adversary and a bool mask of the counted swaps; None if there are none to draw."""
+        """Return the levels (b, G) chosen by the adversary and a bool mask (b, G) of the counted swaps.
+
+        Both are None for a panel of one gene, and if no loss uses mispairings.
+        """
         paat = self.config.loss.paat
         wanted = self.config.loss.pair > 0 or paat.hard_columns
         if batch.n_genes < 2 or not wanted:
@@ -317,7 +323,7 @@ class StepLosses:
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
     def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
-        """Return L_pair over this rank's counted swaps and, in logged steps, the numbers of the pair head."""
+        """Return L_pair, the mean over this rank's counted swaps, and in logged steps the numbers of the pair head."""
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}

@@ -15,8 +15,8 @@ from comtip_fast.training.freezing import last_frozen_steps
 def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; weight decay applies to tensors of two or more dimensions.
 
-    Parameters with equal weight decay, factor on the learning rate and last frozen step form a group. The group holds the factor
-    as ``lr_scale``.
+    Of the parameters that decay, and of those that do not, parameters with equal weight decay, factor on the learning rate and
+    last frozen step form a group. The group holds the factor as ``lr_scale``.
 
     Parameters
     ----------
@@ -54,7 +54,10 @@ def part_of(name: str, config: OptimConfig) -> PartConfig | VisionPartConfig:
 
 
 def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
-    """Return timm's factor on the learning rate of each trainable parameter of ``module.vision``; empty for a decay of 1."""
+    """Return timm's factor on the learning rate of each trainable parameter of ``module.vision``, by name in ``module``.
+
+    The dict is empty for a decay of 1 and for a module without ``vision``.
+    """
     vision = getattr(module, "vision", None)
     if decay == 1 or vision is None:
         return {}
@@ -102,7 +105,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the state that :func:`optimizer_tensors` returned."""
+    """Load the state that :func:`optimizer_tensors` returned, except that of parameters that are frozen now."""
     parameters = dict(module.named_parameters())
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)

@@ -45,7 +45,9 @@ class FinishedStep:
     pending: PendingStep
     loss: float
     norm: float
+    """Gradient norm before clipping."""
     good: bool
+    """Whether the weights were updated."""
     spike: bool = False
     limit: float = math.inf
     """Limit on the norm above which the step is a spike."""
@@ -74,7 +76,7 @@ def _finished(pending: PendingStep, values: list[float]) -> FinishedStep:
 
 
 def _scalars(pending: PendingStep) -> list[Tensor]:
-    """Return loss, norm, finiteness and, with ``optim.spike``, spike and limit of a step as scalars of one dtype."""
+    """Return loss, norm, ``good`` and, with ``optim.spike``, spike and limit of a step as scalars of one dtype."""
     update, like = pending.update, pending.loss
     spikes = [] if update.spike is None or update.limit is None else [update.spike, update.limit]
     return [like, *(value.to(like) for value in (update.norm, update.good, *spikes))]

@@ -66,14 +66,15 @@ def build_task(
         Ranks of the run; None is a single process.
     initialise
         Whether to load the initial weights that the config names (``vision.pretrained``, ``train.start_from``). False if a
-        checkpoint will be loaded, because the files of the initial weights may no longer exist.
+        checkpoint will be loaded, because the files of the initial weights may no longer exist. The weights of a frozen stem
+        are always loaded from their package.
     parents
         Lineage of the model that the run starts from; None reads it from ``train.start_from``.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        The shard set, the settings or the initial weights cannot be used.
+        The shard set, the settings, the gene vectors or the initial weights cannot be used.
     """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
@@ -106,7 +107,7 @@ def build_task(
 
 
 def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool) -> CoMTIP:
-    """Build the model on the CPU, with pretrained weights of the image encoder if ``initialise``."""
+    """Build the model on the CPU, with the weights of ``vision.pretrained`` if ``initialise``, and with those of a frozen stem."""
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
     check_vision(config, model.vision.n_patches)
@@ -223,11 +224,11 @@ class CoMTIPTask:
         return "\n".join(lines)
 
     def leaks(self) -> list[str]:
-        """Return warnings of leakage: sections, donors or genes that this run holds out, but that its parents trained on."""
+        """Return warnings of leakage: the messages of :func:`comtip_fast.training.warm_start.parent_leaks`."""
         return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:
-        """Compute the features of a frozen stem for all training tiles."""
+        """Compute the features of all training tiles, if the loader keeps those of a frozen stem in memory."""
         self.loader.prepare()
 
     def close(self) -> None:
@@ -238,7 +239,7 @@ class CoMTIPTask:
         """Return loader statistics over all ranks; a collective call.
 
         ``loader_wait_s`` is the time in seconds spent waiting for batches since the last call (maximum over ranks), ``faults`` the
-        number of damaged records so far (sum over ranks). Numbers by kind of damage are included if they are not zero.
+        number of damaged records so far (sum over ranks), and ``faults_KIND`` the number of one kind, if it is not zero.
         """
         own = self.loader.metrics()
         wait = self.group.max(torch.tensor(own.pop("loader_wait_s"), device=self.device))
@@ -251,7 +252,7 @@ class CoMTIPTask:
         return self.loader.batches(epoch)
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
-        """Load this rank's share of a global batch to the task's device; ``spot_index`` lists all its spots."""
+        """Load this rank's share of a global batch to the task's device; ``spot_index`` has the spots of all ranks."""
         batch = self.loader.batch(spot_index, step, epoch).to(self.device)
         batch.global_size = len(spot_index)
         return batch
@@ -295,7 +296,10 @@ class CoMTIPTask:
     def replay(
         self, module: nn.Module, batch: Batch, piece: Batch, gradients: dict[str, Tensor], table: bool
     ) -> tuple[Tensor, Parts, Numbers]:
-        """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, this piece's shares of the losses, and numbers to log."""
+        """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, this piece's shares of losses, and numbers to log.
+
+        The shares are ``mfm`` and its part of ``loss``; without L_mfm, there are none.
+        """
         out = self.step.encode(_as_model(module), piece, table=table)
         again = LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
         scalar = torch.stack([(again[name] * gradients[name]).sum() for name in again]).sum()
@@ -306,7 +310,7 @@ class CoMTIPTask:
         return scalar + weighted, {"mfm": mfm, "loss": weighted}, self.step.health(piece, out)
 
     def cut(self, gradients: dict[str, Tensor], pieces: list[Batch]) -> list[dict[str, Tensor]]:
-        """Return the gradients of each piece: its rows of those of the vectors, and all others."""
+        """Return, for each piece, its rows of the gradients of the image vectors, and the gradients of all other tensors."""
         vectors = gradients["vector"].split([p.section.numel() for p in pieces])
         return [gradients | {"vector": v} for v in vectors]
 
@@ -319,7 +323,7 @@ class CoMTIPTask:
         return self.validation.score()
 
     def is_validated(self, name: str) -> bool:
-        """Return whether a validation reads the parameter: not those of the EMA teacher and of the mask feature generator."""
+        """Return whether a validation reads the parameter; it reads none of the EMA teacher and of the mask feature generator."""
         return name.partition(".")[0] not in ("teacher", "generator")
 
     def validation_share(self, progress: Callable[[str], None]) -> list[SectionScore]:
@@ -331,7 +335,10 @@ class CoMTIPTask:
         return self.validation.result(shares)
 
     def export(self, folder: Path) -> None:
-        """Write an export of the current weights, with a readout fitted on the training split and scores on split ``val``."""
+        """Write an export of the current weights, with scores on split ``val``.
+
+        With ``readout.kind=linear``, the export has a readout that is fitted on the training split.
+        """
         model = self._copy_of_model()
         bundle = replace(self.bundle(), model=model, config=self._plain_config())
         if self.config.readout.kind == "linear":
@@ -373,7 +380,7 @@ class CoMTIPTask:
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the shard set, tokenizer, gene vectors and trained genes; a resumed run must find the same ones."""
+        """Return hashes of the shard set, tokenizer, gene vectors (if any) and trained genes, which must not change on resume."""
         vectors = {} if self.vectors is None else {"gene vectors": self.vectors.sha256}
         genes = hashlib.sha256("\n".join(self.shards.genes[r].key for r in self.tables.genes.trained).encode())
         inputs = {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
@@ -401,7 +408,10 @@ class CoMTIPTask:
 
     @torch.no_grad()
     def _standardise_stem(self) -> None:
-        """Set the mean and standard deviation of the stem's output from about 256 training tiles, so that channels have equal scale."""
+        """Set the mean and standard deviation of the stem's output, so that channels have equal scale.
+
+        They are computed from 256 to 511 evenly spaced training tiles, or from all tiles if there are fewer.
+        """
         stem = self.model.vision.stem
         assert stem is not None
         spots = self.tables.spots[:: max(1, self.tables.spots.size // 256)]

@@ -53,7 +53,7 @@ log = logging.getLogger("comtip_fast")
 T = TypeVar("T")
 
 TAKEOVER_S = 60.0
-"""Seconds for which a restarted rank 0 waits until the previous process releases the run folder."""
+"""Seconds for which rank 0 of several ranks waits until a previous process releases the run folder, as after a restart."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class FitResult:
     step: int
     """Last optimizer step."""
     best_step: int
-    """Step with the best validation score; 0 without validation."""
+    """Step with the best validation score; 0 if no validation had a score."""
     best_score: float
-    """Best validation score; minus infinity without validation."""
+    """Best validation score; minus infinity if no validation had one."""
     stopped: str
     """Why training stopped: ``steps``, ``patience`` or ``sigterm`` (any stop signal)."""
 
 
 class Trainer:
-    """Trains a task until it is finished or a signal stops it.
+    """Trains a task until its last step, until ``train.patience`` is exhausted, or until a signal stops the run.
 
     Parameters
     ----------
@@ -85,6 +85,11 @@ class Trainer:
         Ranks of the run; None is a single process.
     cost
         Estimated cost of a step, for the logged FLOP rate; None logs none.
+
+    Raises
+    ------
+    TrainingError
+        A pattern of ``optim.freeze`` matches no trainable parameter, or all trainable parameters are frozen at step 1.
     """
 
     def __init__(
@@ -125,15 +130,20 @@ class Trainer:
     def fit(self, resume: bool = False) -> FitResult:
         """Train until the run is finished, and write its export, or until a stop signal is received.
 
-        With ``resume``, training continues from the newest valid checkpoint, or starts from step 0 if there is none.
+        With ``resume``, training continues from the newest valid checkpoint, or starts from step 0 if the folder has none.
 
         Raises
         ------
         TrainingError
-            The folder is in use or has a checkpoint without ``resume``, the config or data has changed, a loss or gradient is
-            not finite (``train.nan_policy=stop``), or too many updates were skipped.
+            The folder is in use, has a symbolic link, cannot be written, has a checkpoint although ``resume`` is not set, or has
+            damaged checkpoints only; the config or the input data has changed; the engine cannot be built; no training spot is
+            readable; a loss or gradient is not finite (``train.nan_policy=stop``); or too many updates were skipped.
+        CheckpointError, ConfigError
+            The state, weights or optimizer state of the checkpoint do not fit the run, or its config cannot be read.
+        ShardError, ValueError
+            More records are damaged than ``data.faults`` and ``data.max_faults`` allow, or a selected logger is not installed.
         RestartError
-            A rank was lost or late, or the disk is full; a new process can continue with ``resume``.
+            A rank was lost or late, or a disk is full or fails; a new process can continue with ``resume``.
         """
         size, timeout_s = self.group.size, self.config.engine.timeout_s
         with (
@@ -232,7 +242,7 @@ class Trainer:
         return bool(due) and p.step > p.validated
 
     def _finish_step(self) -> None:
-        """Write a checkpoint and validate if they are due, in this order: a failed validation must not repeat steps."""
+        """Write a checkpoint and validate if they are due, in this order, so that no step is repeated if the validation fails."""
         p, cfg = self.progress, self.config.train
         due, last = self._validation_is_due(), p.step >= cfg.steps
         if due:
@@ -276,7 +286,7 @@ class Trainer:
         self._reporter.after_step(p, time.monotonic() - began, len(spots), numbers)
 
     def _after_step(self, step: int, good: Tensor) -> None:
-        """Call the task's ``after_step``; after a non-finite step, the task must not change."""
+        """Call the task's ``after_step`` and update the moving average; neither changes after a step without an update."""
         masked = not devices.reads_are_free(self.device)
         if not masked and not bool(good):
             return
@@ -303,7 +313,10 @@ class Trainer:
             p.epoch, p.position = p.epoch + 1, 0
 
     def _exchange_flags(self, caught: Signals) -> None:
-        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or still writes its part of one."""
+        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or still writes its part of one.
+
+        A checkpoint in parts is published once no rank writes or has failed.
+        """
         flags = [bool(caught.received), self._saver.writer.failed, self._saver.writing]
         stop, self._write_failed, writing = self.group.any(flags)
         self._asked_to_stop = self._asked_to_stop or stop
@@ -411,7 +424,7 @@ class Trainer:
         log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
 
     def _export_best(self) -> None:
-        """Write the export of the best weights, or of the last weights if there was no validation."""
+        """Write the export of the best weights, or of the last weights if no validation had a score."""
         with self.engine.gathered_for_read(), self._average.applied(self.task.module):
             self._on_rank_zero(self._write_export)
 

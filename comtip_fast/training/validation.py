@@ -55,7 +55,7 @@ class SectionScore:
     section: int
     cohort: str
     pcc: float
-    """Mean zero-shot PCC of the section's most variable trained genes; NaN if a prediction is not finite."""
+    """Mean zero-shot PCC of the cohort's most variable trained genes that the section measured; NaN for non-finite predictions."""
     space: dict[str, float]
     """See :func:`space_numbers`."""
 
@@ -100,8 +100,13 @@ class Validation:
     def share(self, rank: int, size: int, progress: Callable[[str], None] = lambda what: None) -> list[SectionScore]:
         """Score the sections that belong to ``rank`` of ``size`` ranks; not a collective call.
 
-        A section's score does not depend on the rank that computes it. ``progress`` is called with the name of the section
-        before every chunk of tiles.
+        A section's score does not depend on the rank that computes it. Sections without a gene to score or without a readable spot
+        are left out. ``progress`` is called before every chunk of spots is read, with text such as ``section 1 of 3``.
+
+        Raises
+        ------
+        ShardError
+            More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
         """
         own = self._sections_of(rank, size)
         out, logged = [], time.monotonic()
@@ -122,7 +127,8 @@ class Validation:
         Returns
         -------
         score, per_cohort, space
-            Mean zero-shot PCC over cohorts, the mean of each cohort, and the mean of each of :func:`space_numbers`.
+            Mean zero-shot PCC over cohorts, the mean of each cohort over its sections, and the mean of each of
+            :func:`space_numbers` over the sections where it is finite. Without sections, the score is NaN and the dicts are empty.
         """
         # In the order of the sections, so that the means do not depend on the number of ranks.
         sections = sorted((one for share in shares for one in share), key=lambda one: one.section)
@@ -135,7 +141,7 @@ class Validation:
         return mean, per_cohort, space
 
     def _sections_of(self, rank: int, size: int) -> list[int]:
-        """Return the indices of a rank's validation sections, ascending; ranks have nearly equal numbers of scored spots."""
+        """Return the indices of a rank's validation sections, ascending; ranks are balanced by the number of scored spots."""
         sections = self.shards.manifest.sections
         val = [i for i, s in enumerate(sections) if s.split == "val"]
         spots = [min(sections[i].n_spots, self.config.train.validate_spots) for i in val]
@@ -192,7 +198,7 @@ class Validation:
     def _expression(
         self, section: int, rows: np.ndarray, progress: Callable[[], None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return at most ``train.validate_spots`` undamaged spots of a section, and their log1p CP10K, float32 (N, genes)."""
+        """Return those of ``train.validate_spots`` spots of a section with undamaged counts, and their log1p CP10K (N, genes)."""
         meta = self.shards.manifest.sections[section]
         all_spots = meta.first_spot + evenly(meta.n_spots, self.config.train.validate_spots)
         spots, values = [], []
@@ -256,13 +262,21 @@ def validation_scores(
     """Score a model on the sections of split ``val``, with the same prediction as :meth:`comtip_fast.Model.predict`.
 
     Each section contributes an equal share of :data:`SCORED_SPOTS`, at least :data:`MIN_SCORED_SPOTS` and at most
-    :data:`MAX_SCORED_SPOTS` neighbouring spots. An undefined correlation counts as 0.
+    :data:`MAX_SCORED_SPOTS` neighbouring spots. Sections without a readable spot are left out. PCCs are those of log1p CP10K; an
+    undefined PCC counts as 0.
 
     Returns
     -------
-    per_cohort, per_gene
-        Mean PCC of log1p CP10K: of the (up to 50) most variable trained genes, by cohort, and over sections, by key of the
-        trained and held-out genes.
+    per_cohort
+        ``{cohort: PCC}``, the mean over the cohort's sections of the mean over the (up to 50) most variable trained genes that
+        the section measured.
+    per_gene
+        ``{key: PCC}`` of the trained and held-out genes, the mean over the sections that measured the gene.
+
+    Raises
+    ------
+    ShardError
+        As for :meth:`Validation.share`.
     """
     pcc: dict[str, list[float]] = {}
     cohorts: dict[str, list[float]] = {}
@@ -324,8 +338,8 @@ def space_numbers(image_ND: Tensor, text_ND: Tensor) -> dict[str, float]:
     dict
         ``alignment``: mean squared distance within pairs, 0 to 4, lower is closer. ``uniformity_image`` and
         ``uniformity_text``: log of the mean of exp(-2 d^2) over pairs of different rows, at most 0, lower is more uniform
-        (Wang and Isola 2020). ``r1``, ``r5``: image-to-text recall at 1 and 5; ``t1``, ``t5``: text-to-image recall. Ties
-        count as misses. All are NaN if N is 0 or a vector is not finite.
+        (Wang and Isola 2020); 0 for a single row. ``r1``, ``r5``: image-to-text recall at 1 and 5; ``t1``, ``t5``: text-to-image
+        recall. A vector that is as similar as the paired one is ranked before it. All are NaN if N is 0 or a vector is not finite.
     """
     image, text = F.normalize(image_ND.float(), dim=-1), F.normalize(text_ND.float(), dim=-1)
     s_NN = image @ text.T

@@ -1,7 +1,8 @@
 """Initialization from the weights of another model (``train.start_from``), which may have other genes and other data.
 
-A tensor is copied if its name and shape agree. Rows of the identity embedding belong to genes and are copied by gene key. Level
-edges, frequencies and expected values are not copied, because they are fitted to the new data.
+A tensor is copied if its name and shape agree; tensors that depend on the tokenizer or on gene vectors are copied only if both
+models use the same ones. Rows of the identity embedding belong to genes and are copied by gene key. Level edges, frequencies and
+expected values are not copied, because they are fitted to the new data.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def start_from(
     Returns
     -------
     list of str
-        ``name: reason`` of each tensor that was not copied, sorted.
+        ``name: reason`` of each tensor of either model that was not copied, sorted.
 
     Raises
     ------
@@ -107,7 +108,10 @@ def _differing_inputs(bundle: Bundle, tokenizer_sha256: str, vectors_sha256: str
 def _take_identities(
     old: torch.Tensor | None, new: torch.Tensor | None, old_keys: Sequence[str], keys: Sequence[str]
 ) -> int:
-    """Copy the identity rows of the genes that both models have, and return their number."""
+    """Copy row 0 and the identity rows of the genes that both models have; return the number of these genes.
+
+    Nothing is copied if a model has no identities or if their widths differ.
+    """
     if old is None or new is None or old.shape[1:] != new.shape[1:]:
         return 0
     old_rows = {key: row for row, key in enumerate(old_keys, start=1)}
@@ -126,8 +130,8 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     config
         Config of the run; without ``train.start_from`` there are no parents.
     run_dir
-        Folder of a run that has already started; its ``lineage.json`` is used, because the parent may have been moved or replaced.
-        None reads the parent.
+        Folder of a run that has already started; its ``lineage.json`` is used if it exists, because the parent may have been
+        moved or replaced. Otherwise, and for None, the parent is read.
     required
         Whether a missing parent is an error; otherwise the parents are recorded as unknown.
 
@@ -136,7 +140,7 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     FileNotFoundError
         The parent does not exist and ``required`` is set.
     ValueError
-        The parent's export or the run's ``lineage.json`` is damaged.
+        The parent's export or the run's ``lineage.json`` is damaged or of another format version.
     """
     if not config.train.start_from:
         return Lineage()
@@ -154,7 +158,9 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
 
 
 def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> list[str]:
-    """Return a message for each validation or test section, donor and set of held-out genes that the parents were trained on.
+    """Return a message for each validation or test section that influenced a parent's weights, or whose donor a parent trained on.
+
+    There is one more message if the parents are not all known, and one if a parent trained on genes that this run holds out.
 
     Parameters
     ----------

@@ -210,6 +210,8 @@ def test_maps_name_what_an_anndata_lacks():
         np.ones((3, 1), np.float32), layers={LAYER_CP10K: np.ones((3, 1)), LAYER_MEASURED_CP10K: np.ones((3, 1))}
     )
     genes = data.var_names.tolist()
+    with pytest.raises(ValueError, match="`genes`: the list is empty"):
+        maps(data, [])
     with pytest.raises(ValueError, match="has no positions"):
         maps(data, genes)
     data.obsm["spatial"] = np.ones((3, 2))

@@ -23,11 +23,11 @@ MISFIT = f"restore the config and the release of the run, or {DELETE}"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another format version. The message names the folder and the fix."""
+    """A checkpoint is missing, damaged, of another format version or of another run. The message names the folder and the fix."""
 
 
 def problem_of(error: Exception) -> str:
-    """Return the message of a checkpoint's error without its fix, for a caller that continues without this checkpoint."""
+    """Return the message of a checkpoint's error without the fix :data:`DELETE`, for a caller that continues without it."""
     return str(error).removesuffix(f"; {DELETE}")
 
 
@@ -44,7 +44,7 @@ class Checkpoint:
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     """Averages of the trained weights, by parameter name; empty without ``optim.ema``."""
     parts: Path | None = None
-    """Folder of a checkpoint in parts whose tensors have not been read."""
+    """Folder of a checkpoint in parts whose tensors have not been read; None if the tensors above are complete."""
 
 
 def sha256_of(path: Path) -> str:
@@ -59,7 +59,7 @@ def read_text_file(path: Path) -> bytes:
     Raises
     ------
     CheckpointError
-        The file is not regular or too large. Errors of the disk are not damage and stay errors of the system.
+        The file is not regular or too large. Other errors of the system are raised unchanged.
     """
     try:
         return read_regular(path, MAX_TEXT_BYTES)
@@ -70,7 +70,7 @@ def read_text_file(path: Path) -> bytes:
 
 
 def stated_sums(path: Path) -> dict[str, str]:
-    """Return ``{file: hash}`` of a file of hashes."""
+    """Return ``{file: hash}`` of a file of hashes; raises as :func:`read_text_file`."""
     lines = read_text_file(path).decode("utf-8", "replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
@@ -81,7 +81,7 @@ def check_hashes(folder: Path, names: Iterable[str]) -> None:
     Raises
     ------
     CheckpointError
-        A file is missing or does not match its hash.
+        A file is missing, has no hash in the file of hashes, or does not match it.
     """
     sums = folder / SUMS
     if not sums.is_file():

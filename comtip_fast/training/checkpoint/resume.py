@@ -48,8 +48,28 @@ def find_checkpoint(
 ) -> tuple[int, Checkpoint] | None:
     """Return the checkpoint to resume from on every rank, and write the config to the run folder; a collective call.
 
-    Parameters and errors are those of :func:`prepare_run_folder`, for the ranks of ``group``; ``pause`` is that of
-    :func:`.process_group.on_rank_zero`.
+    Parameters
+    ----------
+    run_dir
+        Folder of the run.
+    config, fingerprint, group, device
+        Config, input hashes, ranks and device of the run.
+    resume
+        Whether the folder may already hold a run.
+    in_parts
+        Whether the tensors of a checkpoint in parts are left on disk; all ranks then verify its files together.
+    pause
+        See :func:`.process_group.on_rank_zero`.
+
+    Returns
+    -------
+    tuple or None
+        Step and checkpoint to resume from; None to start from step 0.
+
+    Raises
+    ------
+    TrainingError, ConfigError, CheckpointError
+        See :func:`prepare_run_folder`, which rank 0 calls; the other ranks raise :class:`TrainingError` with its message.
     """
     damage = damage_of_parts(run_dir / CHECKPOINTS, group, pause) if resume and in_parts else {}
     own: list[tuple[int, Checkpoint]] = []
@@ -81,7 +101,10 @@ def prepare_run_folder(
     in_parts: bool = False,
     damage: Mapping[int, str] | None = None,
 ) -> tuple[int, Checkpoint] | None:
-    """Load the newest valid checkpoint, and remove files and rows of later steps and of killed processes; called on rank 0.
+    """Load the newest valid checkpoint and clean the run folder; called on rank 0.
+
+    Incomplete folders of killed processes are removed, checkpoints of later steps renamed, and those that are not kept deleted.
+    Rows of later steps are dropped from ``nonfinite.jsonl`` and ``spikes.jsonl``. Without a checkpoint, both files are deleted.
 
     Parameters
     ----------
@@ -102,10 +125,12 @@ def prepare_run_folder(
     Raises
     ------
     TrainingError
-        The folder has a checkpoint and ``resume`` is not set, all its checkpoints are damaged, or the config or the input
-        data has changed.
+        The folder has a checkpoint and ``resume`` is not set, all its checkpoints are damaged, or the run may not resume, see
+        :func:`.run_state.check_same_run`.
+    ConfigError
+        The config in the checkpoint cannot be read.
     CheckpointError
-        The state of the checkpoint has values that no run writes.
+        The state of the checkpoint is invalid, see :func:`.schema.check_state`.
     """
     folder = run_dir / CHECKPOINTS
     checkpoints.clear_leftovers(folder)

@@ -113,13 +113,13 @@ class RunState:
     bad_validations: int = 0
     """Number of validations with a score since the best one."""
     skips: int = 0
-    """Number of skipped updates: of steps whose loss or gradient was not finite, and of spikes."""
+    """Number of skipped updates: of steps whose loss or gradient was not finite and, if they are skipped, of spikes."""
     spikes: int = 0
     """Number of spikes of the gradient norm, skipped or clipped."""
     norms: list[float] = field(default_factory=list)
     """Gradient norms of the last steps, oldest first, as of the checkpoint; empty without ``optim.spike``."""
     validated: int = 0
-    """Last step after which a validation was completed, or none was due."""
+    """Last step after which a validation was completed, 0 before; in a checkpoint of an earlier version, its step."""
     stopped: str = ""
     """``steps`` or ``patience`` once training has finished, empty before."""
 
@@ -153,7 +153,10 @@ def check_same_run(
     size: int,
     device: torch.device,
 ) -> None:
-    """Check that a run may resume from a checkpoint; warn if results may differ by rounding.
+    """Check that a run may resume from a checkpoint.
+
+    Warnings are logged if the schedule has changed, if results may differ by rounding, and if an earlier version, which may
+    have fitted levels on other spots, wrote the checkpoint.
 
     Parameters
     ----------
@@ -168,6 +171,8 @@ def check_same_run(
     ------
     TrainingError
         A key outside :data:`FREE_KEYS` or the input data has changed, or ``train.steps`` is below the step of the checkpoint.
+    ConfigError
+        The config in the checkpoint cannot be read.
     """
     # Parsed as a config: keys that did not exist then get their defaults, and renamed keys their new names.
     then = with_earlier_values(state["config"], config_from_dict(state["config"], f"the checkpoint in {run_dir}"))
@@ -217,7 +222,7 @@ def check_same_run(
 
 
 def random_state(device: torch.device) -> dict[str, str]:
-    """Return PyTorch's random state as hexadecimal text."""
+    """Return PyTorch's random state on the CPU and, for a GPU, on ``device``, as hexadecimal text."""
     out = {"torch_rng": _hex(torch.get_rng_state())}
     if device.type == "cuda":
         out["cuda_rng"] = _hex(torch.cuda.get_rng_state(device))
@@ -225,7 +230,7 @@ def random_state(device: torch.device) -> dict[str, str]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore the state that :func:`random_state` returned."""
+    """Restore the state that :func:`random_state` returned; that of the GPU only if both runs are on one."""
     torch.set_rng_state(_unhex(state["torch_rng"]))
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(_unhex(state["cuda_rng"]), device)

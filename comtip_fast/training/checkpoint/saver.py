@@ -40,9 +40,9 @@ def in_parts(config: RunConfig, size: int) -> bool:
 
 
 class CheckpointSaver:
-    """Writes checkpoints on rank 0, or on every rank its part, in a thread if ``train.async_checkpoint`` is set.
+    """Writes checkpoints: rank 0 writes all of them, or each rank its part; in a thread if ``train.async_checkpoint`` is set.
 
-    Methods are collective calls.
+    Methods are collective calls, except :meth:`load_best`.
 
     Parameters
     ----------
@@ -77,10 +77,15 @@ class CheckpointSaver:
     def save(self, progress: RunState, engine: Engine, ema: dict[str, Tensor]) -> None:
         """Write a full checkpoint of weights, optimizer state and averaged weights, then delete old ones.
 
+        If a thread writes, only a copy is complete on return, and errors of the writing are raised by a later call.
+
         Raises
         ------
         RestartError
             The disk of a rank is full or fails, now or in the previous checkpoint.
+        CheckpointError, TrainingError
+            The run folder of a checkpoint in parts is not on a file system that all ranks share: :class:`CheckpointError` on a
+            rank that does not find it, :class:`TrainingError` on the others.
         """
         if self.in_parts:
             self._parts.start(progress.step, engine, self._state(progress, engine), self._prune(progress))
@@ -90,11 +95,11 @@ class CheckpointSaver:
             on_rank_zero(lambda: self._save_whole(progress, engine, optim, ema), self.group, self._pause)
 
     def complete(self) -> None:
-        """Publish a checkpoint in parts whose parts are written; wait for those that are not."""
+        """Wait until the parts of the checkpoint in flight, if there is one, are written on all ranks, and publish it."""
         self._parts.complete()
 
     def check(self) -> None:
-        """Raise the exception of the last write of any rank, once."""
+        """Raise the exception of the last write of any rank, once; on the other ranks, an error with its message."""
         on_every_rank(self.writer.check, lambda _: None, self.group, self._pause)
 
     def drain(self) -> None:
@@ -122,7 +127,10 @@ class CheckpointSaver:
             write(checkpoint)
 
     def save_state(self, progress: RunState, engine: Engine) -> None:
-        """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors."""
+        """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors.
+
+        Then checkpoints that are not kept are deleted, because the best step may have changed.
+        """
         self._parts.complete()
         step, state, prune = progress.step, self._state(progress, engine), self._prune(progress)
 
@@ -134,7 +142,10 @@ class CheckpointSaver:
         on_rank_zero(lambda: self.writer.submit(write) if background else write(), self.group, self._pause)
 
     def check_best(self, progress: RunState) -> None:
-        """Reset the best step, with a warning, if its checkpoint is damaged or missing; rank 0 reads it for all ranks."""
+        """Reset best step and score, with a warning, if the checkpoint of an earlier best step is damaged or missing.
+
+        Rank 0 verifies the checkpoint for all ranks.
+        """
         on_rank_zero(lambda: self._check_best(progress), self.group, self._pause)
         progress.best_step, progress.best_score = broadcast((progress.best_step, progress.best_score), self.group)
 
@@ -151,9 +162,10 @@ class CheckpointSaver:
             progress.best_step, progress.best_score = 0, float("-inf")
 
     def load_best(self, progress: RunState) -> None:
-        """Load the best weights into the task's module, unless they are the current weights or there was no validation.
+        """Load the best weights into the task's module, if a validation had a score and the current weights are not the best.
 
-        Called on rank 0 only. The best weights are those that were validated: the averaged weights, if the checkpoint has any.
+        Called on rank 0 only. The best weights are those that were validated: the averaged weights, if the checkpoint has any. If
+        their checkpoint is damaged or missing, the module keeps its weights, see :meth:`check_best`.
         """
         self._check_best(progress)
         if progress.best_step and progress.best_step != progress.step:
@@ -162,7 +174,7 @@ class CheckpointSaver:
             load_averages(self.task.module, best.ema)
 
     def _state(self, progress: RunState, engine: Engine) -> dict[str, Any]:
-        """Return the content of ``state.json``: progress, random state, config, input hashes and machine."""
+        """Return the content of ``state.json``: progress, random state, config, input hashes, ranks, engine, device and PyTorch."""
         state = progress.as_plain() | random_state(self.device)
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
         state |= {"world_size": self.group.size, "engine": engine.name}

@@ -60,7 +60,8 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
     Raises
     ------
     CheckpointError
-        A key is missing or has a value that no run writes, or the state belongs to another step.
+        A key is missing or has a value that no run writes, the state belongs to another step, or the random state is not one of the
+        installed PyTorch.
     """
     where = folder / "state.json"
     try:
@@ -85,7 +86,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None
     Raises
     ------
     CheckpointError
-        A tensor is missing, unknown, of another shape, or not finite.
+        A tensor is missing, unknown, of another shape, or not finite, or the optimizer state of a parameter is incomplete.
     """
     try:
         module.load_state_dict(checkpoint.model)

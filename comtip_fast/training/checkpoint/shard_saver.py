@@ -34,7 +34,7 @@ class _InFlight:
 
 
 class ShardSaver:
-    """Writes checkpoints in parts; methods are collective calls.
+    """Writes checkpoints in parts; :meth:`start` and :meth:`complete` are collective calls.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class ShardSaver:
     group
         Ranks of the run.
     writer
-        Thread of this rank.
+        Writer thread of this rank.
     background
         Whether ``writer`` writes; otherwise :meth:`start` returns when the checkpoint is complete.
     pause
@@ -61,7 +61,9 @@ class ShardSaver:
         return self._in_flight is not None and self.writer.busy
 
     def start(self, step: int, engine: Engine, state: dict[str, Any], prune: Callable[[], None]) -> None:
-        """Copy this rank's part of the weights and the optimizer state, and start to write it.
+        """Write this rank's part of the weights and the optimizer state; with ``background``, copy it and start to write the copy.
+
+        A previous checkpoint is completed first.
 
         Parameters
         ----------
@@ -78,6 +80,9 @@ class ShardSaver:
         ------
         RestartError
             A disk is full or fails, on any rank, in this or the previous checkpoint.
+        CheckpointError, TrainingError
+            A rank does not find the folder that rank 0 has created: :class:`CheckpointError` on this rank,
+            :class:`TrainingError` on the others.
         """
         self.complete()
         name = on_rank_zero(lambda: self._new_folder(step), self.group, self.pause)
@@ -93,6 +98,7 @@ class ShardSaver:
         """Wait until the parts of all ranks are written, and publish the checkpoint; without one in flight, do nothing.
 
         ``write`` is called first. The checkpoint is published in the thread of rank 0, if it was written in the background.
+        Raises as :meth:`start`.
         """
         job, self._in_flight = self._in_flight, None
         if job is None:

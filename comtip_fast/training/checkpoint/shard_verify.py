@@ -12,9 +12,9 @@ from comtip_fast.training.distributed.process_group import Pause, on_every_rank,
 
 
 def damage_of_parts(root: Path, group: Group, pause: Pause) -> dict[int, str]:
-    """Verify the newest checkpoints in parts until a good one is found; a collective call.
+    """Verify checkpoints in parts, newest first, until a good one is found; a collective call.
 
-    Stops at a checkpoint of whole tensors, which rank 0 verifies when it reads it.
+    Stops at a checkpoint of whole tensors, which rank 0 verifies when it reads it. Leftovers of killed processes are removed.
 
     Parameters
     ----------
@@ -42,7 +42,10 @@ def damage_of_parts(root: Path, group: Group, pause: Pause) -> dict[int, str]:
 
 
 def _next(root: Path, damage: dict[int, str]) -> tuple[int, list[str], str] | None:
-    """Return the newest step in parts that is not known to be damaged, its files, and what is wrong with its index."""
+    """Return the newest step that is not in ``damage``, its part files, and what is wrong with its index (empty if nothing is).
+
+    None if there is no such step, or if its checkpoint has whole tensors.
+    """
     checkpoints.clear_leftovers(root)
     for step in reversed(checkpoints.steps_of(root)):
         folder = checkpoints.folder_of(root, step)

@@ -5,7 +5,7 @@
 A checkpoint of a sharded model can have one file per rank instead of the first two, and an index: :mod:`.parts.index`.
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
-process. Checkpoints that fail verification are renamed to ``damaged_step_*`` and kept for inspection.
+process. When a run resumes, checkpoints newer than the newest valid one are renamed to ``damaged_step_*`` and kept for inspection.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ def steps_of(root: Path) -> list[int]:
 
 
 def is_in_parts(folder: Path) -> bool:
-    """Return whether a checkpoint has one file per rank."""
+    """Return whether a checkpoint has one file per rank.
+
+    Raises
+    ------
+    CheckpointError
+        There is no index, and the file of hashes is not a regular file or too large.
+    """
     return (folder / INDEX).exists() or ((folder / SUMS).is_file() and INDEX in stated_sums(folder / SUMS))
 
 
@@ -84,6 +90,11 @@ def new_parts_folder(root: Path, step: int) -> str:
     """Create an empty folder for the parts of a checkpoint and return its name.
 
     The name has a random suffix, so that a process of an earlier attempt, which may still run on a lost node, cannot write to it.
+
+    Raises
+    ------
+    RestartError
+        The disk is full or fails.
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f".parts-{step:08d}-{secrets.token_hex(4)}"
@@ -93,7 +104,7 @@ def new_parts_folder(root: Path, step: int) -> str:
 
 
 def publish_parts(root: Path, step: int, parts: Path, index: ShardIndex, state: dict[str, Any]) -> Path:
-    """Make a checkpoint of a folder with the complete files of all ranks, and return its folder.
+    """Add index, state and hashes to a folder with the complete files of all ranks, give it its final name, and return its path.
 
     Raises
     ------
@@ -210,7 +221,8 @@ def load(folder: Path, *, moments: bool = True) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        A file is missing, does not match its hash or cannot be parsed, or the checkpoint has another format version.
+        A file is missing, does not match its hash or cannot be parsed, the checkpoint has another format version, or a tensor of a
+        checkpoint in parts is not finite.
     """
     verify(folder)
     state = _state_of(folder)
@@ -223,12 +235,18 @@ def load(folder: Path, *, moments: bool = True) -> Checkpoint:
 
 
 def load_state_of_parts(folder: Path) -> Checkpoint:
-    """Return a checkpoint in parts with its state only; its hashes must have been checked."""
+    """Return a checkpoint in parts with its state only; its hashes must have been checked.
+
+    Raises
+    ------
+    CheckpointError
+        The state cannot be parsed or has another format version.
+    """
     return Checkpoint({}, {}, _state_of(folder), parts=folder)
 
 
 def _state_of(folder: Path) -> dict[str, Any]:
-    """Return the content of the state of a checkpoint."""
+    """Return the content of ``state.json``; raise :class:`CheckpointError` if it cannot be parsed or has another version."""
     try:
         state = json.loads(read_text_file(folder / STATE).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -272,7 +290,8 @@ def verify_head(folder: Path) -> list[str]:
     Raises
     ------
     CheckpointError
-        See :func:`verify`; or index and file of hashes state different hashes of a part, which then is of another checkpoint.
+        Index or state is missing, invalid or does not match its hash, a part is missing or has another size than the index states,
+        or index and file of hashes state different hashes of a part.
     """
     check_hashes(folder, (INDEX, STATE))
     index, stated = read_index(folder), stated_sums(folder / SUMS)

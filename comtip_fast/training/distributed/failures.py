@@ -33,7 +33,7 @@ class RestartError(RuntimeError):
 def explain_failures(
     rank: int, size: int, where: Callable[[], str], timeout_s: float, *, key: str = "engine.timeout_s"
 ) -> Iterator[None]:
-    """Turn errors of a lost rank, a late rank or a full disk into a :class:`RestartError`.
+    """Turn errors of a lost rank, a late rank or a full or failing disk into a :class:`RestartError`.
 
     An error of a path that cannot be written (a read-only file system), which a restart does not fix, becomes a
     :class:`TrainingError`. Other errors are not changed.
@@ -45,9 +45,9 @@ def explain_failures(
     where
         Returns a description of the current activity, for the message.
     timeout_s
-        Timeout of collectives in seconds.
+        Timeout of collectives in seconds, for the message.
     key
-        Setting that holds the timeout.
+        Setting that holds the timeout, for the message.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
 
 
 def hard_exit(code: int = RESTART_CODE) -> None:
-    """Exit the process from any thread, even if other threads are blocked."""
+    """Flush standard output and standard error, and exit the process from any thread, even if other threads are blocked."""
     for stream in (sys.stdout, sys.stderr):
         drain(stream)
     os._exit(code)

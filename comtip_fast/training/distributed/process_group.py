@@ -122,7 +122,7 @@ class ProcessGroup:
         self.waits, self.wait_s = waits, wait_s
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """All-gather; shares of different lengths are padded to the longest one."""
+        """All-gather; for the transfer, shares of different lengths are padded to the longest one."""
         most = max(counts)
         mine = _padded(rows.contiguous(), most)
         out = mine.new_empty(self.size * most, *rows.shape[1:])
@@ -132,7 +132,7 @@ class ProcessGroup:
         return torch.cat([part[:n] for part, n in zip(out.split(most), counts, strict=True)])
 
     def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Reduce-scatter; shares of different lengths are padded to the longest one."""
+        """Reduce-scatter; for the transfer, shares of different lengths are padded to the longest one."""
         most = max(counts)
         parts = rows.split(list(counts))
         full = rows if min(counts) == most else torch.cat([_padded(part, most) for part in parts])
@@ -186,7 +186,7 @@ def init_distributed(
     *,
     wait_timeout_s: float = 7200.0,
 ) -> Iterator[Group]:
-    """Initialize the process group inside the block and destroy it afterwards.
+    """Initialize the process group before the block and destroy it afterwards, if there are several processes.
 
     Parameters
     ----------
@@ -207,9 +207,10 @@ def init_distributed(
     Raises
     ------
     TrainingError
-        The launcher's environment is incomplete.
+        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or the block of one of
+        several ranks cannot write a path.
     RestartError
-        A rank is lost or late.
+        A rank is lost or late, or in the block of one of several ranks a disk is full or fails.
     """
     env = distributed_env() if env is None else env
     if env.size == 1:
@@ -268,8 +269,8 @@ def broadcast(value: T, group: Group) -> T:
 def on_rank_zero(work: Callable[[], T], group: Group, pause: Pause = nullcontext) -> T:
     """Call ``work`` on rank 0 and return its result on every rank; a collective call.
 
-    The result must be picklable. If rank 0 raises, the other ranks raise :class:`RestartError` or :class:`TrainingError`
-    with rank 0's message. ``work`` may last up to ``engine.wait_timeout_s``.
+    The result must be picklable. If ``work`` raises, rank 0 raises its error, and the other ranks raise :class:`RestartError` or
+    :class:`TrainingError` with rank 0's message. ``work`` may last up to ``engine.wait_timeout_s``.
 
     Parameters
     ----------
@@ -299,9 +300,19 @@ def on_every_rank(
 ) -> R:
     """Call ``work`` on every rank and return ``combine`` of the results, in rank order, on every rank; a collective call.
 
-    ``combine`` runs on rank 0. Results must be picklable. If a rank raises, every rank raises: that rank its own error,
-    the others :class:`RestartError` or :class:`TrainingError` with its message. ``work`` may last up to
-    ``engine.wait_timeout_s``. Parameters are those of :func:`on_rank_zero`.
+    Results must be picklable. If a rank raises, every rank raises: that rank its own error, the others
+    :class:`RestartError` or :class:`TrainingError` with its message.
+
+    Parameters
+    ----------
+    work
+        Called without arguments; may last up to ``engine.wait_timeout_s``.
+    combine
+        Called on rank 0 with the results of all ranks.
+    group
+        Ranks of the run.
+    pause
+        Returns the context in which every rank waits for the others and for ``combine``.
     """
     if group.size == 1:
         return combine([work()])

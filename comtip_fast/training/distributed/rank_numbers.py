@@ -22,7 +22,7 @@ from comtip_fast.collectives import Group
 
 @dataclass(frozen=True)
 class Reduced:
-    """The numbers of all ranks; the same on every rank."""
+    """The numbers of all ranks; the same on every rank, except for the order of the names."""
 
     sums: dict[str, float]
     """Sum over the ranks that hold the name; not finite if the value of one rank is not."""

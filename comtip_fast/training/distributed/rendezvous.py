@@ -93,7 +93,9 @@ def create_handler(params: RendezvousParameters) -> RendezvousHandler:
     Raises
     ------
     ValueError
-        ``call_timeout`` is below 1 second.
+        ``call_timeout`` is below 1 second or not an integer, or another setting is not valid for ``c10d``.
+    RendezvousConnectionError
+        The store cannot be opened or reached.
     """
     # Imported on use: torchrun imports this module while it imports its own.
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous

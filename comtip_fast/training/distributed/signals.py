@@ -39,7 +39,7 @@ class Signals:
 def catch_signals() -> Iterator[Signals]:
     """Handle SIGTERM, SIGINT and SIGHUP inside the block; restore the previous handlers afterwards.
 
-    An ignored SIGHUP stays ignored, because nohup relies on it.
+    An ignored SIGHUP stays ignored, because nohup relies on it. Outside the main thread, no signal is handled.
     """
     caught, earlier = Signals(), {}
     try:
@@ -59,7 +59,7 @@ def catch_signals() -> Iterator[Signals]:
 def refuse_links(run_dir: Path) -> None:
     """Refuse symbolic links in a run folder, because a resumed run truncates, extends and deletes its files.
 
-    The ``wandb`` folder is not checked, because wandb creates links there.
+    The content of the ``wandb`` folder is not checked, because wandb creates links there.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock on a run folder inside the block.
 
     The kernel releases the lock when the process ends, so the lock file of a dead process does not block a new one. The
-    file contains the process id for messages only.
+    file contains the process id for messages only. On a file system without locks, a warning is logged instead.
 
     Parameters
     ----------

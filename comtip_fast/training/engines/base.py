@@ -29,7 +29,7 @@ class Update:
     good: Tensor
     """bool scalar: whether the weights were updated. False if loss or norm is not finite, or if the step is a skipped spike."""
     names: tuple[str, ...] = ()
-    """Names of the n parameters that have a gradient on this rank."""
+    """Names of the n parameters that have a gradient on this rank; empty if ``norms`` is None."""
     norms: Tensor | None = None
     """Norm of the gradient of each of ``names``, (n,); None if the engine does not compute them."""
     spike: Tensor | None = None
@@ -79,7 +79,13 @@ class Shards(Protocol):
         ...
 
     def restore(self, source: PartSource) -> None:
-        """Replace trained weights and optimizer state by those of ``source``; called on every rank before the first step."""
+        """Replace trained weights and optimizer state by those of ``source``; called on every rank before the first step.
+
+        Raises
+        ------
+        TrainingError
+            The engine updates some of the parameters together, but their step counts differ.
+        """
         ...
 
 
@@ -118,7 +124,7 @@ class Engine(Protocol):
         """Clip the gradients and update the weights.
 
         The weights do not change if the loss (``finite``) or the gradient norm is not finite, or if the step is a spike to skip.
-        On a GPU, the update is masked on the device, without a synchronization.
+        On a GPU, the update is masked on the device without a synchronization, except by ZeRO, which reads the norm on the host.
         """
         ...
 
@@ -134,7 +140,7 @@ class Engine(Protocol):
     ) -> AbstractContextManager[Any]:
         """Return a context in which rank 0, or every rank, can read the weights in the task's module; a collective call.
 
-        Of an engine that divides parameters over ranks, only those whose name is ``wanted`` can be read.
+        If the engine divides parameters over ranks, only those whose name is ``wanted`` are gathered.
         """
         ...
 
@@ -143,7 +149,13 @@ class Engine(Protocol):
         ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank."""
+        """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank.
+
+        Raises
+        ------
+        TrainingError
+            The engine updates some of the parameters together, but their step counts differ (ZeRO only).
+        """
         ...
 
     def close(self) -> None:
@@ -170,9 +182,10 @@ class StepModule(nn.Module):
 
 
 def cast_groups_of(module: nn.Module, config: RunConfig, device: torch.device) -> list[ParameterNames]:
-    """Return the linear layers of each transformer block, whose weights are cast to bf16 in one call.
+    """Return the trained fp32 parameters of the linear layers of each transformer block, which are cast to bf16 in one call.
 
-    The list is empty in fp32, and for compiled blocks, which cast their weights themselves.
+    Blocks without such parameters are left out. The list is empty in fp32, for compiled blocks, which cast their weights
+    themselves, and for a module without ``transformer_blocks``.
     """
     if not devices.in_bf16(config.train.precision, device) or config.engine.compile:
         return []

@@ -80,7 +80,13 @@ def deepspeed_config(config: RunConfig, world_size: int, gpu: bool) -> dict[str,
 
 
 class DeepSpeedEngine:
-    """DeepSpeed ZeRO: shards optimizer state, gradients and parameters over ranks according to ``engine.zero_stage``."""
+    """DeepSpeed ZeRO: shards optimizer state, gradients and parameters over ranks according to ``engine.zero_stage``.
+
+    Raises
+    ------
+    TrainingError
+        DeepSpeed cannot be imported.
+    """
 
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.config, self.group, self.stage = config, group, config.engine.zero_stage
@@ -145,7 +151,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss * factor)
 
     def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
-        """See :meth:`.base.Engine.update`; ZeRO computes the norm, clips and skips updates that are not finite."""
+        """See :meth:`.base.Engine.update`; in stages 1 to 3, ZeRO computes the norm, clips, and skips non-finite updates."""
         if self.stage == 0:
             update = clip(self._parameters, self.config.optim.clip, finite, spikes)
             if self._fused:
@@ -273,7 +279,7 @@ class DeepSpeedEngine:
         return {name: steps[group] for name, group in self._group_of.items() if group in steps}
 
     def _set_steps(self, by_name: dict[str, float]) -> None:
-        """Set the number of optimizer steps of each parameter; a parameter that was frozen so far has 0."""
+        """Set the number of optimizer steps of each parameter (0 if it was frozen so far); raise if those of a group differ."""
         for index, state in self._states():
             names = [name for name, group in self._group_of.items() if group == index]
             steps = {by_name[name] for name in names}
@@ -295,7 +301,7 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
     Raises
     ------
     TrainingError
-        DeepSpeed is not installed or, for ``nvme``, the folder cannot be created or the extension cannot be compiled.
+        DeepSpeed cannot be imported or, for ``nvme``, the folder cannot be created or the extension cannot be compiled.
     """
     deepspeed, e = _import(device), config.engine
     if "nvme" not in (e.offload_optimizer, e.offload_param):
@@ -348,7 +354,7 @@ def _empty(module: nn.Module) -> None:
 
 
 def _import(device: torch.device) -> ModuleType:
-    """Import DeepSpeed without its log lines and warnings; raise TrainingError if it is not installed."""
+    """Import DeepSpeed without its log lines and warnings; raise TrainingError if it cannot be imported."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -13,7 +13,7 @@ from comtip_fast.training.protocol import TrainingError
 
 
 def check_engine(config: RunConfig, device: torch.device) -> None:
-    """Check, before any slow work, that this machine has what the engine needs.
+    """Check, before any slow work, that this machine has what DeepSpeed needs, if the config selects it.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def make_engine(module: nn.Module, config: RunConfig, group: Group) -> Engine:
     Raises
     ------
     TrainingError
-        ``engine.kind`` does not fit the number of processes, or DeepSpeed is not installed.
+        ``engine.kind`` is ``single`` but there are several processes, or it is ``deepspeed`` and DeepSpeed cannot be imported.
     """
     kind = config.engine.kind
     if kind == "single" and group.size > 1:

@@ -1,7 +1,7 @@
-"""A rank's part of parameters and optimizer state under ZeRO 3, read and written without gathering a parameter.
+"""A rank's part of parameters and optimizer state under ZeRO 3, read and written without gathering large parameters.
 
-ZeRO 3 divides the n elements of a flattened parameter over W ranks: rank r owns the elements from r ceil(n/W), and the shard of
-the last ranks is padded to this length.
+ZeRO 3 divides the n elements of a flattened parameter over W ranks: rank r owns up to ceil(n/W) elements from r ceil(n/W) on, and
+the shards of the last ranks are padded to ceil(n/W) elements.
 """
 
 from __future__ import annotations

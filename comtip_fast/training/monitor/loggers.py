@@ -57,7 +57,7 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """Writes events for TensorBoard (extra ``log``)."""
+    """Writes events for TensorBoard (extra ``log``); raises ValueError if it is not installed."""
 
     def __init__(self, folder: Path, start: int) -> None:
         try:
@@ -82,7 +82,10 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Writes rows to a Weights & Biases run (extra ``log``), which a resumed run continues."""
+    """Writes rows to a Weights & Biases run (extra ``log``), which a resumed run continues.
+
+    Raises ValueError if Weights & Biases is not installed.
+    """
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         try:
@@ -135,7 +138,7 @@ class BestEffort:
 
 
 class Progress:
-    """Prints a line per logged step: progress, losses, speed and remaining time."""
+    """Prints a line per row: progress, losses, speed and remaining time of a step, or the scores of a validation."""
 
     def __init__(self, total: int, start: int, stream: TextIO | None = None) -> None:
         self.total, self.start, self.began = total, start, time.monotonic()

@@ -1,4 +1,4 @@
-"""Monitoring of a run: throughput, jumps of the loss, stalls and profiler traces. Nothing here changes a training step."""
+"""Monitoring of a run: throughput, jumps of loss and gradient norm, stalls, profiler traces. It does not change training steps."""
 
 from __future__ import annotations
 
@@ -61,9 +61,19 @@ class ThroughputMeter:
             self._flops += self.cost.flops(spots, int(numbers["genes"]))
 
     def row(self, loader_wait_s: float) -> dict[str, float]:
-        """Return rates and shares of time since the last call: spots and tokens of all ranks, other values of this rank.
+        """Return rates and shares of time over the steps since the last call, and the peak memory.
 
-        ``loader_wait_s`` is the time for which the steps waited for batches, in seconds.
+        Parameters
+        ----------
+        loader_wait_s
+            Time for which the steps waited for batches, in seconds.
+
+        Returns
+        -------
+        dict
+            ``spots_per_s`` of all ranks; ``tokens_per_s`` of one copy of the sentence table, if tokens were counted;
+            ``tflops_per_s`` of this rank, if the cost of a step is known; ``mfu``, if the peak rate of the device is known too;
+            ``loader_wait_share`` and ``comm_share`` of the time of the steps; and ``memory_gib``, see :func:`peak_memory`.
         """
         seconds = max(self._seconds, 1e-9)
         comm = 0.0 if self.comm is None else self.comm.seconds()
@@ -81,7 +91,7 @@ class ThroughputMeter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of tensors on a GPU, or of the process on a CPU."""
+    """Return the peak memory since the start of the process, in bytes: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,14 +100,14 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass
 class SpikeDetector:
-    """Detects steps whose loss or gradient norm is a multiple of the median of recent steps (``watch``)."""
+    """Detects jumps: a loss or gradient norm above a multiple (``watch``) of the median of the last 50 finite values."""
 
     config: WatchConfig
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=50))
 
     def update(self, loss: float, norm: float) -> str | None:
-        """Add a step; return a message if its loss or norm is a jump, else None."""
+        """Add a step; return a message if its loss or norm is a jump, else None. At least 20 earlier values must be known."""
         message = None
         for value, before, limit, what in (
             (loss, self._losses, self.config.loss_jump, "loss"),
@@ -117,13 +127,14 @@ class Watchdog:
     Parameters
     ----------
     limit_s
-        Seconds without :meth:`reset` until ``report`` is called; 0 disables it.
+        Seconds without :meth:`reset` until the stall is reported; 0 for no limit.
     report
-        Called with a message, once per stall.
+        Called with a message, once per stall, after ``limit_s`` or ``stop_s``, whichever is shorter; not called if the stacks
+        cannot be written.
     stacks
-        File to which the stacks are appended.
+        File to which the stacks are appended before ``report`` is called.
     stop_s
-        Seconds without :meth:`reset` until ``stop`` is called; 0 disables it.
+        Seconds without :meth:`reset` until ``stop`` is called; 0 for no limit.
     stop
         Called with a message; the thread then ends.
     """
@@ -229,7 +240,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write the trace, even if the run ends before the last step of the range."""
+        """Stop the profiler and write the trace, if it is running, even before the last step of the range."""
         profile, self._profile = self._profile, None
         if profile is None:
             return

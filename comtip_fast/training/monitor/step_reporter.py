@@ -60,7 +60,16 @@ class StepReporter:
         self._pending.append(step)
 
     def after_step(self, progress: RunState, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
-        """Add the duration of a step in seconds, and report all pending steps if a row is due.
+        """Add a step to the throughput, and report all pending steps if a row is due; on a CPU, report every step.
+
+        Parameters
+        ----------
+        progress
+            State of the run after the step; skipped updates and spikes are counted in it.
+        seconds, spots
+            Duration of the step in seconds, and number of spots of the global batch.
+        numbers
+            Numbers of the step, see :meth:`.monitor.ThroughputMeter.add`.
 
         Raises
         ------
@@ -94,7 +103,7 @@ class StepReporter:
         return step % self.config.train.log_every == 0 or step == 1
 
     def _report(self, progress: RunState, finished: list[FinishedStep]) -> None:
-        """Handle non-finite steps, detect jumps, and log the rows that are due."""
+        """Handle non-finite steps and spikes, detect jumps, and log the rows that are due."""
         for done in finished:
             step, logged = done.pending.step, self._is_logged(done.pending.step)
             losses, numbers = self._over_ranks(done) if logged or not done.good or done.spike else ({}, {})

@@ -41,6 +41,11 @@ def fit_readout(
     -------
     LinearReadout or None
         None if no cohort has at least :data:`MIN_SPOTS` readable training spots and 2 genes.
+
+    Raises
+    ------
+    ShardError
+        More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
     """
     readout = LinearReadout(ReadoutSettings(config.readout.views, config.readout.context, config.align.dim), [])
     cohorts: dict[str, list[int]] = {}
@@ -122,7 +127,7 @@ class _Reader:
     seed: int
 
     def read(self, section: int, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-        """Return features (n, F) and expression (n, G) per normalisation; None if no record of the section is readable."""
+        """Return features (n, F) and expression (n, G) per normalisation; None if none of the chosen spots is readable."""
         spots = neighbouring_spots(self.shards, self.shards.select(sections=[section]), self.quota, self.seed, section)
         spots, counts = self.loader.counts(spots)
         device = next(self.model.parameters()).device

@@ -49,7 +49,10 @@ class RidgePath:
         self.x_NF = x
 
     def fit(self, programmes: int, alpha: float) -> NormHead:
-        """Return the head with K programmes (0: as many as genes) and the ridge penalty ``alpha`` per spot."""
+        """Return the head with K programmes and the ridge penalty ``alpha`` per spot.
+
+        K is ``programmes``, at most the number of genes that programmes are computed from; 0 selects this number.
+        """
         K = min(programmes or self.common.size, self.common.size)
         scores = self.y_NG[:, self.common] @ self.programmes_GK[:, :K]
         projected = self.x_basis.T @ (self.x_NF.T @ scores)
@@ -77,7 +80,7 @@ def _spectral(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class ReadoutGrid:
-    """Candidates for the number of programmes (0: as many as genes) and the ridge penalty."""
+    """Candidates for the number of programmes (0: as many as possible, see :meth:`RidgePath.fit`) and the ridge penalty."""
 
     programmes: tuple[int, ...] = (5, 10, 20, 0)
     alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)

@@ -21,8 +21,8 @@ CHUNK_BYTES = 64 << 20
 class WeightAverage:
     """Exponential moving average of the trained parameters, in their own precision (fp32) and on their device.
 
-    Every rank holds the full average, computed from weights that are equal on all ranks. Frozen parameters equal their average
-    and are not stored; the average of a parameter that thaws starts with its value.
+    Every rank holds the full average, computed from weights that are equal on all ranks. Parameters that have always been frozen
+    have no average; that of a parameter that thaws starts with its value.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def attach(self, module: nn.Module, stored: dict[str, Tensor] | None = None) -> None:
-        """Start to average the trained parameters of a module; called whenever an engine is built.
+        """Start to average the trained parameters of a module, if ``optim.ema`` is set; called whenever an engine is built.
 
         Parameters
         ----------
@@ -70,7 +70,7 @@ class WeightAverage:
         """Move the averages towards the weights after a step; without ``optim.ema``, do nothing.
 
         The decay rises with the step as ``(1 + step) / (10 + step)``, up to ``optim.ema``, so that the initial weights soon have
-        no influence.
+        little influence.
 
         Parameters
         ----------

@@ -160,7 +160,7 @@ def _problem(index: ShardIndex) -> str:
 
 
 def _wrong_size(index: ShardIndex, folder: Path) -> str:
-    """Return the first file that is missing or has another size than stated, and the problem, as text; empty if there is none."""
+    """Return what is wrong with the first file that is missing or has another size than stated; empty if there is none."""
     for file in index.files:
         path = folder / file.name
         if not path.is_file():

@@ -33,7 +33,8 @@ class ShardReader:
     Raises
     ------
     CheckpointError
-        The index is invalid; from every method: a file does not hold what the index states, or a value is not finite.
+        The index is invalid. Methods that read tensors raise it if a file does not hold what the index states, or if a value is not
+        finite.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +89,13 @@ class ShardReader:
         return out
 
     def check_fits(self, module: nn.Module) -> None:
-        """Check that the checkpoint has every parameter and buffer of a module, in its shape, and no other."""
+        """Check that the checkpoint has every parameter and buffer of a module, in its shape, and no other.
+
+        Raises
+        ------
+        CheckpointError
+            It has not; the message names one of the tensors.
+        """
         wanted = {name: list(p.shape) for name, p in module.named_parameters()}
         wanted |= {name: list(module.get_buffer(name).shape) for name in buffer_names(module)}
         found = {item.name: item.shape for item in self.index.items}

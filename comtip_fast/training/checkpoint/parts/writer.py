@@ -1,4 +1,4 @@
-"""Writing of a checkpoint in parts: every rank writes the part that it owns, and rank 0 publishes them together."""
+"""Writing of the part of a checkpoint that a rank owns, and the index of the parts of all ranks."""
 
 from __future__ import annotations
 
