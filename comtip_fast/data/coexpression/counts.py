@@ -1,7 +1,8 @@
 """Streaming readers of count matrices without images: AnnData, 10x h5 and legacy Spatial Transcriptomics tables.
 
 Each reader yields blocks of cells (or spots) x genes, so that memory is bounded by the size of a block and does not grow with
-the number of cells. Features of other types (antibodies, controls) are dropped.
+the number of cells; only an AnnData matrix in compressed sparse columns is read as a whole. Features that are not genes
+(antibodies, controls) are dropped.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def open_counts(path: str | Path) -> CountSource:
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        There is no such file, or it is a folder.
     SourceError
         The format is none of these, the file cannot be read, or it has no genes.
     """
@@ -93,7 +94,7 @@ def open_counts(path: str | Path) -> CountSource:
 
 
 def species_of(genes: list[str]) -> str | None:
-    """Return the species of most Ensembl identifiers among ``genes``, or None if there are no Ensembl identifiers."""
+    """Return the species of most Ensembl gene identifiers in ``genes``; None if there are none of human or mouse."""
     votes = {
         "mouse": sum(g.upper().startswith("ENSMUSG") for g in genes),
         "human": sum(g.upper().startswith("ENSG0") for g in genes),
@@ -158,7 +159,7 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn errors of reading a text file, also one that is compressed, into SourceError."""
+    """Turn errors of reading a text file, plain or compressed with gzip, into SourceError, except PermissionError."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -181,7 +182,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _text(path: Path) -> Any:
-    """Open a text file, which may be compressed with gzip."""
+    """Open a UTF-8 text file, which is compressed with gzip if its name ends in ``.gz``."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
