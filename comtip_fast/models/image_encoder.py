@@ -112,7 +112,10 @@ class VisionEncoder(nn.Module):
         return x.view(B, 3, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(B, k * k, 3, p, p)
 
     def stem_features(self, tiles_B3SS: Tensor) -> Tensor:
-        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem, or patches (B, P, 3, p, p)."""
+        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem or, without one, patches (B, P, 3, p, p).
+
+        Raises like :meth:`cut`.
+        """
         patches = self.cut(tiles_B3SS)
         if self.stem is None:
             return patches
@@ -291,7 +294,7 @@ class _PatchProjection(nn.Conv2d):
 
 
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
-    """Build the Vision Transformer of the config for a tile size, and load local weights; raise ValueError if that fails."""
+    """Build the Vision Transformer of the config for a tile size, with its initial weights; raise ValueError if that fails."""
     if config.backbone == "small":
         # No class token: the mean over patches represents the tile.
         return VisionTransformer(
@@ -336,7 +339,7 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 
 def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
-    """Return the arguments of timm's constructor for the settings that are not ``null``."""
+    """Return the arguments of timm's constructor for the settings that are not None; without class token also average pooling."""
     named: dict[str, Any] = {
         "patch_size": config.patch_px,
         "embed_dim": config.width,
