@@ -1,4 +1,4 @@
-"""Settings of a run: one frozen dataclass per component; each field has its bounds and a docstring.
+"""Settings of a run: one frozen dataclass per component; each setting has its bounds and a docstring.
 
 The resolved config is written into every run folder and every export, so that a result can be traced to the settings
 that produced it. Symbols (B, G, Q, r ...) are those of docs/method.md. Where the paper gives no value, this project chose the
