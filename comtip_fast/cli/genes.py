@@ -51,7 +51,7 @@ SUBCOMMANDS = {"vectors": add_vectors}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per match and return 1 if a gene is unknown."""
+    """Print one line per match and per unknown gene; return 1 if a gene is unknown."""
     if "vectors" in args.gene:
         raise ValueError("comtip genes: vectors is a subcommand; write it first: comtip genes vectors COUNTS ...")
     resource, tokenizer = GeneResource.load(), GeneTokenizer.load()
