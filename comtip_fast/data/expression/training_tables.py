@@ -88,7 +88,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     levels: np.ndarray | None = None
     if _keep_in_memory(train, genes.trained.size, config):
         if fit.size < train.size:
-            train, levels = _all_levels(shards, train, genes.trained, table, config)
+            train, levels = _all_levels(shards, train, genes.trained, table, config, damaged.size)
         else:
             levels = sample.levels(table)
     return TrainingTables(
@@ -205,13 +205,16 @@ def _read_counts(
 
 
 def _all_levels(
-    shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig
+    shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig, damaged_before: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the readable training spots and their levels, uint8 (n, G), read in chunks."""
+    """Return the readable training spots and their levels, uint8 (n, G), read in chunks.
+
+    ``damaged_before`` is the number of damaged records that ``train`` no longer contains, as in :func:`_read_counts`.
+    """
     spots: list[np.ndarray] = []
     levels = []
     for start in range(0, train.size, CHUNK):
-        damaged = start - sum(part.size for part in spots)
+        damaged = damaged_before + start - sum(part.size for part in spots)
         readable, counts, _ = _read_counts(shards, train[start : start + CHUNK], config, damaged)
         values = log1p_cp10k(counts)[:, genes].toarray()
         spots.append(readable)
