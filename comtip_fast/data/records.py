@@ -38,7 +38,7 @@ class DecodedSpots:
 
     encoded: EncodedSpots
     tiles_NSS3: np.ndarray
-    """uint8 (b, S, S, 3); undefined for damaged records."""
+    """uint8 (b, S, S, 3), an array or a tensor on the GPU that decoded them; undefined for damaged records."""
     replaced: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 

@@ -160,7 +160,7 @@ class VisionEncoder(nn.Module):
         """Encode all patches, and those of ``visible_BV`` without the others; return both.
 
         In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the output
-        projection of attention.
+        projection of attention and of its norms.
         """
         if self.in_one_pass:
             both: tuple[ImageTokens, ImageTokens] = self(features_BP, visible_BV, True)

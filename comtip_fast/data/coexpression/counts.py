@@ -1,8 +1,8 @@
 """Streaming readers of count matrices without images: AnnData, 10x h5 and legacy Spatial Transcriptomics tables.
 
 Each reader yields blocks of cells (or spots) x genes, so that memory is bounded by the size of a block and does not grow with
-the number of cells; only an AnnData matrix in compressed sparse columns is read as a whole. Features that are not genes
-(antibodies, controls) are dropped.
+the number of cells. Only AnnData matrices in compressed sparse columns and files of Cell Ranger 1 and 2 are read as a whole.
+Features that are not genes (antibodies, controls) are dropped.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class CountSource:
     symbols: list[str]
 
     def blocks(self) -> Iterator[sparse.csr_matrix]:
-        """Yield the counts as int32 CSR blocks (at most :data:`BLOCK_ROWS` rows, ``len(genes)`` columns).
+        """Yield the counts as int32 CSR blocks with ``len(genes)`` columns.
+
+        A block has at most :data:`BLOCK_ROWS` rows; a file of Cell Ranger 1 or 2 is one block.
 
         Raises
         ------
