@@ -213,7 +213,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ----------
     data
         A section with expression and an image, and unique spot names. Whole numbers are written as int32, other values, such as
-        predictions, as float32.
+        predictions, as float32. Without both ``array_row`` and ``array_col``, spots are numbered, with a warning.
     target
         Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``; an existing folder is replaced.
 
@@ -221,8 +221,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ------
     SourceError
         There is no expression or no image, several sections have an image, the image or its scale factor is invalid, spot names
-        are not unique or begin as a formula, or ``array_row`` or ``array_col`` has no value for a spot. If a column is absent,
-        spots are numbered instead, with a warning.
+        are not unique or begin as a formula, or ``array_row`` or ``array_col`` has no value for a spot.
     OSError
         ``target`` cannot be written.
     """

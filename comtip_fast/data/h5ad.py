@@ -47,7 +47,7 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
     Raises
     ------
     OSError
-        ``target`` cannot be written, or the disk is full or fails; an earlier file is unchanged. The message names ``target``.
+        ``target`` cannot be written, e.g. because the disk is full; an earlier file is unchanged.
     """
     with atomic_path(target) as tmp_path, tmp_path.open("r+b", buffering=0) as raw:
         file = _DiskFile(raw)

@@ -201,7 +201,7 @@ class SectionPrediction:
         return to_store(self.predictor.encode(tiles_NSS3, stain))
 
     def summarise(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> _Whole:
-        """Return what :meth:`predict_rows` needs of the whole section: neighbours of the spots, and moments of the features."""
+        """Return what :meth:`predict_rows` needs of the whole section: features, neighbours of the spots, and feature moments."""
         neighbours = Neighbours(xy_N2) if self.context and xy_N2 is not None and n_spots > 1 else None
         whole = _Whole(store, neighbours, None if self.readout is None else Moments())
         if whole.moments is not None:

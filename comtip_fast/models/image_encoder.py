@@ -159,8 +159,8 @@ class VisionEncoder(nn.Module):
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
         """Encode all patches, and those of ``visible_BV`` without the others; return both.
 
-        In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the output
-        projection of attention and of its norms.
+        In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the norms
+        and the output projection inside attention.
         """
         if self.in_one_pass:
             both: tuple[ImageTokens, ImageTokens] = self(features_BP, visible_BV, True)

@@ -179,7 +179,7 @@ class LinearReadout:
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
         """Return the weight of the level-sentence prediction in the mixture, float64 (G,).
 
-        It is the mean over the heads (those that :meth:`predict` uses) that have the gene among their own, and 0 without such a head.
+        It is the mean over those heads used by :meth:`predict` whose ``keys`` contain the gene, and 0 if there is none.
         """
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)

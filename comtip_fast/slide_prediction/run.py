@@ -332,9 +332,9 @@ def _join(layout: _Layout, request: SlideRequest, pieces: Pieces, out: Path, siz
 
 
 class _Progress:
-    """Progress of tiles, if ``show``: a bar on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager.
+    """Progress bar of tiles on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager.
 
-    That a prediction is resumed is always logged.
+    Without ``show``, a message is logged only if the work is resumed.
     """
 
     def __init__(self, what: str, total: int, done: int, show: bool) -> None:

@@ -43,7 +43,7 @@ class PartClock:
         self._part, self._began = OTHER, 0.0
 
     def start(self) -> None:
-        """Start timing; may span several steps."""
+        """Start timing one or several steps."""
         self.running, self._part, self._began = True, OTHER, self._now()
 
     def stop(self) -> None:

@@ -31,7 +31,7 @@ class LevelTable:
     edges: FloatArray
     """float32 (R, Q - 2), lower edges of levels 2 to Q - 1 in log1p CP10K; unused edges are +inf."""
     value_cp10k: FloatArray
-    """float32 (R, Q), value of each level in log1p CP10K; 0 for level 0.
+    """float32 (R, Q), value of each level in log1p CP10K; 0 for level 0, and for a level without any training value.
 
     A value is the median of the level's training values; a level of a gene with fewer than 3 has the value of the global row.
     """
