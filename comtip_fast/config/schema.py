@@ -117,7 +117,7 @@ class PanelConfig:
     """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
     balance: Literal["none", "assay"] = "assay"
     """``assay`` corrects for sections with small gene lists, whose genes would be trained more often than others, and draws at
-    least one gene that each section of the batch measured. ``none`` ignores gene lists."""
+    least one gene of each section of the batch, if the panel is large enough. ``none`` ignores gene lists."""
 
 
 @dataclass(frozen=True, kw_only=True)

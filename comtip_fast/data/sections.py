@@ -48,6 +48,7 @@ class SectionTiles:
 
     section_id: str
     species: str
+    """``human`` or ``mouse``; empty for an AnnData whose species is unknown."""
     tiles: TileSource
     template: ad.AnnData
     """AnnData to which results are added: ``obs``, ``obsm["spatial"]`` and, with the image if there is one, ``uns["spatial"]``."""
