@@ -215,7 +215,7 @@ class VisionEncoder(nn.Module):
         return nn.functional.embedding(visible_BV, rows_Pd)
 
     def _prefix(self, batch: int) -> list[Tensor]:
-        """Return the class, distillation and register tokens (B, n, d), with their position embeddings."""
+        """Return the class, distillation and register tokens of the model, (B, t, d) each, with their positions if they have any."""
         tokens, at = [], 0
         for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:

@@ -345,7 +345,7 @@ class _Progress:
             log.info("%s: resuming, %d of %d tiles are complete", what, done, total)
 
     def update(self, n: int) -> None:
-        """Count finished tiles."""
+        """Count ``n`` more finished tiles, and log the progress if it is due."""
         self._done += n
         self._bar.update(n)
         now = time.monotonic()

@@ -123,7 +123,7 @@ def _read_task(folder: Path) -> BenchmarkTask:
 
 
 def _read_split(folder: Path, name: str) -> tuple[BenchmarkSample, ...]:
-    """Read the samples of one split file; raise ValueError if a column is missing."""
+    """Read the samples of one split file; raise ValueError if a column is missing or a path is outside the task's folder."""
     path = folder / "splits" / name
     table = read_table(path, sep=",")
     missing = [c for c in COLUMNS if c not in table]
