@@ -121,7 +121,7 @@ def _source_format(folder: Path) -> str:
 
 
 def _refuse_slide_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option for slides without spots is given for a section, FileNotFoundError if its path does not exist."""
+    """Raise ValueError if an option for slides without spots is given for a section (FileNotFoundError if that does not exist)."""
     names = ("grid", "step_um", "min_tissue", "overlays", "geojson")
     given = {f"--{name.replace('_', '-')}": True for name in names if getattr(args, name) is not None}
     path = Path(args.section)
