@@ -77,7 +77,7 @@ class LoaderInputs:
 
 
 def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet:
-    """Open ``shards``; if it is None, build ``source`` at ``px`` into ``work`` once and open that."""
+    """Open ``shards``; if it is None, build ``source`` with tiles of ``px`` px and 224 um in ``work``, if it is not there yet."""
     if shards is None:
         shards = work / f"shards_{px}px"
         log.info("building %s at %d px into %s, if it is not there yet", source, px, shards)
@@ -90,8 +90,9 @@ def load_inputs(setting: Setting) -> LoaderInputs:
 
     Raises
     ------
-    ValueError
-        There are fewer training spots than a batch has.
+    ValueError, ShardError
+        There are fewer training spots than a batch has; or as for
+        :func:`comtip_fast.data.expression.training_tables.training_tables`.
     """
     config = setting.config
     streamed = training_tables(setting.shards, config)
@@ -142,7 +143,10 @@ def measure(setting: Setting, contenders: list[Contender]) -> None:
 
 
 def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
-    """Return the resident MB after each of ``epochs`` epochs of about 512 spots, per loader."""
+    """Return the resident MB after each of ``epochs`` epochs, of ``torch`` and, if it is installed, ``dali``.
+
+    An epoch has every k-th training spot, 512 to 1,023 of them, or all if there are fewer.
+    """
     tables = training_tables(setting.shards, setting.config)
     tables.spots = tables.spots[:: max(1, tables.spots.size // MEMORY_SPOTS)]
     out: dict[str, list[float]] = {}
@@ -201,7 +205,7 @@ def _decode_all(tiles: list[bytes]) -> int:
 
 
 def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
-    """Decode tiles from memory: an upper bound for every loader that uses this decoder."""
+    """Decode tiles from memory with DALI on CPU threads: an upper bound for every loader that uses this decoder."""
     from comtip_fast.data.loaders.dali import Decoder
 
     decoder = Decoder(setting.batch_size, setting.workers, None)
@@ -244,7 +248,10 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
 
 
 def ratios(contenders: Sequence[Contender], pairs: Sequence[tuple[str, str, str]] = RATIOS) -> dict[str, float]:
-    """Return the median over rounds of the ratio of each pair of (label, numerator, denominator)."""
+    """Return, by label, the median over rounds of the ratio of spots per second of two contenders.
+
+    ``pairs`` are (label, numerator, denominator); a pair is left out if one of its contenders was not measured.
+    """
     rate = {c.name: np.array(c.spots_per_s) for c in contenders}
     return {
         label: float(np.median(rate[above] / rate[below]))
@@ -278,7 +285,10 @@ def write_results(
     resident: dict[str, list[float]],
     pairs: Sequence[tuple[str, str, str]] = RATIOS,
 ) -> None:
-    """Write ``results.csv``, ``ratios.csv`` and ``memory.csv``; their first lines name the machine and the sizes."""
+    """Write ``results.csv``, ``ratios.csv`` and, if memory was recorded, ``memory.csv``.
+
+    Their first lines name the machine and the sizes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     head = [
         f"# {describe_machine(len(os.sched_getaffinity(0)))}",

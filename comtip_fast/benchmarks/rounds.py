@@ -97,7 +97,7 @@ def trim_free_memory() -> None:
 
 
 def describe_machine(cores: int) -> str:
-    """Return CPU, number of cores, package versions and commit in one line."""
+    """Return CPU, number of cores, versions of Python and of installed packages, and commit in one line."""
     parts = [_cpu_name(), f"{cores} cores used", f"Python {platform.python_version()}"]
     parts += [f"{name} {installed}" for name in (*PACKAGES, *DALI) if (installed := _version(name))]
     return "; ".join([*parts, f"commit {_commit()}"])

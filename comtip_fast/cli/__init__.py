@@ -50,7 +50,7 @@ BAD_INPUT = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code; a bug raises its exception.
 
     0: success. 1: a check failed, or a bug. 2: bad input. 75: restart needed (a rank lost, a disk full). 130: interrupted.
     141: the reader of the output has closed it. 143: stopped by SIGTERM or SIGHUP after saving a checkpoint.
@@ -139,7 +139,7 @@ class _Message(logging.Formatter):
 
 @functools.cache
 def _build_options() -> Mapping[str, str]:
-    """Return the options of ``comtip shards``, whose module is imported only for a message that names one of them."""
+    """Return the options of ``comtip shards``, whose module is imported only if a message marks a name that is no option of the command."""
     from comtip_fast.cli.options import options_of
 
     parser = argparse.ArgumentParser(add_help=False)

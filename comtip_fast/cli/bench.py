@@ -124,7 +124,7 @@ def _check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def _open_set(args: argparse.Namespace, px: int) -> ShardSet:
-    """Open ``--shards``, or build a set with tiles of ``px`` px (or ``--px``) from ``--source``."""
+    """Open ``--shards``, or build a set from ``--source`` (default :data:`SAMPLES`) with tiles of ``--px`` px (default ``px``)."""
     from comtip_fast.benchmarks.loaders import open_set
 
     if args.out is not None:

@@ -90,7 +90,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, write the files and print the summary table."""
+    """Evaluate, write the files and print the summary table; with ``--tasks``, also run the downstream tasks."""
     from comtip_fast.evaluation.evaluate import summary_table
     from comtip_fast.evaluation.run import evaluate_run
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tasks_of(given: list[str], gene_sets: Path | None) -> list[str]:
-    """Return the tasks to run; ``all`` leaves out ``pathways`` if there are no gene sets."""
+    """Return the tasks to run, each once; ``all`` is every task, without ``pathways`` if there are no gene sets."""
     if "all" in given:
         return [t for t in TASKS if t != "pathways" or gene_sets is not None]
     return list(dict.fromkeys(given))

@@ -26,7 +26,9 @@ def add_vectors(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "counts", nargs="+", metavar="COUNTS", help="count matrices of cells or spots: .h5ad, 10x .h5 or .tsv(.gz)"
     )
-    parser.add_argument("--species", choices=("human", "mouse"), help="species of symbols in COUNTS (default: detect)")
+    parser.add_argument(
+        "--species", choices=("human", "mouse"), help="species of symbols in COUNTS; not needed with Ensembl ids"
+    )
     add_out(parser, "the .safetensors file to write")
     parser.add_argument(
         "--components", type=at_least(1), default=30, help="number of principal components (default 30)"
@@ -51,7 +53,7 @@ SUBCOMMANDS = {"vectors": add_vectors}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per match and return 1 if a gene is unknown."""
+    """Print one line per match and per unknown gene; return 1 if a gene is unknown."""
     if "vectors" in args.gene:
         raise ValueError("comtip genes: vectors is a subcommand; write it first: comtip genes vectors COUNTS ...")
     resource, tokenizer = GeneResource.load(), GeneTokenizer.load()

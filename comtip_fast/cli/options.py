@@ -73,7 +73,7 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Check, before the work of any command, that ``--out`` can be created where it is.
+    """Check, before the work of a command with ``--out``, that it exists or can be created where it is.
 
     Raises
     ------
@@ -134,10 +134,17 @@ def names_in(option: str, values: Sequence[str]) -> list[str]:
 def new_file(option_value: Path, suffix: str, what: str) -> Path:
     """Return ``--out`` after checks, before slow work, that a file of this name can be written.
 
+    Parameters
+    ----------
+    option_value
+        The value of ``--out``.
+    suffix, what
+        Suffix that the name must have, and what the file is, for the message.
+
     Raises
     ------
-    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
-        The path cannot be used; the message names the reason.
+    ValueError, FileNotFoundError, IsADirectoryError, PermissionError
+        The name has another suffix, its folder does not exist, it is that of a folder, or its folder cannot be written to.
     """
     path = option_value
     if path.suffix != suffix:
@@ -164,12 +171,12 @@ def check_parent(out: Path) -> None:
 
 
 def out_folder(args: argparse.Namespace) -> Path:
-    """Return ``--out`` after checks, before slow work, that it is not a file and can be written to.
+    """Return ``--out`` after checks, before slow work, that it is not a file and, if the folder exists, that it can be written to.
 
     Raises
     ------
     NotADirectoryError, PermissionError
-        The path cannot be used; the message names the reason.
+        ``--out`` is a file, or a folder without permission to write to it.
     """
     path: Path = args.out
     if path.exists() and not path.is_dir():
@@ -187,7 +194,7 @@ def refuse_unused(given: Mapping[str, object], why: str) -> None:
     given
         Values by option, e.g. ``--epochs``; None, False and an empty list mean that it is not given.
     why
-        When the option has an effect, for the message.
+        Why the option has no effect, or when it has one, for the message.
     """
     unused = [name for name, value in given.items() if value is not None and value is not False and value != []]
     if unused:
@@ -200,8 +207,8 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
 
     Raises
     ------
-    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
-        The path cannot be used; the message names the reason.
+    ValueError, FileNotFoundError, IsADirectoryError, PermissionError
+        As for :func:`new_file`; ValueError also if the file is an input.
     """
     path = new_file(args.out, ".h5ad", "an AnnData file")
     given = [args.section, args.section.rpartition(":")[0], args.image, args.alignment]
@@ -275,7 +282,7 @@ def read_gene_file(path: Path) -> list[str]:
     Raises
     ------
     ValueError, FileNotFoundError
-        The file is missing, empty, too large or of another encoding, or a value is not a gene name.
+        The file is missing, a folder, too large, or of another encoding, names no gene, or has a value that is not a gene name.
     """
     where = f"--genes @{path}"
     if not path.exists():

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; return 1 if the run does not fit into memory."""
+    """Print the plan, and return 1 if the run does not fit into memory; with ``--sweep``, compare designs and return 0."""
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.hardware import make_cluster
     from comtip_fast.plan.plan import at_mean_panel, make_plan

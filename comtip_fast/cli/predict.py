@@ -121,7 +121,7 @@ def _source_format(folder: Path) -> str:
 
 
 def _refuse_slide_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option for slides without spots is given for a section."""
+    """Raise ValueError if an option for slides without spots is given for a section (FileNotFoundError if that does not exist)."""
     names = ("grid", "step_um", "min_tissue", "overlays", "geojson")
     given = {f"--{name.replace('_', '-')}": True for name in names if getattr(args, name) is not None}
     path = Path(args.section)
@@ -172,7 +172,10 @@ def _output_names(slides: Sequence[Path]) -> dict[Path, str]:
 
 
 def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
-    """Predict slides one by one; a slide that fails does not stop the others and is reported at the end."""
+    """Predict slides one by one, and return the exit code.
+
+    Of several slides, one that fails does not stop the others and is reported at the end; an error of the disk ends the command.
+    """
     from comtip_fast.api import load
 
     facts, pooling, counts = read_facts(args)
@@ -196,13 +199,16 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
 
 
 def _drawn(args: argparse.Namespace) -> tuple[list[str] | None, list[str] | None]:
-    """Return the genes of ``--overlays`` and ``--geojson``; None where the option is not given, or names no gene to mean all."""
+    """Return the genes of ``--overlays`` and of ``--geojson``; None if the option is not given.
+
+    None is also the value of ``--geojson`` without a gene, which means all predicted genes.
+    """
     overlays = None if args.overlays is None else names_in("--overlays", args.overlays)
     return overlays, names_in("--geojson", args.geojson) if args.geojson else None
 
 
 def _check_drawings(args: argparse.Namespace, model: Model, genes: list[str] | None, facts: SectionFacts) -> None:
-    """Check before the prediction, which takes long, that the genes to draw will be predicted."""
+    """Check before the prediction, which takes long, that the genes to draw will be predicted; raise ValueError if not."""
     from comtip_fast.slide_prediction.drawings import check_genes, check_measurements
 
     overlays, measured = _drawn(args)

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    """Build a shard set and print its report; return 1 if a section was skipped."""
+    """Build a shard set and print its report; return 1 if a section was skipped. With ``--dry-run``, see :func:`_dry_run`."""
     if args.auto_split is None:
         refuse_unused({"--seed": args.seed}, "used with --auto-split only")
     if args.codec == "png":
@@ -208,7 +208,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Print what a build would do; the exit code is 1 if a section or the set cannot be built."""
+    """Print what a build would do; return 1 if a section or the set cannot be built."""
     check_policy(args.on_error, args.part)
     plans, refused = plan_splits(
         plan_build(args.source, **_source_options(args)),

@@ -18,7 +18,7 @@ from comtip_fast.config.vision import VitConfig
 
 
 class ConfigError(ValueError):
-    """A config cannot be used. The message names the file, the key and the fix."""
+    """A config cannot be used. The message names the file or its other origin, the problem and the fix."""
 
 
 MAX_BYTES = 1 << 20
@@ -90,8 +90,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     Raises
     ------
     ConfigError
-        The file is missing or is not YAML in UTF-8, an override is not ``key=value``, or there is an unknown key, a wrong type, a
-        value out of bounds or an invalid combination of values.
+        The file is missing, too large or not YAML in UTF-8 with keys and values; an override is not ``key=value``; or there is an
+        unsupported version, an unknown key, a wrong type, a value out of bounds or an invalid combination of values.
     """
     where = "defaults" if path is None else str(path)
     data: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a config file; raise ConfigError if it has none."""
+    """Return the keys and values of a config file, none for an empty file; raise ConfigError if it has other content."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file; check the path")
     if not path.is_file():
@@ -128,7 +128,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, fix: str) -> Any:
-    """Return a YAML document; raise ConfigError with ``fix`` at the end if it is not valid YAML."""
+    """Return a YAML document; raise ConfigError if it cannot be read, with ``fix`` at the end if it is not valid YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -197,7 +197,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _override(data: dict[str, Any], item: str) -> None:
-    """Set the value of an override ``a.b=value`` in nested dicts."""
+    """Set the value of an override ``a.b=value`` in nested dicts; raise ConfigError if that is not possible."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {item!r}: not of the form KEY=VALUE; write it as in train.steps=100")
@@ -287,7 +287,7 @@ def validate(config: RunConfig, where: str = "config") -> None:
 
 
 def _build(data: Mapping[str, Any], where: str) -> RunConfig:
-    """Return the config after a check of types and bounds."""
+    """Return the config after a check of types and bounds; raise ConfigError for the first invalid value."""
     try:
         # Strict: "5" and true are not numbers. Passed as JSON, because strict Python input must be dataclass instances.
         return _ADAPTER.validate_json(json.dumps(data), strict=True)

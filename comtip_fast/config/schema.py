@@ -1,4 +1,4 @@
-"""Settings of a run: one frozen dataclass per component; each field has its bounds and a docstring.
+"""Settings of a run: one frozen dataclass per component; each setting has its bounds and a docstring.
 
 The resolved config is written into every run folder and every export, so that a result can be traced to the settings
 that produced it. Symbols (B, G, Q, r ...) are those of docs/method.md. Where the paper gives no value, this project chose the
@@ -117,7 +117,7 @@ class PanelConfig:
     """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
     balance: Literal["none", "assay"] = "assay"
     """``assay`` corrects for sections with small gene lists, whose genes would be trained more often than others, and draws at
-    least one gene that each section of the batch measured. ``none`` ignores gene lists."""
+    least one gene of each section of the batch, if the panel is large enough. ``none`` ignores gene lists."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ def read_h5ad(path: Path | str) -> ad.AnnData:
     Raises
     ------
     SourceError
-        The file is not a readable ``.h5ad``, or links to another file.
+        The file is missing, is not a readable ``.h5ad``, or links to another file.
     """
     open_h5ad(Path(path)).close()  # raises for files that are not HDF5, and for links to other files
     try:
@@ -37,10 +37,12 @@ def read_h5ad(path: Path | str) -> ad.AnnData:
 def read_annotation(path: Path) -> ad.AnnData:
     """Read an AnnData file without its matrices (X, layers, raw, varm, obsp, varp), which prediction does not need.
 
+    A file of anndata 0.6, whose tables have another format, is read with its matrices.
+
     Raises
     ------
     SourceError
-        The file is not a readable ``.h5ad``, or links to another file.
+        The file is missing, is not a readable ``.h5ad``, or links to another file.
     """
     open_h5ad(path).close()
     try:
@@ -72,7 +74,7 @@ def chosen_library(store: Store, section_id: str) -> tuple[str, Library]:
     Raises
     ------
     SourceError
-        There is no such section, or there are several and none is named.
+        There is no such section, there are several and none is named, or the sections of the file cannot be distinguished.
     """
     found = libraries_of(store)
     if not section_id:

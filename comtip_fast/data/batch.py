@@ -27,7 +27,7 @@ class Batch:
     tiles: Tensor | None
     """uint8 (B, 3, S, S), views of the tiles; None if ``features`` is given."""
     features: Tensor | None
-    """float (B, P, c), features of the tiles from a frozen stem; None without one."""
+    """float (B, P, c), features of the tiles from a frozen stem; None if ``tiles`` is given."""
     panel: Tensor
     """int32 (G,), indices into the trained genes."""
     levels: Tensor

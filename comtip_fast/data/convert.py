@@ -105,7 +105,10 @@ def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
 
 
 def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | None:
-    """Return (name, RGB image, scale factors) of the only library with a hires image, or None if there is no image."""
+    """Return (name, RGB image, scale factors) of the only library with a hires image, or None if no library has one.
+
+    Raise SourceError if several have one, or if the image or its scale factor is invalid. Other invalid factors are left out.
+    """
     spatial = data.uns.get("spatial", {})
     names = [n for n in library_names(spatial) if IMAGE in spatial[n].get("images", {})]
     if len(names) > 1:
@@ -130,8 +133,9 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | Non
 def to_spatialdata(data: ad.AnnData) -> Any:
     """Return a section, prediction or embedding as SpatialData.
 
-    Spots are circles in px of the full-resolution image, the image is scaled to these px, and the table annotates the
-    circles. If the scale is known, there is also a coordinate system ``micrometre`` in um.
+    Spots are circles in px of the full-resolution image, of radius 1 px if the diameter of a spot is unknown. The image is scaled
+    to these px, and the table annotates the circles. If there is an image whose scale factors state its um per px, there is also a
+    coordinate system ``micrometre`` in um.
 
     Parameters
     ----------
@@ -145,7 +149,7 @@ def to_spatialdata(data: ad.AnnData) -> Any:
     Raises
     ------
     SourceError
-        spatialdata is not installed, or the AnnData holds several sections.
+        spatialdata is not installed, several sections have an image, or the image or its scale factor is invalid.
 
     Examples
     --------
@@ -208,14 +212,16 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     Parameters
     ----------
     data
-        A section with expression and an image, and unique spot names. Predicted values are written unchanged, as float32.
+        A section with expression and an image, and unique spot names. Whole numbers are written as int32, other values, such as
+        predictions, as float32. Without both ``array_row`` and ``array_col``, spots are numbered, with a warning.
     target
         Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``; an existing folder is replaced.
 
     Raises
     ------
     SourceError
-        There is no expression or no image, spot names are not unique or begin as a formula, or a spot has no array position.
+        There is no expression or no image, several sections have an image, the image or its scale factor is invalid, spot names
+        are not unique or begin as a formula, or ``array_row`` or ``array_col`` has no value for a spot.
     OSError
         ``target`` cannot be written.
     """
@@ -253,7 +259,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
 
 
 def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
-    """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
+    """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, in compressed sparse columns (barcodes)."""
     matrix = sparse.csr_matrix(data.X)
     matrix.eliminate_zeros()
     counts = np.issubdtype(matrix.dtype, np.integer) or bool((matrix.data == np.rint(matrix.data)).all())
@@ -274,7 +280,7 @@ def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
 
 
 def _positions(data: ad.AnnData) -> pd.DataFrame:
-    """Return the table ``tissue_positions.csv`` of Space Ranger."""
+    """Return the table ``tissue_positions.csv`` of Space Ranger; without both array columns, spots are numbered."""
     xy = np.asarray(data.obsm["spatial"], np.float64)
     table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
     known = all(name in data.obs for name in ARRAY)
@@ -291,12 +297,12 @@ def _array(data: ad.AnnData, name: str) -> np.ndarray:
 
 
 def array_notes(data: ad.AnnData) -> list[str]:
-    """Return a warning for each property of the array positions that a Space Ranger folder cannot represent.
+    """Return warnings about array positions: absent, fractional, not unique, or not those of a hexagonal array.
 
     Raises
     ------
     SourceError
-        ``array_row`` or ``array_col`` of a spot has no value.
+        Both columns exist, and ``array_row`` or ``array_col`` has no value for a spot.
     """
     absent = [name for name in ARRAY if name not in data.obs]
     if absent:
@@ -322,5 +328,5 @@ def array_notes(data: ad.AnnData) -> list[str]:
 
 
 def provenance(data: ad.AnnData) -> str:
-    """Return the kind of an AnnData: ``prediction``, ``embedding`` or ``section``."""
+    """Return the kind of an AnnData: ``prediction`` or ``embedding`` of this package, otherwise ``section``."""
     return "prediction" if UNS in data.uns and data.n_vars else "embedding" if UNS in data.uns else "section"

@@ -14,7 +14,7 @@ log = logging.getLogger("comtip_fast")
 
 
 def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
-    """Compare the tiles of a shard set with ``data.tile_px`` and ``data.tile_um`` before training.
+    """Compare the tiles of a shard set with ``data.tile_px`` and ``data.tile_um``, where these are set, before training.
 
     Without ``data.tile_px``, a warning is logged if the name of the backbone states another tile size, as
     ``vit_base_patch32_224`` does: the model can be built, but patches have another scale than it was designed for.

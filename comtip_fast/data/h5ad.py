@@ -47,7 +47,7 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
     Raises
     ------
     OSError
-        The disk is full or fails. The message names ``target``, which is unchanged.
+        ``target`` cannot be written, e.g. because the disk is full; an earlier file is unchanged.
     """
     with atomic_path(target) as tmp_path, tmp_path.open("r+b", buffering=0) as raw:
         file = _DiskFile(raw)
@@ -75,7 +75,7 @@ class _DiskFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all data, or skip them after an error; return their size in bytes."""
+        """Write all data, or only advance the position after an error; return the size of the data in bytes."""
         view = memoryview(data).cast("B")
         if self.error is not None:
             self._raw.seek(len(view), os.SEEK_CUR)
@@ -90,7 +90,7 @@ class _DiskFile:
         return len(view)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, with zeros where nothing could be written."""
+        """Fill the buffer, with zeros beyond the end of the file; return its size in bytes."""
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view):
@@ -102,13 +102,13 @@ class _DiskFile:
         return len(view)
 
     def read(self, size: int) -> bytes:
-        """Read ``size`` bytes as :meth:`readinto` does."""
+        """Return ``size`` bytes; see :meth:`readinto`."""
         buffer = bytearray(size)
         self.readinto(buffer)
         return bytes(buffer)
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the size of the file."""
+        """Set the size of the file, by default to the position, and return it; an error is stored."""
         try:
             return self._raw.truncate(size)
         except OSError as error:
@@ -116,7 +116,7 @@ class _DiskFile:
             return size or 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set the position."""
+        """Set the position and return it."""
         return self._raw.seek(offset, whence)
 
     def tell(self) -> int:

@@ -49,7 +49,7 @@ def measured_counts(
     species
         ``human`` or ``mouse``; not used for a shard set, whose genes have keys.
     options
-        Stated facts and options.
+        Stated facts and options of a source or an AnnData.
     fmt
         Format of a source; ``auto`` detects it.
 
@@ -58,9 +58,10 @@ def measured_counts(
     FileNotFoundError
         The path does not exist.
     SourceError
-        The source has no such section or no raw counts, or no gene identifier belongs to the species.
+        The input cannot be read, has no such section or no raw counts, or an AnnData has several sections and none is named; or no
+        gene identifier belongs to the species.
     ShardError
-        The shard set has no such section, or a record is damaged.
+        The shard set has no such section, or is damaged.
     """
     if isinstance(spec, ad.AnnData):
         return _of_anndata(spec, Path("the AnnData"), species, options, "")

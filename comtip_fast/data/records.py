@@ -21,11 +21,13 @@ class EncodedSpots:
     spots: np.ndarray
     """int64 (b,), indices of the spots."""
     tiles: list[bytes]
-    """Encoded tiles; empty for a damaged record."""
+    """Encoded tiles; empty bytes where a tile could not be read."""
     exprs: list[bytes]
-    """``.expr`` members, the encoded counts; an empty list if counts are not read."""
+    """``.expr`` members, the encoded counts; empty bytes where counts could not be read or decoded. An empty list if counts are
+    not read."""
     csr: Csr | None
-    """Decoded counts; None until all records have been decoded."""
+    """Decoded counts of all records; None if counts are not read, while a record is damaged, and after a record was replaced,
+    until :meth:`SpotReader.csr` decodes them."""
     faults: dict[int, ShardError]
     """Errors of the damaged records, by index in the batch."""
 
@@ -36,7 +38,7 @@ class DecodedSpots:
 
     encoded: EncodedSpots
     tiles_NSS3: np.ndarray
-    """uint8 (b, S, S, 3); undefined for damaged records."""
+    """uint8 (b, S, S, 3), an array or a tensor on the GPU that decoded them; undefined for damaged records."""
     replaced: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 
@@ -56,7 +58,7 @@ class DecodedSpots:
             raise self.faults[min(self.faults)]
 
     def replace(self, index: int, spare: DecodedSpots) -> bool:
-        """Replace the damaged record ``index`` by the only record of ``spare``; return False if the spare is damaged too."""
+        """Replace the damaged record ``index`` by the only record of ``spare``; if that is damaged too, only return False."""
         if spare.faults:
             return False
         self.replaced[int(self.spots[index])] = self.faults.pop(index)
@@ -67,7 +69,7 @@ class DecodedSpots:
 
 
 class SpotReader:
-    """Reads the records of a shard set and decodes them with Pillow.
+    """Reads the records of a shard set; tiles are decoded with Pillow.
 
     Parameters
     ----------
@@ -81,7 +83,10 @@ class SpotReader:
         self.shards, self.with_counts = shards, with_counts
 
     def fetch(self, spots: np.ndarray) -> EncodedSpots:
-        """Read records without decoding their tiles; counts are decoded and thereby validated."""
+        """Read records without decoding their tiles; counts, if they are read, are decoded and thereby validated.
+
+        Damaged records do not raise: their errors are in the result's ``faults``.
+        """
         encoded = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         if self.with_counts:
             try:
@@ -96,11 +101,11 @@ class SpotReader:
         return encoded
 
     def read(self, spots: np.ndarray) -> DecodedSpots:
-        """Read and decode records."""
+        """Read records and decode their tiles; see :meth:`fetch` and :meth:`decode`."""
         return self.decode(self.fetch(spots))
 
     def decode(self, encoded: EncodedSpots) -> DecodedSpots:
-        """Decode tiles; a tile that cannot be decoded or has a wrong size becomes a fault."""
+        """Decode the tiles of undamaged records; a tile that cannot be decoded or has a wrong size becomes a fault."""
         tile = self.shards.manifest.tile
         out = np.empty((encoded.spots.size, tile.px, tile.px, 3), np.uint8)
         for i, data in enumerate(encoded.tiles):
@@ -113,7 +118,7 @@ class SpotReader:
         return DecodedSpots(encoded, out)
 
     def csr(self, encoded: EncodedSpots) -> Csr:
-        """Return the counts of all records, which must be readable."""
+        """Return the counts of all records, decoded now if they are not yet; raise ShardError if a record is damaged."""
         if encoded.csr is None:
             encoded.csr = self._decode_exprs(encoded.exprs, encoded.spots)
         return encoded.csr

@@ -48,9 +48,10 @@ class SectionTiles:
 
     section_id: str
     species: str
+    """``human`` or ``mouse``; empty for an AnnData whose species is unknown."""
     tiles: TileSource
     template: ad.AnnData
-    """AnnData to which results are added: obs (names, array positions, labels), ``obsm["spatial"]`` and the image."""
+    """AnnData to which results are added: ``obs``, ``obsm["spatial"]`` and, with the image if there is one, ``uns["spatial"]``."""
     stored_stain: StainStats | None = None
     """Stain statistics that a shard set states; None otherwise."""
     stated: SectionFacts = field(default_factory=SectionFacts)
@@ -92,10 +93,11 @@ def open_section(
     FileNotFoundError
         The path does not exist.
     SourceError
-        The source cannot be read, lacks metadata, has several sections, or has tiles of another geometry, or a stated fact or
-        format has no effect.
+        The source cannot be read or lacks metadata; it does not have the named section, or has several and none is named; a spot
+        has no position or lies outside the image; the scale of the image is not plausible; the tiles of a shard set have another
+        geometry; or a stated fact, option or format is invalid or has no effect.
     ShardError
-        A record of the shard set is damaged.
+        The shard set, or its table of spots or overview, is missing or damaged.
     """
     options = source_options(overrides)
     if isinstance(spec, ad.AnnData):
@@ -142,7 +144,7 @@ def _refuse_format(fmt: str, what: str, own: str = "") -> None:
 
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
-    """Raise SourceError if facts are stated for a section of a shard set, because its manifest states them."""
+    """Raise SourceError if facts or options are stated for a section of a shard set, whose manifest states the facts."""
     stated = [f"`{name}`" for name in options.stated()]
     if stated:
         has, it = ("has", "it") if len(stated) == 1 else ("have", "them")
@@ -191,7 +193,9 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
     Raises
     ------
     SourceError
-        The set has no such section.
+        The set has no such section, or none is named.
+    ShardError
+        The table of spots or the overview is damaged.
     """
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
@@ -269,14 +273,20 @@ def _from_anndata(
 
 
 def is_anndata(section: str | Path | ad.AnnData) -> bool:
-    """Return whether a SECTION is an AnnData in memory or in an ``.h5ad``, with or without the name of a section."""
+    """Return whether a SECTION is an AnnData in memory or in an ``.h5ad``, with or without the name of a section.
+
+    Raises
+    ------
+    FileNotFoundError
+        The path does not exist.
+    """
     if isinstance(section, ad.AnnData):
         return True
     return not is_url(str(section)) and is_anndata_file(split_spec(str(section))[0])
 
 
 def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:
-    """Raise SourceError if positions are missing or outside of the image, or if the scale is not plausible."""
+    """Raise SourceError if a position is missing or outside the image, or if the scale is not plausible."""
     lost = int((~np.isfinite(xy)).any(1).sum())
     if lost:
         raise SourceError(
@@ -298,7 +308,7 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
-    """Return an AnnData without expression: names, section, array positions and labels, and positions in px."""
+    """Return an AnnData without expression: names, section and positions in px; array positions and labels if they are known."""
     obs = pd.DataFrame(
         {"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object)
     )

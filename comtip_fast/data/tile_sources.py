@@ -28,7 +28,7 @@ class TileGeometry:
     um: float
     """Width of a tile in um."""
     min_mpp: float
-    """um per px to which images of a higher resolution are resampled first."""
+    """um per px to which finer images are downsampled before tiles are cut."""
 
 
 class TileChunk(NamedTuple):

@@ -41,7 +41,10 @@ class PackedTensors:
         return packed
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
-        """Copy the buffer to ``device`` in one asynchronous copy, and return the tensors."""
+        """Copy the buffer to ``device`` and return the tensors, which are views of the copy.
+
+        All tensors are copied at once, asynchronously from pinned memory. If ``device`` is the CPU, nothing is copied.
+        """
         buffer = self.buffer
         if can_pin(device) and not buffer.is_pinned():
             buffer = buffer.pin_memory()

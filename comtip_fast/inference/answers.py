@@ -35,7 +35,7 @@ def species_of(model: Predictor, known: str, what: str) -> str:
     Raises
     ------
     SourceError
-        The species is not stated, and the model was trained on several.
+        The species is not stated, and the model was not trained on exactly one.
     """
     if known:
         return known
@@ -82,9 +82,9 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
     Parameters
     ----------
     model
-        The model, whose trained genes of the species are predicted if ``genes`` is None.
+        The model.
     genes
-        Symbols, Ensembl ids or previous symbols.
+        Symbols, Ensembl ids, previous symbols or aliases; None predicts all trained genes of the species.
     species
         ``human`` or ``mouse``.
 

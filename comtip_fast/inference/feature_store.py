@@ -18,14 +18,14 @@ class FeatureStore(Protocol):
 
 
 class SpooledFeatures:
-    """Features in memory, or in a temporary file beyond ``in_memory`` bytes; a context manager.
+    """Features in memory, or all of them in a temporary file once they exceed ``in_memory`` bytes; a context manager.
 
     Parameters
     ----------
     width
         Number of features per tile, W.
     in_memory
-        Bytes that are kept in memory.
+        Largest number of bytes that are kept in memory.
     """
 
     def __init__(self, width: int, in_memory: int) -> None:
@@ -83,7 +83,7 @@ class FeatureColumns:
 
 
 def _runs(rows: np.ndarray) -> Iterator[slice]:
-    """Yield slices of consecutive numbers in an ascending array."""
+    """Yield the maximal slices of an ascending array that contain consecutive numbers."""
     ends = np.flatnonzero(np.diff(rows) != 1) + 1
     for start, stop in zip([0, *ends.tolist()], [*ends.tolist(), rows.size], strict=True):
         if start < stop:

@@ -40,7 +40,7 @@ class ImageFeatures:
     pooled_Nd: np.ndarray
     """float32 (N, d), mean patch feature before projection."""
     readout_NF: np.ndarray | None = None
-    """float32 (N, F), input of the linear readout; None if the model has none."""
+    """float32 (N, F), input of the linear readout; None if the model has none, if it was not requested, or without tiles."""
     xy_N2: np.ndarray | None = None
     """Positions of the spots, if known."""
 
@@ -52,11 +52,14 @@ class EncodedTiles:
     vector_nD: np.ndarray
     pooled_nd: np.ndarray
     views_nF: np.ndarray | None
-    """Features averaged over the readout's views; None without a readout."""
+    """Features averaged over the readout's views; None if the model has no readout or they were not requested."""
 
 
 def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
-    """Return the vectors for the gene encoder, and those with which the linear readout predicts genes that were not trained."""
+    """Return the vectors for the gene encoder, and those with which the linear readout predicts genes that were not trained.
+
+    Raise ValueError if the model cannot use the given vectors.
+    """
     own = bundle.vectors
     further = None if own is None or given is None else own.extended_by(given)
     if given is not None and further is None and bundle.readout is None:
@@ -84,7 +87,7 @@ class Predictor:
         Device of the model.
     vectors
         Gene vectors, which allow the readout to predict genes that were not trained. If the export holds gene vectors of
-        its own, these add genes to them.
+        its own, these add genes to them; if they do not extend those of the export, only the readout uses them, with a warning.
 
     Raises
     ------
@@ -172,7 +175,7 @@ class Predictor:
         stain
             Stain statistics of the section, used if the model normalises stain; None leaves the tiles unchanged.
         readout
-            Whether to compute the readout's features, which encodes each tile under ``readout.views`` views.
+            Whether to compute the features of the readout, if there is one, which encodes each tile under ``readout.views`` views.
         """
         if self.normalises_stain and stain is not None:
             tiles_NSS3 = normalise_stain(tiles_NSS3, stain)
@@ -208,7 +211,7 @@ class Predictor:
         xy_N2
             Positions of the spots in any unit, which define the neighbours in the linear readout; None uses each spot alone.
         readout
-            Whether to compute the readout's features, which encodes each tile under ``readout.views`` views.
+            As in :meth:`encode`.
         """
         source = tiles if isinstance(tiles, TileSource) else ArrayTiles(np.asarray(tiles).transpose(0, 2, 3, 1))
         linear, n = self.bundle.readout if readout else None, len(source)
@@ -234,9 +237,9 @@ class Predictor:
     ) -> dict[str, np.ndarray]:
         """Predict expression of one section.
 
-        Trained genes are predicted by the linear readout, mixed with the prediction from level sentences. Genes that were
-        not trained are predicted with gene vectors if those hold the gene. All others, and all genes of a model without a
-        readout, are predicted from level sentences alone.
+        Genes of the linear readout are predicted by it, mixed with the prediction from level sentences. Other genes are predicted by
+        the readout with gene vectors if these contain the gene. All further genes, and all genes without a readout or without its
+        features, are predicted from level sentences alone.
 
         Parameters
         ----------
@@ -253,6 +256,11 @@ class Predictor:
         -------
         dict
             ``cp10k`` (log1p of counts per 10,000) and ``raw`` (log1p of counts), float32 (N, G).
+
+        Raises
+        ------
+        ValueError
+            The gene vectors have too few genes of the readout, see :meth:`comtip_fast.models.readout.LinearReadout.predict`.
         """
         readout = self.bundle.readout
         if readout is None or features.readout_NF is None:
@@ -288,7 +296,10 @@ class Predictor:
     def _smoothed_levels(
         self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int
     ) -> dict[str, np.ndarray]:
-        """Predict from level sentences with vectors averaged over views; half of the result is the mean of the neighbours."""
+        """Predict from level sentences with vectors averaged over views.
+
+        If neighbours are used (``readout.context``, and positions are known), half of the result is the mean of the neighbours.
+        """
         assert self.bundle.readout is not None
         values = self.predict_levels(self.averaged_views(features), genes, chunk)
         if features.xy_N2 is None or not self.bundle.readout.settings.context:
@@ -301,7 +312,7 @@ class Predictor:
         Raises
         ------
         ValueError
-            The features were computed without a linear readout.
+            The model has no linear readout, or its features were not computed.
         """
         if self.bundle.readout is None or features.readout_NF is None:
             raise ValueError(
@@ -311,7 +322,10 @@ class Predictor:
         return ImageFeatures(self.view_vectors(features.readout_NF), features.pooled_Nd)
 
     def view_vectors(self, views_NF: np.ndarray) -> np.ndarray:
-        """Return unit vectors of the shared space, averaged over the readout's views, float32 (N, D)."""
+        """Return the vectors of the shared space averaged over the readout's views, at unit length, float32 (N, D).
+
+        ``views_NF`` has features of :meth:`encode` or :meth:`image_features`; the model must have a readout.
+        """
         assert self.bundle.readout is not None
         mean_ND = views_NF[:, : self.bundle.readout.settings.vector_dim]
         unit_ND = mean_ND / np.maximum(np.linalg.norm(mean_ND, axis=1, keepdims=True), 1e-12)

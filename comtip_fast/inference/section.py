@@ -1,7 +1,7 @@
 """Prediction of a complete section in bounded memory.
 
-Tiles are encoded in chunks. Their features go to a temporary file, because the linear readout needs statistics of the whole
-section and the neighbours of each spot. Expression is then predicted for blocks of spots and genes.
+Tiles are encoded in chunks. Their features are stored, because the linear readout needs statistics of the whole section and the
+neighbours of each spot; large ones go to a temporary file. Expression is then predicted for blocks of spots and genes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SectionFeatures:
     stored
         The features that :class:`SectionPrediction` needs.
     pooled
-        float32 (., d), mean patch feature before projection.
+        Mean patch feature of each tile before projection, float32 (N, d) in blocks.
     frozen
         Mean and standard deviation of the frozen stem's patch features, averaged over the readout's views; None without a
         frozen stem or a linear readout.
@@ -94,7 +94,7 @@ def stored_width(predictor: Predictor) -> int:
 
 
 def to_store(encoded: EncodedTiles) -> np.ndarray:
-    """Return the features to store, float32 (n, W): the vector of each tile, and its features over views."""
+    """Return the features to store, float32 (n, W): the vector of each tile and, with a readout, its features over views."""
     if encoded.views_nF is None:
         return encoded.vector_nD
     return np.concatenate([encoded.vector_nD, encoded.views_nF], axis=1)
@@ -130,7 +130,9 @@ class _GeneChunk:
     rest: np.ndarray
     """Indices of genes predicted from level sentences alone."""
     mixed_levels: list[SentenceLevels]
+    """Sentences of the genes ``mixed``."""
     rest_levels: list[SentenceLevels]
+    """Sentences of the genes ``rest``."""
 
 
 @dataclass
@@ -139,7 +141,9 @@ class _Whole:
 
     store: FeatureStore
     neighbours: Neighbours | None
+    """None if neighbours are not used."""
     moments: Moments | None
+    """Moments of the features of the readout's heads; None without a readout."""
 
 
 @dataclass
@@ -153,9 +157,10 @@ class _Around:
     index: np.ndarray | None
     """int64 (n, k), indices of candidate neighbours in ``features``; None without neighbours."""
     near: np.ndarray | None
+    """bool (n, k): which candidates are neighbours; None without neighbours."""
 
     def mean(self, values_mF: np.ndarray) -> np.ndarray:
-        """Return the mean over the neighbours of each spot of the block; without neighbours, its own values."""
+        """Return the mean of ``values_mF`` over the neighbours of each spot of the block; a spot without any keeps its own values."""
         own: np.ndarray = values_mF[self.own]
         return own if self.index is None or self.near is None else mean_over(own, values_mF, self.index, self.near)
 
@@ -188,15 +193,15 @@ class SectionPrediction:
 
     @property
     def block_spots(self) -> int:
-        """Number of spots in a block."""
+        """Largest number of spots in a block."""
         return int(np.clip(BLOCK_BYTES // (16 * self.width), MIN_BLOCK, MAX_BLOCK))
 
     def encode(self, tiles_NSS3: np.ndarray, stain: StainStats | None) -> np.ndarray:
-        """Return the features to store, float32 (n, W): the vector of the tile, and its features over views."""
+        """Encode a chunk of tiles (:meth:`Predictor.encode`) and return the features to store, see :func:`to_store`."""
         return to_store(self.predictor.encode(tiles_NSS3, stain))
 
     def summarise(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> _Whole:
-        """Return the neighbours of all spots and the moments of the features, which :meth:`predict_rows` needs."""
+        """Return what :meth:`predict_rows` needs of the whole section: features, neighbours of the spots, and feature moments."""
         neighbours = Neighbours(xy_N2) if self.context and xy_N2 is not None and n_spots > 1 else None
         whole = _Whole(store, neighbours, None if self.readout is None else Moments())
         if whole.moments is not None:
@@ -250,7 +255,7 @@ class SectionPrediction:
         return _GeneChunk(columns, decoder, weight, mixed, rest, *tables)
 
     def _blocks(self, n: int, xy_N2: np.ndarray | None, neighbours: Neighbours | None) -> Iterator[np.ndarray]:
-        """Yield the spots in blocks; neighbours are mostly in the same block."""
+        """Yield the spots in blocks, each ascending; if neighbours are used, most of them are in the same block."""
         order = np.arange(n)
         if neighbours is not None and xy_N2 is not None:
             order = reading_order(np.asarray(xy_N2, np.float64), neighbours.spacing)
@@ -258,7 +263,7 @@ class SectionPrediction:
             yield np.sort(order[start : start + self.block_spots])
 
     def _around(self, whole: _Whole, rows: np.ndarray) -> _Around:
-        """Read the features of a block of spots and of their neighbours."""
+        """Read the features of a block of spots and, if neighbours are used, of their neighbours."""
         if whole.neighbours is None:
             return _Around(whole.store.read(rows), np.arange(rows.size), None, None)
         index, near = whole.neighbours.of(rows)
@@ -268,7 +273,7 @@ class SectionPrediction:
         return _Around(whole.store.read(need), own, local, near)
 
     def _head_features(self, around: _Around) -> np.ndarray:
-        """Return the features of the readout's heads for the block's spots, without standardisation."""
+        """Return the features of the readout's heads for the block's spots, float32, before they are standardised."""
         views = around.features[:, self._dim :]
         own: np.ndarray = views[around.own]
         return np.concatenate([own, around.mean(views)], axis=1).astype(np.float32) if self.context else own

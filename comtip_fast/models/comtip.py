@@ -192,7 +192,7 @@ class CoMTIP(nn.Module):
         return self.project_tokens(self.vision(features_BP))
 
     def project_tokens(self, tokens: ImageTokens) -> ImageOutput:
-        """Project the pooled features of all patches to the shared space."""
+        """Project the pooled features to the shared space, and return them with the features of the patches."""
         vector_BD = F.normalize(self.project_image(tokens.pooled_Bd), dim=-1)
         return ImageOutput(vector_BD, tokens.pooled_Bd, tokens.patches_BVd)
 

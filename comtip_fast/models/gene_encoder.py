@@ -1,7 +1,7 @@
 """Gene-sentence encoder and sentence table.
 
 The sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at ``[GENE]``.
-Tokens attend to tokens of their own sentence only. All sentences are encoded in parallel, packed without padding.
+Tokens attend to tokens of their own sentence only. All sentences are encoded in parallel, packed without padding between them.
 
 Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step panel, Q levels, d the encoder's width.
 """

@@ -112,7 +112,10 @@ class VisionEncoder(nn.Module):
         return x.view(B, 3, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(B, k * k, 3, p, p)
 
     def stem_features(self, tiles_B3SS: Tensor) -> Tensor:
-        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem, or patches (B, P, 3, p, p)."""
+        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem or, without one, patches (B, P, 3, p, p).
+
+        Raises like :meth:`cut`.
+        """
         patches = self.cut(tiles_B3SS)
         if self.stem is None:
             return patches
@@ -156,8 +159,8 @@ class VisionEncoder(nn.Module):
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
         """Encode all patches, and those of ``visible_BV`` without the others; return both.
 
-        In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the output
-        projection of attention.
+        In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the norms
+        and the output projection inside attention.
         """
         if self.in_one_pass:
             both: tuple[ImageTokens, ImageTokens] = self(features_BP, visible_BV, True)
@@ -212,7 +215,7 @@ class VisionEncoder(nn.Module):
         return nn.functional.embedding(visible_BV, rows_Pd)
 
     def _prefix(self, batch: int) -> list[Tensor]:
-        """Return the class, distillation and register tokens (B, n, d), with their position embeddings."""
+        """Return the class, distillation and register tokens of the model, (B, t, d) each, with their positions if they have any."""
         tokens, at = [], 0
         for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:
@@ -291,7 +294,7 @@ class _PatchProjection(nn.Conv2d):
 
 
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
-    """Build the Vision Transformer of the config for a tile size, and load local weights; raise ValueError if that fails."""
+    """Build the Vision Transformer of the config for a tile size, with its initial weights; raise ValueError if that fails."""
     if config.backbone == "small":
         # No class token: the mean over patches represents the tile.
         return VisionTransformer(
@@ -336,7 +339,7 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 
 def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
-    """Return the arguments of timm's constructor for the settings that are not ``null``."""
+    """Return the arguments of timm's constructor for the settings that are not None; without class token also average pooling."""
     named: dict[str, Any] = {
         "patch_size": config.patch_px,
         "embed_dim": config.width,

@@ -43,11 +43,11 @@ class LoadReport:
     missing: tuple[str, ...]
     """Weights of the encoder that the file lacks; always empty, because such a file is refused."""
     unexpected: tuple[str, ...]
-    """Tensors of the file that the encoder does not have: classifiers, decoders, mask tokens."""
+    """Tensors of the file that the encoder does not use: classifiers, attention pooling, decoders, mask tokens."""
 
 
 def load_weights(vit: VisionTransformer, path: Path) -> LoadReport:
-    """Load a file of weights; position embeddings and the patch embedding are resampled to the model's size.
+    """Load a file of weights and report it; position embeddings and the patch embedding are resampled to the model's size.
 
     Parameters
     ----------
@@ -101,13 +101,13 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     config
         Settings of the encoder; ``pixel_mean`` and ``pixel_std`` take precedence.
     vit
-        The timm model with weights of timm's hub, whose own values are used for ``pretrained=hub``.
+        The timm model, whose own values are used for ``pretrained=hub``; other settings do not need it.
 
     Raises
     ------
     ValueError
-        The ``config.json`` next to the weights is not one of timm, or a mean or standard deviation is taken from it and cannot be
-        used.
+        The ``config.json`` next to the weights is not one of timm, or a mean or standard deviation is taken from it, or from timm, and
+        cannot be used.
     """
     mean: Channels = PIXEL_MEAN
     std: Channels = PIXEL_STD

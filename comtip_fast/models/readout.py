@@ -76,7 +76,10 @@ def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[Imag
 
 
 def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, Tensor]:
-    """Return the encoder's output and float32 features (B, F): z, and mean and standard deviation of the frozen stem."""
+    """Return the encoder's output and float32 features (B, F).
+
+    Features are z and, with a frozen stem, the mean and standard deviation of the stem's features over the patches.
+    """
     stem = model.vision.stem_features(tiles_BCHW)
     output = model.encode_image(stem)
     frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
@@ -174,7 +177,10 @@ class LinearReadout:
         return features_NF[:, self.settings.vector_dim : width]
 
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
-        """Return the weight of the level-sentence prediction in the mixture, float64 (G,); 0 for genes that no head has."""
+        """Return the weight of the level-sentence prediction in the mixture, float64 (G,).
+
+        It is the mean over those heads used by :meth:`predict` whose ``keys`` contain the gene, and 0 if there is none.
+        """
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
         return np.array([float(np.mean(weights)) if weights else 0.0 for weights in own])
@@ -193,7 +199,7 @@ class LinearReadout:
         cohort
             ``species_organ``. For a cohort without a head, or None, the mean over all heads that decode the gene is used.
         vectors
-            Gene vectors to decode genes that were not trained; None decodes trained genes only.
+            Gene vectors, with which a head also decodes genes that it does not have; None decodes the genes of the heads only.
 
         Returns
         -------
@@ -204,7 +210,7 @@ class LinearReadout:
         Raises
         ------
         ValueError
-            ``vectors`` has fewer than 2 of the trained genes.
+            A gene is to be decoded with ``vectors``, which have fewer than 2 genes of the head.
         """
         decoder = self.decoder(keys, cohort, vectors)
         return decoder.predict(x_NF), decoder.known
@@ -212,12 +218,15 @@ class LinearReadout:
     def decoder(
         self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> ReadoutDecoder:
-        """Return a decoder for these genes, which can predict a section in parts; parameters as in :meth:`predict`."""
+        """Return a decoder for these genes, which can predict a section in parts.
+
+        Parameters and errors are those of :meth:`predict`.
+        """
         heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
         return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
-        """Return the head of a cohort; all heads if it has none."""
+        """Return the head of a cohort in a list; all heads if it has none, or for None."""
         own = [h for h in self.heads if h.cohort == cohort]
         return own or self.heads
 
@@ -275,7 +284,7 @@ class ReadoutDecoder:
     def predict(self, x_NF: np.ndarray, section: Moments | None = None) -> dict[str, np.ndarray]:
         """Predict ``cp10k`` and ``raw`` with the linear heads: log1p of CP10K and of raw counts, float32 (N, G).
 
-        Columns of genes that no head decodes are 0.
+        A gene is predicted by the mean over the heads that decode it; columns of genes that no head decodes are 0.
 
         Parameters
         ----------

@@ -1,8 +1,9 @@
 """Blocks of timm's Vision Transformer for all patches and for the visible patches of a batch in one call.
 
-The rows of both parts are concatenated. Norms, linear layers and residual sums process all rows together; attention processes
-each part separately, its output projection included. Every other weight is read once, and has one gradient. This is the only
-module that depends on what a block of timm computes; parameters keep timm's names.
+The rows of both parts are concatenated. Norms, linear layers and residual sums process all rows together. Attention computes q, k
+and v of all rows together, and then processes each part separately, with its own norms and its output projection. All weights but
+those of this separate part are read once, and have one gradient. This is the only module that depends on what a block of timm
+computes; parameters keep timm's names.
 
 Shapes: B tiles, T tokens of a part per tile, N = B * (sum of T) rows, d the width, H heads of E channels.
 """

@@ -35,7 +35,18 @@ MAX_MEASUREMENTS = 50
 
 
 class Answer:
-    """A finished prediction on disk, of which rows and columns are read in blocks."""
+    """A finished prediction of a slide on disk, whose values are read in blocks of rows.
+
+    Parameters
+    ----------
+    path
+        The ``.h5ad``.
+
+    Raises
+    ------
+    SourceError
+        The file is missing or cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,7 +73,7 @@ class Answer:
         return [index[g] for g in genes]
 
     def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index of the first row, values (n, columns)) of consecutive blocks of rows."""
+        """Yield (index of the first row, values of ``columns`` (n, columns)) for consecutive blocks of rows."""
         order = np.argsort(columns, kind="stable")
         wanted = np.asarray(columns, np.int64)[order]
         with open_hdf5(self.path, "an .h5ad", "predict the slide again") as file:
@@ -94,7 +105,7 @@ def check_measurements(predicted: Sequence[str], genes: Sequence[str] | None, wh
 
 
 def write_overlays(answer: Answer, genes: Sequence[str], folder: Path) -> list[Path]:
-    """Draw genes over the slide, one PNG per gene.
+    """Draw genes over the slide, one PNG per gene in ``folder``, and return the files.
 
     Raises
     ------
@@ -132,7 +143,7 @@ def overlay_names(genes: Sequence[str]) -> dict[str, str]:
 
 
 def _owner(answer: Answer) -> np.ndarray:
-    """Return the tile that covers each pixel of the overview, int32 (H, W); -1 for none."""
+    """Return the index of the tile that covers each pixel of the overview, int32 (H, W); -1 for none, the last of several."""
     owner = np.full(answer.image.shape[:2], -1, np.int32)
     half = answer.tile_px / 2
     low = np.floor((answer.xy_N2 - half) * answer.scale).astype(int).clip(0)

@@ -14,7 +14,13 @@ MAX_TILES = 20_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """Lattice of tiles on a slide, and the share of tissue that a tile needs."""
+    """Lattice of tiles on a slide, and the share of tissue that a tile needs.
+
+    Raises
+    ------
+    ValueError
+        There is no such lattice, or a number is out of bounds.
+    """
 
     shape: Literal["square", "hexagonal"] = "square"
     """Lattice of the tiles."""
@@ -52,7 +58,8 @@ def tissue_grid(
 ) -> TileGrid:
     """Return the tiles of a lattice with at least ``options.min_tissue`` tissue.
 
-    The lattice begins half a step from the left and upper edges; along a side shorter than a step, its tile is in the middle.
+    The lattice begins half a step from the left and upper edges; along a side shorter than a step, its tile is in the middle. Every
+    second row of a hexagonal lattice is shifted by half a step.
 
     Parameters
     ----------
@@ -63,9 +70,9 @@ def tissue_grid(
     mpp
         um per px of the slide.
     tile_um
-        Width of a tile.
+        Width of a tile in um.
     options
-        The lattice.
+        The lattice, and the smallest share of tissue.
 
     Raises
     ------
@@ -99,7 +106,7 @@ def tissue_grid(
 
 
 def _share(total: np.ndarray, x: np.ndarray, y: float, half: float, scale: tuple[float, float]) -> np.ndarray:
-    """Return the share of tissue in squares around (x, y), from the summed-area table; outside the image is none."""
+    """Return the share of tissue in squares around (x, y), from the summed-area table; the area outside the image has none."""
     height, width = total.shape[0] - 1, total.shape[1] - 1
     x0, x1 = (_inner(x + side, scale[0], width) for side in (-half, half))
     y0, y1 = (_inner(np.array([y + side]), scale[1], height) for side in (-half, half))

@@ -28,7 +28,7 @@ def digest(plan: Mapping[str, Any]) -> str:
 
 
 class Pieces:
-    """Folder of pieces next to an output. As a context manager, it holds a lock on the folder.
+    """Folder of pieces next to an output; a context manager, which holds a lock on the folder if the file system has locks.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Pieces:
     Raises
     ------
     FileExistsError
-        Another process holds the lock, or the folder contains other files.
+        On entering the context: another process holds the lock, or the folder is a file or contains other files.
     """
 
     def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Pieces:
         os.close(self._lock)
 
     def _clear(self, *, known: bool) -> None:
-        """Delete the pieces of another plan; raise FileExistsError if the folder is not known to hold pieces."""
+        """Empty the folder; raise FileExistsError if it contains files and is not known to be one of pieces."""
         others = [p for p in self.folder.iterdir() if p.name != PLAN and not p.name.startswith(".")]
         if others and not known:
             raise FileExistsError(
@@ -87,7 +87,7 @@ class Pieces:
         self.discarded = bool(others)
 
     def has(self, name: str) -> bool:
-        """Return whether a piece is complete."""
+        """Return whether a piece has been written; it is complete then."""
         return (self.folder / f"{name}.npy").is_file()
 
     def write(self, name: str, values: np.ndarray) -> None:
@@ -97,7 +97,7 @@ class Pieces:
         write_atomic(self.folder / f"{name}.npy", buffer.getvalue())
 
     def read(self, name: str) -> np.ndarray:
-        """Read a piece."""
+        """Return the values of a piece."""
         values: np.ndarray = np.load(self.folder / f"{name}.npy", allow_pickle=False)
         return values
 

@@ -109,11 +109,12 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
     Raises
     ------
     SourceError
-        The slide cannot be read, has no scale, or shows no tissue.
+        The slide cannot be read or shows no tissue; or its scale is missing, is not plausible, or is contradicted by the file or by
+        the size of the slide.
     ValueError
         The grid has too many tiles.
     FileExistsError
-        Another process predicts the same output, or the folder of the pieces contains other files.
+        Another process predicts the same output, or the folder of the pieces is a file or contains other files.
     """
     with open_slide(path) as slide:
         plan = _plan(predictor, path, slide, request)
@@ -165,9 +166,10 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
 
 
 def _content(path: Path) -> str:
-    """Return a hash of the files of a slide: of all bytes up to :data:`HASHED_BYTES`, of evenly spaced blocks above it.
+    """Return a hash of the files of a slide.
 
-    The pixels of a ``.mrxs`` file are in a folder of the same name.
+    It includes all bytes of a file up to :data:`HASHED_BYTES`, and evenly spaced blocks of a larger file. The pixels of a ``.mrxs``
+    file are in a folder of the same name.
     """
     inner = sorted(p for p in path.with_suffix("").rglob("*") if p.is_file()) if path.suffix.lower() == ".mrxs" else []
     digest = hashlib.sha256()
@@ -202,7 +204,10 @@ def _scale(slide: Slide, path: Path, request: SlideRequest) -> float:
 
 
 def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideRequest) -> _Layout:
-    """Find the tissue and lay out the tiles; raise SourceError if no tile has enough tissue."""
+    """Find the tissue and lay out the tiles.
+
+    Raise SourceError for an unusable scale (:func:`_scale`) or if no tile has enough tissue, and ValueError for too many tiles.
+    """
     mpp = _scale(slide, path, request)
     if request.mpp is not None:
         check_stated_mpp(mpp, slide.mpp, "the file", str(path), trusted=request.trust_mpp)
@@ -239,7 +244,7 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
 
 
 def _shrunk(picture_HW3: np.ndarray) -> np.ndarray:
-    """Return the overview at the size that is stored in the output."""
+    """Return the overview, downsampled to the size that is stored in the output (:data:`OVERVIEW_PX`) if it is larger."""
     height, width = picture_HW3.shape[:2]
     part = min(1.0, OVERVIEW_PX / max(height, width))
     size = (max(1, round(width * part)), max(1, round(height * part)))
@@ -266,7 +271,7 @@ def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show
 
 
 def _stain(layout: _Layout) -> StainStats:
-    """Return the stain statistics of evenly spaced tiles."""
+    """Return the stain statistics of the slide, from evenly spaced tiles of the grid."""
     n = len(layout.grid.xy_N2)
     rows = np.unique(np.linspace(0, n - 1, min(n, STAIN_TILES)).round().astype(np.int64))
     return stain_stats(tile for chunk in layout.tiles(rows).chunks() for tile in chunk.tiles_NSS3)
@@ -327,7 +332,10 @@ def _join(layout: _Layout, request: SlideRequest, pieces: Pieces, out: Path, siz
 
 
 class _Progress:
-    """Progress bar of tiles on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager."""
+    """Progress bar of tiles on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager.
+
+    Without ``show``, a message is logged only if the work is resumed.
+    """
 
     def __init__(self, what: str, total: int, done: int, show: bool) -> None:
         self._what, self._total, self._first, self._done, self._show = what, total, done, done, show
@@ -337,7 +345,7 @@ class _Progress:
             log.info("%s: resuming, %d of %d tiles are complete", what, done, total)
 
     def update(self, n: int) -> None:
-        """Count finished tiles."""
+        """Count ``n`` more finished tiles, and log the progress if it is due."""
         self._done += n
         self._bar.update(n)
         now = time.monotonic()

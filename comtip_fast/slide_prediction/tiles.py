@@ -14,14 +14,14 @@ TOLERANCE = 0.01
 
 
 def check_tiles(tiles: np.ndarray, mpp: float, tile: TileGeometry) -> np.ndarray:
-    """Check tiles and their scale.
+    """Check tiles and their scale, and return the tiles as an array.
 
     Raises
     ------
     TypeError
-        Not a uint8 array.
+        The tiles are not uint8.
     ValueError
-        Another shape, a scale that is not plausible, or tiles that are smaller than those of the model.
+        The tiles are not square RGB images (N, H, H, 3), their scale is not plausible, or they are smaller than those of the model.
     """
     found = np.asarray(tiles)
     if found.dtype != np.uint8:
@@ -55,7 +55,7 @@ def fit_tiles(tiles: np.ndarray, mpp: float, tile: TileGeometry) -> np.ndarray:
 
     Returns
     -------
-    uint8 (N, S, S, 3); the tiles themselves if they have this geometry.
+    uint8 (N, S, S, 3); the tiles themselves if they already have the model's width and resolution.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Tissue mask of a slide's overview.
 
-A pixel is tissue if its optical density differs from that of glass, and differs between channels. Glass is measured in the
-image: the brightest areas that are colourless and smooth. An image without such areas has no second class that a threshold
+A pixel is tissue if it is not black, and its optical density differs from that of glass and between channels. Glass is measured in
+the image: the brightest areas that are colourless and smooth. An image without such areas has no second class that a threshold
 could separate; it is compared with the glass of a typical scan, at the lowest threshold, so that dark scans count as tissue.
 """
 

@@ -3,6 +3,7 @@
 import csv
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from comtip_shards import ShardSet
 
+from comtip_fast.benchmarks.step import measure
 from comtip_fast.benchmarks.step.clock import OTHER, PARTS, PartClock
-from comtip_fast.benchmarks.step.contender import Ours
+from comtip_fast.benchmarks.step.contender import Ours, StepContender
 from comtip_fast.benchmarks.step.measure import Measured, product_rate, ratio
 from comtip_fast.benchmarks.step.peers import open_clip_is_installed
 from comtip_fast.benchmarks.step.plain import Plain
@@ -148,6 +150,26 @@ def test_ratios_are_paired_by_round():
 def test_unknown_steps_are_refused(task: CoMTIPTask, tmp_path: Path):
     with pytest.raises(ValueError, match="`steps` clip: no such step"):
         benchmark_step(task.config, ["clip"], rounds=1, per_round=1, out=tmp_path)
+
+
+def test_a_set_with_fewer_spots_than_a_batch_is_refused(task: CoMTIPTask, tmp_path: Path):
+    config = replace(task.config, data=replace(task.config.data, batch_size=256))
+    with pytest.raises(ValueError, match="98 training spots, fewer than a batch of 256"):
+        benchmark_step(config, ["ours"], rounds=1, per_round=1, out=tmp_path)
+
+
+def test_smaller_batches_are_counted_as_what_they_are():
+    class Steps(StepContender):
+        def __init__(self) -> None:
+            self.device, self.sizes = torch.device("cpu"), iter((16, 16, 2))
+
+        def load(self) -> Namespace:
+            return Namespace(spot_index=torch.arange(next(self.sizes)))
+
+        def train(self, batch: Namespace) -> torch.Tensor:
+            return batch.spot_index.sum()
+
+    assert measure._run(Steps(), 3)[1] == 34
 
 
 def test_the_product_rate_is_positive():

@@ -354,6 +354,16 @@ def test_spots_with_damaged_counts_are_excluded_from_training(loader, tiny_shard
     assert sorted(np.concatenate(tested.batches(0)).tolist()) == [s for s in range(98) if s != 5]
 
 
+def test_damaged_records_of_the_fit_and_of_the_other_spots_count_together(
+    tiny_shards: ShardSet, tiny_overrides, tmp_path: Path
+):
+    shards = damaged(tiny_shards, tmp_path, [0, 97], "expr")
+    config = load_config(None, [*tiny_overrides, "data.faults=skip", "data.max_faults=1", "levels.fit_spots=100"])
+    object.__setattr__(config.levels, "fit_spots", 40)  # spot 0 is one of the 40, spot 97 is not
+    with pytest.raises(ShardError, match="2 records are damaged"):
+        training_tables(shards, config)
+
+
 def test_features_of_a_frozen_stem_exclude_damaged_tiles(tiny_shards: ShardSet, tiny_overrides, tmp_path: Path):
     shards = damaged(tiny_shards, tmp_path, [5], "tile")
     config = load_config(None, [*tiny_overrides, "data.faults=skip"])

@@ -79,7 +79,8 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
     FileNotFoundError
         The folder, a task or a file of a task does not exist.
     ValueError
-        A file cannot be read, a train split has no test split, or a section is in both splits of a fold.
+        A file cannot be read or has other content than expected, a train split has no test split, a section is in both splits of
+        a fold, or a split lists a file outside of its task.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -122,7 +123,7 @@ def _read_task(folder: Path) -> BenchmarkTask:
 
 
 def _read_split(folder: Path, name: str) -> tuple[BenchmarkSample, ...]:
-    """Read the samples of one split file; raise ValueError if a column is missing."""
+    """Read the samples of one split file; raise ValueError if a column is missing or a path is outside the task's folder."""
     path = folder / "splits" / name
     table = read_table(path, sep=",")
     missing = [c for c in COLUMNS if c not in table]
@@ -148,7 +149,7 @@ def _inside(folder: Path, name: str, where: Path) -> Path:
 
 
 def _read_genes(path: Path) -> tuple[str, ...]:
-    """Read the gene list of a task; raise ValueError if it is not a list of distinct names."""
+    """Read the gene list of a task; raise FileNotFoundError if it is missing, ValueError if it is not a list of distinct names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy the task's gene list there")
     expected = 'expected {"genes": ["A", "B", ...]}'
@@ -178,7 +179,7 @@ def read_expression(sample: BenchmarkSample, barcodes: Sequence[str], genes: Seq
     Raises
     ------
     FileNotFoundError, ValueError
-        The file is missing or cannot be read, or lacks a spot or a gene.
+        The file is missing or cannot be read, lacks a spot or a gene, or has two spots or genes of the same name.
     """
     if not sample.expression.is_file():
         raise FileNotFoundError(f"{sample.expression}: no such file; copy the expression of {sample.id} there")
@@ -233,12 +234,13 @@ class H5Patches(TileSource):
     geometry
         Tiles of the encoder; None passes patches on as they are.
     whole
-        Resize the complete patch to the encoder's size in px, whatever the encoder's width in um.
+        Resize the complete patch to the encoder's size in px, whatever the encoder's width in um; no effect without ``geometry``.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        The file is missing or cannot be read, or its patches are not square uint8 RGB or too narrow for the encoder.
+        The file is missing or cannot be read, or its patches are not square uint8 RGB images, one per barcode, of a plausible
+        resolution, or are too narrow for the encoder.
     """
 
     def __init__(self, path: Path, geometry: TileGeometry | None = None, *, whole: bool = False) -> None:

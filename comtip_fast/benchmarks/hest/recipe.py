@@ -48,7 +48,8 @@ class FoldScore:
     """Number of undefined correlations, over genes and (for ``per_section``) sections."""
     alpha: float
     n_components: int
-    """Features of the regression; less than 256 where the encoder or the fold has fewer."""
+    """Number of features of the regression: up to 256 components, fewer if the encoder or the fold has fewer; without PCA, all
+    features."""
 
 
 def score_fold(train: FoldData, test: FoldData, variant: Variant = RECIPE) -> FoldScore:

@@ -57,8 +57,8 @@ class HestScores:
         DataFrame
             One row per encoder, variant and task: ``encoder``, ``variant``, ``task``, ``pcc`` (mean over folds), ``std_over_folds``
             and ``n_undefined`` (correlations, over all folds). The last row of an encoder and variant has the task ``average`` and
-            no standard deviation (NaN); it is missing if no task is averaged. The average leaves out the tasks in
-            :data:`comtip_fast.benchmarks.hest.folder.NOT_AVERAGED`, as published.
+            no standard deviation (NaN); it is missing if no task is averaged. Its ``pcc`` leaves out the tasks in
+            :data:`comtip_fast.benchmarks.hest.folder.NOT_AVERAGED`, as published; its ``n_undefined`` counts all tasks.
         """
         rows = []
         for (encoder, variant), own in self.folds.groupby(["encoder", "variant"], sort=False):
@@ -88,7 +88,7 @@ class HestScores:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """Write ``hest.json``, ``hest_folds.csv`` and ``hest_genes.csv``."""
+        """Write ``hest.json`` (encoders and summary), ``hest_folds.csv`` and ``hest_genes.csv`` to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "format": FORMAT,

@@ -43,16 +43,16 @@ class PartClock:
         self._part, self._began = OTHER, 0.0
 
     def start(self) -> None:
-        """Start timing a step."""
+        """Start timing one or several steps."""
         self.running, self._part, self._began = True, OTHER, self._now()
 
     def stop(self) -> None:
-        """Stop timing a step."""
+        """Stop timing."""
         self.switch(OTHER)
         self.running = False
 
     def end_backward(self) -> None:
-        """Leave the part in which the backward pass ended."""
+        """Leave the part in which the backward pass ended; the time until the next part is that of :data:`OTHER`."""
         if self.running:
             self.switch(OTHER)
 

@@ -38,6 +38,10 @@ class StepContender(ABC):
     def train(self, batch: Any) -> Tensor:
         """Run forward, backward and optimizer, and return the loss."""
 
+    def n_samples(self, batch: Any) -> int:
+        """Return the number of spots of a batch of :meth:`load`."""
+        return int(batch.spot_index.numel())
+
     def close(self) -> None:  # noqa: B027 - not every contender has worker processes
         """Stop worker processes."""
 
@@ -88,7 +92,7 @@ class Ours(StepContender):
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Time the functions of the package inside the block."""
+        """Time the functions that compute the parts of a step while they are called inside the block."""
         model, step = self.task.model, self.task.step
 
         def of_vision(_features: Tensor, visible: Tensor | None = None, with_all: bool = False) -> str:
@@ -117,7 +121,7 @@ class Ours(StepContender):
 
 
 class Updater:
-    """AdamW with clipping in the run's settings, for models of other contenders."""
+    """AdamW and gradient clipping with the run's settings, for the models of other contenders."""
 
     def __init__(self, module: torch.nn.Module, task: CoMTIPTask) -> None:
         self.parameters, self.limit = list(module.named_parameters()), task.config.optim.clip

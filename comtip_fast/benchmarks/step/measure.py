@@ -43,19 +43,15 @@ class Measured:
     """Counted FLOP/s over the product rate of the same round."""
 
 
-def measure(
-    contenders: Sequence[StepContender], *, rounds: int, steps: int, batch_size: int, out: Path
-) -> list[Measured]:
+def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out: Path) -> list[Measured]:
     """Measure all contenders; each trains one step before anything is timed.
 
     Parameters
     ----------
     contenders
-        The steps, whose batches have ``batch_size`` samples.
+        The steps. Samples are counted; the products of every step are taken to be those of the first step.
     rounds, steps
         Number of rounds, and of the steps that every contender trains in a round.
-    batch_size
-        Samples of a step.
     out
         Folder for the profile of each contender, ``profile_<name>.txt``.
     """
@@ -67,8 +63,8 @@ def measure(
         rate = product_rate(contenders[0].device, contenders[0].config.train.precision)
         log.info("round %d of %d: a large matrix product runs at %.0f GFLOP/s", number + 1, rounds, rate / 1e9)
         for contender, result in zip(contenders, found, strict=True):
-            elapsed = _seconds(contender, steps)
-            result.samples_per_s.append(steps * batch_size / elapsed)
+            elapsed, samples = _run(contender, steps)
+            result.samples_per_s.append(samples / elapsed)
             result.share.append(steps * result.gflop * 1e9 / elapsed / rate)
     for contender, result in zip(contenders, found, strict=True):
         result.seconds = seconds_by_part(contender, steps)
@@ -76,13 +72,15 @@ def measure(
     return found
 
 
-def _seconds(contender: StepContender, steps: int) -> float:
-    """Return the seconds of ``steps`` steps, loading included."""
-    began = time.perf_counter()
+def _run(contender: StepContender, steps: int) -> tuple[float, int]:
+    """Run ``steps`` steps; return their seconds, loading included, and the number of samples, as a batch may be smaller."""
+    began, samples = time.perf_counter(), 0
     for _ in range(steps):
-        contender.train(contender.load())
+        batch = contender.load()
+        contender.train(batch)
+        samples += contender.n_samples(batch)
     _wait(contender.device)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, samples
 
 
 def _wait(device: torch.device) -> None:
@@ -143,7 +141,7 @@ def seconds_by_part(contender: StepContender, steps: int) -> dict[str, float]:
 
 
 def _profile(contender: StepContender, path: Path) -> float:
-    """Write the operators of one step, slowest first, and return the peak memory of the step in MB above its start."""
+    """Write the 30 slowest operators of one step, and return the peak memory of the step in MB above its start."""
     batch = contender.load()
     device = contender.device
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -182,7 +180,7 @@ def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
 
 
 def rows_of(found: Sequence[Measured]) -> list[dict[str, str]]:
-    """Return one row per contender; the ratio is that of the first contender to each."""
+    """Return one row per contender, as text; a ratio is that of the first contender's samples per second to the contender's."""
     rows = []
     for m in found:
         middle, low, high = ratio(found[0], m)
@@ -210,7 +208,7 @@ def table_of(found: Sequence[Measured]) -> list[str]:
 
 
 def write_results(folder: Path, found: Sequence[Measured], setting: str) -> Path:
-    """Write ``step.csv``; its first lines name the machine and the setting."""
+    """Write ``step.csv`` to ``folder`` and return its path; its first lines name the machine and the setting."""
     folder.mkdir(parents=True, exist_ok=True)
     path, rows = folder / "step.csv", rows_of(found)
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""Steps of other methods on the same tiles, with the same image encoder, optimizer, loader and precision.
+"""Steps of other methods on the same tiles, with the task's image encoder, optimizer and precision, and the plain step's loader.
 
 ``open_clip`` trains its text tower (ViT-B-32's: 12 layers of width 512, 77 tokens) on captions that name the most expressed genes
 of a spot. The BLEEP-like step has an MLP over the expression of the panel's genes instead of a text tower, and soft targets from the
@@ -35,7 +35,7 @@ def open_clip_is_installed() -> bool:
 
 
 class _Peer(StepContender):
-    """A step with the task's image encoder and projection, and its own other side."""
+    """A step with copies of the task's image encoder and projection, and its own encoder of the other modality."""
 
     def __init__(self, task: CoMTIPTask) -> None:
         super().__init__(task)
@@ -64,7 +64,7 @@ class _Peer(StepContender):
         """Return the contrastive loss."""
 
     def _prepare(self, batch: Batch) -> Any:
-        """Return the inputs of the other side that the batch lacks; counts as loading."""
+        """Return the inputs of the other encoder that the batch lacks, by default None; counts as loading."""
 
     def load(self) -> tuple[Batch, Any]:
         """See :meth:`StepContender.load`."""
@@ -83,6 +83,10 @@ class _Peer(StepContender):
         with self.clock.part("optimizer"):
             self.update.step()
         return loss.detach()
+
+    def n_samples(self, batch: tuple[Batch, Any]) -> int:
+        """See :meth:`StepContender.n_samples`."""
+        return super().n_samples(batch[0])
 
     def close(self) -> None:
         """See :meth:`StepContender.close`."""

@@ -20,7 +20,7 @@ Scheduled = Iterator[tuple[np.ndarray, int, int]]
 
 
 class PilTiles(Dataset[Tensor]):
-    """Tiles of spots, uint8 (3, S, S), randomly flipped; without the stain views that this project's loaders compute."""
+    """Tiles of spots, uint8 (3, S, S), half of them mirrored left to right at random; without this project's views."""
 
     def __init__(self, reader: SpotReader) -> None:
         self.reader = reader

@@ -31,7 +31,13 @@ CHUNK = 1024
 
 
 class Plain(StepContender):
-    """The plain step, on a copy of the task's model."""
+    """The plain step, on a copy of the task's model.
+
+    Raises
+    ------
+    ValueError
+        The config has a setting that the plain step does not implement.
+    """
 
     name = "plain PyTorch"
 

@@ -28,7 +28,11 @@ TOLERANCE = 1e-4
 
 
 def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: str) -> RunConfig:
-    """Return the run's config for ``shards``: pixels instead of a frozen stem, panels of one size, and no logged step."""
+    """Return a run's config for ``shards``.
+
+    It has pixels instead of a frozen stem, levels in memory, panels of one size, and no logged step. Raises like
+    :func:`comtip_fast.config.io.load_config`.
+    """
     config = load_config(path, [*overrides, f"train.device={device}"])
     return replace(
         config,
@@ -42,12 +46,15 @@ def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: st
 def benchmark_step(
     config: RunConfig, steps: Sequence[str], *, rounds: int, per_round: int, out: Path
 ) -> list[Measured]:
-    """Measure the steps named in ``steps`` (keys of :data:`STEPS`) on the shard set of ``config``; ours comes first.
+    """Measure the steps named in ``steps`` (keys of :data:`STEPS`) on the shard set of ``config``.
+
+    Ours is always measured, and comes first. ``open_clip`` is left out, with a warning, if it is not installed.
 
     Raises
     ------
-    ValueError
-        A name is unknown, the shard set has fewer spots than a batch, or the plain step's loss differs from ours.
+    ValueError, FileNotFoundError
+        A name is unknown, there are fewer training spots than a batch has, the plain step does not implement a setting, or its
+        loss differs from ours; or as for :func:`comtip_fast.training.task.build_task`.
     """
     unknown = [name for name in steps if name not in STEPS]
     if unknown:
@@ -60,9 +67,10 @@ def benchmark_step(
         torch.set_num_threads(config.train.threads)
     set_product_precision(config, device)
     task = build_task(config, device)
-    if not task.batches(0):
+    if task.tables.spots.size < config.data.batch_size:
         raise ValueError(
-            f"{config.data.shards}: no batch of {config.data.batch_size} spots; give a larger set or a smaller data.batch_size"
+            f"{config.data.shards}: {task.tables.spots.size} training spots, fewer than a batch of {config.data.batch_size}; give a "
+            "larger set or a smaller data.batch_size"
         )
     log.info("%s", task.describe())
     with ExitStack() as stack:
@@ -73,7 +81,7 @@ def benchmark_step(
         for contender in contenders:
             if isinstance(contender, Plain):
                 check_equal_loss(task, contender)
-        return measure(contenders, rounds=rounds, steps=per_round, batch_size=config.data.batch_size, out=out)
+        return measure(contenders, rounds=rounds, steps=per_round, out=out)
 
 
 def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:

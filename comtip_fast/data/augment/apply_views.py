@@ -1,7 +1,7 @@
 """Application of views to decoded tiles: batched tensor operations on a GPU, a loop over tiles on a CPU.
 
-On a CPU, numba compiles the loop if it is installed. All implementations return the same values as the reference,
-:func:`comtip_fast.data.augment.views.make_views`.
+On a CPU, numba compiles the loop if it is installed. All implementations return the values of the reference,
+:func:`comtip_fast.data.augment.views.make_views`; only a zoom may round some pixel values differently by 1, before they are mapped.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def apply_views(
         Whether to use batched tensor operations. By default they are used on all devices but the CPU, where they need much
         more memory bandwidth.
     compiled
-        Whether to use numba on a CPU; by default if it is installed.
+        Whether to use numba to map pixel values on a CPU; by default if it is installed.
     tensors
-        :meth:`.views.ViewPlan.tensors` on the device of the tiles; None copies them.
+        :meth:`.views.ViewPlan.tensors` on the device of the tiles; None copies them there, if they are needed.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tens
 
 
 def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tensor:
-    """Rotate, mirror and map the tiles one by one on the CPU."""
+    """Rotate and mirror the tiles on the CPU one by one, and map their pixel values if the plan has look-up tables."""
     N, _, S, _ = tiles_N3SS.shape
     # Allocated by NumPy, which asks for huge pages.
     source, out = tiles_N3SS.numpy(), np.empty((N, 3, S, S), np.uint8)
@@ -93,7 +93,10 @@ def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tenso
 
 
 def _apply_batched(tiles_N3SS: Tensor, orientation_N: Tensor, lut_N3V: Tensor | None) -> Tensor:
-    """Rotate, mirror and map all tiles at once; no shape depends on the orientations."""
+    """Rotate and mirror all tiles at once, and map their pixel values if ``lut_N3V`` is given.
+
+    No shape depends on the orientations.
+    """
     N, _, S, _ = tiles_N3SS.shape
     turns_N, mirrored_N = orientation_N % 4, orientation_N >= 4
     # One quarter turn is a transposition and a flip of the rows; three are a transposition and a flip of the columns.

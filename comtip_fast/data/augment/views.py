@@ -1,8 +1,8 @@
 """Augmented views of a tile; a view is a deterministic function of (seed, spot, view).
 
-View 0 is the original tile. The other views are zoomed, rotated by multiples of 90 degrees, mirrored, and jittered in
-optical-density space. With ``data.stain=section``, the section's stain is normalised in all views. The number of views
-is small and fixed, so the output of a frozen stem can be computed once per view and cached.
+View 0 is the original tile. The other views differ from it in zoom (``data.zoom``), in orientation (``data.flips``: quarter turns
+and mirror images) and in optical density (``data.jitter``). With ``data.stain=section``, the section's stain is normalised in all
+views. The number of views is small and fixed, so the output of a frozen stem can be computed once per view and cached.
 
 :func:`plan_views` computes the parameters of each view, :func:`make_views` is the reference implementation, and
 :mod:`comtip_fast.data.augment.apply_views` is the fast one.

@@ -1,7 +1,7 @@
 """Rotation of tiles and mapping of their pixel values on a CPU in one pass, compiled by numba to run without the GIL.
 
-:func:`comtip_fast.data.augment.apply_views.apply_views` uses this module if numba is installed (the ``dali-*`` extras
-include it). Without numba, NumPy computes the same values in several passes.
+:func:`comtip_fast.data.augment.apply_views.apply_views` uses this module for tiles on a CPU if pixel values are mapped and numba is
+installed (the ``dali-*`` extras include it). Without numba, NumPy computes the same values in several passes.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ def rotate_and_map(
 
 @cache
 def _compiled() -> Any:
-    """Return the compiled loop; compiled once per process in about a second, as a cache on disk needs a writable folder."""
+    """Return the loop, which numba compiles at its first call.
+
+    Compilation takes about a second per process; a cache on disk would need a writable folder.
+    """
     njit: Any = import_module("numba").njit
     return njit(nogil=True)(_rotate_and_map)
 
 
 def _rotate_and_map(flat: Any, pixel_stride: Any, channel_stride: Any, orientation: Any, lut: Any, out: Any) -> None:
-    """Loop over the output pixels of tiles stored as rows of ``flat`` (N, 3 S S)."""
+    """Fill ``out`` (N, 3, S, S) pixel by pixel from the tiles, which are the rows of ``flat`` (N, 3 S S)."""
     S = out.shape[2]
     for i in range(out.shape[0]):
         # Source offset of the first output pixel, and the steps to the next output row and column, in pixels.

@@ -1,7 +1,8 @@
 """Streaming readers of count matrices without images: AnnData, 10x h5 and legacy Spatial Transcriptomics tables.
 
 Each reader yields blocks of cells (or spots) x genes, so that memory is bounded by the size of a block and does not grow with
-the number of cells. Features of other types (antibodies, controls) are dropped.
+the number of cells. Only AnnData matrices in compressed sparse columns and files of Cell Ranger 1 and 2 are read as a whole.
+Features that are not genes (antibodies, controls) are dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class CountSource:
     symbols: list[str]
 
     def blocks(self) -> Iterator[sparse.csr_matrix]:
-        """Yield the counts as int32 CSR blocks (at most :data:`BLOCK_ROWS` rows, ``len(genes)`` columns).
+        """Yield the counts as int32 CSR blocks with ``len(genes)`` columns.
+
+        A block has at most :data:`BLOCK_ROWS` rows; a file of Cell Ranger 1 or 2 is one block.
 
         Raises
         ------
@@ -78,7 +81,7 @@ def open_counts(path: str | Path) -> CountSource:
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        There is no such file, or it is a folder.
     SourceError
         The format is none of these, the file cannot be read, or it has no genes.
     """
@@ -93,7 +96,7 @@ def open_counts(path: str | Path) -> CountSource:
 
 
 def species_of(genes: list[str]) -> str | None:
-    """Return the species of most Ensembl identifiers among ``genes``, or None if there are no Ensembl identifiers."""
+    """Return the species of most Ensembl gene identifiers in ``genes``; None if there are none of human or mouse."""
     votes = {
         "mouse": sum(g.upper().startswith("ENSMUSG") for g in genes),
         "human": sum(g.upper().startswith("ENSG0") for g in genes),
@@ -158,7 +161,7 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn errors of reading a text file, also one that is compressed, into SourceError."""
+    """Turn errors of reading a text file, plain or compressed with gzip, into SourceError, except PermissionError."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -181,7 +184,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _text(path: Path) -> Any:
-    """Open a text file, which may be compressed with gzip."""
+    """Open a UTF-8 text file, which is compressed with gzip if its name ends in ``.gz``."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")

@@ -57,7 +57,8 @@ def gene_vectors(
     weigh
         ``cells``: equal weight for every cell; ``sources``: equal weight for every source.
     min_detection
-        Smallest share of cells in which a gene is detected; other genes are dropped.
+        Smallest share of cells in which a gene is detected, among the cells of the sources that measured it; other genes are
+        dropped.
     orthologues
         Whether genes of both species with the same upper-case symbol are one gene; the file then contains the keys of
         both species.
@@ -72,8 +73,9 @@ def gene_vectors(
     Raises
     ------
     ValueError
-        A parameter is out of bounds, there is no source, the species of a source is unknown, a source has fewer than 2 cells,
-        fewer than 2 genes vary, or there are sources of two species without ``orthologues``.
+        A parameter is out of bounds; there is no source; the species of a source is unknown; a source has no known gene, or fewer
+        than 2 cells; fewer than 2 genes vary and are detected often enough; or there are sources of two species without
+        ``orthologues``.
     FileNotFoundError, SourceError
         A source does not exist or cannot be read.
     """
@@ -201,6 +203,7 @@ class _Standard:
     """Mean and scale of each gene per source, applied to products with blocks, so that the blocks stay sparse."""
 
     mean_SG: np.ndarray
+    """Mean log1p CP10K of each kept gene."""
     inverse_std_SG: np.ndarray
     """Inverse standard deviation of each kept gene; 0 where the gene does not vary in the source."""
     weight_S: np.ndarray
@@ -210,11 +213,14 @@ class _Standard:
     kept: np.ndarray
     """Indices of the genes that vary and are detected often enough."""
     moments_G4: np.ndarray
+    """Of all genes, not only the kept ones: mean and standard deviation of log1p CP10K, then of log1p raw counts, over the cells of
+    the sources that measured the gene."""
     detection_G: np.ndarray
+    """Share of these cells in which each gene, of all genes, is detected."""
 
     @classmethod
     def fit(cls, spool: _Spool, weigh: str, min_detection: float) -> _Standard:
-        """Compute the statistics in one pass over the counts."""
+        """Compute the statistics in one pass over the counts; raise ValueError if fewer than 2 genes are kept."""
         measured_SG = spool.measured()
         S, G = measured_SG.shape
         total, square = np.zeros((2, S, G)), np.zeros((2, S, G))

@@ -1,7 +1,7 @@
-"""Fit a level table on a sample of training spots, in memory that grows with the sample's positive counts alone.
+"""Fit a level table on a sample of training spots, in memory that grows with the number of positive counts of the sample.
 
-The sample keeps the counts of the trained genes, about 4 bytes per positive count, by gene; log1p CP10K is computed again for
-one gene at a time.
+The sample keeps the counts of the trained genes by gene, in about 4 bytes per positive count. log1p CP10K is computed for one gene
+at a time, whenever it is needed; the fit also holds one float32 array of all positive values.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class GeneColumns(Protocol):
     """Positive values of each gene."""
 
     n_genes: int
+    """Number of genes, G."""
     nnz: int
     """Number of positive values of all genes."""
 
@@ -34,11 +35,13 @@ class GeneColumns(Protocol):
 
 @dataclass
 class _Chunk:
-    """Counts of some spots by gene (compressed sparse columns)."""
+    """Positive counts of some spots by gene (compressed sparse columns)."""
 
     indptr: np.ndarray
     rows: np.ndarray
+    """uint16, indices of the spots in the chunk."""
     counts: np.ndarray
+    """Counts in the smallest unsigned type that holds all of them."""
 
 
 @dataclass
@@ -56,6 +59,7 @@ class CountSample:
     """Number of positive counts."""
     _chunks: list[_Chunk] = field(default_factory=list)
     _scale: list[np.ndarray] = field(default_factory=list)
+    """For each chunk, the factor from counts to CP10K of each spot."""
 
     @property
     def n_spots(self) -> int:
@@ -98,7 +102,9 @@ class CountSample:
         return out
 
     def level_means(self, table: LevelTable, section_N: np.ndarray, n_sections: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean level and detection rate of each gene in each section, float64 (S, G); 0 without spots.
+        """Return the mean level and the detection rate of each gene in each section, float64 (S, G) each.
+
+        Both are means over the spots of the sample, and 0 for a section without any.
 
         Parameters
         ----------
@@ -161,7 +167,7 @@ def fit_levels(columns: GeneColumns, n_measured_G: np.ndarray, config: LevelsCon
 
 
 def _fit_global(table: LevelTable, columns: GeneColumns, n_zero: int) -> None:
-    """Fill the last row, for all genes together, with one array of all positive values at a time."""
+    """Fill the last row, that of all genes together; at most one array of all positive values is in memory at a time."""
     Q, G = table.n_levels, columns.n_genes
     values = np.empty(columns.nnz, np.float32)
     end = 0
@@ -209,7 +215,10 @@ def _level(positive: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _set_prior(table: LevelTable, row: int, n_level: np.ndarray, n_zero: int) -> None:
-    """Set the log frequencies of a row from the numbers of values per level (Q,), of which level 0 has ``n_zero``."""
+    """Set the log frequencies of a row, smoothed by half a value per level.
+
+    ``n_level`` (Q,) has the number of values of each level from 1; ``n_zero`` is that of level 0.
+    """
     count = n_level.astype(np.float64)
     count[0] = n_zero
     table.log_prior[row] = np.log((count + 0.5) / (count.sum() + 0.5 * table.n_levels))

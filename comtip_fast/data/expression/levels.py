@@ -31,11 +31,14 @@ class LevelTable:
     edges: FloatArray
     """float32 (R, Q - 2), lower edges of levels 2 to Q - 1 in log1p CP10K; unused edges are +inf."""
     value_cp10k: FloatArray
-    """float32 (R, Q), value of each level in log1p CP10K: the median of its training values, 0 for level 0."""
+    """float32 (R, Q), value of each level in log1p CP10K; 0 for level 0, and for a level without any training value.
+
+    A value is the median of the level's training values; a level of a gene with fewer than 3 has the value of the global row.
+    """
     value_raw: FloatArray
-    """float32 (R, Q), value of each level in log1p raw counts."""
+    """float32 (R, Q), value of each level in log1p raw counts, of the same training values."""
     log_prior: FloatArray
-    """float32 (R, Q), log frequency of each level."""
+    """float32 (R, Q), log of the smoothed frequency of each level."""
 
     @property
     def n_levels(self) -> int:
@@ -43,7 +46,7 @@ class LevelTable:
         return int(self.value_cp10k.shape[1])
 
     def levels(self, values_NG: np.ndarray, rows_G: np.ndarray) -> np.ndarray:
-        """Return the level of each value, uint8 (N, G); column j uses row ``rows_G[j]`` of the table."""
+        """Return the level of each value in log1p CP10K, uint8 (N, G); column j uses row ``rows_G[j]`` of the table."""
         edges_GE = self.edges[rows_G]
         out = (values_NG > 0).astype(np.uint8)
         for e in range(edges_GE.shape[1]):  # one edge at a time: all at once needs Q times the memory
@@ -51,7 +54,10 @@ class LevelTable:
         return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:
-        """Return (lower level, upper level, weight of the upper level), which interpolate to a log1p CP10K value in ``row``."""
+        """Return (lower level, upper level, weight of the upper level), which interpolate to a log1p CP10K value in ``row``.
+
+        The weight is clipped to [0, 1], so that a value above all levels has the highest one.
+        """
         values = self.value_cp10k[row]
         hi = int(np.clip(np.searchsorted(values, value), 1, self.n_levels - 1))
         lo = hi - 1

@@ -29,7 +29,8 @@ class GeneChoice:
     held_out: np.ndarray
     """Held-out genes, ascending."""
     ranked: dict[str, np.ndarray]
-    """Genes on which each cohort is scored, by decreasing variance: those detected in every training section."""
+    """Genes on which each cohort is scored, by decreasing variance: those that reach ``genes.min_detection`` in every training
+    section that measured them."""
     eligible: dict[str, np.ndarray] = field(default_factory=dict)
     """Genes of each cohort that may be trained, by decreasing variance (``genes.detected_in``)."""
 
@@ -132,8 +133,8 @@ def choose_genes(
     """Select trained and held-out genes from the rankings of all cohorts.
 
     A gene that is held out for one cohort is held out for all. Its orthologues (same upper-case symbol) are held out too,
-    because they have the same text. The first ``held_out_from`` genes of a cohort are held out only if ``config.held_out``
-    names them.
+    because they have the same text. The first ``held_out_from`` genes of a ranking in ``ranked`` are held out only if
+    ``config.held_out`` names them.
 
     Parameters
     ----------
@@ -167,8 +168,9 @@ def choose_genes(
 def assay_balance(measured_SG: np.ndarray, n_spots_S: np.ndarray, sections_per_batch: int | None) -> np.ndarray:
     """Return weights with which all genes are drawn equally often if sections have gene lists of different sizes.
 
-    Genes that were measured in the same sections have the same weight. Weights are fitted to the draws of 512 simulated batches.
-    Equal frequencies can be impossible, if a batch has only sections with small lists; they are then as similar as possible.
+    Genes that were measured in the same training sections have the same weight. Weights are fitted to the draws of 512 simulated
+    batches. Equal frequencies are impossible if a batch can have only sections with small lists; they are then as similar as
+    possible.
 
     Parameters
     ----------
@@ -182,8 +184,8 @@ def assay_balance(measured_SG: np.ndarray, n_spots_S: np.ndarray, sections_per_b
     Returns
     -------
     ndarray
-        float64 (G,), from 0.001 to 1; all 1 if the training sections measured the same genes, or without
-        ``sections_per_batch``.
+        float64 (G,), from 0.001 to 1; all 1 if the training sections measured the same genes, or if ``sections_per_batch`` is
+        None.
     """
     train = np.flatnonzero(n_spots_S)
     # Genes are grouped by the bytes of their column, because np.unique over an axis takes seconds for many sections.
@@ -220,8 +222,9 @@ def draw_panel(
 ) -> np.ndarray:
     """Draw the step panel and return ascending indices into ``trained``.
 
-    The panel's size is log-uniform. A share ``config.variable_share`` of the genes is drawn with probability
-    proportional to variance, and the rest uniformly; ``balance`` multiplies both probabilities.
+    The panel's size is log-uniform between the bounds of ``config``, as far as genes are available. A share
+    ``config.variable_share`` of the genes is drawn with probability proportional to ``weight``, and the rest uniformly; ``balance``
+    multiplies both probabilities.
 
     Parameters
     ----------
@@ -234,12 +237,12 @@ def draw_panel(
     config
         Smallest and largest panel, and the share drawn by variance.
     seed, step
-        Seed and step, which determine the panel together with the batch's sections.
+        Seed and step of the random numbers; with equal other arguments, they determine the panel.
     balance
         Result of :func:`assay_balance` (G,); None for equal weights.
     measured
-        bool (sections of the batch, G): whether the section measured the gene. If given, every section has at least one
-        gene in the panel, if the panel is large enough.
+        bool (sections of the batch, G): whether the section measured the gene. If given, the panel contains at
+        least one gene of every section, if it is large enough; None does not ensure that.
     """
     rng = generator(seed, "panel", step)
     candidates = np.flatnonzero(available)

@@ -44,7 +44,8 @@ class TrainingTables:
     n_genes: int
     """Number of genes in the shard set."""
     variance: np.ndarray
-    """(G,), variance of each gene relative to its cohort: weights of the panel draw (``panel.variable_share``)."""
+    """float64 (G,), variance of each gene relative to its cohort, the weight of the gene in the panel draw
+    (``panel.variable_share``)."""
     strata: Tensor
     """int64 (S, G), strata within which mispairing permutes levels."""
     balance: np.ndarray | None = None
@@ -54,14 +55,16 @@ class TrainingTables:
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     """Select genes, fit levels and compute strata from the spots of split ``train``.
 
-    With ``data.faults=skip``, spots with damaged counts are logged and excluded from training.
+    Counts are read for the spots that levels are fitted on (``levels.fit_spots``) or, if all levels are kept in memory, for all
+    training spots. With ``data.faults=skip``, spots whose counts prove to be damaged are logged and excluded from training.
 
     Raises
     ------
     ValueError
-        There is no training section, or fewer than 2 genes are eligible.
+        There is no training section, or fewer than 2 genes can be trained.
     ShardError
-        A record is damaged and ``data.faults`` is ``stop``, or more than ``data.max_faults`` records are damaged.
+        A record is damaged and ``data.faults`` is ``stop``, more than ``data.max_faults`` records are damaged, or a table of the
+        shard set is.
     """
     train = shards.select(split="train")
     if train.size == 0:
@@ -85,7 +88,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     levels: np.ndarray | None = None
     if _keep_in_memory(train, genes.trained.size, config):
         if fit.size < train.size:
-            train, levels = _all_levels(shards, train, genes.trained, table, config)
+            train, levels = _all_levels(shards, train, genes.trained, table, config, damaged.size)
         else:
             levels = sample.levels(table)
     return TrainingTables(
@@ -148,7 +151,7 @@ def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
 
 
 def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
-    """Return the spots to fit on, ascending: all, or the same fraction of every section.
+    """Return the spots to fit on, ascending: all, or about ``most`` of them, the same fraction of every section (at least 1 spot).
 
     The first records of each section are used. They are a random sample of the section, because sections are stored shuffled,
     and they are in few shard files.
@@ -164,7 +167,7 @@ def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
 def _read_sample(
     shards: ShardSet, train: np.ndarray, genes: np.ndarray, config: RunConfig
 ) -> tuple[CountSample, np.ndarray, np.ndarray]:
-    """Return counts of the genes in the spots to fit on, the readable ones of these spots, and the damaged ones.
+    """Return the counts of ``genes`` in the readable spots to fit on, these spots, and the damaged ones.
 
     Counts are read in chunks and reduced to ``genes``, so that memory does not depend on the number of genes in the set.
     """
@@ -182,7 +185,10 @@ def _read_sample(
 def _read_counts(
     shards: ShardSet, spots: np.ndarray, config: RunConfig, damaged_before: int = 0
 ) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
-    """Return the readable spots, their counts and the damaged spots; raise or log a damaged record (``data.faults``)."""
+    """Return the readable spots, their counts and the damaged spots; raise or log a damaged record (``data.faults``).
+
+    ``damaged_before`` damaged records count towards ``data.max_faults``, in addition to those of ``spots``.
+    """
     counts, faults = SpotReader(shards, with_counts=True).counts(spots)
     for i, error in sorted(faults.items()):
         if config.data.faults == "stop":
@@ -199,13 +205,16 @@ def _read_counts(
 
 
 def _all_levels(
-    shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig
+    shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig, damaged_before: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the readable training spots and their levels, uint8 (n, G), read in chunks."""
+    """Return the readable training spots and their levels, uint8 (n, G), read in chunks.
+
+    ``damaged_before`` is the number of damaged records that ``train`` no longer contains, as in :func:`_read_counts`.
+    """
     spots: list[np.ndarray] = []
     levels = []
     for start in range(0, train.size, CHUNK):
-        damaged = start - sum(part.size for part in spots)
+        damaged = damaged_before + start - sum(part.size for part in spots)
         readable, counts, _ = _read_counts(shards, train[start : start + CHUNK], config, damaged)
         values = log1p_cp10k(counts)[:, genes].toarray()
         spots.append(readable)
@@ -214,7 +223,11 @@ def _all_levels(
 
 
 def _variance(genes: GeneChoice, ranked: dict[str, Any]) -> np.ndarray:
-    """Return each trained gene's variance divided by the mean variance of its cohort; the maximum over cohorts."""
+    """Return the relative variance of each trained gene, float64 (G,); the maximum over cohorts.
+
+    In a cohort, it is the gene's variance divided by the mean variance of the cohort's trained genes. A gene that is eligible in no
+    cohort has 0.
+    """
     out = np.zeros(genes.trained.size)
     for rows, variance in ranked.values():
         index = np.searchsorted(genes.trained, rows)

@@ -1,7 +1,7 @@
 """Base class of the loaders: batch order, gene panel, levels, views, damaged records and prefetching.
 
-A batch depends on its spots, step and epoch only. The loader knows the batch order and prepares the next batches in the
-background. A batch that is requested out of order is the same, but takes longer.
+For given data and settings, a batch depends on its spots, step and epoch only. The loader knows the batch order and prepares the
+next batches in the background. A batch that is requested out of order is the same, but takes longer.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ MAX_LOGGED_FAULTS = 20
 
 @dataclass
 class PreparedBatch:
-    """A batch that was prepared in the background, whose views may still have to be computed on the GPU."""
+    """A loaded batch, which may still have to be copied to the GPU, and whose views may have to be computed there."""
 
     scheduled: ScheduledBatch
     batch: Batch
     tiles_NSS3: Tensor | None = None
-    """Decoded tiles; set if ``batch.tiles`` has to be computed from them."""
+    """Tiles that were decoded on the GPU, from which ``batch.tiles`` has to be computed; None otherwise."""
     view_plan: ViewPlan | None = None
+    """The views that have to be computed from the decoded tiles; None if there is nothing to compute."""
     packed: PackedTensors | None = None
-    """Tensors of the batch and of the view plan, and tiles that were decoded on the host, in one buffer; None on a CPU."""
+    """Tensors of the batch and of the view plan, and tiles that were decoded on the host, in one buffer; None on a CPU, and for a
+    batch of stem features."""
     faults: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 
@@ -73,9 +75,14 @@ class BaseLoader(ABC):
     device
         Device of the batches; on a GPU, decoded tiles are moved there before views are computed.
     frozen_stem
-        Maps uint8 tiles (N, 3, S, S) to features (N, P, c). If given, batches contain features instead of tiles. The stem
-        runs once on every view of every training spot when :meth:`prepare` is called or the first batch is requested, in a
-        fixed order, so that a resumed run has bit-identical features. They are kept in memory.
+        Maps uint8 tiles (N, 3, S, S) to features (N, P, c). If given, batches of :meth:`batch` contain features instead of tiles.
+        The stem runs once on every view of every training spot when :meth:`prepare` is called or the first batch is requested, in
+        a fixed order, so that a resumed run has bit-identical features. They are kept in memory.
+
+    Raises
+    ------
+    ValueError
+        ``rank`` is not from 0 to ``world - 1``.
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class BaseLoader(ABC):
         self.schedule = EpochSchedule(shards, tables.spots, config.data, self.seed)
         self.records = SpotReader(shards, with_counts=tables.levels is None)
         self.faults: dict[int, ShardError] = {}
-        """Errors of all damaged records so far, by spot index."""
+        """Errors of all damaged records of this rank so far, by spot index."""
         self._stem = frozen_stem
         self._stem_cache: Tensor | None = None
         self._running: Generator[PreparedBatch, None, None] | None = None
@@ -108,7 +115,10 @@ class BaseLoader(ABC):
     # -- interface to training ------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Run the frozen stem now, if there is one; otherwise the first batch runs it."""
+        """Compute the features of the frozen stem, if there is one; without this call, the first :meth:`batch` computes them.
+
+        Raises like :meth:`tiles`.
+        """
         if self._stem is not None:
             self._stem_features()
 
@@ -119,7 +129,8 @@ class BaseLoader(ABC):
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
         """Return this rank's share of the global batch ``spot_index``.
 
-        Batches in the order of :meth:`batches` are prepared in the background; any other batch is loaded on demand.
+        Batches in the order of :meth:`batches` are prepared in the background; any other batch is loaded on demand. With a frozen
+        stem, every batch is assembled on demand from the stem's features.
 
         Raises
         ------
@@ -134,7 +145,10 @@ class BaseLoader(ABC):
         return batch
 
     def iterate(self, epoch: int = 0, position: int = 0, step: int = 1) -> Generator[Batch, None, None]:
-        """Yield this rank's batches from a position on, epoch after epoch; closing the iterator stops its workers."""
+        """Yield this rank's batches without end, beginning with batch ``position`` of ``epoch`` as optimizer step ``step``.
+
+        The batches have tiles, also with a frozen stem. Closing the iterator stops its workers. Raises like :meth:`batch`.
+        """
         stream = self._stream(self.schedule.iterate(epoch, position, step))
         try:
             for prepared in stream:
@@ -185,7 +199,10 @@ class BaseLoader(ABC):
         return decoded.spots[readable], apply_views(torch.from_numpy(decoded.tiles_NSS3[readable]), plan)
 
     def counts(self, spot_index: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
-        """Return spots, int64 (n,), and their raw counts, int32 CSR (n, genes); damaged spots as in :meth:`tiles`."""
+        """Read the raw counts of any spots; return the spots, int64 (n,), and int32 CSR (n, genes).
+
+        Damaged spots are left out or raise ShardError, as in :meth:`tiles`.
+        """
         counts, faults = self.records.counts(spot_index)
         if faults and self.config.data.faults == "stop":
             raise faults[min(faults)]
@@ -196,7 +213,7 @@ class BaseLoader(ABC):
 
     @abstractmethod
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
-        """Yield prepared batches in the given order, prefetching some of them."""
+        """Load the batches and yield them in their order; with workers, the next ones are prefetched."""
 
     def _ahead(self, batches: Iterator[ScheduledBatch]) -> Iterator[ScheduledBatch]:
         """Yield the batches, and fetch the shards of the next ones in the background if the set is remote."""
@@ -258,7 +275,7 @@ class BaseLoader(ABC):
         yield from spots[following][:, None]
 
     def _assemble(self, scheduled: ScheduledBatch, decoded: DecodedSpots) -> PreparedBatch:
-        """Combine tiles with panel, levels and sections; on a CPU, also compute the views of the tiles."""
+        """Combine tiles with panel, levels and sections; compute the views on a CPU, or pack the tensors for a GPU."""
         csr = self.records.csr(decoded.encoded) if self.records.with_counts else None
         batch = self._without_tiles(scheduled, decoded.spots, csr)
         tiles = torch.as_tensor(decoded.tiles_NSS3)
@@ -273,7 +290,7 @@ class BaseLoader(ABC):
         return PreparedBatch(scheduled, batch, faults=decoded.replaced)
 
     def _deliver(self, prepared: PreparedBatch) -> Batch:
-        """Record the batch's damaged records, copy it to the device and compute its views there."""
+        """Record the damaged records of the batch; for a GPU, copy the batch there and compute its views."""
         self._record_faults(prepared.faults)
         batch = prepared.batch
         if self.device.type == "cpu":
@@ -288,7 +305,7 @@ class BaseLoader(ABC):
         return batch
 
     def _record_faults(self, faults: dict[int, ShardError]) -> None:
-        """Count and log damaged records; raise ShardError above ``data.max_faults``."""
+        """Record damaged records and log the first ones; raise ShardError if there are more than ``data.max_faults``."""
         limit = self.config.data.max_faults
         for spot, error in faults.items():
             if spot not in self.faults and len(self.faults) < MAX_LOGGED_FAULTS:
@@ -346,7 +363,7 @@ class BaseLoader(ABC):
     # -- frozen stem ----------------------------------------------------------------------------------
 
     def _from_stem_cache(self, scheduled: ScheduledBatch) -> PreparedBatch:
-        """Return a batch of cached stem features, in which spots with damaged records are replaced."""
+        """Return a batch of cached stem features; spots known to be damaged are replaced by other spots of the batch."""
         features = self._stem_features()
         own = share_of(scheduled.spots.size, self.rank, self.world)
         spots = scheduled.spots[own].copy()
@@ -361,7 +378,7 @@ class BaseLoader(ABC):
         return PreparedBatch(scheduled, batch)
 
     def _stem_features(self) -> Tensor:
-        """Return the frozen stem's features (views, n_spots, P, c) in half precision, computed at the first call."""
+        """Return the frozen stem's features, float16 (views, n_spots, P, c), computed at the first call."""
         if self._stem_cache is None:
             assert self._stem is not None
             views = range(self.config.data.views)
@@ -369,7 +386,7 @@ class BaseLoader(ABC):
         return self._stem_cache
 
     def _run_stem(self, stem: Stem, view: int, size: int = 128) -> Tensor:
-        """Return one view's features (n_spots, P, c); the rows of damaged spots are zero."""
+        """Return one view's features of all training spots, float16 (n_spots, P, c); the rows of damaged spots are zero."""
         views, spots = self.config.data.views, self.tables.spots
         log.info("computing the features of the frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
         out: Tensor | None = None

@@ -34,7 +34,8 @@ Pending = deque[tuple[ScheduledBatch, EncodedSpots]]
 class DaliLoader(BaseLoader):
     """Loader in which one thread reads and assembles batches, and ``data.workers`` DALI threads decode them.
 
-    At most ``data.prefetch`` batches are ready, one is being assembled, and ``Decoder.depth`` are inside DALI.
+    At most ``data.prefetch`` batches are ready, one is being assembled, and ``Decoder.depth`` are inside DALI. With 0 workers, the
+    calling thread reads and assembles batches, and one DALI thread decodes them.
     """
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
@@ -125,7 +126,7 @@ class Decoder:
         self._pipe.schedule_run()
 
     def get(self) -> Any:
-        """Return the oldest batch, uint8 (b, S, S, 3): an array, or a tensor on the GPU; valid until :meth:`release`.
+        """Return the oldest batch, uint8 (b, S, S, 3): an array that is valid until :meth:`release`, or a tensor on the GPU.
 
         Raises
         ------
@@ -150,7 +151,7 @@ class Decoder:
         self._pipe.release_outputs()
 
     def restart(self, batches: list[list[bytes]]) -> None:
-        """Build a new pipeline and decode ``batches`` again."""
+        """Build a new pipeline and start decoding ``batches`` again."""
         self._pipe = self._build()
         for tiles in batches:
             self.start(tiles)

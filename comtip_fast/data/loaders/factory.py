@@ -37,7 +37,7 @@ def make_loader(
     Raises
     ------
     ValueError
-        ``data.loader`` is ``dali`` and DALI is not installed.
+        ``data.loader`` is ``dali`` and DALI is not installed, or ``rank`` is not from 0 to ``world - 1``.
     """
     device = torch.device(device)
     if frozen_stem is not None and not _kept_in_memory(frozen_stem, shards, tables, config):

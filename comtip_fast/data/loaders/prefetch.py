@@ -20,7 +20,7 @@ class Prefetcher(Generic[Item]):
     source
         An iterator; a generator is closed in the background thread.
     depth
-        Largest number of finished items in the queue; one more may be in progress.
+        Largest number of finished items in the queue; one more may be in progress, or finished and waiting for space.
     """
 
     def __init__(self, source: Iterator[Item], depth: int) -> None:

@@ -70,7 +70,7 @@ class EpochSchedule:
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one.
 
-        The result is cached; a second thread that asks for it waits for the first.
+        The results of two epochs are cached; a second thread that requests an epoch waits for the first.
         """
         if self._process != os.getpid():  # a forked worker may have inherited a lock that nobody releases
             self._lock, self._process = threading.Lock(), os.getpid()
@@ -82,7 +82,7 @@ class EpochSchedule:
             return self._epochs[epoch]
 
     def iterate(self, epoch: int, position: int, step: int) -> Iterator[ScheduledBatch]:
-        """Yield batches without end, starting at ``position`` of ``epoch`` with the number ``step``."""
+        """Yield batches without end, beginning at ``position`` of ``epoch`` with the number ``step``; none without spots."""
         while True:
             batches = self.batches(epoch)
             if not batches:
@@ -133,7 +133,7 @@ class EpochSchedule:
 
 
 def balance_groups(shards: ShardSet, balance: str) -> list[str]:
-    """Return the group of each section to which ``data.balance`` gives equal weight."""
+    """Return the group of each section: its cohort if ``balance`` is ``organ``, otherwise its platform in lower case."""
     sections = shards.manifest.sections
     if balance == "organ":
         return [shards.cohort_of_section(i) for i in range(len(sections))]

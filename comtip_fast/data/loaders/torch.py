@@ -1,4 +1,4 @@
-"""The reference loader, which decodes with Pillow on threads of this process; the other loaders are tested against it."""
+"""The reference loader, which decodes with Pillow on threads of this process; tests compare the other loaders with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class TorchLoader(BaseLoader):
-    """Loader on ``data.workers`` threads, each of which loads a batch; ``data.prefetch`` batches are in progress or ready."""
+    """Loader on ``data.workers`` threads, each of which loads a batch; ``data.prefetch`` batches are in progress or ready.
+
+    With 0 workers, a batch is loaded in the calling thread when it is requested.
+    """
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data

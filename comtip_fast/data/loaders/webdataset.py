@@ -16,7 +16,10 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class WdsLoader(BaseLoader):
-    """Loader on n = ``data.workers`` processes, each of which loads every n-th batch; ``data.prefetch`` batches are prepared.
+    """Loader on n = ``data.workers`` processes, each of which loads every n-th batch.
+
+    About ``data.prefetch`` batches are prepared in advance, at least one per process. With 0 workers, a batch is loaded in this
+    process when it is requested.
 
     Batches are passed through shared memory. If ``/dev/shm`` is too small (containers often have 64 MB), enlarge it or
     use another loader.
