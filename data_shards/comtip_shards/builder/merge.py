@@ -117,15 +117,16 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     parts
         Folders or URLs.
     out
-        A new folder, or one with an unfinished run of the same merge.
+        A new folder, or one with an unfinished merge. If it already holds the merged set, nothing is written.
     jobs, progress
         As for :func:`comtip_shards.builder.build.build_shards`.
 
     Raises
     ------
     ShardError, SourceError
-        Settings differ, a part is missing or given twice, a section is in two sets, a donor in ``test`` would also be in
-        ``train`` or ``val``, or a record is damaged.
+        ``parts`` is empty, a set cannot be read or is given twice, settings differ, a part of a build is missing, a section is
+        in two sets, a donor in ``test`` would also be in ``train`` or ``val``, duplicate sections are in different splits, a
+        record is damaged, or ``out`` holds other files or cannot be written.
     """
     out = Path(out)
     if not parts:

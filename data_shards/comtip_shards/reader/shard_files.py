@@ -21,17 +21,19 @@ log = logging.getLogger("comtip_shards")
 
 
 class SetFiles:
-    """Access to the files of a shard set by local paths.
+    """Access to the files of a local or remote shard set.
 
     Parameters
     ----------
     path
         The folder of the set, or its URL.
     remote
-        Cache, timeouts and credentials for a URL.
+        Cache, timeouts and credentials for a URL; ignored for a folder or a ``file://`` URL.
 
     Attributes
     ----------
+    remote
+        The remote folder, None for a local set.
     name
         The folder or URL, for error messages.
     folder
@@ -72,7 +74,7 @@ class SetFiles:
         Raises
         ------
         ShardError
-            The shard is missing.
+            The shard is missing or cannot be fetched.
         """
         for _ in range(3):
             try:
@@ -124,7 +126,7 @@ class SetFiles:
         Raises
         ------
         ShardError
-            The file is missing or its hash does not match.
+            The file is missing, cannot be read or fetched, or its hash does not match.
         """
         for _ in range(2):
             path, problem = self.path(name, sha256), "does not match its SHA-256 in the manifest"

@@ -44,6 +44,10 @@ class ShardSet:
 
     Attributes
     ----------
+    files
+        Access to the files of the set.
+    manifest
+        The manifest.
     path
         The folder; for a remote set, a local folder with its manifest.
     name
@@ -153,7 +157,7 @@ class ShardSet:
         return unpack_bits(meta.assay_genes, self.manifest.n_genes, f"{self.name}: assay_genes of {meta.section_id}")
 
     def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
-        """Return the ascending spot indices, int64, of the sections in ``split`` and among ``sections`` (numbers); None: all."""
+        """Return the ascending spot indices, int64, of the sections in ``split`` and with a number in ``sections``; None is all."""
         parts = [
             np.arange(s.first_spot, s.first_spot + s.n_spots, dtype=np.int64)
             for i, s in enumerate(self.manifest.sections)
@@ -183,7 +187,7 @@ class ShardSet:
         return cohort_of(meta.species, meta.tissue)
 
     def overview(self, section: int) -> tuple[np.ndarray, float]:
-        """Return a thumbnail of the section, uint8 (H, W, 3), and its um per px."""
+        """Return a thumbnail of the section, uint8 (H, W, 3), and its um per px; raises ShardError if it is missing or damaged."""
         entry = self.manifest.sections[section].overview
         data = self.files.verified(entry.file, entry.sha256, "the overview", "overview")
         path = f"{self.name}/{entry.file}"
@@ -196,7 +200,7 @@ class ShardSet:
                         kind="overview",
                     )
                 return np.asarray(image.convert("RGB")), entry.um_per_px
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ShardError(f"{path}: the overview cannot be decoded ({error}); {FOREIGN}", kind="overview") from error
 
     def where(self, spot: int) -> str:
@@ -225,7 +229,7 @@ class ShardSet:
 
 
 def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
-    """Check that each key of a gene table is valid and unique, because counts are summed and predicted by key."""
+    """Check the rows of a gene table: keys must be valid and unique, and texts short and safe to open in a spreadsheet."""
     seen: set[str] = set()
     for line, gene in enumerate(genes, 2):
         problem = ""

@@ -32,7 +32,7 @@ MAX_TEXT = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class SectionMeta:
-    """Metadata of a section."""
+    """Metadata of a section; raises :class:`SourceError` if the section id is not allowed as a component of a path."""
 
     section_id: str
     dataset: str

@@ -1,4 +1,4 @@
-"""Reading of small regular files with a size limit."""
+"""Reading of regular files with a size limit."""
 
 from __future__ import annotations
 

@@ -216,7 +216,8 @@ def plan_text(
     )
     basis = (
         f"estimates: {SPOTS_PER_S:g} spots/s per process in tiles of 224 px and {DECODED_PER_S / 1e6:g} MB/s of input, measured "
-        "on two CPU cores; bytes per px as measured on data_shards/samples; the numbers of spots are upper bounds"
+        "on two CPU cores; bytes per px as measured on data_shards/samples; the numbers of spots are upper bounds, "
+        "those of pseudo-spots are estimates"
     )
     lines += ["", *([] if refused is None else [f"the set cannot be built: {refused}"]), total, basis]
     return "\n".join(lines) + "\n"
