@@ -37,7 +37,7 @@ class FinishedSection:
     """Index of the section in the set's manifest."""
 
     def head(self) -> SectionHead:
-        """Return everything except the records."""
+        """Return everything except the records; raises ShardError if a file is damaged or the set has changed."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         keys = [shards.genes[i].key for i in np.flatnonzero(shards.measured(self.number))]
@@ -62,7 +62,7 @@ class FinishedSection:
         return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records in stored order, in runs of at most ``size``."""
+        """Yield the records in stored order, in runs of at most ``size``; raises ShardError for a damaged record."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         measured = shards.measured(self.number)

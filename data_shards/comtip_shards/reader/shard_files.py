@@ -55,7 +55,13 @@ class SetFiles:
         self.name = str(self.folder) if self.remote is None else self.remote.url
 
     def manifest(self) -> Manifest:
-        """Read the manifest; that of a remote set is always fetched and stored in :attr:`folder`."""
+        """Read the manifest; that of a remote set is always fetched and stored in :attr:`folder`.
+
+        Raises
+        ------
+        ShardError
+            The manifest is missing, cannot be fetched, or is unsupported or damaged.
+        """
         if self.remote is None:
             return read_manifest(self.folder)
         text = self.remote.read(NAME)
@@ -65,7 +71,13 @@ class SetFiles:
         return manifest
 
     def path(self, name: str, sha256: str, size: int | None = None) -> Path:
-        """Return the local path of a file; a remote file is fetched and checked against ``sha256``."""
+        """Return the local path of a file; a remote file is fetched and checked against ``sha256``.
+
+        Raises
+        ------
+        ShardError
+            The file cannot be fetched, or its name leaves the folder. That a local file exists is not checked.
+        """
         return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
     def open(self, name: str, sha256: str, size: int) -> BinaryIO:
@@ -98,7 +110,13 @@ class SetFiles:
             self.ranges = self.ranges and before
 
     def read_spans(self, name: str, sha256: str, size: int, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield the bytes of each span (start, stop) of a shard; a span that extends beyond the end gives fewer bytes."""
+        """Yield the bytes of each span (start, stop) of a shard; a span that extends beyond the end gives fewer bytes.
+
+        Raises
+        ------
+        ShardError
+            The shard is missing or cannot be fetched.
+        """
         if self.ranges and self.remote is not None and not self.remote.cached(sha256, name, size):
             try:
                 yield from self.remote.read_ranges(name, [(low, min(high, size)) for low, high in spans])

@@ -71,7 +71,7 @@ class ShardSet:
 
     @cached_property
     def genes(self) -> list[GeneRow]:
-        """The gene table, in the order of the columns of :meth:`counts`."""
+        """The gene table, in the order of the columns of :meth:`counts`; raises ShardError if it is missing or damaged."""
         manifest = self.manifest
         data = self.files.verified(manifest.genes_file, manifest.genes_sha256, "the gene table", "genes")
         path = f"{self.name}/{manifest.genes_file}"
@@ -98,6 +98,11 @@ class ShardSet:
 
         Columns: section (number), section_id, spot_id, source_row (row in the source), x_px and y_px (px of the source
         image), array_x, array_y (NaN if unknown), label, n_pooled (0 if the spot is not pooled).
+
+        Raises
+        ------
+        ShardError
+            Of kind ``spots``: the table is missing or damaged, or its sections are not those of the manifest.
         """
         data, n, where = self._reader.spots_table()
         frame = spots.read_spots(data, n, where)
@@ -208,11 +213,11 @@ class ShardSet:
         return self._reader.where(spot)
 
     def member_ranges(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Return the offsets and sizes of a shard's members from its index, each int64 (records, 3)."""
+        """Return the offsets and sizes of a shard's members, each int64 (records, 3); raises ShardError for a damaged index."""
         return self._reader.member_ranges(shard)
 
     def shards_of(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return the numbers of the shards that hold some spots: their indices in the manifest, ascending."""
+        """Return the numbers (indices in the manifest, ascending) of the shards that hold some spots; IndexError out of range."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return np.unique(self._reader.shard_numbers(index))

@@ -144,6 +144,11 @@ class Slide(ABC):
         Returns
         -------
         uint8 (y1 - y0, x1 - x0, 3) RGB.
+
+        Raises
+        ------
+        SourceError
+            The pixels cannot be decoded.
         """
 
     def tiles(self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float) -> np.ndarray:

@@ -89,7 +89,8 @@ def tiff_decoder(page: Any, where: str) -> Decode | None:
     Raises
     ------
     SourceError
-        The colour space of the page is not supported.
+        The colour space of the page is not supported. The returned function raises it for an unsupported number of channels or
+        bits.
     """
     photometric = int(page.photometric)
     bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)

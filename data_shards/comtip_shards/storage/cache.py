@@ -93,6 +93,8 @@ def default_size() -> int:
 class FileCache:
     """Cache of files by SHA-256 key with least-recently-used eviction, shared by processes.
 
+    Its methods raise :class:`ShardError` for a key that is no SHA-256, and if the folder cannot be written.
+
     Parameters
     ----------
     folder

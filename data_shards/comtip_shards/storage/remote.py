@@ -181,7 +181,7 @@ class Remote:
         }
 
     def keep(self, key: str, name: str, data: bytes) -> Path:
-        """Store bytes in the cache under ``key`` (a SHA-256) and return the path of the file."""
+        """Store bytes in the cache under ``key`` (a SHA-256) and return the file's path; ShardError if it cannot be written."""
         files = self._files
         path = files.path(key, name)
         with files.tmp_path() as tmp_path:
