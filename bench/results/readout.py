@@ -79,7 +79,7 @@ class Lab:
         return {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
 
     def ranked(self, sections: list[int]) -> list[str]:
-        """Return gene keys by decreasing variance over sections."""
+        """Return the keys of the genes detected in at least 10 % of the spots of each section that measured them, by decreasing variance."""
         values = [log1p_cp10k(self.counts(s)[0]) for s in sections]
         rows, _ = rank_by_variance(values, [self.shards.measured(s) for s in sections], 0.1)
         return [self.keys[r] for r in rows]

@@ -87,7 +87,7 @@ class Case:
 
 
 def cases(quick: bool, world: int = 2) -> list[Case]:
-    """Return all cases, or with ``quick`` a subset that covers every option once (two cases for four ranks)."""
+    """Return all cases, or with ``quick`` fewer, which have both loss forms and every switch; two cases for more than two ranks."""
     if quick and world > 2:
         return [Case("ddp", "fp64"), Case("ddp", "fp64", "ring", True, 2, more=("data.batch_size=5",))]
     if quick:

@@ -42,7 +42,8 @@ def gene_statistics(shards: ShardSet) -> Iterator[SectionStatistics]:
     Raises
     ------
     ShardError
-        Of kind ``remote``: the server failed. Statistics without the missing records would select other genes.
+        Of kind ``remote``: the server failed while records were read (statistics without them would select other genes), or the
+        default cache folder belongs to another user.
     """
     for path in _paths(shards):
         try:
