@@ -202,8 +202,8 @@ def writing(out: Path) -> Iterator[Path]:
     Raises
     ------
     ShardError
-        Another process writes there, the disk is full, writing is not permitted, or a path to write has the wrong type (file or
-        folder); staged sections are kept.
+        Another process writes there, the disk is full, writing is not permitted, a folder is where a file must be, or the
+        staging folder is a file; staged sections are kept.
     """
     staging = out / STAGING
     try:

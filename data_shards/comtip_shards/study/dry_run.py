@@ -103,7 +103,7 @@ def _plan_row(path: Path, row: StudyRow, opener: Opener, common: SourceOptions) 
 def _probe(
     path: Path, row: StudyRow, opener: Opener, common: SourceOptions
 ) -> tuple[OpenedRow, list[str], dict[str, str | float]]:
-    """Open a row: (opened row, problems, placeholders used).
+    """Open a row, and return (opened row, problems, placeholders used).
 
     A reader reports one missing fact at a time, so each one is replaced by its placeholder until no further one is missing.
     """
