@@ -43,7 +43,10 @@ PARTS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the chosen parts and return 0 if all succeeded; or list them, gather wheels, or run one part in this process."""
+    """Run the chosen parts, list them, gather wheels, or run one part in this process.
+
+    Returns the exit status: 1 if a part did not succeed, 2 if an argument is wrong or there is no GPU, otherwise 0.
+    """
     args = options(arguments)
     if args.list:
         print("\n".join(f"{p.name:<12}{p.seconds:>4} s  {p.shows}" for p in PARTS))
@@ -110,7 +113,10 @@ def run_here(name: str, dry: bool) -> int:
 
 
 def describe(dry: bool, env: dict[str, str]) -> dict[str, str]:
-    """Return the columns that describe the machine; PyTorch is imported in another process, so that this one has no CUDA context."""
+    """Return the columns that describe the machine; exit if PyTorch or Triton cannot be imported.
+
+    They are imported in another process, so that this one has no CUDA context.
+    """
     code = (
         "import torch, triton; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'none',"
         "torch.__version__, triton.__version__, sep='\\n')"

@@ -38,7 +38,7 @@ NO_FACTS = {
     "failed": "error messages by section",
     "renamed": "settings by their former names",
 }
-"""What a parameter of type ``dict[str, str]`` holds, by its name, where that is no facts about a section."""
+"""{name of a parameter of type ``dict[str, str]`` without facts about a section: what it holds}."""
 FACTS = re.compile(r"(dict|Mapping)\[str, str\]")
 
 

@@ -39,7 +39,7 @@ class Opened:
     """Result of a script in a page."""
 
     result: Any
-    """Value that the script passed to ``done``."""
+    """Value that the script passed to ``done``, or ``{"error": traceback}`` if it threw an error."""
     console: list[str]
     """Messages of the console and uncaught errors."""
 
@@ -63,7 +63,7 @@ def run_script(browser: str, page: Path, script: str, *, dark: bool = False, wid
     Raises
     ------
     AssertionError
-        The script did not call ``done``.
+        The script neither called ``done`` nor threw an error.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "page.html"

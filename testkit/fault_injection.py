@@ -156,7 +156,7 @@ def _freeze(at: float, run_dir: Path, trigger: Trigger) -> None:
 
 
 def _disk_full(at: float, run_dir: Path, trigger: Trigger) -> None:
-    """Let every write fail halfway with ENOSPC, starting with the n-th checkpoint file."""
+    """Let the writes of checkpoint files fail halfway with ENOSPC, from the n-th file on."""
     remaining, original = [int(at)], checkpoints.save_file
 
     def save_file(tensors: Any, path: Path) -> None:

@@ -225,7 +225,7 @@ def _same_json(now: bytes | None, before: bytes) -> bool:
 
 
 def _read_all(shards: ShardSet) -> dict[str, bytes | None]:
-    """Return {name: bytes} of everything that the reader returns, None for reads that raise ShardError."""
+    """Return {name: bytes} of what the reader returns (of at most 1,000 spots), None for reads that raise ShardError."""
     reads: dict[str, Callable[[], bytes]] = {
         "genes": lambda: repr(shards.genes).encode(),
         "spots": lambda: shards.spots.to_csv().encode(),

@@ -20,7 +20,7 @@ from comtip_shards.sources import detect
 
 
 def fields_read(path: Path, **given: Any) -> set[str]:
-    """Open a source, load its first section, and return the names of the option fields that were read.
+    """List and open a source, load its first section, and return the names of the option fields that were read.
 
     Parameters
     ----------

@@ -69,7 +69,7 @@ def _flipped_in_box(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _strayed(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
-    """Move 30 % of the spots to lattice positions in the image that are far from every spot."""
+    """Move up to 30 % of the spots to lattice positions in the image that are far from every spot."""
     pitch = lattice_pitch(xy)
     grid = np.stack(np.meshgrid(*(np.arange(0.12 * n, 0.88 * n, pitch) for n in size)), -1).reshape(-1, 2)
     free = grid[cKDTree(xy).query(grid)[0] > 3 * pitch]

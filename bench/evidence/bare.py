@@ -90,7 +90,7 @@ def replacement() -> types.ModuleType:
 
 
 class Unused:
-    """Result of any call to a module that is not installed; using it raises ``ModuleNotFoundError``."""
+    """Result of any call to a module that is not installed; reading a public attribute raises ``ModuleNotFoundError``."""
 
     def __init__(self, package: str) -> None:
         self._package = package

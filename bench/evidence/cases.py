@@ -41,9 +41,9 @@ class Case:
     ours: Loss
     reference: Loss
     flops: float
-    """FLOPs of the definition, forward and backward; recomputed logits are not counted."""
+    """FLOPs of the definition, forward and backward, without recomputed logits; 0 if no rate is reported."""
     bytes: float
-    """Bytes that forward and backward pass must at least move."""
+    """Bytes that forward and backward pass must at least move; 0 for a case that is not timed."""
     peers: dict[str, Loss] = field(default_factory=dict)
     """{name: other implementation}."""
     missing: dict[str, str] = field(default_factory=dict)
@@ -121,7 +121,7 @@ def liger_loss(linear: Callable[..., Any], x: Tensor, y: Tensor, s: Tensor) -> T
 
 
 class _Block(torch.autograd.Function):
-    """Mean log-sum-exp over the negatives of a block's rows and columns, computed by the two functions that a rank calls."""
+    """Mean log-sum-exp of a block's rows plus that of its columns, over their negatives, by the two functions that a rank calls."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, dtype: torch.dtype) -> Tensor:

@@ -96,7 +96,7 @@ def _estimate_ms(call: Callable[[], object]) -> float:
 
 
 def time_passes(loss: Loss, inputs: list[Tensor], device: str, *, budget_ms: float = 300.0) -> Passes:
-    """Time the forward pass, with recording of the graph, and the backward pass; parameters as for :func:`time_call`."""
+    """Time the forward pass, with recording of the graph, and the backward pass, each within ``budget_ms``."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     forward = time_call(lambda: loss(*leaves), device, budget_ms=budget_ms)
     return Passes(forward, _time_backward(loss, leaves, device, budget_ms), _peak_mib(loss, leaves, device))

@@ -90,7 +90,7 @@ def problems(ratios: Mapping[str, float], committed: Mapping[str, float]) -> lis
 
 
 def main() -> int:
-    """Measure, and write the table or, with ``--check``, compare with it; return 1 if a ratio is too large."""
+    """Measure, and write the table or, with ``--check``, compare with it; return 1 if :func:`problems` finds any."""
     import torch
     from test_cpu import GROUPS  # builds inputs when it is imported
 

@@ -281,7 +281,13 @@ MUTANTS = [
 
 
 def run(mutant: Mutant) -> tuple[bool, str]:
-    """Return whether a test failed for the mutant, and the name of this test, "" if it is not known."""
+    """Return whether a test failed or the interpreter crashed, and the name of the test, "" if it is not known.
+
+    Raises
+    ------
+    RuntimeError
+        pytest could not run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         ignore = shutil.ignore_patterns("__pycache__")

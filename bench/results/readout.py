@@ -79,7 +79,7 @@ class Lab:
         return {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
 
     def ranked(self, sections: list[int]) -> list[str]:
-        """Return gene keys by decreasing variance over sections."""
+        """Return the keys of the genes detected in at least 10 % of the spots of each section that measured them, by decreasing variance."""
         values = [log1p_cp10k(self.counts(s)[0]) for s in sections]
         rows, _ = rank_by_variance(values, [self.shards.measured(s) for s in sections], 0.1)
         return [self.keys[r] for r in rows]
@@ -213,9 +213,9 @@ def table(lab: Lab, cohort: str, split: str) -> None:
 
 
 def unseen(lab: Lab, cohort: str, split: str, vectors: GeneVectors, only: list[str], n_seen: int = 1900) -> None:
-    """Print predictions of the 50 most variable genes, whose expression no head is fitted on.
+    """Print the scores of the 50 most variable genes; of the heads, only that of the ceiling is fitted on their expression.
 
-    Frozen features alone: the encoder was trained on some of these genes.
+    Only frozen features are used, because the encoder was trained on some of these genes.
     """
     sections = lab.shards.manifest.sections
     train = [s for s in lab.sections(cohort, "train") if not only or sections[s].section_id in only]
@@ -239,7 +239,7 @@ def unseen(lab: Lab, cohort: str, split: str, vectors: GeneVectors, only: list[s
 
 
 def main() -> None:
-    """Print one table."""
+    """Print the chosen table for each cohort."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a training run whose model has a linear readout")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to predict (default val)")

@@ -44,7 +44,7 @@ MB = 1e6
 
 
 def status(key: str) -> float:
-    """Return a row of this process's memory in MB."""
+    """Return the value of ``key`` in ``/proc/self/status``, in MB."""
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{key}:")) * 1024 / MB
 
@@ -133,7 +133,7 @@ def no_pause() -> Iterator[None]:
 
 
 def rank(what: str, folder: Path, millions: float) -> None:
-    """Measure as one rank and write the row to a file."""
+    """Measure as one rank and print its row; after ``save``, also write the digest of the rank's part to ``folder``."""
     torch.set_num_threads(1)
     config = load_config(None, ["engine.kind=deepspeed", "engine.zero_stage=3", "optim.clip=1.0", "train.device=cpu"])
     row: dict[str, float] = {}

@@ -94,7 +94,7 @@ class Outcome:
 
 
 def predict(run: Path, slide: Path, out: Path, *, kill_at_half: bool = False) -> Outcome:
-    """Run ``comtip predict`` in a process; kill it when half of the tiles on tissue are encoded."""
+    """Run ``comtip predict`` in a process; with ``kill_at_half``, kill it when half of the tiles on tissue are encoded."""
     arguments = ["predict", str(run), str(slide), "--genes", "all", "--species", "human", "--device", "cpu"]
     start = time.monotonic()
     process = subprocess.Popen(
@@ -186,7 +186,7 @@ def encode(tile: np.ndarray) -> bytes:
 
 
 def tiny_model(folder: Path) -> Path:
-    """Train a tiny model on tiles of 112 um in 224 px for two steps."""
+    """Train a tiny model on tiles of 112 um in 224 px for two steps, unless ``folder`` has one, and return its run folder."""
     source, shards, run = folder / "source", folder / "shards", folder / "run"
     if not run.exists():
         write_tiny_source(source)

@@ -7,9 +7,9 @@
 
 ``build`` writes real shards whose tiles are drawn from a pool of 64 JPEGs and whose counts are drawn for 256 spots of a section
 and repeated; a spot takes about 6 kB. ``measure`` prints one row for the data side alone. ``first-step`` starts
-`comtip pretrain` with the demo's config on several ranks and prints, per rank, the seconds from the start of the command to
-its first step and the peak memory up to there; the row of SMALL is what model, libraries and the start of processes cost without a large
-set. Compare two commits by measuring one set in both checkouts on the same machine; on a shared machine compare CPU seconds.
+`comtip pretrain` with the demo's config on several ranks and prints the seconds from the start of the command to the first step,
+and the peak memory of each rank up to there; the row of SMALL is what model, libraries and the start of processes cost without a
+large set. Compare two commits by measuring one set in both checkouts on the same machine; on a shared machine compare CPU seconds.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def build(out: Path, n_spots: int, n_sections: int, n_genes: int, jobs: int) -> 
 
 
 def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
-    """Return times, bytes read and peak memory up to the first batch; the model is not built."""
+    """Return sizes of the set, and times, bytes read and peak memory up to the first batch; the model is not built."""
     at_import = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before, began, cpu = _read_bytes(), time.perf_counter(), time.process_time()
     shards = ShardSet(folder)
@@ -168,7 +168,7 @@ def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
 
 
 def first_step(folder: Path, n_ranks: int, settings: list[str]) -> dict[str, Any]:
-    """Return the elapsed seconds to the first step of a run over ranks, and the peak memory of each rank up to there."""
+    """Return the elapsed seconds to the first step of a run over ranks, and the ranks' peak memory up to there, largest first."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
         comtip = str(Path(sys.executable).with_name("comtip"))

@@ -5,7 +5,7 @@
 
 Every point is a walk of the rehearsal: the real trainer, model, losses and kernels on stand-in tensors, which need no GPU. A
 curve's growth is its exponent over the last doubling, log2(cost at 2x / cost at x); :data:`EXPECTED` has the range that follows
-from the algorithm, and a growth outside it ends the script with an error.
+from the algorithm, and a growth outside it makes the exit status 1.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return a name that is valid as a file name."""
+        """Name that is valid as a file name."""
         return "-".join([self.first, *([self.then] if self.then else []), *self.settings]).replace("=", "_")
 
 
@@ -176,14 +176,14 @@ def losses(folder: Path) -> list[float]:
 
 
 def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
-    """Return the largest relative deviation over the first 10 and the first 50 steps."""
+    """Return {n: largest relative deviation over the first n steps} for n = 10 and 50, if the run has as many."""
     assert len(found) == len(wanted), f"the run has {len(found)} steps, not {len(wanted)}"
     off = [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
     return {n: max(off[:n]) for n in LIMITS if n <= len(off)}
 
 
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
-    """Train with one process and with every world size; return one row of deviations per run."""
+    """Train with one process and with every world size; return one row of deviations per world size and run."""
     torch.set_num_threads(1)  # the same as in the ranks: another summation order changes the last bits
     # An average of the weights changes no loss.
     settings = [*engine("single"), *COMMON.get(which, []), "optim.ema=0.9"]

@@ -188,7 +188,7 @@ def _steps(spec: Spec, step: int, world: int | None = None) -> bool:
 
 
 def _until_next_step(spec: Spec, began: float) -> float:
-    """Return the seconds from ``began`` to the first step of an attempt that started later."""
+    """Return the seconds from ``began`` to the first step of an attempt that started later, NaN if there is none."""
     starts = [r["time"] for r in _events(spec, "start") if r["time"] > began]
     steps = [r["time"] for r in _events(spec, "step") if starts and r["time"] > min(starts)]
     return min(steps) - began if steps else math.nan
@@ -214,7 +214,7 @@ def _wait_until(ready: Callable[[], bool], limit_s: float) -> bool:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return the names of the files in which two run folders differ."""
+    """Return the names of the files, or of the folder of checkpoints, in which two run folders differ."""
     out = [] if trace(one) == trace(other) else ["metrics.jsonl"]
     a, b = one / "export/model.safetensors", other / "export/model.safetensors"
     if not (a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()):

@@ -277,7 +277,10 @@ def rank(name: str, shards: str) -> None:
 
 
 def run(shards: str, names: Sequence[str] = ENGINES) -> list[dict[str, Any]]:
-    """Measure engines, each in forked processes of its own, and return their rows: of memory the larger value of the ranks."""
+    """Measure engines, each in forked processes of its own, and return their rows.
+
+    Memory is that of the rank with more; ``loss_off`` is the largest relative difference of a loss from that of DDP.
+    """
     rows = []
     for name in names:
         outputs = run_distributed([__file__, "--rank", name, shards], WORLD, timeout_s=600, fork=True)
@@ -308,7 +311,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def parity_rank(shards: str) -> None:
-    """Compare losses and gradients in fp64 with one process: loss form, sharded table, micro-batches and recomputation."""
+    """Compare losses and gradients of FSDP2 in fp64 with those of one process, for every case of ``parity.py`` with DDP."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     alone = SingleProcessGroup()

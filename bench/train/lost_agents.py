@@ -1,4 +1,4 @@
-"""Cut off or kill hosts whose agents of torchrun have idle workers, and report when each agent ends: lost_hosts.py, no training.
+"""Report when torchrun's agents end after a host is cut off or killed: ``lost_hosts.py`` with idle workers, without training.
 
     sudo python bench/train/lost_agents.py [--backend c10d] [--only PART]
 
@@ -32,7 +32,7 @@ WORKER = (
     f'until [ -e "$0/fault" ]; do sleep 0.5; done; sleep {LATE_S}; exit 75'
 )
 FAULTS = {"link cut": None, "host vanished": 1, "rendezvous host vanished": 0}
-"""The agent that is killed when the link of its host, or of host 1, is cut; host 0 serves the rendezvous."""
+"""{fault: the host whose link is cut and whose agent is killed}; None only cuts the link of host 1. Host 0 serves the rendezvous."""
 
 
 def start(host: Host, head: str, folder: Path, backend: str) -> subprocess.Popen[bytes]:

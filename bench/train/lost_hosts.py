@@ -69,7 +69,7 @@ class Outcome:
     ranks: list[Ended | None]
     """By host: how the rank that ran at the time of the fault ended."""
     code: int
-    """Exit code of the agent, or of the second start, that finished the run."""
+    """Lowest exit code of the agents that were left, or that of the second start."""
     rows: list[str] = field(default_factory=list)
 
 
@@ -152,7 +152,7 @@ def run(fault: Fault, config: Path, folder: Path) -> Outcome:
 
 
 def _ends(agents: Agents, began: float) -> list[Ended | None]:
-    """Wait for the agents; None is the end of one that was killed, as the fault kills a host."""
+    """Wait for the agents and return how each ended; None for one that SIGKILL ended, as the fault does."""
     ends: list[Ended | None] = [None] * len(agents)
     left = set(range(len(agents)))
     until = time.monotonic() + LIMIT_S
@@ -166,7 +166,7 @@ def _ends(agents: Agents, began: float) -> list[Ended | None]:
 
 
 def _rank(spec: Spec, rank: int, agent: subprocess.Popen[bytes], began: float) -> Ended | None:
-    """Return how the rank of an agent ended after the fault, from its log and the event log; None if it was killed."""
+    """Return how the rank of an agent ended after the fault, from its log and the event log; None if it logged no end."""
     logs = Path(spec.folder).glob(f"agent{agent.pid}/*/attempt_*/0/stderr.log")
     text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(logs))
     found = re.findall(r"^comtip: error: (.*)$", text, re.MULTILINE)

@@ -87,7 +87,7 @@ class Case:
 
 
 def cases(quick: bool, world: int = 2) -> list[Case]:
-    """Return all cases, or with ``quick`` a subset that covers every option once (two cases for four ranks)."""
+    """Return all cases, or with ``quick`` fewer, which have both loss forms and every switch; two cases for more than two ranks."""
     if quick and world > 2:
         return [Case("ddp", "fp64"), Case("ddp", "fp64", "ring", True, 2, more=("data.batch_size=5",))]
     if quick:
@@ -153,7 +153,7 @@ def one_step(task: CoMTIPTask, group: Group, engine: Engine) -> tuple[dict[str, 
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
-    """Return the whole gradient of every parameter."""
+    """Return the whole gradient of every trained parameter, by name."""
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     if engine.name in ("zero1", "zero2", "zero3"):
         from deepspeed.utils import safe_get_full_grad
@@ -164,7 +164,10 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest relative L2 error over tensors and the tensor's name; the error is absolute if the reference is 0."""
+    """Return the largest relative L2 error over tensors, absolute where the reference is 0, and the name of this tensor.
+
+    The error is infinite if the names differ.
+    """
     worst, where = 0.0, ""
     if found.keys() != wanted.keys():
         return float("inf"), str(found.keys() ^ wanted.keys())

@@ -66,17 +66,17 @@ def problem_with_file(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """Return a name formatted for an error message: quoted, control characters escaped, truncated to 100 characters."""
+    """Return a name for an error message: quoted, truncated to 100 characters, all but printable ASCII characters escaped."""
     return ascii(name[:100]) + ("..." if len(name) > 100 else "")
 
 
 def is_formula(text: str) -> bool:
-    """Return whether a spreadsheet would run a cell as a formula; ``-`` before a digit is a number or the end of a barcode."""
+    """Return whether a spreadsheet would run a cell as a formula; a ``-`` before a digit or a dot begins a number."""
     return _FORMULA.match(text) is not None
 
 
 def printable(text: str) -> str:
-    """Return a text that is safe to print to a terminal: control characters except newlines and tabs are escaped.
+    """Return a text that is safe to print to a terminal: unprintable characters except newlines and tabs are escaped.
 
     Names and notes of a set may contain escape sequences, which a terminal would execute.
     """
@@ -93,14 +93,14 @@ def check_section_id(section_id: str, where: str, error: Callable[[str], Excepti
     where
         File and field, for the message.
     error
-        Exception type to raise.
+        Exception type, or a function that returns the exception for a message.
     fix
         What to do, for the message.
 
     Raises
     ------
-    error
-        The id is not allowed; the message states ``where``, the id, the problem and ``fix``.
+    Exception
+        The one of ``error``: the id is not allowed; the message states ``where``, the id, the problem and ``fix``.
     """
     problem = problem_with(section_id, MAX_SECTION_ID)
     if problem:
@@ -108,7 +108,7 @@ def check_section_id(section_id: str, where: str, error: Callable[[str], Excepti
 
 
 def same_file(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return two names that denote the same file on a case-insensitive file system, or None."""
+    """Return two different names that denote the same file on a case-insensitive file system, or None."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(name.casefold(), name)

@@ -1,4 +1,4 @@
-"""Detection of files that are not data: Git LFS pointers, web pages, empty files and interrupted downloads."""
+"""Detection by their first bytes of files that are not data (Git LFS pointers, web pages, empty files), and of archives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text_encoding(start: bytes) -> str:
 
 
 def not_data(path: Path) -> str | None:
-    """Return what a file is and what to do, if its first bytes show that it holds no data; otherwise None."""
+    """Return what a file is and what to do, if it is a pipe or a device, or its first bytes show no data; otherwise None."""
     if path.exists() and not path.is_file():  # opening a pipe waits for a writer
         return None if path.is_dir() else "this is a pipe or a device, not a file; put a copy of the file there"
     try:

@@ -1,7 +1,8 @@
-"""``python -m testkit.rehearsal``: run the walks of every config, compile new kernel variants, and write the table.
+"""``python -m testkit.rehearsal``: run the walks of every config, compile new kernel variants, and write the tables.
 
-``--check`` compiles nothing and fails if a count is above the committed one, a kernel variant is not in the ledger, or a
-variant spills registers. A count below the committed one passes, with a message that says how to commit it as the new limit.
+``--check`` compiles nothing and fails if a count is above the committed one, a kernel variant is not in the ledger or spills
+registers, or a product is slow (:func:`slow_products`). A count below the committed one passes, with a message that states how
+to commit it as the new limit.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def key_of(row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]:
-    """Return a message for each count that is above the committed one, and for each walk of CI without a committed row."""
+    """Return a message for each count above, or WGMMA share below, the committed one, and for each walk of CI without a row."""
     required = keys_of_ci()
     known = {(r["config"], r["ranks"], r["walk"]): r for r in before}
     out = []
@@ -130,7 +131,7 @@ def ledger_rows() -> tuple[dict, dict]:
 
 
 def show(one: Walked) -> None:
-    """Print the counts of a walk, and its waits and uploads with their code lines."""
+    """Print the counts of a walk, and its findings on CUDA graphs, waits and uploads with their code lines."""
     print(f"\n{one.walk.config}, ranks {one.walk.ranks}, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
     for key, n in one.graph_rules.items():
         print(f"  graphs {n:>4} x {key[3]}: {key[5]}: {key[4]}")

@@ -24,7 +24,7 @@ LEFT_OUT = ("DistributedDataParallel.Reducer", "deepspeed.DeepSpeedZeroOptimizer
 
 
 class StandInDDP(nn.Module):
-    """DDP without its reducer; one all-reduce per full bucket is counted in the last backward pass of a step."""
+    """DDP without its reducer; in the last backward pass of a step, one all-reduce is counted per bucket."""
 
     mode: StandInMode
 
@@ -78,14 +78,14 @@ class StandInDeepSpeed:
         return self.module(*args)
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None:
-        """Set whether this pass reduces gradients."""
+        """Do nothing: the stand-in reduces no gradients."""
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
         loss.backward()
 
     def step(self) -> None:
-        """Clear gradients, as DeepSpeed does after its update."""
+        """Clear gradients, as DeepSpeed does after its update, and set the gradient norm to a tensor on the device."""
         for parameter in self.module.parameters():
             parameter.grad = None
         self.optimizer._global_grad_norm = torch.empty((), device=CUDA)

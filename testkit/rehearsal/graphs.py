@@ -239,7 +239,7 @@ def differences(first: list[Event], second: list[Event]) -> Iterator[Finding]:
 
 
 def _difference(one: Event, two: Event, same_order: bool) -> str | None:
-    """Return the rule that two launches of the same code violate."""
+    """Return the rule that two launches of the same code violate, None if they agree."""
     if len(one.operands) != len(two.operands):
         return "shape"
     rule = None
@@ -340,7 +340,7 @@ def next_step(trainer: Trainer, rules: GraphRules) -> list[Finding]:
 
 
 def plain_place(where: str) -> str:
-    """Return a code line of a record without its line."""
+    """Return a code line of a record without its line number."""
     return re.sub(r":\d+ ", " ", where)
 
 
@@ -368,7 +368,7 @@ def read_rules(path: Path) -> Rows:
 
 
 def write_rules(path: Path, rows: Rows) -> None:
-    """Write the rows, by walk and rule."""
+    """Write the rows, sorted by walk and rule."""
     order = sorted(rows, key=lambda k: (k[0], int(k[1]), k[2], RULES.index(k[3]), k[4:]))
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file, lineterminator="\n")

@@ -119,7 +119,7 @@ def train(walk: Walk, *, graph_rules: bool = False) -> Record:
 
 
 def _allocate(trainer: Trainer) -> None:
-    """Let the optimizer allocate its moments, as in the first step."""
+    """Let the optimizer allocate its moments, as in the first step; DeepSpeed's stand-in has none."""
     optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
     if trainer.config.engine.kind == "deepspeed":
         return

@@ -336,7 +336,7 @@ def table(path: Path, rng: Generator) -> str:
 
 
 def parquet(path: Path, rng: Generator) -> str:
-    """Replace, drop or rename one column of a Parquet file, or change its rows; return the change."""
+    """Replace, drop, rename or append one column of a Parquet file, or remove or repeat its rows; return the change."""
     data = pq.read_table(path)
     column, n = int(rng.integers(data.num_columns)), data.num_rows
     name = data.column_names[column]

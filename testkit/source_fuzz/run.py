@@ -190,7 +190,7 @@ def facts_of(path: Path, source: Source) -> dict[str, str]:
 
 
 class SourceFuzzer:
-    """Writes the intact sources once, and evaluates mutated copies.
+    """Writes the intact sources once, and evaluates intact or mutated copies.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ from comtip_shards.qc.counts import join
 from comtip_shards.qc.geometry import platform_pitch
 from comtip_shards.qc.page import overlay, pages, ramp
 from comtip_shards.qc.result import FAIL, NOT_APPLICABLE, OK, WARN, Finding, SectionReport, explain, graded
-from comtip_shards.qc.run import build_context
+from comtip_shards.qc.run import _scalefactors, build_context
 from comtip_shards.sections.section import Section
 from comtip_shards.sources import open_source
 from PIL import Image
@@ -96,6 +96,11 @@ def test_full_or_hires_gives_the_factor_and_its_name(sound: Section, tmp_path: P
     found = finding(check_section(wrong), "full_or_hires")
     assert found.figure == pytest.approx(2, rel=0.01)
     assert "1 / tissue_hires_scalef" in found.message
+
+
+def test_a_list_in_the_file_of_scale_factors_is_ignored(tmp_path: Path):
+    (tmp_path / "scalefactors_json.json").write_text("[1]")
+    assert _scalefactors(tmp_path / "image.png") == {}
 
 
 def test_scale_names_the_factor_to_the_right_um_per_px(sound: Section):

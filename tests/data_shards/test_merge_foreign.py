@@ -18,6 +18,7 @@ from comtip_shards import ShardError, ShardSet
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.format import spot_table as spots
+from comtip_shards.format.image_header import check_size
 from comtip_shards.format.manifest import read_manifest
 from comtip_shards.format.record import decode_expr, decode_json, encode_expr, encode_json
 from comtip_shards.reader.verify import verify
@@ -384,3 +385,15 @@ def test_a_set_without_pages_merges_in_silence(copy: Path, tmp_path: Path):
     shutil.rmtree(copy / "report")
     assert "left out" not in merge_sets([copy], tmp_path / "out").text
     assert len(ShardSet(tmp_path / "out")) == 18
+
+
+@pytest.mark.parametrize("codec", ["png", "webp"])
+def test_a_decompression_bomb_is_a_damaged_image(built: Path, monkeypatch: pytest.MonkeyPatch, codec: str):
+    """Pillow raises an error of its own, which is neither an OSError nor a ValueError."""
+    tile = io.BytesIO()
+    Image.new("RGB", (100, 100)).save(tile, codec)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ShardError, match=r"record 7: the tile cannot be decoded .*Bomb"):
+        check_size(tile.getvalue(), 100, codec, lambda: "record 7")
+    with pytest.raises(ShardError, match=r"the overview cannot be decoded .*bomb"):
+        ShardSet(built).overview(0)

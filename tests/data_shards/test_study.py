@@ -149,6 +149,8 @@ def test_bytes_that_are_no_table_are_refused(tmp_path: Path):
         (tmp_path / "study.csv").write_bytes(raw)
         with pytest.raises(SourceError, match=message):
             read_study(tmp_path / "study.csv")
+    with pytest.raises(SourceError, match=r"mem: cannot be read \(Input/output error\)"):
+        read_study(Path("/proc/self/mem"))
 
 
 def test_a_table_of_excel_is_read(tmp_path: Path):
@@ -404,6 +406,12 @@ def test_headers_give_the_size_of_a_section(tmp_path: Path, tiny_source: Path):
     ):
         found = section_size(dataclasses.replace(source, inputs=(tmp_path / name,)))
         assert (found.spots, found.genes) == want
+    (tmp_path / "cells.parquet").write_bytes(b"no")
+    pooled = dataclasses.replace(source.meta, pooling="cells of Xenium")
+    found = section_size(
+        dataclasses.replace(source, meta=pooled, inputs=(tmp_path / "m.h5", tmp_path / "cells.parquet"))
+    )
+    assert found.spots == 40, "without the area, the number of cells is the bound"
 
 
 def test_reading_a_table_leaves_the_cell_limit_of_the_process(tmp_path: Path):

@@ -35,7 +35,7 @@ def run(rows: Rows, dry: bool) -> None:
 
 
 def compare(rows: Rows, want: dict[int, float], got: dict[int, float], precision: str, n: int) -> None:
-    """Send every fifth loss of both runs, and the largest difference."""
+    """Send the first and every fifth loss of both runs, the first and the largest difference, and whether the loss falls."""
     for step in sorted({1, *range(5, n + 1, 5), n}):
         where = {"size": f"step {step}", "dtype": precision}
         rows.add(Row("tiny run", "loss", got[step], provider="device", **where))

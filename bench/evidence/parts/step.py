@@ -179,7 +179,7 @@ def measure_speed(rows: Rows, steps: Steps, name: str, where: dict[str, str], ce
 
 
 def measure_memory(rows: Rows, steps: Steps, name: str, where: dict[str, str], _ceiling: float) -> None:
-    """Send the peak memory of tensors since the model was built, and the predictions of ``comtip plan``."""
+    """Send the peak memory of tensors, including the construction of the model, and the predictions of ``comtip plan``."""
     device = device_of(torch.cuda.get_device_name()) if steps.on_gpu else None
     inputs = Inputs(tile_px=steps.tile_px, trained_genes=steps.task.sizes.n_identities)
     plan = make_plan(steps.config, make_cluster(device.name if device else "h100"), inputs)

@@ -92,7 +92,7 @@ def build_shards(
     sources
         Sections, from :func:`comtip_shards.sources.open_source`.
     out
-        A new folder, or one with an unfinished build of the same set.
+        A new folder, or one with an unfinished build. If it already holds the complete set, nothing is built.
     tile_px, tile_um, min_mpp
         Tile width S in px, tile width in um, and the um per px to which finer images are downsampled. By default 112 um in
         224 px at 0.5 um per px, or the nearest that all images have
@@ -116,8 +116,9 @@ def build_shards(
     progress
         Show a progress bar on a terminal.
     on_error
-        ``stop`` raises for the first section that cannot be built. ``skip`` leaves it out, builds the others, and reports
-        it in :attr:`BuildReport.skipped`; the staged sections are kept, so that the same call completes the set later.
+        ``stop`` raises for the first section that cannot be built. ``skip`` leaves out the sections that cannot be built,
+        reports them in :attr:`BuildReport.skipped`, and builds the others, whose staged data is kept, so that the same call
+        completes the set later.
     failed
         With ``skip``: ``{name: reason}`` of sections that could not be opened.
 
@@ -155,7 +156,7 @@ class _Build:
     progress: bool
 
     def run(self, sources: Sequence[SectionSource], metas: Sequence[SectionMeta]) -> BuildReport:
-        """Build the set; if ``out`` already holds it, only return its report."""
+        """Build the set, or return the report of ``out`` if it already holds the set."""
         chosen = range(len(metas)) if self.part is None else self.part.sections
         work = [(sources[i], metas[i], self.tile) for i in chosen]
         fingerprints = self._call(_fingerprint, work, label="hashing inputs")
@@ -177,7 +178,7 @@ class _Build:
     def run_skipping(
         self, sources: Sequence[SectionSource], metas: Sequence[SectionMeta], unopened: Sequence[Failure]
     ) -> BuildReport:
-        """Build the set without the sections that fail, and report these; the others stay staged for the next run."""
+        """Build the set without the sections that fail, and report these; if any fails, the others stay staged."""
         work = [(_fingerprint, m.section_id, s, m, self.tile) for s, m in zip(sources, metas, strict=True)]
         prints = self._call(attempt, work, label="hashing inputs")
         failures = [*unopened, *(p for p in prints if isinstance(p, Failure))]
@@ -233,7 +234,7 @@ class _Build:
         return self._finish(self._call(stage_section, work, label="reading sections"))
 
     def _finish(self, staged: Sequence[StagedSection]) -> Manifest:
-        """Compare the staged sections with each other, and write the set."""
+        """Write the reports of the checks, compare the staged sections with each other, and write the set."""
         duplicates = check_sections(staged, self.out, strict=self.strict)
         run = partial(self._call, label="writing shards")
         return write_set(staged, self.tile, self.out, self.max_records, run, self.part, self.notes, duplicates)
@@ -252,7 +253,8 @@ def check_sections(sections: Sequence[SectionRecords], out: Path, *, strict: boo
     Raises
     ------
     SourceError
-        With ``strict``, a section failed a check; or duplicate sections are in different splits.
+        With ``strict``, a section failed a check; duplicate sections are in different splits; or ``report`` is a symbolic
+        link.
     """
     heads = (s.head() for s in sections)  # one at a time, to bound memory
     write_pages(((h.meta.section_id, h.pages, h.source["checks"]) for h in heads), out / REPORTS)
@@ -290,7 +292,8 @@ def assign_splits(
     Raises
     ------
     SourceError
-        Ids are not unique, ``splits`` names an unknown section, a fact is invalid, or there is leakage.
+        There are no sections, ids are not unique, ``splits`` names an unknown section, a fact is invalid, or as for
+        :func:`comtip_shards.sections.leakage.enforce_split_policy`.
     """
     stated = _with_splits(list(metas), splits)
     return enforce_split_policy(

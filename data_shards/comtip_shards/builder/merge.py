@@ -37,7 +37,7 @@ class FinishedSection:
     """Index of the section in the set's manifest."""
 
     def head(self) -> SectionHead:
-        """Return everything except the records."""
+        """Return everything except the records; raises ShardError if a file is damaged or the set has changed."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         keys = [shards.genes[i].key for i in np.flatnonzero(shards.measured(self.number))]
@@ -62,7 +62,7 @@ class FinishedSection:
         return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records in stored order, in runs of at most ``size``."""
+        """Yield the records in stored order, in runs of at most ``size``; raises ShardError for a damaged record."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         measured = shards.measured(self.number)
@@ -117,15 +117,16 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     parts
         Folders or URLs.
     out
-        A new folder, or one with an unfinished run of the same merge.
+        A new folder, or one with an unfinished merge. If it already holds the merged set, nothing is written.
     jobs, progress
         As for :func:`comtip_shards.builder.build.build_shards`.
 
     Raises
     ------
     ShardError, SourceError
-        Settings differ, a part is missing or given twice, a section is in two sets, a donor in ``test`` would also be in
-        ``train`` or ``val``, or a record is damaged.
+        ``parts`` is empty, a set cannot be read or is given twice, settings differ, a part of a build is missing, a section is
+        in two sets, a donor in ``test`` would also be in ``train`` or ``val``, duplicate sections are in different splits, a
+        record is damaged, or ``out`` holds other files or cannot be written.
     """
     out = Path(out)
     if not parts:

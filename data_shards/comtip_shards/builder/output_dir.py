@@ -79,7 +79,7 @@ def built_already(
 
 
 def is_complete(out: Path, manifest: Manifest) -> bool:
-    """Return whether every file of a set is present: tars by size, small files by hash."""
+    """Return whether every file whose hash is in the manifest is intact: tars by their size, other files by their hash."""
     tars = {s.file: s.bytes for s in manifest.shards}
     try:
         for name, digest in files_of(manifest).items():
@@ -95,7 +95,7 @@ def is_complete(out: Path, manifest: Manifest) -> bool:
 
 
 def clear_staging(out: Path) -> None:
-    """Remove the staging folder of a build that was killed after its last step, unless another process uses it."""
+    """Remove the staging folder that a finished set may still have; it is kept if it is in use or cannot be removed."""
     if (out / STAGING).is_dir() or (out / REMOVING).is_dir():
         with suppress(ShardError), writing(out) as staging:
             (staging / INCOMPLETE).unlink(missing_ok=True)
@@ -202,7 +202,8 @@ def writing(out: Path) -> Iterator[Path]:
     Raises
     ------
     ShardError
-        Another process writes there, the disk is full, or writing is not permitted; staged sections are kept.
+        Another process writes there, the disk is full, writing is not permitted, a folder is where a file must be, or the
+        staging folder is a file; staged sections are kept.
     """
     staging = out / STAGING
     try:
@@ -232,7 +233,7 @@ def writing(out: Path) -> Iterator[Path]:
 
 
 def _fix_of(error: OSError) -> str:
-    """Return the fix for a write error, as the start of a sentence."""
+    """Return the fix for a write error, as a clause of the message."""
     if disk_trouble(error) is not None:
         return disk_fix(error)
     return "delete this folder" if error.errno == errno.EISDIR else "make the folder writable"

@@ -31,7 +31,7 @@ def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
     Raises
     ------
     SourceError
-        ``on_error`` is unknown, or is ``skip`` for a part of a set: the parts would not agree on the sections.
+        ``on_error`` is unknown, or is ``skip`` with a ``part``, because the parts would not agree on the sections.
     """
     if on_error not in get_args(OnError):
         raise SourceError(f"`on_error` {on_error!r} is unknown; use {' or '.join(get_args(OnError))}")

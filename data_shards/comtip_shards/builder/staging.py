@@ -94,6 +94,11 @@ def stage_section(
         Hash of the section's inputs and settings.
     staging
         The staging folder.
+
+    Raises
+    ------
+    SourceError
+        The section cannot be read or checked, or its counts exceed int32.
     """
     folder = staging / f"{meta.section_id}-{fingerprint[:16]}"
     if folder.is_dir():

@@ -51,8 +51,8 @@ def choose_tile(
     sections
         All sections of the set.
     px, um
-        Width in px and in um. Default: 112 um, in 224 px or, if the coarsest image has fewer px in the width of the tile, in
-        fewer (a multiple of 32).
+        Width in px and in um. Default: 112 um, in the smallest multiple of 32 px whose um per px is at most that of the
+        coarsest image (within 5 %), but at most 224 px.
     min_mpp
         Finer images are downsampled to this many um per px. Default: the tile's own um per px, at which no detail of the
         tile is lost, or that of the images if they are coarser; if they differ by more than 5 %, that of the coarsest.

@@ -249,7 +249,7 @@ def write_section(
     notes: SectionNotes,
     duplicates: SectionNotes,
 ) -> WrittenSection:
-    """Write one section's shards, indexes, overview and spot table rows.
+    """Write one section's shards, indexes and overview, and temporary files with its rows of the spot table and its statistics.
 
     Parameters
     ----------

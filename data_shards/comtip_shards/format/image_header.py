@@ -38,7 +38,7 @@ def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> No
     """
     try:
         size = _jpeg_size(data) if codec == "jpeg" else _other_size(data, codec)
-    except (IndexError, struct.error, OSError, ValueError) as error:
+    except (IndexError, struct.error, OSError, ValueError, Image.DecompressionBombError) as error:
         raise ShardError(
             f"{where()}: the tile cannot be decoded ({type(error).__name__}: {error}); {FOREIGN}", kind="tile"
         ) from error
@@ -50,7 +50,13 @@ def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> No
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) from the only frame header before the scan; raises ValueError if the JPEG is invalid."""
+    """Return (width, height) from the only frame header before the scan.
+
+    Raises
+    ------
+    ValueError, IndexError, struct.error
+        The JPEG is incomplete or invalid.
+    """
     if data[:2] != b"\xff\xd8" or data[-2:] != _END:
         raise ValueError("not a complete JPEG")
     offset, size = 2, None

@@ -103,7 +103,7 @@ class ManifestSection:
     fingerprint: str
     """Hash of the section's inputs and build settings."""
     source: Annotated[dict[str, Any], AfterValidator(check_source)] = field(default_factory=dict)
-    """Statistics of the build: spots dropped, genes not mapped, genes summed, notes."""
+    """Spots dropped, genes not mapped or summed, notes, results of the checks, and fingerprint of the content."""
     pooling: Text = ""
     """How bins, cells or transcripts were pooled to spots; empty if the spots are those of the slide."""
 
@@ -184,7 +184,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     ShardError
-        The manifest is missing, has another version, or is inconsistent.
+        Of kind ``manifest``: the manifest is missing, cannot be read, has another version, or is damaged.
     """
     path = folder / NAME
     if not path.is_file():

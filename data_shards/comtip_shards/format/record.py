@@ -47,7 +47,7 @@ def encode_expr(rows: np.ndarray, counts: np.ndarray) -> bytes:
     Parameters
     ----------
     rows
-        (n,) integers, gene rows, ascending.
+        (n,) integers, gene rows, strictly ascending.
     counts
         (n,) integers, 1 to 2**31 - 1.
     """
@@ -91,7 +91,7 @@ def decode_exprs(
     Raises
     ------
     ShardError
-        Of kind ``counts``: a record differs from what :func:`encode_expr` writes; the message names the first such record.
+        Of kind ``counts``: a record differs from what :func:`encode_expr` writes; the message names one such record.
     """
     B = len(records)
     sizes = np.fromiter((len(r) for r in records), np.int64, B)
@@ -251,7 +251,7 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _is_field(name: str, value: object) -> bool:
-    """Return whether a field of a spot's metadata is known and has the right type."""
+    """Return whether a field of a spot's metadata is known and has a valid value."""
     kind = _FIELDS.get(name)
     if kind is str:
         return isinstance(value, str) and len(value) <= MAX_TEXT

@@ -1,4 +1,4 @@
-"""Statistics of the counts: per section and measured gene, stored next to a shard set in ``statistics.npz``.
+"""Statistics of the counts: per section and measured gene, stored in the folder of a shard set as ``statistics.npz``.
 
 Training selects genes by these statistics, without reading records. A section's values are sums over its records in stored
 order, so they do not depend on how a set was built: a single build and merged parts give the same bytes.
@@ -122,7 +122,7 @@ def write_statistics(
     n_spots, n_values
         Number of spots of each section, and number of measured genes of all sections together.
     sections
-        Returns an iterator over the statistics of all sections. Called once per array of the file.
+        Returns an iterator over the statistics of all sections. Called three times: for detected, total and square.
     """
     small = {
         "version": np.array([VERSION]),
@@ -149,18 +149,18 @@ def save_section(path: Path, one: SectionStatistics) -> None:
 
 
 def load_section(path: Path, n_spots: int) -> SectionStatistics:
-    """Invert :func:`save_section`."""
+    """Return the statistics that :func:`save_section` wrote, with the number of spots, which the file does not hold."""
     arrays = np.fromfile(path, np.uint32).reshape(len(_DTYPES), -1)
     return SectionStatistics(n_spots, *(a.view(dtype) for a, dtype in zip(arrays, _DTYPES.values(), strict=True)))
 
 
 def largest_size(manifest: Manifest) -> int:
-    """Return the largest size in bytes of the file of a set; :func:`encode_statistics` writes no larger one."""
+    """Return an upper bound, in bytes, on the size of the file that :func:`encode_statistics` writes for a set."""
     return _n_values(manifest) * _BYTES_PER_GENE + 8 * len(manifest.sections) + 4096
 
 
 def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
-    """Check a file that :func:`encode_statistics` wrote, in memory that does not depend on its size.
+    """Check a file that :func:`encode_statistics` wrote, with the values of one section in memory at a time.
 
     Raises
     ------

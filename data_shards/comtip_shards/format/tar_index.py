@@ -1,4 +1,4 @@
-"""Offsets of a shard's members, read from its tar headers; members that no build writes are refused."""
+"""Offsets of a shard's members, read from its tar headers; members that are links or folders, or have a path as name, are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def index_tar(path: Path, where: str = "", fix: str = "copy the shard again") ->
     Raises
     ------
     ShardError
-        The file is missing or truncated, or a member is a link, a folder, too large, a duplicate, or named like a path.
+        The file is missing, truncated or not a tar, or a member is not a regular file, is too large or a duplicate, or has a
+        name with a slash or a leading dot.
     """
     where = where or str(path)
     members: dict[str, tuple[int, int]] = {}

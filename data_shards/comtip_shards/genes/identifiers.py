@@ -1,8 +1,8 @@
 """Mapping of gene identifiers to one key per gene: ``species:symbol``.
 
-Ensembl ids (with or without version), approved symbols, previous symbols and unambiguous aliases are resolved in this
-order. Names changed by spreadsheets (dates) and by R (dots, tails of make.unique) are repaired where exactly one symbol
-fits. Ambiguous identifiers stay unmapped.
+Ensembl ids (with or without version), approved symbols, previous symbols and aliases are resolved in this order, then Ensembl
+ids that are joined to a symbol. Names changed by spreadsheets (dates) and by R (dots, tails of make.unique) are repaired where
+exactly one symbol fits. Ambiguous identifiers stay unmapped.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class GeneEntry(NamedTuple):
 
 
 class GeneResource:
-    """Gene-name table included in the package."""
+    """Gene-name table with indices for look-ups; :meth:`load` returns the one in the package."""
 
     def __init__(self, rows: Sequence[GeneEntry]) -> None:
         self.rows = rows
@@ -119,7 +119,7 @@ class GeneResource:
     @staticmethod
     @cache
     def load() -> GeneResource:
-        """Load the table; cached per process."""
+        """Load the table in the package; cached per process."""
         raw = files("comtip_shards.genes").joinpath("resources", RESOURCE).read_bytes()
         lines = gzip.decompress(raw).decode("utf-8").splitlines()
         _, *rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -302,7 +302,7 @@ def map_genes(
     Raises
     ------
     ValueError
-        The species is not in the table.
+        The species is not in the table, or ``symbols`` and ``identifiers`` have different lengths.
     """
     resource = resource or GeneResource.load()
     hits = [resource.resolve(text, species) for text in identifiers]
@@ -326,7 +326,7 @@ def map_genes(
 
 
 def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit]:
-    """Resolve names with a suffix of R's make.unique (TBCE-1, TBCE.1) as the name without it, if that is also a column."""
+    """Resolve unmapped names with a suffix of R's make.unique (TBCE-1, TBCE.1) as the name without it, if that is a mapped column."""
     known = {text: hit for text, hit in zip(identifiers, hits, strict=True) if hit.how != "unmapped"}
     out = []
     for text, hit in zip(identifiers, hits, strict=True):

@@ -41,7 +41,11 @@ def human(path: Path) -> pd.DataFrame:
 
 
 def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
-    """Return mouse genes: those of NCBI that code for a protein or have an Ensembl id, and those only in the Ensembl table."""
+    """Return mouse genes.
+
+    They are those of NCBI that code for a protein, its RNA genes and pseudogenes with an Ensembl id, and those only in the
+    Ensembl table.
+    """
     table = pd.read_csv(info, sep="\t", dtype=str, keep_default_na=False)
     table = table[table["type_of_gene"].isin({"protein-coding", "ncRNA", "rRNA", "scRNA", "snRNA", "snoRNA", "pseudo"})]
     ids = table["dbXrefs"].str.extract(r"Ensembl:(ENSMUSG\d+)", expand=False).fillna("")

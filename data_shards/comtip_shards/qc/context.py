@@ -56,7 +56,7 @@ class SectionContext:
     scale: float
     """px of the downsampled image per px of the section's image."""
     patches_NPP3: np.ndarray
-    """uint8 RGB patches around some spots, at 2 um per px or the image's resolution if that is coarser."""
+    """uint8 RGB patches around some spots and other points on tissue, at 2 um per px or the image's resolution if that is coarser."""
     patch_xy: np.ndarray
     """Their centres, px of the downsampled image, float (n, 2)."""
     tile_um: float
@@ -130,7 +130,7 @@ class SectionContext:
 
     @cached_property
     def flat(self) -> np.ndarray:
-        """Mask of px that have the colour of all their neighbours, bool (H, W): masked background, or clear glass."""
+        """Mask of px that are almost as bright as all their neighbours (:data:`MAX_FLAT`), bool (H, W): background without texture."""
         gray = self.picture_HW3.sum(-1, dtype=np.int16)
         spread = ndimage.maximum_filter(gray, 3) - ndimage.minimum_filter(gray, 3)
         return np.asarray(spread <= MAX_FLAT)
@@ -167,7 +167,7 @@ class SectionContext:
 
     @cached_property
     def _features(self) -> np.ndarray:
-        """Colour and texture at the scale of a spot, float32 (4, cells, cells)."""
+        """Colour and texture at the scale of a spot, float32 (4, H // 2, W // 2)."""
         sigma = self.spot_um / 3 / (CELL * self.mpp)
         density, square = self._cells
         blurred = [ndimage.gaussian_filter(density[..., c], sigma) for c in range(3)]

@@ -20,7 +20,7 @@ GAPS_WARN, GAPS_FAIL = 0.15, 0.5
 
 
 def blur(context: SectionContext) -> Finding:
-    """Check whether the image has detail at the scale of its pixels."""
+    """Check whether the image has detail at the scale of the patches' pixels (2 um, or one px of a coarser image)."""
     if not len(context.patches_NPP3):
         return not_applicable("blur", "no spot is inside the image")
     figure = sharpness(context.patches_NPP3)
@@ -41,8 +41,8 @@ def sharpness(patches_NPP3: np.ndarray) -> float:
     """Return the strength of edges relative to edges twice as wide; NaN without contrast.
 
     It is the variance of the Laplacian relative to that at half the resolution: the lower of the ratios of 1 to 2 px and of 2 to
-    4 px, each the median over patches. After a wide blur nothing but the rounding of the image remains at 1 px, and some patches
-    contain the border of the image.
+    4 px, because after a wide blur the edges at 1 px are only rounding errors. Each ratio is the median over patches, because
+    some of them contain the border of the image.
     """
     gray = patches_NPP3.astype(np.float32).mean(-1)
     levels = [gray, half := _halved(gray), _halved(half)]

@@ -26,11 +26,11 @@ class Finding:
     figure: float | None = None
     """The measured value, None if nothing could be measured."""
     threshold: float | None = None
-    """The value at which the check warns."""
+    """The value at which the check warns, or fails if it never warns; None if nothing was measured."""
     message: str
     """The measurement in a sentence; the key in files is ``said``."""
     advice: str = ""
-    """What to do, empty if the check passed."""
+    """What to do, empty if the check passed or is not applicable."""
     spots: Sequence[int] = ()
     """Rows of the affected spots."""
 
@@ -149,7 +149,7 @@ def refuse_failed(sections: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -
     Raises
     ------
     SourceError
-        A check failed; the message names every section, check and fix.
+        A check failed; the message names each failed check, its section and the fix.
     """
     failed = [(i, f) for i, findings in sections for f in findings if f["status"] == FAIL]
     if failed:

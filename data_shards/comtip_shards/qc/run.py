@@ -57,6 +57,11 @@ def check_section(section: Section, slide: Slide | None = None, *, tile_um: floa
         Its opened image; None opens it.
     tile_um
         Width in um of the tiles to be cut; by default that of a build (112).
+
+    Raises
+    ------
+    SourceError
+        The image cannot be opened or decoded, or the counts of one key in a spot exceed int32.
     """
     if slide is None:
         with section.open_slide() as opened:
@@ -99,7 +104,7 @@ def _patch_centres(context: SectionContext) -> np.ndarray:
     """Return centres of patches for colour and sharpness, px of the downsampled image.
 
     Half are spots on tissue, half are anywhere on tissue, because positions may be wrong, and uncovered tissue may have
-    another stain. Without tissue, all spots inside the image are used.
+    another stain. Without tissue, spots inside the image are used.
     """
     height, width = context.picture_HW3.shape[:2]
     cells = (np.argwhere(context.tissue)[:, ::-1] + 0.5) * CELL
@@ -114,7 +119,7 @@ def _evenly(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def _scalefactors(image: Path) -> dict[str, float]:
-    """Return the scale factors that Space Ranger wrote next to an image, empty if there are none."""
+    """Return the scale factors that Space Ranger wrote next to an image, empty if there are none or they cannot be read."""
     for folder in (image.parent, image.parent / "spatial"):
         path = folder / "scalefactors_json.json"
         if path.is_file():
@@ -122,9 +127,8 @@ def _scalefactors(image: Path) -> dict[str, float]:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError):
                 return {}  # a reader that needs the file reports the error
-            return {
-                k: float(v) for k, v in found.items() if k.endswith("scalef") and isinstance(v, (int, float)) and v > 0
-            }
+            items = found.items() if isinstance(found, dict) else ()
+            return {k: float(v) for k, v in items if k.endswith("scalef") and isinstance(v, (int, float)) and v > 0}
     return {}
 
 

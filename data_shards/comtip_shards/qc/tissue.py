@@ -107,7 +107,7 @@ def _is_glass(level_HW3: np.ndarray, texture: np.ndarray) -> bool:
 
 
 def lightest(density_HW3: np.ndarray, seen: np.ndarray) -> np.float32:
-    """Return the lowest density over the channels, median over the lightest 1 % of cells: due to exposure, not to stain."""
+    """Return the median, over the lightest 1 % of cells, of the lowest channel's density, which is due to exposure, not stain."""
     mean = over_channels(density_HW3)
     light = density_HW3[seen & (mean <= np.quantile(mean[seen], 0.01))]
     return np.float32(np.median(light.min(-1)))

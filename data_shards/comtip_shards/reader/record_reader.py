@@ -48,7 +48,13 @@ class MemberReader:
         return spots.read_crcs(*self.spots_table())
 
     def spots_table(self) -> tuple[bytes, int, str]:
-        """Return the content of the spot table, the number of spots, and the name of the table."""
+        """Return the content of the spot table, the number of spots, and the name of the table.
+
+        Raises
+        ------
+        ShardError
+            As for :meth:`.SetFiles.verified`.
+        """
         manifest = self.manifest
         data = self.files.verified(manifest.spots_file, manifest.spots_sha256, "the spot table", "spots")
         return data, manifest.n_spots, f"{self.files.name}/{manifest.spots_file}"
@@ -66,7 +72,7 @@ class MemberReader:
         return f"{self.files.name}/{self.shard_of(spot).file}: record {record.key_of(spot)}"
 
     def member_ranges(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Return the offsets and sizes of a shard's members from its index, each int64 (records, 3)."""
+        """Return the offsets and sizes of a shard's members, each int64 (records, 3); raises ShardError for a damaged index."""
         if shard.index not in self._index:
             text = self.files.verified(shard.index, shard.index_sha256, "the index", "index")
             name, tile = f"{self.files.name}/{shard.index}", self.manifest.tile

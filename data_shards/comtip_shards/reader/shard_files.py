@@ -21,17 +21,19 @@ log = logging.getLogger("comtip_shards")
 
 
 class SetFiles:
-    """Access to the files of a shard set by local paths.
+    """Access to the files of a local or remote shard set.
 
     Parameters
     ----------
     path
         The folder of the set, or its URL.
     remote
-        Cache, timeouts and credentials for a URL.
+        Cache, timeouts and credentials for a URL; ignored for a folder or a ``file://`` URL.
 
     Attributes
     ----------
+    remote
+        The remote folder, None for a local set.
     name
         The folder or URL, for error messages.
     folder
@@ -53,7 +55,13 @@ class SetFiles:
         self.name = str(self.folder) if self.remote is None else self.remote.url
 
     def manifest(self) -> Manifest:
-        """Read the manifest; that of a remote set is always fetched and stored in :attr:`folder`."""
+        """Read the manifest; that of a remote set is always fetched and stored in :attr:`folder`.
+
+        Raises
+        ------
+        ShardError
+            The manifest is missing, cannot be fetched, or is unsupported or damaged.
+        """
         if self.remote is None:
             return read_manifest(self.folder)
         text = self.remote.read(NAME)
@@ -63,7 +71,13 @@ class SetFiles:
         return manifest
 
     def path(self, name: str, sha256: str, size: int | None = None) -> Path:
-        """Return the local path of a file; a remote file is fetched and checked against ``sha256``."""
+        """Return the local path of a file; a remote file is fetched and checked against ``sha256``.
+
+        Raises
+        ------
+        ShardError
+            The file cannot be fetched, or its name leaves the folder. That a local file exists is not checked.
+        """
         return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
     def open(self, name: str, sha256: str, size: int) -> BinaryIO:
@@ -72,7 +86,7 @@ class SetFiles:
         Raises
         ------
         ShardError
-            The shard is missing.
+            The shard is missing or cannot be fetched.
         """
         for _ in range(3):
             try:
@@ -96,7 +110,13 @@ class SetFiles:
             self.ranges = self.ranges and before
 
     def read_spans(self, name: str, sha256: str, size: int, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield the bytes of each span (start, stop) of a shard; a span that extends beyond the end gives fewer bytes."""
+        """Yield the bytes of each span (start, stop) of a shard; a span that extends beyond the end gives fewer bytes.
+
+        Raises
+        ------
+        ShardError
+            The shard is missing or cannot be fetched.
+        """
         if self.ranges and self.remote is not None and not self.remote.cached(sha256, name, size):
             try:
                 yield from self.remote.read_ranges(name, [(low, min(high, size)) for low, high in spans])
@@ -124,7 +144,7 @@ class SetFiles:
         Raises
         ------
         ShardError
-            The file is missing or its hash does not match.
+            The file is missing, cannot be read or fetched, or its hash does not match.
         """
         for _ in range(2):
             path, problem = self.path(name, sha256), "does not match its SHA-256 in the manifest"

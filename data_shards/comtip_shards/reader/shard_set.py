@@ -44,6 +44,10 @@ class ShardSet:
 
     Attributes
     ----------
+    files
+        Access to the files of the set.
+    manifest
+        The manifest.
     path
         The folder; for a remote set, a local folder with its manifest.
     name
@@ -67,7 +71,7 @@ class ShardSet:
 
     @cached_property
     def genes(self) -> list[GeneRow]:
-        """The gene table, in the order of the columns of :meth:`counts`."""
+        """The gene table, in the order of the columns of :meth:`counts`; raises ShardError if it is missing or damaged."""
         manifest = self.manifest
         data = self.files.verified(manifest.genes_file, manifest.genes_sha256, "the gene table", "genes")
         path = f"{self.name}/{manifest.genes_file}"
@@ -94,6 +98,11 @@ class ShardSet:
 
         Columns: section (number), section_id, spot_id, source_row (row in the source), x_px and y_px (px of the source
         image), array_x, array_y (NaN if unknown), label, n_pooled (0 if the spot is not pooled).
+
+        Raises
+        ------
+        ShardError
+            Of kind ``spots``: the table is missing or damaged, or its sections are not those of the manifest.
         """
         data, n, where = self._reader.spots_table()
         frame = spots.read_spots(data, n, where)
@@ -153,7 +162,7 @@ class ShardSet:
         return unpack_bits(meta.assay_genes, self.manifest.n_genes, f"{self.name}: assay_genes of {meta.section_id}")
 
     def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
-        """Return the ascending spot indices, int64, of the sections in ``split`` and among ``sections`` (numbers); None: all."""
+        """Return the ascending spot indices, int64, of the sections in ``split`` and with a number in ``sections``; None is all."""
         parts = [
             np.arange(s.first_spot, s.first_spot + s.n_spots, dtype=np.int64)
             for i, s in enumerate(self.manifest.sections)
@@ -183,7 +192,7 @@ class ShardSet:
         return cohort_of(meta.species, meta.tissue)
 
     def overview(self, section: int) -> tuple[np.ndarray, float]:
-        """Return a thumbnail of the section, uint8 (H, W, 3), and its um per px."""
+        """Return a thumbnail of the section, uint8 (H, W, 3), and its um per px; raises ShardError if it is missing or damaged."""
         entry = self.manifest.sections[section].overview
         data = self.files.verified(entry.file, entry.sha256, "the overview", "overview")
         path = f"{self.name}/{entry.file}"
@@ -196,7 +205,7 @@ class ShardSet:
                         kind="overview",
                     )
                 return np.asarray(image.convert("RGB")), entry.um_per_px
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ShardError(f"{path}: the overview cannot be decoded ({error}); {FOREIGN}", kind="overview") from error
 
     def where(self, spot: int) -> str:
@@ -204,11 +213,11 @@ class ShardSet:
         return self._reader.where(spot)
 
     def member_ranges(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Return the offsets and sizes of a shard's members from its index, each int64 (records, 3)."""
+        """Return the offsets and sizes of a shard's members, each int64 (records, 3); raises ShardError for a damaged index."""
         return self._reader.member_ranges(shard)
 
     def shards_of(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return the numbers of the shards that hold some spots: their indices in the manifest, ascending."""
+        """Return the numbers (indices in the manifest, ascending) of the shards that hold some spots; IndexError out of range."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return np.unique(self._reader.shard_numbers(index))
@@ -225,7 +234,7 @@ class ShardSet:
 
 
 def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
-    """Check that each key of a gene table is valid and unique, because counts are summed and predicted by key."""
+    """Check the rows of a gene table: keys must be valid and unique, and texts short and safe to open in a spreadsheet."""
     seen: set[str] = set()
     for line, gene in enumerate(genes, 2):
         problem = ""

@@ -33,16 +33,17 @@ CHUNK = 512
 
 
 def gene_statistics(shards: ShardSet) -> Iterator[SectionStatistics]:
-    """Return the statistics of every section, in the order of the manifest, read one section at a time.
+    """Return an iterator over the statistics of every section, in the order of the manifest.
 
-    If the set has no usable ``statistics.npz`` (built by an earlier version, or damaged), the statistics are computed from
-    its counts and stored in its folder, or in the cache folder if the set is remote or read-only. Damaged records are left
-    out with a warning, and the result is then not stored.
+    Statistics in a file are checked first, then read one section at a time. If the set has no usable ``statistics.npz`` (built
+    by an earlier version, or damaged), the statistics are computed from its counts and stored in its folder, or in the cache
+    folder if the set is remote or read-only. Damaged records are left out with a warning, and the result is then not stored.
 
     Raises
     ------
     ShardError
-        Of kind ``remote``: the server failed. Statistics without the missing records would select other genes.
+        Of kind ``remote``: the server failed while records were read (statistics without them would select other genes), or the
+        default cache folder belongs to another user.
     """
     for path in _paths(shards):
         try:
@@ -95,7 +96,13 @@ def _compute(shards: ShardSet) -> list[SectionStatistics]:
 
 
 def section_statistics(shards: ShardSet, number: int) -> SectionStatistics:
-    """Compute the statistics of one section from its counts, without reading tiles; damaged records are left out."""
+    """Compute the statistics of one section from its counts, without reading tiles; damaged records are left out.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``remote``: the server failed.
+    """
     measured = shards.measured(number)
     column_of = np.cumsum(measured) - 1
     total = StatisticsSum(int(measured.sum()))

@@ -32,7 +32,7 @@ class VerifyReport:
     records: int = 0
     """Number of valid records."""
     counts: int = 0
-    """Sum of all raw counts."""
+    """Sum of the raw counts of these records."""
     problems: list[str] = field(default_factory=list)
     """One message per problem."""
 
@@ -122,7 +122,7 @@ def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
 
 
 def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> None:
-    """Check that each row of a section in the spot table is one spot.
+    """Check the rows of a section in the spot table.
 
     Raises
     ------

@@ -83,7 +83,7 @@ def runs(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch
 
 
 def by_section(section: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:
-    """Yield (section, indices of its entries in ``section``), sections in ascending order, after one sort of the array."""
+    """Yield (section, indices of its entries in ``section``), sections in ascending order, after at most one sort of the array."""
     ascending = bool((section[1:] >= section[:-1]).all())
     order = slice(0, section.size) if ascending else np.argsort(section, kind="stable")
     starts = [0, *(np.flatnonzero(np.diff(section[order])) + 1).tolist(), section.size]

@@ -60,7 +60,7 @@ def key(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str) -> in
 
 
 def bits(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: ArrayLike) -> np.ndarray:
-    """Return 64 random bits for each index: uint64, the shape of ``index``; raises TypeError if ``index`` is not of integers."""
+    """Return 64 random bits for each index: uint64, the shape of ``index``; raises TypeError like :func:`uniform`."""
     index = np.asarray(index)
     if index.dtype.kind not in "iu":
         raise TypeError(f"index must be integers, not {index.dtype}; pass an integer array")
@@ -82,7 +82,7 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
     Raises
     ------
     TypeError
-        ``index`` or a counter is not an integer.
+        ``index`` or the seed is not an integer, or a counter is neither an integer nor a string.
     """
     return (bits(seed, purpose, *counters, index=index) >> np.uint64(11)) * 2.0**-53
 

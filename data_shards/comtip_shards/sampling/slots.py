@@ -45,7 +45,8 @@ def slot_batches(
     Returns
     -------
     list of int64 arrays
-        The spots of each batch, its parts in the order of their slots; the last batch holds what remains of all slots.
+        The spots of each batch, its parts in the order of their slots; the last batch holds what remains of all slots. If that
+        is a single spot, it is appended to the batch before it.
 
     Raises
     ------

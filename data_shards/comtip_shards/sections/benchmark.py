@@ -54,7 +54,8 @@ def load_benchmark(extra: Path | None = None) -> dict[str, BenchmarkSection]:
     Parameters
     ----------
     extra
-        Tab-separated table with the column ``id`` and optionally ``task``, ``donor`` and ``role``; or one id per line.
+        Tab-separated table with the column ``id`` and optionally ``task``, ``donor``, ``role`` and ``known_from``; or one id
+        per line.
 
     Raises
     ------
@@ -126,7 +127,8 @@ def guard_benchmark(
     Returns
     -------
     metas, notes
-        Metadata in which protected sections without a split are ``test``; ``{section_id: reason}`` for each protected one.
+        Metadata in which protected sections that ``allow`` does not name are ``test``; ``{section_id: reason}`` for every
+        protected section.
 
     Raises
     ------

@@ -56,13 +56,16 @@ def spot_hashes(counts: sparse.csr_matrix, keys: Sequence[str]) -> np.ndarray:
 
 
 def picture_bits(picture_HW3: np.ndarray) -> np.ndarray:
-    """Return 256 bits packed in 32 bytes: whether each cell of a 16 x 16 grid is brighter than its left neighbour."""
+    """Return 256 bits packed in 32 bytes: whether each cell of a grid is brighter than its left neighbour by more than 2 of 255.
+
+    The grid has 16 rows and 17 columns, of which the first has no left neighbour.
+    """
     small = np.asarray(Image.fromarray(picture_HW3).convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
     return np.packbits(small[:, 1:] - small[:, :-1] > 2)
 
 
 def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) -> dict[str, str]:
-    """Refuse duplicate sections in different splits; report duplicates in the same split.
+    """Refuse duplicate sections in different splits; report duplicates in one split, or of which one has no split.
 
     Parameters
     ----------

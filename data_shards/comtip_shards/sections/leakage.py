@@ -1,6 +1,7 @@
-"""Prevent leakage between training and test data: shared donors, benchmark sections, duplicate sections.
+"""Prevent leakage between training and test data: shared donors and benchmark sections.
 
-Splits are by donor, not by section, because sections of one tumour are nearly identical. Three checks:
+Splits are by donor, not by section, because sections of one tumour are nearly identical. A build makes three checks, the first
+two before it reads the sections (:func:`enforce_split_policy`):
 
 * :func:`comtip_shards.sections.benchmark.guard_benchmark` keeps sections of public benchmarks, and of their donors, out of
   training;

@@ -74,6 +74,8 @@ def squares_of(xy_N2: np.ndarray, width: float, where: str) -> np.ndarray:
 class Pooler:
     """Sums units in squares, batch by batch.
 
+    Its methods raise :class:`SourceError` for a square 2^30 squares or more away from the origin.
+
     Parameters
     ----------
     n_genes

@@ -32,7 +32,7 @@ MAX_TEXT = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class SectionMeta:
-    """Metadata of a section."""
+    """Metadata of a section; raises :class:`SourceError` if the section id is not allowed as a component of a path."""
 
     section_id: str
     dataset: str
@@ -93,16 +93,25 @@ class Section:
     """Opens an image that is not the file ``image_path``: pixels inside an h5ad, precomputed patches."""
 
     def open_slide(self) -> Slide:
-        """Open the image; the caller must close it, or use it as a context manager."""
+        """Open the image; the caller must close it, or use it as a context manager.
+
+        Raises
+        ------
+        SourceError
+            The image is missing, damaged or too large, or a required package is not installed.
+        """
         return self.slide_opener() if self.slide_opener is not None else open_slide(self.image_path)
 
     def load_image(self) -> np.ndarray:
-        """Return the complete image, uint8 (H, W, 3) RGB; use :meth:`open_slide` for images too large for memory."""
+        """Return the complete image, uint8 (H, W, 3) RGB; raises SourceError if it is too large or cannot be read.
+
+        Use :meth:`open_slide` for images too large for memory.
+        """
         with self.open_slide() as slide:
             return slide.whole()
 
     def image_size(self) -> tuple[int, int]:
-        """Return (width, height) of the image in px."""
+        """Return (width, height) of the image in px; raises like :meth:`open_slide`."""
         if self.slide_opener is None:
             return image_size(self.image_path)
         with self.open_slide() as slide:

@@ -83,7 +83,7 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
 
 
 def _brightened(flat_N3: np.ndarray) -> np.ndarray:
-    """Return underexposed pixels, uint8 (N, 3), with a gain that is the same for all channels."""
+    """Brighten the pixels of an underexposed image, uint8 (N, 3), by one gain for all channels; others are returned unchanged."""
     lit = flat_N3[flat_N3.min(axis=1) < 255].max(axis=1)  # pure white surrounds an image, whatever its exposure
     if not len(lit):
         return flat_N3

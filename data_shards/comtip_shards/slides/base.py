@@ -83,7 +83,8 @@ def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: i
     ------
     SourceError
         There are more pixels than :func:`whole_limit`; or more than :data:`BOMB_PX` pixels whose decoded bytes exceed
-        :data:`MAX_EXPANSION` times the bytes of the file, unless :data:`MAX_WHOLE_ENV` is set.
+        :data:`MAX_EXPANSION` times the bytes of the file, unless :data:`MAX_WHOLE_ENV` is set; or this variable is not a
+        positive integer.
     """
     width, height = size
     limit, fix = (
@@ -143,6 +144,11 @@ class Slide(ABC):
         Returns
         -------
         uint8 (y1 - y0, x1 - x0, 3) RGB.
+
+        Raises
+        ------
+        SourceError
+            The pixels cannot be decoded.
         """
 
     def tiles(self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float) -> np.ndarray:
@@ -200,7 +206,7 @@ class Slide(ABC):
         Raises
         ------
         SourceError
-            The image has more than :data:`MAX_WHOLE_PX` pixels.
+            The image has more than :data:`MAX_WHOLE_PX` pixels, or cannot be decoded.
         """
         if self.size[0] * self.size[1] > MAX_WHOLE_PX:
             raise SourceError(
@@ -231,7 +237,7 @@ class ArraySlide(Slide):
         self._shrunk: tuple[tuple[int, int], np.ndarray] = (self.size, pixels_HW3)
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window; the downsampled image is computed once and cached."""
+        """Read a window; the image of the last ``size`` is cached."""
         if self._shrunk[0] != size:
             small = Image.fromarray(self.pixels).resize(size, Image.Resampling.LANCZOS)
             self._shrunk = (size, self.pixels if size == self.size else np.asarray(small))

@@ -34,7 +34,7 @@ class BoundedFile(io.BufferedReader):
         self._left_bytes, self._left_reads = HEADER_BYTES, MAX_READS
 
     def allow(self, size: tuple[int, int]) -> None:
-        """Allow to read also the pixels of an image of ``size``, (width, height)."""
+        """Raise the limit on bytes by those of the pixels of an image of ``size``, (width, height)."""
         self._left_bytes += BYTES_PER_PX * size[0] * size[1]
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -43,7 +43,7 @@ class BoundedFile(io.BufferedReader):
         Raises
         ------
         SourceError
-            The limit is reached; the message names the file and its size.
+            A limit is exceeded; the message names the file and its size.
         """
         if size is None or size < 0:
             size = max(0, self._end - self.tell())

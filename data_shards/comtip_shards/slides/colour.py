@@ -51,7 +51,7 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premult
 
 
 def peak_of(values: np.ndarray, where: str = "the image") -> float:
-    """Return the value of white: the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
+    """Return the value of white: 255 for uint8, else the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
 
     1 applies to floating point and bool; floating-point values may exceed it by 2 %, because filters overshoot. Cameras store
     12 bits in 16; scaled as 16 bits, such an image would be black.
@@ -59,7 +59,7 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
     Raises
     ------
     SourceError
-        Values exceed 65535, or are not finite real numbers; the message starts with ``where``.
+        Values exceed 65535, include NaN, or are not real numbers; the message starts with ``where``.
     """
     if values.dtype == np.uint8:
         return 255.0
@@ -89,7 +89,8 @@ def tiff_decoder(page: Any, where: str) -> Decode | None:
     Raises
     ------
     SourceError
-        The colour space of the page is not supported.
+        The colour space of the page is not supported. The returned function raises it for an unsupported number of channels or
+        bits.
     """
     photometric = int(page.photometric)
     bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
@@ -151,7 +152,7 @@ def _pillow_decoder(mode: str, channels: int, bits: int, where: str) -> Decode:
 
 
 def flattened(image: Image.Image) -> np.ndarray:
-    """Convert a decoded Pillow image to uint8 RGB: transparent pixels become white, and 16 bits become 8.
+    """Decode a Pillow image to uint8 RGB: transparent pixels become white, and 16 bits become 8.
 
     Raises
     ------

@@ -61,7 +61,7 @@ def open_slide(path: Path) -> Slide:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a regular file is an image by its first bytes, whatever its suffix."""
+    """Return whether a regular file begins like a TIFF, JPEG, PNG, JPEG 2000, CZI, WebP or DICOM, whatever its suffix."""
     if not path.is_file():  # opening a pipe waits for a writer
         return False
     try:
@@ -78,7 +78,8 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises
     ------
     SourceError
-        The file is missing, is not an image, or has too many pixels for one (:func:`.base.check_image_size`).
+        The file is missing, is not an image, is damaged or too large (:func:`.base.check_image_size`), or a required package is
+        not installed.
     """
     _refuse_missing(path)
     if _is_windowed(path):
@@ -89,7 +90,10 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
-    """Return um per px from an image's metadata, None without a plausible scale; if found, a note is appended to ``notes``."""
+    """Return um per px from the metadata of an existing image, None without a plausible scale.
+
+    If a scale is found, a note is appended to ``notes``. Raises :class:`SourceError` if the image cannot be opened.
+    """
     if _is_windowed(path):
         with open_windowed(path) as slide:
             mpp = slide.mpp
@@ -108,7 +112,7 @@ def load_rgb(path: Path) -> np.ndarray:
 
 
 def _refuse_missing(path: Path) -> None:
-    """Raise :class:`SourceError` if there is no file of this name."""
+    """Raise :class:`SourceError` if ``path`` is not a regular file."""
     if not path.is_file():
         what = "a folder, not an image" if path.is_dir() else not_data(path) if path.exists() else "no such image"
         raise SourceError(f"{path}: {what}; check the path")
@@ -147,7 +151,10 @@ def _problem(path: Path, error: Exception) -> str:
 
 
 def _is_plain(path: Path) -> bool:
-    """Return whether Pillow decodes the image as the windowed reader would, and in bounded memory."""
+    """Return whether Pillow should decode the image: it is not a TIFF, or one that Pillow decodes like the windowed reader.
+
+    True also for files that Pillow cannot open and that are no TIFF, so that its error is reported.
+    """
     try:
         with _pillow(path) as image:
             return image.format != "TIFF" or (_is_plain_tiff(image) and scanner_format(path) is None)
@@ -218,7 +225,7 @@ def _is_reduced_from_16_bits(image: Image.Image) -> bool:
 
 
 def _mpp_of(image: Image.Image) -> float | None:
-    """Return um per px by OME-XML, ImageJ or Aperio metadata, or by the resolution tags."""
+    """Return um per px of a TIFF by :func:`tiff_mpp`, of other images by their dpi; None without a plausible scale."""
     if image.format != "TIFF":
         dpi = image.info.get("dpi") or (0, 0)
         x, y = (25_400 / float(d) if d else None for d in dpi)

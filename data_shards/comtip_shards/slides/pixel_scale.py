@@ -43,7 +43,7 @@ def plausible_mpp(mpp: float | None) -> float | None:
 
 
 def square_mpp(x: float | None, y: float | None) -> float | None:
-    """Return um per px from those along x and y (None: not stated); None if they differ or are not plausible."""
+    """Return um per px from those along x and y; None if x is None, they differ by 5 % or more, or x is not plausible."""
     if x and y and not 1 / SQUARE < x / y < SQUARE:
         return None
     return plausible_mpp(x)
@@ -64,7 +64,8 @@ def check_stated_mpp(mpp: float, own: float | None, what: str, where: str, *, tr
     Raises
     ------
     SourceError
-        They differ by a factor of :data:`TENFOLD` or more; from :data:`DISAGREE` on, a warning is logged.
+        They differ by a factor of :data:`TENFOLD` or more, and ``trusted`` is False. From :data:`DISAGREE` on, a warning is
+        logged instead.
     """
     if own is None or 1 / DISAGREE < mpp / own < DISAGREE:
         return
@@ -95,14 +96,14 @@ def check_side(size: tuple[int, int], mpp: float, where: str, *, trusted: bool) 
 
 
 def ome_mpp(xml: str, size: tuple[int, int] | None = None) -> float | None:
-    """Return um per px from OME-XML; None if it is absent, implausible or in an unknown unit.
+    """Return um per px from OME-XML; None if it is absent, implausible or in an unknown unit, or if no element is selected.
 
     Parameters
     ----------
     xml
         The OME-XML.
     size
-        (width, height) of the image, which selects one of several ``Pixels`` elements.
+        (width, height) of the image, which selects one of several ``Pixels`` elements; None selects the first.
     """
     found = [
         dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", text))
@@ -128,6 +129,8 @@ def _ome_length(attributes: dict[str, str], name: str) -> float | None:
 
 def tiff_mpp(description: str, size: tuple[int, int], resolution: tuple[Any, Any], unit: Any) -> float | None:
     """Return um per px of a TIFF by OME-XML, ImageJ or Aperio metadata, or else by its resolution tags; None if unknown.
+
+    Resolution tags are not used for Aperio files, which state ``MPP`` in their description.
 
     Parameters
     ----------
@@ -161,7 +164,7 @@ def tiff_mpp(description: str, size: tuple[int, int], resolution: tuple[Any, Any
 
 
 def _px_per_unit(value: Any) -> float | None:
-    """Return a resolution as a number, None if it is absent, zero or damaged."""
+    """Return a resolution as a number, None if it is absent, not positive or damaged."""
     try:
         number = value[0] / value[1] if isinstance(value, (tuple, list)) else float(value)
     except (TypeError, ValueError, ZeroDivisionError, IndexError, OverflowError):

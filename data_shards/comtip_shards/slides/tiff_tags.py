@@ -12,7 +12,7 @@ from comtip_shards.errors import SourceError
 MAX_TAG_BYTES = 256 << 20
 """Maximum size of a tag: offsets of 16 million tiles have 128 MB."""
 MAX_PAGES = 100_000
-"""Number of pages that are checked."""
+"""Maximum number of pages that are checked."""
 SUB_IFDS = 330
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes per value, by type."""

@@ -49,7 +49,7 @@ def open_windowed(path: Path) -> Slide:
     Raises
     ------
     SourceError
-        Neither package can read the image, or the required package is not installed.
+        Neither package can read the image, it is damaged or too large, or the required package is not installed.
     """
     check_tiff_tags(path)
     openslide = _optional("openslide")

@@ -1,5 +1,7 @@
 """Atomic writes: after a crash, a file or folder has its former or its new content, never a part of it.
 
+A folder that is replaced is missing between two renames; after a crash there, its former content is in ``.NAME.writing.old``.
+
 Data is written to a temporary path next to the target, flushed to the device and renamed. The temporary path of a target
 is always the same, so that leftovers of a killed process are overwritten and do not accumulate. Writers that need another
 temporary path, such as the cache, call :func:`publish` directly.
@@ -48,7 +50,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     ValueError
         ``target`` is not a regular file but a folder, device or pipe.
     OSError
-        The write failed; the message names the target.
+        The write failed; the message names the target or its temporary path.
     """
     target = Path(os.path.realpath(target))
     mode = _mode_of(target)
@@ -76,7 +78,7 @@ def write_atomic(target: Path | str, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, tmp_path: Path | None = None, *, keep_existing: bool = False) -> Iterator[Path]:
-    """Yield the temporary path of a folder to create; it is renamed to ``target`` when the block ends without an error.
+    """Yield the temporary path at which the block must create a folder; it is renamed to ``target`` if the block raises no error.
 
     An existing folder at ``target`` is kept until the new one is complete, and deleted after it was replaced.
 
@@ -92,7 +94,7 @@ def atomic_folder(target: Path, tmp_path: Path | None = None, *, keep_existing: 
     Raises
     ------
     OSError
-        The write failed; the message names the target.
+        The write failed; the message names the target or a path in its temporary folder.
     """
     tmp_path = tmp_path or tmp_path_of(target)
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -114,7 +116,7 @@ def atomic_folder(target: Path, tmp_path: Path | None = None, *, keep_existing: 
 
 
 def publish(tmp_path: Path, target: Path) -> None:
-    """Flush a complete file or folder and rename it to ``target``; a file there is replaced, a folder must be empty."""
+    """Flush a complete file or folder and rename it to ``target``, which is replaced if it is a file or an empty folder."""
     flush_tree(tmp_path)
     _rename(tmp_path, target)
 
@@ -125,7 +127,7 @@ def _rename(tmp_path: Path, target: Path) -> None:
 
 
 def publish_link(source: Path, target: Path) -> None:
-    """Replace ``target`` atomically by a hard link to a complete file, or by a copy if hard links are not supported."""
+    """Replace ``target`` atomically by a hard link to a complete file, or by a copy if a hard link cannot be created."""
     tmp_path = target.with_name(f"{target.name}.{os.getpid()}{_SUFFIX}")
     tmp_path.unlink(missing_ok=True)
     link_or_copy(source, tmp_path)
@@ -133,7 +135,7 @@ def publish_link(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Create ``target`` as a hard link to ``source``, or as a copy if hard links are not supported."""
+    """Create ``target`` as a hard link to ``source``, or as a copy if a hard link cannot be created."""
     try:
         os.link(source, target)
     except OSError:
@@ -212,7 +214,7 @@ def _holds(folder: Path, out: Path) -> bool:
 
 
 def _mode_of(target: Path) -> int | None:
-    """Return the permissions of an existing regular file, None if it does not exist."""
+    """Return the permissions of a regular file, None if it does not exist; raises ValueError for other types."""
     if not target.exists():
         return None
     if not target.is_file():
@@ -221,7 +223,7 @@ def _mode_of(target: Path) -> int | None:
 
 
 def _locked(tmp_path: Path, target: Path) -> int:
-    """Create and lock the temporary file; the kernel releases the lock when the process ends."""
+    """Create and lock the temporary file; the kernel releases the lock when the process ends. Some file systems have no locks."""
     while True:
         descriptor = os.open(tmp_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:

@@ -93,12 +93,14 @@ def default_size() -> int:
 class FileCache:
     """Cache of files by SHA-256 key with least-recently-used eviction, shared by processes.
 
+    Its methods raise :class:`ShardError` for a key that is no SHA-256, and if the folder cannot be written.
+
     Parameters
     ----------
     folder
         The folder; it is created on first use.
     max_bytes
-        Maximum total size of the files.
+        Maximum total size of the files, which several processes may exceed slightly (:data:`SLACK`).
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -142,7 +144,7 @@ class FileCache:
             path.unlink(missing_ok=True)
 
     def put(self, tmp_path: Path, path: Path) -> None:
-        """Move a complete file into the cache and evict old files."""
+        """Move a complete file into the cache, and evict old files if it is full."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             publish(tmp_path, path)  # flushed, because cached files are not hashed again
@@ -196,7 +198,7 @@ class FileCache:
             yield
 
     def _make_room(self, added: int, keep: Path) -> None:
-        """Evict files whenever this process has added ``max_bytes / SLACK``, so that the cost per file is constant."""
+        """Evict files at the first call, and whenever this process has added ``max_bytes / SLACK``: the cost per file is constant."""
         folder = str(self.folder)
         unlisted = _unlisted.get(folder, self.max_bytes) + added
         _unlisted[folder] = 0 if unlisted > self.max_bytes // SLACK else unlisted
@@ -204,7 +206,10 @@ class FileCache:
             self._evict(keep)
 
     def _evict(self, keep: Path) -> None:
-        """Remove least recently used files, except ``keep``, until the limit is met; open files stay readable."""
+        """Remove least recently used files, except ``keep``, until the limit is met, and leftovers of killed processes.
+
+        Open files stay readable.
+        """
         files = []
         for path in self.folder.glob("??/*/*"):
             try:

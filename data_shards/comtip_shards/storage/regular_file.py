@@ -1,4 +1,4 @@
-"""Reading of small regular files with a size limit."""
+"""Reading of regular files with a size limit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = True) -> 
 
 
 def open_regular(path: Path, limit: int, *, follow: bool = True) -> BinaryIO:
-    """Open a regular file of at most ``limit`` bytes for reading; see :func:`read_regular`."""
+    """Open a regular file of at most ``limit`` bytes for reading; raises OSError like :func:`read_regular`."""
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     file = open(os.open(path, flags), "rb")  # noqa: PTH123, SIM115

@@ -93,12 +93,12 @@ class Remote:
             Expected hash and size in bytes, if known; after a mismatch the file is fetched again, in at most
             ``retry.attempts`` attempts.
         limit
-            Maximum size in bytes (default: the size of the cache).
+            Maximum size in bytes; a file must also fit into the cache.
 
         Raises
         ------
         ShardError
-            Of kind ``vanished`` (no such file), ``checksum`` (mismatch) or ``remote``; the message names the URL and the fix.
+            Of kind ``vanished`` (no such file), ``checksum`` (mismatch or too large) or ``remote``; it names the URL and the fix.
         """
         where = self._name(name)
         deadline = time.monotonic() + self.retry.total
@@ -132,7 +132,7 @@ class Remote:
         Raises
         ------
         ShardError
-            As for :meth:`fetch`, and of kind ``checksum`` for a range beyond the end of the file.
+            Of kind ``vanished`` (no such file), ``checksum`` (fewer bytes than the range received) or ``remote``.
         NoRangesError
             The server ignores ranges and sends whole files.
         """
@@ -163,7 +163,7 @@ class Remote:
             return tmp_path.read_bytes()
 
     def names(self, pattern: str = "**") -> list[str]:
-        """Return the sorted names of the files below the URL that match a glob pattern; some https servers cannot list files."""
+        """Return the sorted names of the files below the URL that match a glob pattern; raises ShardError if they cannot be listed."""
         return sorted(self.sizes(pattern))
 
     def sizes(self, pattern: str = "**") -> dict[str, int | None]:
@@ -181,7 +181,7 @@ class Remote:
         }
 
     def keep(self, key: str, name: str, data: bytes) -> Path:
-        """Store bytes in the cache under ``key`` (a SHA-256) and return the path of the file."""
+        """Store bytes in the cache under ``key`` (a SHA-256) and return the file's path; ShardError if it cannot be written."""
         files = self._files
         path = files.path(key, name)
         with files.tmp_path() as tmp_path:

@@ -103,7 +103,7 @@ def _plan_row(path: Path, row: StudyRow, opener: Opener, common: SourceOptions) 
 def _probe(
     path: Path, row: StudyRow, opener: Opener, common: SourceOptions
 ) -> tuple[OpenedRow, list[str], dict[str, str | float]]:
-    """Open a row: (opened row, problems, placeholders used).
+    """Open a row, and return (opened row, problems, placeholders used).
 
     A reader reports one missing fact at a time, so each one is replaced by its placeholder until no further one is missing.
     """
@@ -216,7 +216,8 @@ def plan_text(
     )
     basis = (
         f"estimates: {SPOTS_PER_S:g} spots/s per process in tiles of 224 px and {DECODED_PER_S / 1e6:g} MB/s of input, measured "
-        "on two CPU cores; bytes per px as measured on data_shards/samples; the numbers of spots are upper bounds"
+        "on two CPU cores; bytes per px as measured on data_shards/samples; the numbers of spots are upper bounds, "
+        "those of pseudo-spots are estimates"
     )
     lines += ["", *([] if refused is None else [f"the set cannot be built: {refused}"]), total, basis]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Numbers of spots and genes, and the image size, of a section from the headers of its files.
 
-Only HDF5 shapes, Parquet footers, lines of spot tables, headers of matrices and image headers are read. Spots outside tissue
-and squares with little content are known only when the section is read, so the number of spots is an upper bound.
+Only HDF5 shapes, Parquet footers, Zarr metadata, lines of spot tables, and headers of matrices and images are read. Spots
+outside tissue and squares with little content are known only when the section is read, so the number of spots is an upper
+bound, and that of pseudo-spots an estimate from an area.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ WIDE = 12
 MAX_LINES = 20_000_000
 """Maximum number of rows that are counted; the size of a longer table is unknown."""
 _BLOCK = 1 << 20
+_UNREADABLE = (SourceError, OSError, ValueError, KeyError, EOFError, RuntimeError)
+"""Errors of damaged files, which are ignored: a build reports them with their fix."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class SectionSize:
     """Size of a section according to its headers; None if the headers do not state it."""
 
     spots: int | None = None
-    """Upper bound on the number of spots."""
+    """Upper bound on the number of spots; an estimate for pooled sections."""
     genes: int | None = None
     """Number of genes or other features."""
     image: str = ""
@@ -86,8 +89,8 @@ def _header(path: Path, meta: SectionMeta) -> dict[str, Any]:
             return _table(path)
         if path.name in ("zarr.json", ".zarray") and "tables" in path.parts:
             return _zarr_table(path)
-    except (SourceError, OSError, ValueError, KeyError, EOFError, RuntimeError):
-        return {}  # a build reports the error with its fix
+    except _UNREADABLE:
+        return {}
     return {}
 
 
@@ -133,7 +136,7 @@ def _matrix_market(path: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """Return the number of rows (in tissue) of a table of spots, or the number of columns of a table of counts."""
+    """Return the number of rows (in tissue) of a table of spots, or the number of genes of a table of counts; {} if unknown."""
     with _opened(path) as file:
         header = file.readline(MAX_LINE)
         sep = b"\t" if b"\t" in header else b","
@@ -165,12 +168,15 @@ def _zarr_table(path: Path) -> dict[str, Any]:
 
 
 def _pooled(source: SectionSource, n: int) -> int:
-    """Return the estimated number of pseudo-spots from ``n`` bins or cells."""
+    """Return the estimated number of pseudo-spots from ``n`` bins or cells, at most ``n`` for cells."""
     meta, words = source.meta, source.meta.pooling.split()
     if words[:2] == ["bins", "of"]:
         return max(1, round(n * (float(words[2]) / meta.spot_pitch_um) ** 2))
     cells = next((p for p in source.inputs if p.name == "cells.parquet"), None)
-    area = _area_um2(cells, ("x_centroid", "y_centroid")) if cells is not None else None
+    try:
+        area = _area_um2(cells, ("x_centroid", "y_centroid")) if cells is not None else None
+    except _UNREADABLE:
+        area = None
     return n if area is None else min(n, max(1, round(area / meta.spot_pitch_um**2)))
 
 

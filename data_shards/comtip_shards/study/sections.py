@@ -175,7 +175,7 @@ def _merged(common: _T, own: _T) -> _T:
 
 
 def _located(options: SourceOptions, folder: Path) -> SourceOptions:
-    """Return options with the paths of existing files relative to the table's folder; words such as ``hires`` are unchanged."""
+    """Return options in which relative paths of files that exist in the table's folder are joined to it; others are unchanged."""
     image, alignment = (_file(value, folder) for value in (options.facts.image, options.pooling.alignment))
     return replace(
         options,

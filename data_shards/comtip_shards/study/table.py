@@ -24,6 +24,7 @@ from comtip_shards.not_data import refuse_not_data, text_encoding
 from comtip_shards.sections.facts import META_KEYS, SourceOptions, source_options
 from comtip_shards.sections.section import RENAME, Split
 from comtip_shards.sources import FORMATS
+from comtip_shards.sources.files.opening import fix_of
 from comtip_shards.sources.files.tables import with_point
 
 SUFFIXES = (".csv", ".tsv", ".yaml", ".yml")
@@ -79,8 +80,11 @@ def read_study(path: Path) -> list[StudyRow]:
         what = "a folder, not a table" if path.is_dir() else "no such file"
         raise SourceError(f"{path}: {what}; correct the path of the table")
     refuse_not_data(path)
-    with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}); {fix_of(error)}") from error
     if len(raw) > MAX_BYTES:
         raise SourceError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a table of sources; check the path")
     try:
