@@ -307,7 +307,8 @@ def test_names_that_spatialdata_forbids_and_its_own_columns_are_kept(
     assert list(found.values()) == list(columns.values())
     assert table.obs["yes"].isna().sum() == data.obs["yes"].isna().sum()
     np.testing.assert_array_equal(sparse.csr_matrix(table.layers["log_norm"]).toarray(), data.X.toarray())
-    joined = spatialdata.join_spatialelement_table(store, "spots", "table")[1]
+    names = {"spatial_element_names": "spots", "table_name": "table"}
+    joined = spatialdata.join_spatialelement_table(sdata=store, **names)[1]
     assert joined.obs_names.tolist() == data.obs_names.tolist()
     extent = spatialdata.get_extent(store.images["downscaled_fullres"], coordinate_system="global")
     scale = entry["scalefactors"]["tissue_downscaled_fullres_scalef"]
@@ -343,11 +344,13 @@ def test_space_ranger_files_state_what_the_table_states(section: ad.AnnData, tmp
     write_space_ranger(data, tmp_path / "outs")
     read = scanpy.read_visium(tmp_path / "outs")
     assert read.obs["in_tissue"].tolist() == outside
+    assert read.n_vars == data.n_vars - 1  # scanpy leaves antibodies out
+    read = scanpy.read_10x_h5(tmp_path / "outs" / MATRIX, gex_only=False)
     assert read.var["feature_types"].tolist() == data.var["feature_types"].tolist()
     assert set(read.var["genome"]) == {"GRCh38"}
     assert read.var["gene_ids"].iloc[0] == data.var_names[0]
     np.testing.assert_array_equal(read.X.toarray(), counts.astype(np.float32))
-    library = next(iter(read.uns["spatial"].values()))
+    library = next(iter(scanpy.read_visium(tmp_path / "outs").uns["spatial"].values()))
     assert library["images"]["lowres"].shape == hires[::4, ::4].shape
     assert library["scalefactors"]["tissue_lowres_scalef"] == pytest.approx(scale / 4)
     # An image under another name keeps its scale, and scales of images that are not written are left out.

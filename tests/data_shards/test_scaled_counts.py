@@ -49,7 +49,7 @@ def test_only_scaled_counts_are_refused(kind: str, section: Section):
     total = scaled_total(counts)
     assert (total is not None) == kind.startswith("to ")
     if total is not None:
-        assert total == pytest.approx(float(np.median(counts.sum(axis=1))))
+        assert total == pytest.approx(np.median(np.asarray(counts.sum(axis=1))), rel=0.05)
     spots = counts.shape[0]
     part = section.keep(np.arange(len(section.spot_ids)) < spots, "cut")
     part.counts = counts
@@ -70,7 +70,7 @@ def test_raw_counts_elsewhere_in_an_anndata_are_found(section: Section):
     store = MemoryStore(data, Path("a.h5ad"))
     for options in (CountOptions(), CountOptions(layer="X"), CountOptions(round_counts=True)):
         with pytest.raises(
-            SourceError, match=r"a\.h5ad: X: every spot sums to about 10,\d\d\d .*; add raw counts to the file"
+            SourceError, match=r"a\.h5ad: X: every spot sums to about [\d,]+ .*; add raw counts to the file"
         ):
             raw_counts(store, Path("a.h5ad"), options)
     data.layers["umis"] = section.counts.astype(np.float32)

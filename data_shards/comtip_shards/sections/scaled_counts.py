@@ -79,6 +79,6 @@ def scaled_total(counts: sparse.csr_matrix) -> float | None:
 def not_raw(total: float) -> str:
     """Return the problem of counts with this :func:`scaled_total`, for messages."""
     return (
-        f"every spot sums to about {total:,.0f} and hardly any has a gene with one count, so these are normalised values that "
-        "were rounded to integers, not raw counts"
+        f"every spot sums to about {total:,.0f}, and the smallest value of many, which is their most frequent one, is not 1, so these "
+        "are normalised values that were rounded to integers, not raw counts"
     )
