@@ -59,11 +59,16 @@ def run(args: argparse.Namespace) -> int:
     resource, tokenizer = GeneResource.load(), GeneTokenizer.load()
     unknown = 0
     for gene in args.gene:
-        hits = [resource.resolve(gene, s) for s in ([args.species] if args.species else ["human", "mouse"])]
+        species = [args.species] if args.species else ["human", "mouse"]
+        hits = [resource.resolve(gene, s) for s in species]
         found = [h for h in hits if h.how != "unmapped"]
         if not found:
             unknown += 1
-            print(f"{gene}: not in the table of {args.species or 'human or mouse'} genes; models use the symbol alone")
+            changed = list(dict.fromkeys(name for s in species for name in resource.candidates(gene, s)))
+            hint = f"; a spreadsheet or R may have changed {' or '.join(changed)} to it" if changed else ""
+            print(
+                f"{gene}: not in the table of {args.species or 'human or mouse'} genes; models use the symbol alone{hint}"
+            )
         for hit in found:
             tokens = tokenizer.encode(hit.symbol, hit.name, 64)
             names = f"{hit.key}  {hit.ensembl or '-'}  {hit.name or '(no name)'}"

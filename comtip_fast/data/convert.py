@@ -5,36 +5,44 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.names import is_formula, shown
 from comtip_shards.sections.facts import CountOptions
-from comtip_shards.sources.anndata_parts.picture import Picture, library_names, library_slide, scale_factor
+from comtip_shards.sources.anndata_parts.picture import (
+    DIAMETER,
+    MICRONS_PER_PIXEL,
+    PICTURES,
+    Picture,
+    library_names,
+    library_picture,
+    library_slide,
+    scale_factor,
+)
 from comtip_shards.sources.anndata_parts.positions import read_centres
 from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.storage.atomic import atomic_folder
 from comtip_shards.storage.remote import is_url
 from PIL import Image
-from scipy import sparse
 
 from comtip_fast.constants import UNS
 from comtip_fast.data.anndata_file import chosen_library, own_entries, read_h5ad
 from comtip_fast.data.sections import section_template, split_spec
+from comtip_fast.data.space_ranger_files import MATRIX, array_notes, features_of, positions_table, write_matrix
 
 log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
-"""Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
+"""Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image. In
+SpatialData, an image has its name in ``uns["spatial"]``."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
-ARRAY = ("array_row", "array_col")
-MATRIX = "filtered_feature_bc_matrix.h5"
 CORRECT = "correct it in uns['spatial']"
 """Fix of an invalid scale factor; a conversion has no options for the image and its scale."""
 
@@ -104,21 +112,30 @@ def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
     return data
 
 
-def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | None:
-    """Return (name, RGB image, scale factors) of the only library with a hires image, or None if no library has one.
+@dataclass(frozen=True)
+class _Library:
+    """Image and scale of a section."""
 
-    Raise SourceError if several have one, or if the image or its scale factor is invalid. Other invalid factors are left out.
-    """
+    name: str
+    picture: Picture | None
+    """The image that readers use; None if the section has none."""
+    image: np.ndarray | None
+    """uint8 (H, W, 3)."""
+    factors: dict[str, float]
+    """Valid scale factors by name."""
+
+
+def _library(data: ad.AnnData) -> _Library:
+    """Return the image and scale of the only library of an AnnData, with the image that readers of sections use."""
     spatial = data.uns.get("spatial", {})
-    names = [n for n in library_names(spatial) if IMAGE in spatial[n].get("images", {})]
+    names = library_names(spatial)
     if len(names) > 1:
         raise SourceError(
             f"the AnnData holds {len(names)} sections ({', '.join(names[:3])}); keep one section and its library"
         )
     if not names:
-        return None
+        return _Library("section", None, None, {})
     name, entry = names[0], spatial[names[0]]
-    picture = Picture(IMAGE, scale_factor(entry, f"tissue_{IMAGE}_scalef", name, CORRECT) or 1.0)
     factors: dict[str, float] = {}
     for key in entry.get("scalefactors", {}):
         try:
@@ -127,7 +144,38 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | Non
             log.warning("%s; the output is written without this scale factor", error)
             continue
         factors[str(key)] = float(value or 0)
-    return name, library_slide(entry, picture, Path(name)).pixels, factors
+    if not any(kind in entry.get("images", {}) for kind in PICTURES):
+        return _Library(name, None, None, factors)
+    picture = library_picture(entry, name, CORRECT)
+    return _Library(name, picture, library_slide(entry, picture, Path(name)).pixels, factors)
+
+
+def _free_key(data: ad.AnnData, wanted: str) -> str:
+    """Return the name of a new column of ``obs``: ``wanted``, or with a number if the table has a column of this name."""
+    taken = {str(name).lower() for name in (*data.obs, data.obs.index.name)}
+    names = (wanted, *(f"{wanted}_{i}" for i in range(1, len(taken) + 2)))
+    return next(name for name in names if name not in taken)
+
+
+def _named_for_spatialdata(data: ad.AnnData, sanitise: Callable[..., Any]) -> ad.AnnData:
+    """Return a copy whose columns and keys have names that SpatialData allows; names that change are logged."""
+    parts = ("obs", "var", "obsm", "obsp", "varm", "varp", "layers", "uns")
+    table = data.copy()
+    before = {part: [str(name) for name in getattr(table, part)] for part in parts}
+    sanitise(table)
+    for part in parts:
+        changed = [
+            f"{old!r} to {new!r}"
+            for old, new in zip(before[part], map(str, getattr(table, part)), strict=True)
+            if old != new
+        ]
+        if changed:
+            log.warning(
+                "%s: SpatialData allows letters, digits, '_', '-' and '.' in names, and no two that differ in case only; renamed %s",
+                part,
+                ", ".join(changed),
+            )
+    return table
 
 
 def to_spatialdata(data: ad.AnnData) -> Any:
@@ -163,31 +211,38 @@ def to_spatialdata(data: ad.AnnData) -> Any:
         ) from error
     models, transformations = import_module("spatialdata.models"), import_module("spatialdata.transformations")
     library = _library(data)
-    factors: Mapping[str, float] = {} if library is None else library[2]
-    mpp = float(factors.get("microns_per_pixel", 0))
+    mpp = library.factors.get(MICRONS_PER_PIXEL, 0.0)
 
     def systems(scale: float) -> dict[str, Any]:
         known = {"global": scale} | ({MICRONS: scale * mpp} if mpp > 0 else {})
         return {name: transformations.Scale([s, s], axes=("x", "y")) for name, s in known.items()}
 
-    table = data.copy()
-    table.uns.pop("spatial", None)
-    table.obs[REGION_KEY] = pd.Categorical([REGION] * table.n_obs)
-    table.obs[INSTANCE_KEY] = np.arange(table.n_obs)
-    radius = float(factors.get("spot_diameter_fullres", 0)) / 2 or 1.0
-    xy = np.asarray(data.obsm["spatial"], np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shapes = models.ShapesModel.parse(xy, geometry=0, radius=radius, transformations=systems(1.0))
-        parsed = models.TableModel.parse(table, region=REGION, region_key=REGION_KEY, instance_key=INSTANCE_KEY)
+        table = _named_for_spatialdata(data, import_module("spatialdata").sanitize_table)
+        table.uns.pop("spatial", None)
+        region_key, instance_key = _free_key(table, REGION_KEY), _free_key(table, INSTANCE_KEY)
+        table.obs[region_key] = pd.Categorical([REGION] * table.n_obs)
+        table.obs[instance_key] = np.arange(table.n_obs)
+        xy = np.asarray(data.obsm["spatial"], np.float64)
+        shapes = models.ShapesModel.parse(xy, geometry=0, radius=_radius(library), transformations=systems(1.0))
+        parsed = models.TableModel.parse(table, region=REGION, region_key=region_key, instance_key=instance_key)
         images = {}
-        if library is not None:
-            px = 1 / float(factors.get(f"tissue_{IMAGE}_scalef", 1.0))
-            pixels = np.moveaxis(library[1], 2, 0)
-            images[IMAGE] = models.Image2DModel.parse(
-                pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=systems(px)
+        if library.picture is not None and library.image is not None:
+            pixels = np.moveaxis(library.image, 2, 0)
+            scales = systems(1 / library.picture.factor)
+            images[library.picture.name] = models.Image2DModel.parse(
+                pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=scales
             )
         return spatialdata.SpatialData(images=images, shapes={REGION: shapes}, tables={TABLE: parsed})
+
+
+def _radius(library: _Library) -> float:
+    """Return the radius of a spot in px of the positions."""
+    diameter = library.factors.get(DIAMETER)
+    if diameter is None:
+        log.warning("the diameter of spots is unknown (%s in uns['spatial']); circles have a radius of 1 px", DIAMETER)
+    return 1.0 if diameter is None else diameter / 2
 
 
 def write_spatialdata(data: ad.AnnData, target: Path) -> None:
@@ -230,10 +285,9 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
         raise SourceError(
             "the section has no expression, which a Space Ranger folder needs; write a .zarr (SpatialData) instead"
         )
-    if library is None:
+    if library.image is None:
         raise SourceError(
-            f"the section has no {IMAGE} image in uns['spatial'], which a Space Ranger folder needs; write a .zarr (SpatialData) "
-            "instead"
+            "the section has no image in uns['spatial'], which a Space Ranger folder needs; write a .zarr (SpatialData) instead"
         )
     if not data.obs_names.is_unique:
         raise SourceError("spot names are not unique; make them unique (obs_names_make_unique)")
@@ -243,88 +297,39 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
             f"the spot name {shown(formulas[0])} would be evaluated as a formula if tissue_positions.csv is opened in a "
             "spreadsheet; rename the spots, or write a .zarr (SpatialData)"
         )
-    name, image, factors = library
+    features = features_of(data)
+    for what, names in (("spot name", data.obs_names), *((f"gene {key}", features[key]) for key in ("name", "id"))):
+        other = next((str(name) for name in names if not str(name).isascii()), None)
+        if other is not None:
+            raise SourceError(
+                f"the {what} {shown(other)} has characters outside ASCII, at which scanpy and squidpy fail in a matrix of Space "
+                "Ranger; rename it, or write a .zarr (SpatialData)"
+            )
+    positions = positions_table(data)
     for note in array_notes(data):
         log.warning("%s: %s", target, note)
     with atomic_folder(target) as tmp_path:
         (tmp_path / "spatial").mkdir(parents=True)
-        _write_matrix(data, name, tmp_path / MATRIX)
-        _positions(data).to_csv(tmp_path / "spatial/tissue_positions.csv", index=False)
-        scale = dict(factors)
-        scale.setdefault("tissue_lowres_scalef", scale.get(f"tissue_{IMAGE}_scalef", 1.0))
-        scale.setdefault("fiducial_diameter_fullres", scale.get("spot_diameter_fullres", 1.0))
-        (tmp_path / "spatial/scalefactors_json.json").write_text(json.dumps(scale))
-        for size in (IMAGE, "lowres"):
-            Image.fromarray(image).save(tmp_path / f"spatial/tissue_{size}_image.png")
+        write_matrix(data, features, library.name, tmp_path / MATRIX)
+        positions.to_csv(tmp_path / "spatial/tissue_positions.csv", index=False)
+        _write_pictures(data, library, tmp_path / "spatial")
 
 
-def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
-    """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, in compressed sparse columns (barcodes)."""
-    matrix = sparse.csr_matrix(data.X)
-    matrix.eliminate_zeros()
-    counts = np.issubdtype(matrix.dtype, np.integer) or bool((matrix.data == np.rint(matrix.data)).all())
-    ids = data.var["gene_ids"] if "gene_ids" in data.var else data.var.get("gene_key", data.var_names)
-    columns = {"id": ids, "name": data.var_names, "feature_type": ["Gene Expression"] * data.n_vars}
-    columns["genome"] = ["unknown"] * data.n_vars
-    with h5py.File(path, "w") as file:
-        file.attrs["filetype"], file.attrs["version"] = "matrix", 2
-        file.attrs["library_ids"] = np.array([name.encode()])
-        group = file.create_group("matrix")
-        group["barcodes"] = np.array([str(v).encode() for v in data.obs_names])
-        group.create_dataset("data", data=matrix.data.astype(np.int32 if counts else np.float32), compression="gzip")
-        group.create_dataset("indices", data=matrix.indices.astype(np.int64), compression="gzip")
-        group["indptr"] = matrix.indptr.astype(np.int64)
-        group["shape"] = np.array([data.n_vars, data.n_obs], np.int32)
-        for column, values in columns.items():
-            group[f"features/{column}"] = np.array([str(v).encode() for v in values])
-
-
-def _positions(data: ad.AnnData) -> pd.DataFrame:
-    """Return the table ``tissue_positions.csv`` of Space Ranger; without both array columns, spots are numbered."""
-    xy = np.asarray(data.obsm["spatial"], np.float64)
-    table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
-    known = all(name in data.obs for name in ARRAY)
-    for name in ARRAY:
-        values = _array(data, name) if known else np.arange(data.n_obs, dtype=float)
-        table[name] = np.rint(values).astype(np.int64)
-    table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = xy[:, 1], xy[:, 0]
-    return table
-
-
-def _array(data: ad.AnnData, name: str) -> np.ndarray:
-    """Return a column of array positions, float64 (n,), NaN where it is no number; it may be text or a category."""
-    return np.asarray(pd.to_numeric(data.obs[name].astype(str), errors="coerce"), np.float64)
-
-
-def array_notes(data: ad.AnnData) -> list[str]:
-    """Return warnings about array positions: absent, fractional, not unique, or not those of a hexagonal array.
-
-    Raises
-    ------
-    SourceError
-        Both columns exist, and ``array_row`` or ``array_col`` has no value for a spot.
-    """
-    absent = [name for name in ARRAY if name not in data.obs]
-    if absent:
-        return [
-            f"obs has no {' and no '.join(absent)}: spots are numbered instead, so use pixel positions for neighbours"
-        ]
-    given = np.column_stack([_array(data, name) for name in ARRAY])
-    lost = int((~np.isfinite(given)).any(1).sum())
-    if lost:
-        raise SourceError(
-            f"array_row or array_col has no value for {lost} of {len(given)} spots; remove these columns of obs, or set whole numbers"
-        )
-    whole, notes = np.rint(given), []
-    if np.abs(whole - given).max(initial=0) > 1e-6:
-        notes.append("array_row and array_col are fractions and were rounded; pixel positions are exact")
-    if len(np.unique(whole, axis=0)) < len(whole):
-        notes.append("several spots have the same array_row and array_col; use pixel positions for neighbours")
-    elif (whole.sum(1) % 2 != 0).any():  # Visium numbers columns of even rows 0, 2, ... and of odd rows 1, 3, ...
-        notes.append(
-            "the array is not hexagonal as on Visium slides; set coord_type='generic' in squidpy.gr.spatial_neighbors"
-        )
-    return notes
+def _write_pictures(data: ad.AnnData, library: _Library, folder: Path) -> None:
+    """Write the hires and the lowres image, and the scale factors; without a lowres image, the other one is written twice."""
+    if library.picture is None or library.image is None:
+        return
+    small, scale = library.image, library.picture.factor
+    entry = data.uns["spatial"][library.name]
+    lowres = library.factors.get("tissue_lowres_scalef")
+    if lowres is not None and "lowres" in entry["images"]:
+        small, scale = library_slide(entry, Picture("lowres", lowres), Path(library.name)).pixels, lowres
+    factors = {k: v for k, v in library.factors.items() if not (k.startswith("tissue_") and k.endswith("_scalef"))}
+    factors |= {f"tissue_{IMAGE}_scalef": library.picture.factor, "tissue_lowres_scalef": scale}
+    factors.setdefault("fiducial_diameter_fullres", factors.get(DIAMETER, 1.0))
+    (folder / "scalefactors_json.json").write_text(json.dumps(factors))
+    for name, pixels in ((IMAGE, library.image), ("lowres", small)):
+        Image.fromarray(pixels).save(folder / f"tissue_{name}_image.png")
 
 
 def provenance(data: ad.AnnData) -> str:

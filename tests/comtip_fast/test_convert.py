@@ -18,15 +18,8 @@ from scipy import sparse
 
 from comtip_fast.cli import main
 from comtip_fast.constants import OBSM_EMBEDDING
-from comtip_fast.data.convert import (
-    MATRIX,
-    MICRONS,
-    _positions,
-    array_notes,
-    read_section,
-    to_spatialdata,
-    write_space_ranger,
-)
+from comtip_fast.data.convert import MICRONS, read_section, to_spatialdata, write_space_ranger
+from comtip_fast.data.space_ranger_files import MATRIX, array_notes, positions_table
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -190,7 +183,7 @@ def test_what_space_ranger_files_cannot_hold_is_reported(name: str):
     assert note in "".join(found)
     if "are numbered" in note:  # also the column that obs has, which belongs to no other
         data.obsm["spatial"] = np.zeros((3, 2))
-        assert _positions(data)[["array_row", "array_col"]].to_numpy().tolist() == [[0, 0], [1, 1], [2, 2]]
+        assert positions_table(data)[["array_row", "array_col"]].to_numpy().tolist() == [[0, 0], [1, 1], [2, 2]]
 
 
 def test_inputs_of_other_kinds_are_named(tmp_path: Path):
@@ -231,7 +224,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.Ann
     assert "empty.h5ad: the section has no expression" in capsys.readouterr().err
     bare = section.copy()
     del bare.uns["spatial"]
-    with pytest.raises(SourceError, match=r"no hires image.*write a \.zarr"):
+    with pytest.raises(SourceError, match=r"no image in.*write a \.zarr"):
         write_space_ranger(bare, tmp_path / "outs")
     two = section.copy()
     two.uns["spatial"] = {"a": two.uns["spatial"]["x1"], "b": two.uns["spatial"]["x1"]}
@@ -288,3 +281,96 @@ def test_one_section_of_several_is_converted_by_its_name(section: ad.AnnData, tm
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "both.h5ad"), "--out", str(tmp_path / "x")]) == 2
     assert "2 sections (A, B); name one of them, e.g. " in capsys.readouterr().err
+
+
+def test_names_that_spatialdata_forbids_and_its_own_columns_are_kept(
+    section: ad.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    spatialdata = pytest.importorskip("spatialdata")
+    data = section.copy()
+    columns = {"region": "tumour", "spot": "s7", "n genes (%)": 1.0, "Total": 2.0, "total": 3.0, "__x": 4.0}
+    for name, value in columns.items():
+        data.obs[name] = value
+    data.obs["yes"] = pd.array([True, None] * (data.n_obs // 2) + [None] * (data.n_obs % 2), dtype="boolean")
+    data.layers["log norm"] = data.X.copy()
+    data.var["gene name"] = data.var_names
+    entry = data.uns["spatial"]["x1"]
+    entry["images"] = {"downscaled_fullres": entry["images"]["hires"]}
+    entry["scalefactors"]["tissue_downscaled_fullres_scalef"] = entry["scalefactors"].pop("tissue_hires_scalef")
+    data.write_h5ad(tmp_path / "a b.h5ad")
+    assert main(["convert", str(tmp_path / "a b.h5ad"), "--out", str(tmp_path / "a b.zarr")]) == 0
+    for old, new in (("n genes (%)", "n_genes____"), ("total", "total_1"), ("log norm", "log_norm"), ("__x", "_x")):
+        assert f"{old!r} to {new!r}" in caplog.text
+    store = spatialdata.read_zarr(tmp_path / "a b.zarr")
+    table = store.tables["table"]
+    found = {name: table.obs[name].iloc[0] for name in ("region", "spot", "n_genes____", "Total", "total_1", "_x")}
+    assert list(found.values()) == list(columns.values())
+    assert table.obs["yes"].isna().sum() == data.obs["yes"].isna().sum()
+    np.testing.assert_array_equal(sparse.csr_matrix(table.layers["log_norm"]).toarray(), data.X.toarray())
+    names = {"spatial_element_names": "spots", "table_name": "table"}
+    joined = spatialdata.join_spatialelement_table(sdata=store, **names)[1]
+    assert joined.obs_names.tolist() == data.obs_names.tolist()
+    extent = spatialdata.get_extent(store.images["downscaled_fullres"], coordinate_system="global")
+    scale = entry["scalefactors"]["tissue_downscaled_fullres_scalef"]
+    assert extent["x"][1] == pytest.approx(entry["images"]["downscaled_fullres"].shape[1] / scale, rel=1e-6)
+    assert store.shapes["spots"]["radius"].iloc[0] == pytest.approx(scale_of(data)["spot_diameter_fullres"] / 2)
+    assert MICRONS in store.coordinate_systems
+
+
+def test_the_scale_is_kept_without_an_image(section: ad.AnnData):
+    pytest.importorskip("spatialdata")
+    data = section.copy()
+    del data.uns["spatial"]["x1"]["images"]
+    store = to_spatialdata(data)
+    assert MICRONS in store.coordinate_systems
+    assert store.shapes["spots"]["radius"].iloc[0] == pytest.approx(scale_of(data)["spot_diameter_fullres"] / 2)
+
+
+def test_space_ranger_files_state_what_the_table_states(section: ad.AnnData, tmp_path: Path):
+    scanpy = pytest.importorskip("scanpy")
+    data = section.copy()
+    outside = [0] * 5 + [1] * (data.n_obs - 5)
+    data.obs["in_tissue"] = pd.array(outside, dtype="Int64")
+    data.var["feature_types"] = ["Antibody Capture", *["Gene Expression"] * (data.n_vars - 1)]
+    data.var["genome"] = "GRCh38"
+    data.var["gene_ids"] = [None, *data.var["gene_ids"].iloc[1:]]
+    counts = data.X.toarray().astype(np.int64)
+    counts[0, 0] = 3 * 2**31
+    data.X = counts
+    entry = data.uns["spatial"]["x1"]
+    hires, scale = entry["images"]["hires"], entry["scalefactors"]["tissue_hires_scalef"]
+    entry["images"]["lowres"] = hires[::4, ::4].copy()
+    entry["scalefactors"]["tissue_lowres_scalef"] = scale / 4
+    write_space_ranger(data, tmp_path / "outs")
+    read = scanpy.read_visium(tmp_path / "outs")
+    assert read.obs["in_tissue"].tolist() == outside
+    assert read.n_vars == data.n_vars - 1  # scanpy leaves antibodies out
+    read = scanpy.read_10x_h5(tmp_path / "outs" / MATRIX, gex_only=False)
+    assert read.var["feature_types"].tolist() == data.var["feature_types"].tolist()
+    assert set(read.var["genome"]) == {"GRCh38"}
+    assert read.var["gene_ids"].iloc[0] == data.var_names[0]
+    np.testing.assert_array_equal(read.X.toarray(), counts.astype(np.float32))
+    library = next(iter(scanpy.read_visium(tmp_path / "outs").uns["spatial"].values()))
+    assert library["images"]["lowres"].shape == hires[::4, ::4].shape
+    assert library["scalefactors"]["tissue_lowres_scalef"] == pytest.approx(scale / 4)
+    # An image under another name keeps its scale, and scales of images that are not written are left out.
+    entry["images"] = {"lowres": entry["images"]["lowres"]}
+    write_space_ranger(data, tmp_path / "low")
+    factors = json.loads((tmp_path / "low/spatial/scalefactors_json.json").read_text())
+    assert factors["tissue_hires_scalef"] == factors["tissue_lowres_scalef"] == pytest.approx(scale / 4)
+    del entry["scalefactors"]["tissue_lowres_scalef"]
+    with pytest.raises(SourceError, match=r"tissue_lowres_scalef is missing.*correct it in uns"):
+        write_space_ranger(data, tmp_path / "none")
+
+
+@pytest.mark.parametrize("what", ["spot name", "gene name", "gene id"])
+def test_names_at_which_scanpy_fails_are_refused(what: str, section: ad.AnnData, tmp_path: Path):
+    data = section.copy()
+    if what == "spot name":
+        data.obs_names = ["é", *data.obs_names[1:]]
+    elif what == "gene name":
+        data.var_names = ["TGFβ", *data.var_names[1:]]
+    else:
+        data.var["gene_ids"] = ["TGFβ", *data.var["gene_ids"].iloc[1:]]
+    with pytest.raises(SourceError, match=rf"the {what} '.*' has characters outside ASCII.*write a \.zarr"):
+        write_space_ranger(data, tmp_path / "out")

@@ -375,6 +375,46 @@ def test_urls_in_a_config_of_a_run_are_not_downloaded(
     assert "give it with --train-shards" in stderr
 
 
+def test_an_evaluation_of_an_export_that_names_a_url_connects_nowhere(
+    export: Path,
+    tiny_shards: ShardSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Neither its config nor a link in a folder of its own leads to a host."""
+    from comtip_shards.storage import remote
+
+    asked: list[str] = []
+
+    def connect(self: remote.Remote, *_args: Any, **_kwargs: Any) -> Any:
+        asked.append(str(self.url))
+        raise OSError("no network")
+
+    monkeypatch.setattr(remote.Remote, "_filesystem", connect)
+    make_old(export)
+    for url in (
+        "https://example.invalid/shards",
+        "s3://bucket/shards",
+        "hf://datasets/a/b",
+        "HTTPS://example.invalid/x",
+    ):
+        edit_json(export, lambda m, url=url: m["config"]["data"].update(shards=url))
+        args = [
+            "evaluate",
+            str(export),
+            "--shards",
+            str(tiny_shards.path),
+            "--sections",
+            "x1",
+            "--out",
+            str(tmp_path / "e"),
+        ]
+        assert main(args) == 2
+        assert "give it with --train-shards" in capsys.readouterr().err
+        assert asked == []
+
+
 def test_the_error_of_a_run_without_an_export_names_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2

@@ -100,6 +100,14 @@ REPAIRS = {
     ("2024-09-02 00:00:00", "human"): ("SEPTIN2", "date"),
     ("X2024.09.02", "mouse"): ("Septin2", "date"),
     ("2001-03-03", "human"): ("MARCHF3", "date"),
+    ("2-Sep-22", "human"): ("SEPTIN2", "date"),
+    ("2-Sep-2022", "human"): ("SEPTIN2", "date"),
+    ("Sep 2, 2022", "human"): ("SEPTIN2", "date"),
+    ("2 September 2022", "human"): ("SEPTIN2", "date"),
+    ("2022/09/02", "human"): ("SEPTIN2", "date"),
+    ("9/2/2022", "human"): ("SEPTIN2", "date"),
+    ("02.09.2022", "human"): ("SEPTIN2", "date"),
+    ("02/09/22 00:00", "mouse"): ("Septin2", "date"),
     ("2001-03-01", "human"): ("2001-03-01", "unmapped"),
     ("2001-00-03", "human"): ("2001-00-03", "unmapped"),
     ("2001-13-03", "human"): ("2001-13-03", "unmapped"),
@@ -168,7 +176,35 @@ def test_a_sum_of_columns_that_cannot_be_stored_is_refused_by_key():
 def test_ambiguous_dates_are_named_with_their_candidates():
     genes = map_genes(["1-Mar", "AAA1"], "human")
     assert genes.ambiguous == {"1-Mar": ["MARCHF1", "MTARC1"]}
-    assert "fit more than one symbol, rename them: 1-Mar (MARCHF1 or MTARC1)" in genes.report()
+    assert "were not repaired, rename them: 1-Mar (MARCHF1 or MTARC1)" in genes.report()
+    for text in ("1-Mar-22", "2022-03-01", "3/1/2022", "01.03.22", "44621"):  # 44621 is 1 March 2022
+        report = map_genes([text, *SYMBOLS], "human").report()
+        assert f"were not repaired, rename them: {text} (MARCHF1 or MTARC1)" in report, report
+
+
+SYMBOLS = ["ERBB2", "CD74", "ACTB", "GAPDH", "MYC", "TP53", "EGFR", "KRT14", "KRT5", "VIM", "CDH1", "ESR1", "PGR"] + [
+    f"KRT{i}" for i in (1, 2, 3, 4, 6, 7, 8)
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "symbol"),
+    [("44818", "SEPTIN14"), ("44818.0", "SEPTIN14"), ("X44818", "SEPTIN14"), ("43800", "DELEC1"), ("44624", "MARCHF4")],
+)
+def test_a_serial_number_of_a_spreadsheet_is_repaired_where_one_symbol_fits(text: str, symbol: str):
+    genes = map_genes([text, *SYMBOLS], "human")
+    assert (genes.hits[0].symbol, genes.hits[0].how) == (symbol, "date")
+    assert f"{text} -> {symbol}" in genes.report()
+
+
+def test_numbers_that_may_be_no_dates_are_named_and_not_repaired():
+    # Of 4 March 2004 and, on a Mac, 5 March 2008, neither is chosen.
+    assert "38050 (MARCHF4 or MARCHF5)" in map_genes(["38050", *SYMBOLS], "human").report()
+    # Numbers of rows: the index of a table whose names are lost.
+    rows = map_genes([str(i) for i in range(36000, 45000)], "human")
+    assert not rows.keys
+    assert "were not repaired" in rows.report()
+    assert map_genes(["12345", "99999", "44700", "2", "0"], "human").ambiguous == {}
 
 
 def test_every_symbol_survives_r():

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -16,16 +17,20 @@ from comtip_shards.builder import build as build_module
 from comtip_shards.builder import staging
 from comtip_shards.builder.tile_choice import choose_tile
 from comtip_shards.sources import manifest_table, open_source
+from comtip_shards.sources.tenx.run import picture_word
 from comtip_shards.study import COLUMNS, is_study, read_study
 from comtip_shards.study.dry_run import tile_bytes
 from comtip_shards.study.headers import section_size
+from comtip_shards.study.sections import _located
 from PIL import Image
+from scipy import sparse
 
 import comtip_fast
 from comtip_fast.cli import main
 from testkit.tiny import TinySection, write_tiny_source
 
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
+IDS = [f"ENSG{i:011d}" for i in (141736, 19582, 186847, 75624, 111640, 136997)]
 TILE = ["--tile-px", "32", "--tile-um", "224", "--min-mpp", "5"]
 
 
@@ -50,6 +55,8 @@ def table(folder: Path, text: str, name: str = "study.csv") -> Path:
 TABLES = {
     "study.csv": "path,id,split\na,one,train\n\nb,,test\n",
     "semicolon.csv": "Path;ID;Split\na;one;train\nb;;test\n",
+    "tabs.csv": "path\tid\tsplit\na\tone\ttrain\nb\t\ttest\n",
+    "commas.tsv": "path,id,split\na,one,train\nb,,test\n",
     "study.tsv": "path\tid\tsplit\na\tone\ttrain\nb\t\ttest\n",
     "comments.csv": '# a, comment with "one quote\n\npath,id,split\n  # of P1\na,one,train\n#b,two,test\nb,,test\n#\n',
     "comments.tsv": "#path\tid\npath\tid\tsplit\na\tone\ttrain\n# b; c\nb\t\ttest\n",
@@ -422,3 +429,63 @@ def test_reading_a_table_leaves_the_cell_limit_of_the_process(tmp_path: Path):
         assert csv.field_size_limit() == 1000
     finally:
         csv.field_size_limit(before)
+
+
+def test_names_of_options_are_read_in_any_case(sources: Path, tmp_path: Path):
+    study = table(sources, "path\tsplit\tformat\timage\tpool_from\ttrust_mpp\na\tTrain\tManifest\tHires\tBins\tYES\n")
+    (row,) = read_study(study)
+    assert (row.split, row.format, row.options.pooling.pool_from) == ("train", "manifest", "bins")
+    assert row.options.facts.trust_mpp is True
+    (sources / "Hires").mkdir()  # beside the table; the word names the image of the run all the same
+    (sources / "hires").mkdir()
+    assert _located(row.options, sources).facts.image == "Hires"
+    assert picture_word(" HiRes") == "hires"
+    assert picture_word("hires.tif") is None
+    assert picture_word(None) is None
+
+
+@pytest.mark.parametrize("kind", ["single", "raw", "layer", "several", "normalised", "unclear"])
+def test_a_dry_run_of_an_anndata_agrees_with_the_build(kind: str, tmp_path: Path, capsys):
+    rng = np.random.default_rng(0)
+    n = 40
+    data = ad.AnnData(sparse.csr_matrix(rng.poisson(3, (n, 6)).astype(np.float32)), var=pd.DataFrame(index=IDS))
+    data.obs["in_tissue"] = [0] * 4 + [1] * (n - 4)
+    data.obsm["spatial"] = np.column_stack([50 + 50.0 * (np.arange(n) % 8), 50 + 50.0 * (np.arange(n) // 8)])
+    library = {"images": {"hires": np.full((320, 480, 3), 200, np.uint8)}, "scalefactors": {"tissue_hires_scalef": 1.0}}
+    data.uns["spatial"] = {"one": library, "is_single": True}
+    genes = 6
+    if kind == "raw":
+        data.raw, genes = data.copy(), 6
+        data = data[:, :4].copy()
+        data.X = np.log1p(data.X.toarray())
+    elif kind == "layer":
+        data.layers["umi_counts"], data.X = data.X.copy(), np.log1p(data.X.toarray())
+    elif kind == "several":
+        data.obs["library_id"] = ["one"] * 15 + ["two"] * 25
+        data.uns["spatial"]["two"] = library
+    elif kind == "normalised":
+        data.X = np.log1p(data.X.toarray())
+    elif kind == "unclear":
+        data.X = sparse.csr_matrix((n, 6), dtype=np.float32)
+    data.write_h5ad(tmp_path / "file.h5ad")
+    facts = ["--mpp", "2", "--species", "human", "--tissue", "breast"]
+    study = table(tmp_path, "path,sample,id\nfile.h5ad,two,renamed\n" if kind == "several" else "path\nfile.h5ad\n")
+    code = dry_run(study, tmp_path / "set", *facts)
+    out = capsys.readouterr().out
+    spots = {"several": 25, "normalised": n}.get(
+        kind, 36
+    )  # no size from a file that is refused but that of its headers
+    shown = "?" if kind == "normalised" else genes
+    line = rf"{'renamed' if kind == 'several' else 'file'}: anndata.* {spots} spots, (\S+) genes; image hires in file\.h5ad 480x320"
+    found = re.search(line, out)
+    assert found, out
+    assert code == (kind == "normalised")
+    source = open_source(tmp_path / "file.h5ad", overrides={"mpp": "2", "species": "human", "tissue": "breast"})[-1]
+    if kind in ("normalised", "unclear"):
+        with pytest.raises(SourceError):
+            source.read()
+        assert ("X has values that are no counts, such as" in out) == (kind == "normalised")
+        return
+    section = source.read()
+    assert (len(section.spot_ids), str(len(section.gene_ids))) == (spots, found[1])
+    assert str(shown) == found[1]

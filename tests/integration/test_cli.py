@@ -298,6 +298,8 @@ def test_genes_and_doctor(capsys):
     out = capsys.readouterr().out
     assert "human:KRT14" in out
     assert "mouse:Penk" in out
+    assert main(["genes", "1-Mar", "44621", "--species", "human"]) == 1
+    assert capsys.readouterr().out.count("a spreadsheet or R may have changed MARCHF1 or MTARC1 to it") == 2
     assert main(["genes", "NOSUCHGENE1"]) == 1
     capsys.readouterr()
     assert main(["doctor"]) in (0, 1)

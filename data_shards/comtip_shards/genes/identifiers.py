@@ -21,6 +21,7 @@ import numpy as np
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.spreadsheet_dates import AMBIGUOUS, MONTHS, dates_of, serial_dates_of
 
 SPECIES = ("human", "mouse")
 RESOURCE = "genes_v1.tsv.gz"
@@ -30,32 +31,8 @@ _JOINED = re.compile(
     re.IGNORECASE,
 )
 """An Ensembl id that is joined to a symbol, as count tables of R have it (``ERBB2_ENSG00000141736``)."""
-_MONTHS = {
-    "jan": ("JAN",),
-    "feb": ("FEB",),
-    "mar": ("MARCH", "MARC"),
-    "apr": ("APR",),
-    "may": ("MAY",),
-    "jun": ("JUN",),
-    "jul": ("JUL",),
-    "aug": ("AUG",),
-    "sep": ("SEPT", "SEP"),
-    "oct": ("OCT",),
-    "nov": ("NOV",),
-    "dec": ("DEC",),
-}
-"""Month to the starts of symbols that spreadsheets turn into its dates (SEPT2 becomes 2-Sep), in order of preference."""
-_AMBIGUOUS_DATES = {("mar", 1), ("mar", 2)}
-"""Dates of two gene families: MARCH1 and MARC1 both become 1-Mar."""
-_MONTH = f"(?P<month>{'|'.join(_MONTHS)})t?"
-_DATE = re.compile(
-    rf"X?(?P<day>\d{{1,2}})[-. ]\s?{_MONTH}$"
-    rf"|{_MONTH.replace('month', 'month2')}[-. ](?P<day2>\d{{1,2}})$"
-    r"|X?\d{4}[-.](?P<number>\d\d)[-.](?P<day3>\d\d)(?:[ T.]00[:.]00(?:[:.]00)?)?$",
-    re.IGNORECASE,
-)
-"""Dates as spreadsheets show them (2-Sep, Sep-02), as pandas and databases read them from spreadsheets (2024-09-02 00:00:00),
-and both after R's make.names (X2.Sep)."""
+NAMES_PER_NUMBER = 20
+"""Smallest number of names per number that is taken for a date of a spreadsheet."""
 _TAIL = re.compile(r"(?P<stem>.+)[-.]\d{1,2}$")
 _SEPARATOR = re.compile(r"[^A-Za-z0-9]")
 REPAIRED = ("date", "dots", "tail")
@@ -151,7 +128,8 @@ class GeneResource:
 
     def candidates(self, identifier: str, species: str) -> list[str]:
         """Return the original symbols, sorted, that a spreadsheet or R may have changed to this identifier."""
-        rows = self._dates(identifier.strip(), species) | self._dots(identifier.strip(), species)
+        text = identifier.strip()
+        rows = self._dates(text, species) | self._dots(text, species) | self.serials(text, species)
         return sorted({self.rows[i].symbol for i in rows if i >= 0})
 
     def _repair(self, text: str, species: str) -> tuple[int | None, str]:
@@ -161,20 +139,19 @@ class GeneResource:
         return None, "unmapped"
 
     def _dates(self, text: str, species: str) -> set[int]:
-        match = _DATE.match(text)
-        if match is None:
-            return set()
-        month = (match["month"] or match["month2"] or "").lower()
-        if not month:
-            number = int(match["number"])
-            if not 1 <= number <= len(_MONTHS):
-                return set()
-            month = list(_MONTHS)[number - 1]
-        day = int(match["day"] or match["day2"] or match["day3"])
-        found = [row for s in _MONTHS[month] if (row := self._find(f"{s}{day}", species)[0]) is not None]
-        return (
-            {*found, -1, -2} if (month, day) in _AMBIGUOUS_DATES else set(found[:1])
-        )  # ambiguous: more than one candidate
+        return self._of_dates(dates_of(text), species)
+
+    def serials(self, text: str, species: str) -> set[int]:
+        """Return the rows of symbols that a spreadsheet may have turned into this number; see :meth:`candidates`."""
+        return self._of_dates(serial_dates_of(text), species)
+
+    def _of_dates(self, dates: Sequence[tuple[str, int]], species: str) -> set[int]:
+        """Return the rows of symbols that a spreadsheet turns into one of these dates; -1 and -2 if a date has two families."""
+        out: set[int] = set()
+        for month, day in dates:
+            found = [row for s in MONTHS[month] if (row := self._find(f"{s}{day}", species)[0]) is not None]
+            out |= {*found, -1, -2} if (month, day) in AMBIGUOUS else set(found[:1])
+        return out
 
     def _dots(self, text: str, species: str) -> set[int]:
         """Return the rows of symbols that R or Seurat may have changed to ``text``: separators replaced (HLA.A), X before a digit."""
@@ -225,7 +202,7 @@ class GeneMap:
     identifiers: list[str] = field(default_factory=list)
     """Identifiers of all columns, as in the source."""
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
-    """{unmapped identifier: the symbols from which a spreadsheet or R may have produced it}, if there are several."""
+    """{unmapped identifier: the symbols from which a spreadsheet or R may have produced it}, if it was not repaired."""
 
     @property
     def counts_by_how(self) -> dict[str, int]:
@@ -275,9 +252,9 @@ class GeneMap:
         if self.ambiguous:
             shown = "; ".join(f"{t} ({' or '.join(s)})" for t, s in list(self.ambiguous.items())[:5])
             lines.append(
-                f"{len(self.ambiguous)} names changed by a spreadsheet or by R fit more than one symbol, rename them: {shown}"
+                f"{len(self.ambiguous)} names that a spreadsheet or R may have changed were not repaired, rename them: {shown}"
             )
-        dates = [u for u in self.unmapped if _DATE.match(u) and u not in self.ambiguous]
+        dates = [u for u in self.unmapped if dates_of(u) and u not in self.ambiguous]
         if dates:
             lines.append(f"{len(dates)} look like symbols that a spreadsheet turned into dates: {', '.join(dates[:5])}")
         return "\n".join(lines)
@@ -311,6 +288,7 @@ def map_genes(
             resource.resolve(s, species) if h.how == "unmapped" and s else h for h, s in zip(hits, symbols, strict=True)
         ]
         hits = [s if s.how != "unmapped" else h for h, s in zip(hits, second, strict=True)]
+    hits = _with_serials(identifiers, hits, species, resource)
     hits = _with_tails(identifiers, hits)
     position: dict[str, int] = {}
     columns: dict[str, list[str]] = defaultdict(list)
@@ -321,8 +299,30 @@ def map_genes(
             columns[hit.key].append(text)
     collisions = {k: v for k, v in columns.items() if len(v) > 1}
     unmapped = [t for t, h in zip(identifiers, hits, strict=True) if h.how == "unmapped"]
-    ambiguous = {u: found for u in unmapped if len(found := resource.candidates(u, species)) > 1}
+    # The only symbol of a number is stated too: it was not repaired, because the names may be of another kind.
+    least = {u: 1 if serial_dates_of(u) else 2 for u in unmapped}
+    ambiguous = {u: found for u in unmapped if len(found := resource.candidates(u, species)) >= least[u]}
     return GeneMap(hits, list(position), index, collisions, unmapped, list(identifiers), ambiguous)
+
+
+def _with_serials(
+    identifiers: Sequence[str], hits: list[GeneHit], species: str, resource: GeneResource
+) -> list[GeneHit]:
+    """Resolve numbers of a spreadsheet (44624 for MARCHF4) among names of genes, where exactly one symbol fits.
+
+    If more than one name in :data:`NAMES_PER_NUMBER` is such a number, the names may be row numbers or Entrez ids, and none is changed.
+    """
+    rows = {t: resource.serials(t, species) for t, h in zip(identifiers, hits, strict=True) if h.how == "unmapped"}
+    rows = {text: found for text, found in rows.items() if found}
+    if len(rows) * NAMES_PER_NUMBER > len(identifiers):
+        return hits
+    own = {t: resource.rows[row] for t, found in rows.items() if (row := _only(found)) is not None}
+    return [
+        h
+        if t not in own
+        else GeneHit(f"{species}:{own[t].symbol}", species, own[t].symbol, own[t].ensembl, own[t].name, "date")
+        for t, h in zip(identifiers, hits, strict=True)
+    ]
 
 
 def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from comtip_shards.genes.identifiers import map_genes
 from comtip_shards.qc.context import SectionContext
-from comtip_shards.qc.result import Finding, graded, not_applicable
+from comtip_shards.qc.result import OK, WARN, Finding, graded, not_applicable
+from comtip_shards.sections.scaled_counts import MIN_SPOTS, SPREAD_EQUAL, SPREAD_RATIO, spread, totals_of
 from comtip_shards.sources.files.spots import NO_COUNTS, NO_POSITION
 from comtip_shards.sources.spatialdata_source import NO_ROW, NO_SHAPE
 
@@ -106,4 +107,27 @@ def repeated_spots(context: SectionContext) -> Finding:
         message,
         "remove the duplicate spots from the source",
         spots=tuple(sorted(rows)),
+    )
+
+
+def equal_totals(context: SectionContext) -> Finding:
+    """Check for spots that all have the same number of counts although they differ in the number of detected genes.
+
+    Counts that were scaled up to one total are refused when a section is read (:mod:`comtip_shards.sections.scaled_counts`).
+    """
+    name, counts = "equal_totals", context.section.counts
+    figure, detected = spread(totals_of(counts)), spread(np.diff(counts.indptr).astype(np.float64))
+    if not np.isfinite(figure):
+        return not_applicable(name, f"fewer than {MIN_SPOTS} spots have counts")
+    equal = figure < min(SPREAD_EQUAL, SPREAD_RATIO * detected)
+    message = f"the totals of spots differ by {figure:.1%} (median {np.median(context.totals):.0f}), the numbers of detected genes by {detected:.1%}"
+    return Finding(
+        name=name,
+        status=WARN if equal else OK,
+        figure=round(figure, 4),
+        threshold=SPREAD_EQUAL,
+        message=message,
+        advice="counts that were down-sampled to one total are fine; normalised values that were rounded are not: use the raw counts"
+        if equal
+        else "",
     )

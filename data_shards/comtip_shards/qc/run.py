@@ -25,6 +25,7 @@ CHECKS: tuple[Callable[[SectionContext], Finding], ...] = (
     counts.genes,
     counts.empty_spots,
     counts.repeated_spots,
+    counts.equal_totals,
     picture.stain,
     picture.blur,
     picture.background,

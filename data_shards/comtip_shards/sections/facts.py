@@ -32,6 +32,11 @@ def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
+def lowered(value: Any) -> Any:
+    """Return text in lower case: spreadsheets and people write names of options as ``Bins`` or ``Train``."""
+    return value.strip().lower() if isinstance(value, str) else value
+
+
 def _as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -60,6 +65,7 @@ class SectionFacts:
     attribution: Annotated[_Text | None, Field(description="credit to the authors of the data")] = None
     pixels: Annotated[
         PixelSource | None,
+        BeforeValidator(lowered),
         Field(
             description="HEST: cut tiles from the whole-slide image or from the patches (default: the image if present)"
         ),
@@ -83,6 +89,7 @@ class PoolingOptions:
     ] = None
     pool_from: Annotated[
         PooledUnit | None,
+        BeforeValidator(lowered),
         Field(description="what to pool: bins or cells (Visium HD), transcripts or cells (Xenium)"),
     ] = None
     bin_um: Annotated[

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import check_section_id
+from comtip_shards.sections.scaled_counts import not_raw, scaled_total
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import image_size, open_slide
 
@@ -154,6 +155,9 @@ class Section:
                 f"{where}: counts have shape {self.counts.shape}, but there are {len(self.spot_ids)} spots and "
                 f"{len(self.gene_ids)} genes; return one row per spot and one column per gene from the reader"
             )
+        total = scaled_total(self.counts) if self.gene_ids else None
+        if total is not None:
+            raise SourceError(f"{where}: {not_raw(total)}; give the raw counts (in an AnnData, `layer` names them)")
         self._check_texts(where)
         self._check_positions()
         return self

@@ -34,9 +34,10 @@ from comtip_shards.sources.anndata_parts.picture import (
     scale_factor,
 )
 from comtip_shards.sources.anndata_parts.positions import read_centres
-from comtip_shards.sources.anndata_parts.spots import gene_names, read_spots
+from comtip_shards.sources.anndata_parts.preview import preview_genes
+from comtip_shards.sources.anndata_parts.spots import gene_names, in_tissue, read_spots
 from comtip_shards.sources.anndata_parts.store import Store, files_of, open_store, stem_of
-from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
+from comtip_shards.sources.base import Preview, SectionSource, check_one_file, pick, stated_image
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.sources.geometry import (
     MAX_RATIO,
@@ -231,9 +232,20 @@ def _source(path: Path, library: Library, name: str, options: SourceOptions) -> 
         return section
 
     inputs = (path, view.image) if view.image is not None else (path,)
-    return SectionSource(
-        meta, inputs, load, partial(load, counts=False), options.counts, ScaleCheck.of(options.facts, view.factor)
-    )
+    preview = partial(_preview, path, library.key, view, options)
+    examine = ScaleCheck.of(options.facts, view.factor)
+    spots = partial(load, counts=False)
+    return SectionSource(meta, inputs, load, spots, options.counts, preview=preview, examine=examine)
+
+
+def _preview(path: Path, library: str, view: LibraryView, options: SourceOptions) -> Preview:
+    with open_store(path) as store:
+        spots = int(in_tissue(store["obs"].iloc[view.rows], path).sum())
+        genes = preview_genes(store, path, options.counts)
+        if view.picture is None:
+            return Preview(spots, genes)
+        height, width = store.group(f"uns/spatial/{library}")["images"][view.picture.name].shape[:2]
+        return Preview(spots, genes, f"{view.picture.name} in {path.name}", (int(width), int(height)))
 
 
 def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:

@@ -18,6 +18,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Preview:
+    """Size of a section that is known before it is read; None where it is not."""
+
+    spots: int | None = None
+    """Upper bound on the number of spots."""
+    genes: int | None = None
+    image: str = ""
+    """Name of an image that is no file of its own; "" otherwise."""
+    image_px: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class SectionSource:
     """A section whose data are read on demand."""
 
@@ -30,6 +42,8 @@ class SectionSource:
     counts: CountOptions = field(default_factory=CountOptions)
     """Options for counts and positions that change the content, but neither the metadata nor the input files."""
 
+    preview: Callable[[], Preview] | None = None
+    """Returns the size for a dry run; raises SourceError if a build would refuse the section. None: files' headers are read."""
     examine: Callable[[Section], None] | None = None
     """Raises SourceError if a valid section cannot be right, such as :class:`comtip_shards.sources.geometry.ScaleCheck`."""
 

@@ -139,7 +139,8 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
     files = [f for part in parts for f in sorted((path / part).rglob("*")) if f.is_file()]
     load = partial(_load, path, meta, table_name, region, image, system, notes, options.counts)
     spots = partial(load, counts=False)
-    return SectionSource(meta, tuple(files), load, spots, options.counts, ScaleCheck.of(options.facts, 1 / units))
+    examine = ScaleCheck.of(options.facts, 1 / units)
+    return SectionSource(meta, tuple(files), load, spots, options.counts, examine=examine)
 
 
 def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:

@@ -16,9 +16,9 @@ from comtip_shards.format.manifest import TileSpec
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import StatedSplits
 from comtip_shards.sources import detect, locate
-from comtip_shards.sources.base import SectionSource
+from comtip_shards.sources.base import SectionSource, named
 from comtip_shards.storage.remote import is_url
-from comtip_shards.study.headers import SectionSize, section_size
+from comtip_shards.study.headers import SectionSize, previewed, section_size
 from comtip_shards.study.sections import OpenedRow, Opener, merged, open_row
 from comtip_shards.study.table import StudyRow
 
@@ -94,10 +94,20 @@ def _plan_row(path: Path, row: StudyRow, opener: Opener, common: SourceOptions) 
     fmt = row.format if row.format not in (None, "auto") else _format(path.parent / row.path)
     if not opened.sources:
         return [SectionPlan(opened.name, opened.where, fmt, problems=tuple(problems))]
-    return [
-        SectionPlan(s.meta.section_id, opened.where, fmt, s, section_size(s), tuple(problems), frozenset(assumed))
-        for s in opened.sources
-    ]
+    return [_plan_section(s, opened.where, fmt, problems, frozenset(assumed)) for s in opened.sources]
+
+
+def _plan_section(
+    source: SectionSource, where: str, fmt: str, problems: Sequence[str], assumed: frozenset[str]
+) -> SectionPlan:
+    size, own = section_size(source), list(problems)
+    if source.preview is not None:
+        try:
+            with named(f"section {source.meta.section_id}", source.inputs):
+                size = previewed(size, source.preview())
+        except (SourceError, OSError) as error:
+            own.append(str(error))
+    return SectionPlan(source.meta.section_id, where, fmt, source, size, tuple(own), assumed)
 
 
 def _probe(

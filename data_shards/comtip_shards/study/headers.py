@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES, image_size
-from comtip_shards.sources.base import SectionSource
+from comtip_shards.sources.anndata_parts.picture import library_names
+from comtip_shards.sources.base import Preview, SectionSource
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.storage.regular_file import read_regular
@@ -73,6 +74,17 @@ def section_size(source: SectionSource) -> SectionSize:
     return size
 
 
+def previewed(size: SectionSize, found: Preview) -> SectionSize:
+    """Return the size from headers with what the reader of the format knows better."""
+    return SectionSize(
+        size.spots if found.spots is None else found.spots,
+        size.genes if found.genes is None else found.genes,
+        found.image or size.image,
+        found.image_px or size.image_px,
+        size.n_bytes,
+    )
+
+
 def _header(path: Path, meta: SectionMeta) -> dict[str, Any]:
     suffix = _suffix(path)
     try:
@@ -109,7 +121,7 @@ def _hdf5(file: h5py.File, path: Path, meta: SectionMeta) -> dict[str, Any]:
         return {}
     shape = file["X"].attrs.get("shape", file["X"].attrs.get("h5sparse_shape", getattr(file["X"], "shape", None)))
     found: dict[str, Any] = {"genes": int(shape[1])}
-    libraries = sorted(file["uns/spatial"]) if isinstance(file.get("uns/spatial"), h5py.Group) else []
+    libraries = library_names(file.get("uns/spatial"))
     if len(libraries) <= 1:
         found["spots"] = int(shape[0])
     pictures = [

@@ -14,6 +14,7 @@ from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFa
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources import READERS
 from comtip_shards.sources.base import SectionSource
+from comtip_shards.sources.tenx.run import picture_word
 from comtip_shards.storage.remote import is_url
 from comtip_shards.study.table import SUFFIXES, StudyRow, read_study
 
@@ -185,7 +186,7 @@ def _located(options: SourceOptions, folder: Path) -> SourceOptions:
 
 
 def _file(value: str | None, folder: Path) -> str | None:
-    if value is None or Path(value).is_absolute():
+    if value is None or Path(value).is_absolute() or picture_word(value) is not None:
         return value
     beginning = Path(value.partition("{id}")[0])
     known = (folder / value).exists() or ("{id}" in value and (folder / beginning).parent.is_dir())

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import check_section_id
 from comtip_shards.not_data import refuse_not_data, text_encoding
-from comtip_shards.sections.facts import META_KEYS, SourceOptions, source_options
+from comtip_shards.sections.facts import META_KEYS, SourceOptions, lowered, source_options
 from comtip_shards.sections.section import RENAME, Split
 from comtip_shards.sources import FORMATS
 from comtip_shards.sources.files.opening import fix_of
@@ -51,8 +51,8 @@ class StudyRow(BaseModel):
     """Section id in the set; without ``sample``, it also selects the section of this id in a source with several."""
     sample: _Cell | None = None
     """Section id in the source."""
-    split: Split | None = None
-    format: Literal[("auto", *FORMATS)] | None = None  # type: ignore[valid-type]
+    split: Annotated[Split | None, BeforeValidator(lowered)] = None
+    format: Annotated[Literal[("auto", *FORMATS)] | None, BeforeValidator(lowered)] = None  # type: ignore[valid-type]
     options: SourceOptions = Field(default_factory=SourceOptions)
     """Facts and options of the row."""
 
@@ -68,7 +68,7 @@ def read_study(path: Path) -> list[StudyRow]:
     Parameters
     ----------
     path
-        A ``.csv`` (comma or semicolon), ``.tsv`` or ``.yaml`` file. YAML is a list of mappings, or a mapping with such a
+        A ``.csv``, ``.tsv`` (commas, semicolons or tabs) or ``.yaml`` file. YAML is a list of mappings, or a mapping with such a
         list under ``sections``. In column names, case is ignored and ``-`` equals ``_``; empty cells mean not stated.
 
     Raises
@@ -102,7 +102,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line, cells) of a csv or tsv file; blank lines and comments are skipped."""
     lines = _Lines(text)
     first = next((line for line in io.StringIO(text) if not _is_comment(line) and line.strip()), "")
-    sep = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    sep = max((usual, *",\t;"), key=first.count)  # no name of a column has one of these
     limit = csv.field_size_limit(MAX_BYTES)  # of the whole process
     reader = csv.reader(lines, delimiter=sep, strict=True)
     try:

@@ -11,12 +11,14 @@ from scipy import sparse
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import CountOptions
+from comtip_shards.sections.scaled_counts import not_raw, scaled_total
 from comtip_shards.sources.anndata_parts.store import Store
 from comtip_shards.sources.files.tables import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")
 """Elements searched for counts, in order."""
-_LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
+LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
+"""Names of layers that are taken for counts if their values are."""
 
 
 def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
@@ -37,10 +39,10 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
         The stated layer does not exist, or the element holds no counts; the message names other layers with counts, and
         the options.
     """
-    key = _stated_key(store, options.layer, path)
+    key = stated_key(store, options.layer, path)
     if key is not None:
         matrix, notes = expression(store, key), [f"counts are those of {key} (`layer`)"]
-        if is_counts(matrix):
+        if is_counts(matrix) and scaled_total(matrix) is None:
             return matrix, _var_of(store, key), notes
         return _rounded(store, key, matrix, path, options, notes, "")
     found = [k for k in COUNTS if k in store]
@@ -50,7 +52,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
             notes = [] if key == "X" == found[0] else [f"counts are those of {key} ({path.name})"]
             return matrix, _var_of(store, key), notes
     others = [n for n in store.keys("layers") if n != "counts" and has_counts(expression(store, f"layers/{n}"))]
-    named = [n for n in others if _LIKE_COUNTS.search(n)]
+    named = [n for n in others if LIKE_COUNTS.search(n)]
     if len(named) == 1:
         key = f"layers/{named[0]}"
         notes = [f"counts are those of {key}, the only layer of counts by name and content ({path.name})"]
@@ -84,8 +86,8 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
 
 
 def has_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether a matrix holds counts, some of them above zero: an empty one is only a placeholder."""
-    return is_counts(matrix) and bool(matrix.count_nonzero())
+    """Return whether a matrix holds counts, some of them above zero: an empty one is only a placeholder, a scaled one is rounded."""
+    return is_counts(matrix) and bool(matrix.count_nonzero()) and scaled_total(matrix) is None
 
 
 def is_counts(matrix: sparse.csr_matrix) -> bool:
@@ -98,7 +100,8 @@ def is_counts(matrix: sparse.csr_matrix) -> bool:
     return bool(data.min() >= 0 and (data == np.rint(data)).all())
 
 
-def _stated_key(store: Store, layer: str | None, path: Path) -> str | None:
+def stated_key(store: Store, layer: str | None, path: Path) -> str | None:
+    """Return the key of the stated layer, None if none is stated; raises SourceError if it does not exist."""
     if layer is None:
         return None
     key = {"X": "X", "raw": "raw/X", "raw.X": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer}")
@@ -124,6 +127,9 @@ def _rounded(
 ) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
     """Return rounded counts if ``round_counts`` is set and the values allow it; otherwise raise SourceError."""
     var, data = _var_of(store, key), matrix.data
+    total = scaled_total(matrix) if is_counts(matrix) else None
+    if total is not None:
+        raise SourceError(f"{path}: {key}: {not_raw(total)}; {hint or 'add raw counts to the file'}")
     usable = data.dtype.kind != "b" and np.isfinite(data).all() and (data >= 0).all()
     if not options.round_counts or not usable:
         names, genes = [str(v) for v in store["obs"].index], [str(v) for v in var.index]

@@ -42,25 +42,29 @@ def library_names(spatial: Any) -> list[str]:
     ]
 
 
-def library_picture(library: Any, where: str) -> Picture:
+def library_picture(library: Any, where: str, fix: str = "") -> Picture:
     """Select the first of :data:`PICTURES` in one entry of ``uns["spatial"]`` (a mapping or an open group).
+
+    ``where`` (the file and the entry) and ``fix`` are the start and the end of messages; by default, the end names options of
+    the readers of sections.
 
     Raises
     ------
     SourceError
-        The entry has no image, or no valid scale factor for it; the message starts with ``where``, the file and the entry.
+        The entry has no image, or no valid scale factor for it.
     """
     stored = library.get("images", {})
     images = stored if hasattr(stored, "keys") else {}
     name = next((n for n in PICTURES if n in images), None)
     if name is None:
-        raise SourceError(f"{where}: no image ({', '.join(PICTURES)}); set `image`")
-    scale = scale_factor(library, f"tissue_{name}_scalef", where)
+        raise SourceError(f"{where}: no image ({', '.join(PICTURES)}); {fix or 'set `image`'}")
+    scale = scale_factor(library, f"tissue_{name}_scalef", where, fix)
     if scale is None and name == "fullres":
         scale = 1.0
     if scale is None:
         raise SourceError(
-            f"{where}: tissue_{name}_scalef is missing in the scale factors, so the image has no scale; add it, or set `image`"
+            f"{where}: tissue_{name}_scalef is missing in the scale factors, so the image has no scale; "
+            f"{fix or 'add it, or set `image`'}"
         )
     return Picture(name, scale)
 

@@ -158,7 +158,7 @@ def annotated(
     counts = as_counts(sparse.csr_matrix(matrix[:, features.genes()]), path, names, genes.ids)
     tally = counts_by_kind(features.kinds, np.asarray(matrix.sum(axis=0)).ravel())
     counts, genes, doubles = _merged(counts, genes)
-    spots = SpotPositions(names, xy, _array(obs), _labels(obs), _in_tissue(obs, path))
+    spots = SpotPositions(names, xy, _array(obs), _labels(obs), in_tissue(obs, path))
     notes = [*notes, *features.others_note(tally), *doubles]
     return join(meta, image, counts, names, genes.ids, genes.symbols, spots, path, path, notes)
 
@@ -190,5 +190,6 @@ def _labels(obs: pd.DataFrame) -> list[str]:
     return ["" if missing else str(v) for v, missing in zip(obs["label"], obs["label"].isna(), strict=True)]
 
 
-def _in_tissue(obs: pd.DataFrame, path: Path) -> np.ndarray:
+def in_tissue(obs: pd.DataFrame, path: Path) -> np.ndarray:
+    """Return which spots are in tissue, bool (n,): all if the table does not state it."""
     return flags(obs["in_tissue"], f"{path}: obs['in_tissue']") if "in_tissue" in obs else np.ones(len(obs), bool)

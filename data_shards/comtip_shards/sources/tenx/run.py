@@ -196,8 +196,9 @@ def choose_image(
     SourceError
         There is no image or no scale factor, there are several images, or the size contradicts the scale factors.
     """
-    if stated in PICTURES:
-        return _picture(root, pictures, factors, stated)
+    word = picture_word(stated)
+    if word is not None:
+        return _picture(root, pictures, factors, word)
     own = stated_file(stated, section_id)
     image = _microscope_image(root, prefix) if own is None else existing(own, "full-resolution image (`image`)")
     if image is None:
@@ -213,6 +214,12 @@ def choose_image(
         )
     check_full_resolution(image, pictures, factors)
     return image, 1.0, [] if stated else [f"full-resolution image: {image.name}"]
+
+
+def picture_word(stated: str | None) -> str | None:
+    """Return ``hires`` or ``lowres`` if the option ``image`` is this word in upper or lower case, else None: it is a path."""
+    word = (stated or "").strip().lower()
+    return word if word in PICTURES and (stated == word or not Path(stated or "").exists()) else None
 
 
 def _picture(

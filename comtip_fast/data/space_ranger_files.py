@@ -1,0 +1,107 @@
+"""Matrix and tables of a folder in Space Ranger's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from comtip_shards import SourceError
+from comtip_shards.sources.anndata_parts.spots import gene_names
+from comtip_shards.sources.files.tables import flags
+from scipy import sparse
+
+ARRAY = ("array_row", "array_col")
+MATRIX = "filtered_feature_bc_matrix.h5"
+
+
+def features_of(data: ad.AnnData) -> dict[str, list[str]]:
+    """Return the columns of the table of features: id, name, feature_type and genome."""
+    names = [str(name) for name in data.var_names]
+    ids = [str(v) for v in data.var["gene_key"]] if "gene_key" in data.var else gene_names(data.var)[0]
+    return {
+        "id": ids,
+        "name": names,
+        "feature_type": _column(data.var, "feature_types", "Gene Expression"),
+        "genome": _column(data.var, "genome", "unknown"),
+    }
+
+
+def _column(var: pd.DataFrame, name: str, default: str) -> list[str]:
+    """Return a column of ``var`` as text, with ``default`` where it has no value."""
+    if name not in var:
+        return [default] * len(var)
+    return [default if lost else str(v) for v, lost in zip(var[name], var[name].isna(), strict=True)]
+
+
+def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str, path: Path) -> None:
+    """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
+    matrix = sparse.csr_matrix(data.X)
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    values = matrix.data
+    whole = np.issubdtype(values.dtype, np.integer) or bool((values == np.rint(values)).all())
+    counts = whole and (not values.size or np.abs(values).max() <= np.iinfo(np.int32).max)
+    with h5py.File(path, "w") as file:
+        file.attrs["filetype"], file.attrs["version"] = "matrix", 2
+        file.attrs["library_ids"] = np.array([name.encode()])
+        group = file.create_group("matrix")
+        group["barcodes"] = np.array([str(v).encode() for v in data.obs_names])
+        group.create_dataset("data", data=values.astype(np.int32 if counts else np.float32), compression="gzip")
+        group.create_dataset("indices", data=matrix.indices.astype(np.int64), compression="gzip")
+        group["indptr"] = matrix.indptr.astype(np.int64)
+        group["shape"] = np.array([data.n_vars, data.n_obs], np.int32)
+        for column, texts in features.items():
+            group[f"features/{column}"] = np.array([text.encode() for text in texts])
+
+
+def positions_table(data: ad.AnnData) -> pd.DataFrame:
+    """Return the table ``tissue_positions.csv`` of Space Ranger."""
+    xy = np.asarray(data.obsm["spatial"], np.float64)
+    inside = flags(data.obs["in_tissue"], "obs['in_tissue']") if "in_tissue" in data.obs else np.ones(data.n_obs, bool)
+    table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": inside.astype(int)})
+    known = all(name in data.obs for name in ARRAY)
+    for name in ARRAY:
+        values = _array(data, name) if known else np.arange(data.n_obs, dtype=float)
+        table[name] = np.rint(values).astype(np.int64)
+    table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = xy[:, 1], xy[:, 0]
+    return table
+
+
+def _array(data: ad.AnnData, name: str) -> np.ndarray:
+    """Return a column of array positions, float64 (n,), NaN where it is no number; it may be text or a category."""
+    return np.asarray(pd.to_numeric(data.obs[name].astype(str), errors="coerce"), np.float64)
+
+
+def array_notes(data: ad.AnnData) -> list[str]:
+    """Return a warning for each property of the array positions that a Space Ranger folder cannot represent.
+
+    Raises
+    ------
+    SourceError
+        ``array_row`` or ``array_col`` of a spot has no value.
+    """
+    absent = [name for name in ARRAY if name not in data.obs]
+    if absent:
+        return [
+            f"obs has no {' and no '.join(absent)}: spots are numbered instead, so use pixel positions for neighbours"
+        ]
+    given = np.column_stack([_array(data, name) for name in ARRAY])
+    lost = int((~np.isfinite(given)).any(1).sum())
+    if lost:
+        raise SourceError(
+            f"array_row or array_col has no value for {lost} of {len(given)} spots; remove these columns of obs, or set whole numbers"
+        )
+    whole, notes = np.rint(given), []
+    if np.abs(whole - given).max(initial=0) > 1e-6:
+        notes.append("array_row and array_col are fractions and were rounded; pixel positions are exact")
+    if len(np.unique(whole, axis=0)) < len(whole):
+        notes.append("several spots have the same array_row and array_col; use pixel positions for neighbours")
+    elif (whole.sum(1) % 2 != 0).any():  # Visium numbers columns of even rows 0, 2, ... and of odd rows 1, 3, ...
+        notes.append(
+            "the array is not hexagonal as on Visium slides; set coord_type='generic' in squidpy.gr.spatial_neighbors"
+        )
+    return notes
