@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +15,15 @@ from pandas.api.types import union_categoricals
 from scipy import sparse
 
 from comtip_shards.errors import ShardError
-from comtip_shards.format.manifest import MAX_SPOTS, GeneRow, Manifest, ShardEntry, pack_bits, unpack_bits
+from comtip_shards.format.manifest import (
+    MAX_SPOTS,
+    GeneRow,
+    Manifest,
+    ManifestSection,
+    ShardEntry,
+    pack_bits,
+    unpack_bits,
+)
 from comtip_shards.names import FOREIGN, same_file
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.duplicates import check_duplicates
@@ -72,11 +80,7 @@ class JoinedSet(ShardSet):
         self._first_shard = np.cumsum([0, *(len(s.manifest.shards) for s in sets)])
         if self._first_spot[-1] > MAX_SPOTS:
             raise ShardError(f"{self.name}: more than {MAX_SPOTS:,} spots; join fewer sets")
-        known: dict[str, GeneRow] = {}
-        for one in sets:
-            known |= {gene.key: gene for gene in one.genes if gene.key not in known}
-        self._genes = [known[key] for key in sorted(known)]
-        row_of = {gene.key: row for row, gene in enumerate(self._genes)}
+        row_of = {gene.key: row for row, gene in enumerate(self.genes)}
         self._rows = [np.array([row_of[gene.key] for gene in one.genes], np.int32) for one in sets]
         for one, rows in zip(sets, self._rows, strict=True):
             if (np.diff(rows) <= 0).any():
@@ -93,7 +97,9 @@ class JoinedSet(ShardSet):
 
     def _joined_manifest(self) -> Manifest:
         """Return a manifest of all sections and shards; files and their hashes remain those of the sets."""
-        n_genes, sections, shards = len(self._genes), [], []
+        n_genes = len(self.genes)
+        sections: list[ManifestSection] = []
+        shards: list[ShardEntry] = []
         for one, first, rows in zip(self.sets, self._first_spot.tolist(), self._rows, strict=False):
             for section in one.manifest.sections:
                 measured = np.zeros(n_genes, bool)
@@ -122,7 +128,7 @@ class JoinedSet(ShardSet):
         return int(np.searchsorted(self._first_section, section, side="right")) - 1
 
     def _by_set(self, index: np.ndarray) -> Iterator[tuple[ShardSet, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield each set that holds some of the spots, with their places in ``index``, their indices in the set, and its gene rows."""
+        """Yield each set that holds some of the spots, with their positions in ``index``, their indices in the set, and its gene rows."""
         number = np.searchsorted(self._first_spot, index, side="right") - 1
         for i in np.unique(number).tolist():
             at = np.flatnonzero(number == i)
@@ -135,10 +141,13 @@ class JoinedSet(ShardSet):
 
     # -- what is read from the sets -----------------------------------------------------------------------
 
-    @property
-    def genes(self) -> list[GeneRow]:  # type: ignore[override]
+    @cached_property
+    def genes(self) -> list[GeneRow]:
         """See :attr:`ShardSet.genes`; the union, sorted by key. Of a gene in several sets, the first set states the row."""
-        return self._genes
+        known: dict[str, GeneRow] = {}
+        for one in self.sets:
+            known |= {gene.key: gene for gene in one.genes if gene.key not in known}
+        return [known[key] for key in sorted(known)]
 
     @cached_property
     def spots(self) -> pd.DataFrame:
@@ -151,30 +160,30 @@ class JoinedSet(ShardSet):
         out["section"] = self.sections_of(np.arange(len(self)))
         return out
 
-    def members_of(self, spot_index: Sequence[int] | np.ndarray, parts: Sequence[str]) -> list[list[bytes]]:  # type: ignore[override]
+    def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
         """See :meth:`ShardSet.members_of`; ``expr`` members are those of the sets, see :meth:`decode_counts`."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         out: list[list[bytes]] = [[b""] * index.size for _ in parts]
         for one, at, own, _ in self._by_set(index):
             for into, members in zip(out, one.members_of(own, parts), strict=True):
-                for place, member in zip(at.tolist(), members, strict=True):
-                    into[place] = member
+                for row, member in zip(at.tolist(), members, strict=True):
+                    into[row] = member
         return out
 
     def decode_counts(
-        self, exprs: Sequence[bytes], spot_index: Sequence[int] | np.ndarray
+        self, exprs: Sequence[bytes], spot_index: Iterable[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See :meth:`ShardSet.decode_counts`; rows are those of the union of the genes."""
         index, n_genes = np.asarray(spot_index, np.int64), self.manifest.n_genes
-        places, matrices = [np.zeros(0, np.int64)], [sparse.csr_matrix((0, n_genes), dtype=np.int32)]
+        positions, matrices = [np.zeros(0, np.int64)], [sparse.csr_matrix((0, n_genes), dtype=np.int32)]
         for one, at, own, rows in self._by_set(index):
             indptr, columns, counts = one.decode_counts([exprs[i] for i in at.tolist()], own)
-            places.append(at)
+            positions.append(at)
             matrices.append(sparse.csr_matrix((counts, rows[columns], indptr), shape=(at.size, n_genes)))
         joined = sparse.vstack(matrices, format="csr")
-        if len(places) > 2:
-            joined = joined[np.argsort(np.concatenate(places))]
+        if len(positions) > 2:
+            joined = joined[np.argsort(np.concatenate(positions))]
         return joined.indptr.astype(np.int64), joined.indices.astype(np.int32), joined.data.astype(np.int32)
 
     def overview(self, section: int) -> tuple[np.ndarray, float]:
@@ -192,7 +201,7 @@ class JoinedSet(ShardSet):
         one, number = self._shard_at(self.manifest.shards.index(shard))
         return one.member_ranges(one.manifest.shards[number])
 
-    def shards_of(self, spot_index: Sequence[int] | np.ndarray) -> np.ndarray:  # type: ignore[override]
+    def shards_of(self, spot_index: Iterable[int]) -> np.ndarray:
         """See :meth:`ShardSet.shards_of`."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
