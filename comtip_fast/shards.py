@@ -32,6 +32,8 @@ from comtip_shards.study.sections import Opener
 HEST_PATCH_UM = 112.0
 """Width of the patches in HEST's patch files."""
 Facts = SectionFacts | Mapping[str, Any] | None
+ShardPaths = str | Path | Sequence[str | Path]
+"""Folder or URL of a shard set, or those of several sets that are read as one."""
 _T = TypeVar("_T", PoolingOptions, CountOptions)
 
 
@@ -266,6 +268,11 @@ def _merged(one: _T, other: _T | None) -> _T:
     return one if other is None else replace(one, **{k: v for k, v in vars(other).items() if v is not None})
 
 
+def names_of_sets(shards: ShardPaths) -> tuple[str, ...]:
+    """Return the folders and URLs of ``data.shards``, or of an argument with one shard set or several."""
+    return (str(shards),) if isinstance(shards, (str, Path)) else tuple(map(str, shards))
+
+
 def shards_of_run(run: Path, configured: str) -> str:
     """Return the path of a run's shard set, searched at the configured path and near the run folder.
 
@@ -278,7 +285,7 @@ def shards_of_run(run: Path, configured: str) -> str:
     run
         Folder of the run.
     configured
-        ``data.shards`` of its config. A URL, and a path at which no set is found, are returned unchanged.
+        ``data.shards`` of its config, or one of its sets. A URL, and a path at which no set is found, are returned unchanged.
     """
     if is_url(configured) or (Path(configured) / "manifest.json").is_file():
         return configured

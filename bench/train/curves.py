@@ -27,6 +27,7 @@ import torch
 from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
+from comtip_fast.training.distributed.failures import RestartError
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
@@ -101,8 +102,14 @@ NVME = [
     Run("zero3", "zero3", ("engine.offload_optimizer=cpu", "engine.offload_param=nvme")),
 ]
 # Parameters thaw before and after the step at which a run is stopped.
-FROZEN = [Run("ddp"), Run("ddp", "ddp"), Run("ddp", settings=("engine.micro_batches=3",))]
-FROZEN_QUICK = [Run("ddp", "ddp")]
+FROZEN = [
+    *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")),
+    Run("ddp", "ddp"),
+    Run("ddp", settings=("engine.micro_batches=3",)),
+    Run("zero2", "zero3"),
+    Run("zero3", "ddp", ("engine.micro_batches=3",)),
+]
+FROZEN_QUICK = [Run("ddp", "ddp"), Run("zero2", "zero3")]
 SPIKES = [Run("ddp"), Run("zero1", "zero2"), Run("zero3")]
 RUNS = {
     "all": ALL,
@@ -142,7 +149,10 @@ def engine(name: str) -> list[str]:
 def train(
     shards: str, folder: Path, steps: int, group: Group, *, settings: list[str], stop: int = 0, resume: bool = False
 ) -> None:
-    """Start or resume a run as one rank of the group; at step ``stop`` the last rank receives a SIGTERM."""
+    """Start or resume a run as one rank of the group; at step ``stop`` the last rank receives a SIGTERM.
+
+    With DeepSpeed, a run ends when parameters thaw, and is resumed as by a launcher.
+    """
     config = load_config(None, [*TINY, f"data.shards={shards}", f"train.steps={steps}", *settings])
     task = build_task(config, torch.device("cpu"), group)
     batch = task.batch
@@ -153,7 +163,12 @@ def train(
         return batch(spots, step, epoch)
 
     task.batch = batch_or_stop  # type: ignore[method-assign]
-    Trainer(task, config, folder, group).fit(resume=resume)
+    try:
+        Trainer(task, config, folder, group).fit(resume=resume)
+    except RestartError as error:
+        if "thaws parameters" not in str(error):
+            raise
+        train(shards, folder, steps, group, settings=settings, stop=stop, resume=True)
 
 
 def rank(shards: str, folder: Path, steps: int, which: str) -> None:

@@ -89,7 +89,7 @@ DEMO = [
 class Fsdp2Engine:
     """FSDP2: ``fully_shard`` on every block and on the rest; a prototype of an engine."""
 
-    name, table_first = "fsdp2", False
+    name, table_first, rebuilds = "fsdp2", False, False
 
     def __init__(self, module: nn.Module, config: RunConfig, group: Group, *, keep: bool = False) -> None:
         self.module, self.config, self.group, self.shards = module, config, group, self

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--train-shards",
-        help="shard set with the training sections, for the ridge baselines (default: the folder in the run's config)",
+        action="append",
+        help="shard set with the training sections, for the ridge baselines; repeat it for a run on several sets (default: those in "
+        "the run's config)",
     )
     parser.add_argument(
         "--gene-vectors", type=Path, help="file of `comtip genes vectors`, to predict genes that were not trained"

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint to export: newest, best or a step; the run may still be in progress (default: the finished run's export)",
     )
     parser.add_argument(
-        "--shards", help="with --checkpoint: the run's shard set (default: the folder its config names)"
+        "--shards",
+        action="append",
+        help="with --checkpoint: the run's shard set; repeat it for a run on several (default: those that its config names)",
     )
     add_out(parser, "folder to write")
 

@@ -88,6 +88,10 @@ def invalid_value(errors: Sequence[ErrorDetails]) -> str:
     elif first["type"] == "too_long":
         problem = f"must be a list of {first['ctx']['max_length']} values"
     given = first["input"]
+    if (
+        len(loc) > 1 and ".".join(map(str, loc[:-1])) in all_keys()
+    ):  # of a value of several types, pydantic adds the type
+        loc = loc[:-1] if isinstance(loc[-1], str) else loc
     return f"{'.'.join(map(str, loc))}: {problem} (given: {given!r}, {type(given).__name__})"
 
 

@@ -307,6 +307,14 @@ Rule = tuple[bool, str]
 def _data_rules(c: RunConfig) -> list[Rule]:
     d, slots = c.data, c.data.slots or 1
     return [
+        (
+            d.balance != "set" or not isinstance(d.shards, str),
+            "data.balance: set; needs a list of several sets in data.shards, e.g. [hest, own]",
+        ),
+        (
+            d.balance_temperature is None or d.balance != "none",
+            f"data.balance_temperature: {d.balance_temperature}; needs data.balance set, organ or platform",
+        ),
         (d.batch_size % slots == 0, f"data.batch_size: {d.batch_size}; must be a multiple of data.slots ({slots})"),
         (
             (d.sections_per_batch or 0) % slots == 0,
@@ -358,7 +366,6 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
     nvme = "nvme" in (e.offload_optimizer, e.offload_param)
     offloads = e.offload_optimizer != "none" or e.offload_param != "none"
     on_state, on_parameters = e.offload_optimizer, e.offload_param
-    thaws = any(last for _, last in c.optim.freeze)
     return [
         (
             not offloads or e.kind == "deepspeed",
@@ -380,13 +387,6 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
             (
                 f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, not {e.zero_stage}"
                 f"{'; or set engine.offload_optimizer=cpu' if e.zero_stage else ''}"
-            ),
-        ),
-        (
-            not thaws or e.kind != "deepspeed",
-            (
-                "optim.freeze: DeepSpeed cannot freeze parameters up to a step; give 0 (all steps) as the last frozen step, or set "
-                "engine.kind to auto, ddp or single"
             ),
         ),
         (

@@ -79,4 +79,4 @@ class OptimConfig:
     freeze: tuple[tuple[Pattern, CountOrZero], ...] = ()
     """Frozen parameters: pairs of the name of a module or parameter, which may contain ``*``, ``?`` and ``[...]``, and the last
     step for which it is frozen (0: all steps), e.g. ``[[vision, 500], ["vision.blocks.[0-5]", 0]]``. Frozen parameters have no
-    optimizer state. With DeepSpeed, parameters can be frozen for all steps only."""
+    optimizer state. With DeepSpeed, a run ends with exit code 75 when parameters thaw, and continues after a restart."""

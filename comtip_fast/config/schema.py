@@ -24,8 +24,9 @@ CONFIG_VERSION = 1
 class DataConfig:
     """Training data, its augmentation, and the loading of batches."""
 
-    shards: str = "runs/demo/shards"
-    """Folder or URL of a shard set (``manifest.json`` and its tar files)."""
+    shards: str | Annotated[tuple[str, ...], Field(min_length=1)] = "runs/demo/shards"
+    """Folder or URL of a shard set (``manifest.json`` and its tar files), or a list of several, e.g. ``[hest, own]``, which are read
+    as one set: sections in this order, and the union of the genes. Their tiles must have been cut with the same settings."""
     tile_px: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Expected width of the set's tiles in px (S); training on another set is refused. ``null`` accepts any width."""
     tile_um: Positive | None = None
@@ -57,9 +58,12 @@ class DataConfig:
     uniform offset in +- 0.2 j; 0 disables it."""
     zoom: Share = 0.0
     """Largest random zoom about the tile's centre (0.2: a factor of 1 to 1.2); 0 disables it."""
-    balance: Literal["none", "organ", "platform"] = "none"
-    """``none``: every spot once per epoch. Otherwise every organ (of a species) or platform contributes the same number
-    of spots to an epoch: small groups are repeated, large groups are subsampled."""
+    balance: Literal["none", "set", "organ", "platform"] = "none"
+    """``none``: every spot once per epoch. Otherwise every set of ``data.shards``, organ (of a species) or platform contributes the
+    same number of spots to an epoch, or that of ``balance_temperature``: small groups are repeated, large groups are subsampled."""
+    balance_temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """T: with ``balance``, a group of n spots contributes a share of the epoch proportional to n to the power of 1/T. 1 keeps the
+    shares of the groups; ``null`` makes them equal."""
     loader: Literal["auto", "torch", "wds", "dali"] = "auto"
     """Reader and decoder (docs/data_loading.md). All return the same batches; tiles are equal within JPEG tolerance. ``auto``
     selects DALI if training runs on a GPU, DALI is installed and no features of a frozen stem are in memory (``stem_features``), and

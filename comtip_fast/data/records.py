@@ -145,7 +145,7 @@ class SpotReader:
         encoded.exprs = _read_members(encoded, read)
 
     def _decode_exprs(self, exprs: list[bytes], spots: np.ndarray) -> Csr:
-        return record.decode_exprs(exprs, self.shards.manifest.n_genes, lambda i: self.shards.where(int(spots[i])))
+        return self.shards.decode_counts(exprs, spots)
 
 
 def _read_members(encoded: EncodedSpots, read: Callable[[np.ndarray], list[bytes]]) -> list[bytes]:

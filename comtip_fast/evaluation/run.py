@@ -15,6 +15,7 @@ from comtip_fast.evaluation.train_reference import training_shards
 from comtip_fast.evaluation.trained import EPOCHS, TrainOptions
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
+from comtip_fast.shards import ShardPaths
 
 
 def evaluate_run(
@@ -23,7 +24,7 @@ def evaluate_run(
     out: Path | str | None = None,
     *,
     sections: Sequence[str] | None = None,
-    train_shards: Path | str | None = None,
+    train_shards: ShardPaths | None = None,
     gene_vectors: Path | str | None = None,
     genes: Sequence[str] | None = None,
     null_draws: int = 200,
@@ -46,7 +47,7 @@ def evaluate_run(
         Section ids; default: those whose split is ``test``, or all of a set without that split; those that training used are
         left out.
     train_shards
-        Shard set with the training sections, for the ridge baselines; default: the run's own.
+        Shard set with the training sections, or several, for the ridge baselines; default: the run's own.
     gene_vectors
         File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
     genes

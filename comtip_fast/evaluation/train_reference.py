@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comtip_shards import ShardSet
+from comtip_shards import ShardSet, open_sets
 from comtip_shards.sections.section import cohort_of
 from comtip_shards.slides.tiles import StainStats, normalise_stain
 from comtip_shards.storage.remote import is_url
@@ -23,7 +23,7 @@ from comtip_fast.inference import Predictor, SectionFeatures
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.inference.section import row_blocks
 from comtip_fast.lineage import LineageSection
-from comtip_fast.shards import shards_of_run
+from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
@@ -105,8 +105,8 @@ def spot_inputs(
     return inputs
 
 
-def training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
-    """Open the shard set with the training sections: ``given``, or else the one that the run's config names.
+def training_shards(run: Path, configured: ShardPaths, given: ShardPaths | None) -> ShardSet:
+    """Open the shard set, or several as one, with the training sections: ``given``, or else those that the run's config names.
 
     Raises
     ------
@@ -115,14 +115,22 @@ def training_shards(run: Path, configured: str, given: Path | str | None) -> Sha
     FileNotFoundError
         There is no shard set.
     """
-    train = shards_of_run(run, configured) if given is None else str(given)
-    if given is None and is_url(train):
+    if given is None:
+        return open_sets(
+            [_training_set(run, shards_of_run(run, name), stated=True) for name in names_of_sets(configured)]
+        )
+    return open_sets([_training_set(run, name, stated=False) for name in names_of_sets(given)])
+
+
+def _training_set(run: Path, train: str, *, stated: bool) -> str:
+    """Return the path ``train`` of a shard set, which the run's config has ``stated``, or the user; raise if it cannot be opened."""
+    if stated and is_url(train):
         raise ValueError(
             f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
             "if you trust it, give it with `train_shards`"
         )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():
-        if given is not None:
+        if not stated:
             raise FileNotFoundError(
                 f"`train_shards` {train}: no shard set (manifest.json is missing); give the folder or URL of a shard set"
             )
@@ -130,7 +138,7 @@ def training_shards(run: Path, configured: str, given: Path | str | None) -> Sha
             f"{train}: the config of {run} names this path, but no shard set is there; the baselines are trained on the model's "
             "training sections, so give their shard set with `train_shards`"
         )
-    return ShardSet(train)
+    return train
 
 
 def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:

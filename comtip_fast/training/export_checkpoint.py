@@ -9,7 +9,7 @@ import torch
 from comtip_shards.storage.remote import is_url
 
 from comtip_fast.config.io import load_config
-from comtip_fast.shards import shards_of_run
+from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import problem_of
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
@@ -24,7 +24,7 @@ ATTEMPTS = 10
 """Number of attempts to read a checkpoint that a run in progress may replace."""
 
 
-def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None = None) -> int:
+def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths | None = None) -> int:
     """Write an export from one checkpoint and return its step.
 
     Parameters
@@ -36,7 +36,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     out
         Folder of the export.
     shards
-        Shard set that the run was trained on; None searches for the set of the run's config with
+        Shard set that the run was trained on, or all of its sets; None searches for those of the run's config with
         :func:`comtip_fast.shards.shards_of_run`.
 
     Raises
@@ -56,14 +56,18 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
     check_state(loaded.state, folder, step)
     config = with_earlier_values(loaded.state["config"], load_config(run_dir / "config.yaml"))
-    config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
+    if shards is None:
+        opened = tuple(_stated_set(run_dir, name) for name in names_of_sets(config.data.shards))
+    else:
+        opened = names_of_sets(shards)
+    config = replace(config, data=replace(config.data, shards=opened[0] if len(opened) == 1 else opened))
     # The checkpoint holds all weights; no initial weights are loaded.
     parents = parents_of(config, run_dir, required=False)
     task = build_task(config, torch.device("cpu"), initialise=False, parents=parents)
     changed = changed_inputs(loaded.state["fingerprint"], task.fingerprint())
     if changed:
         raise CheckpointError(
-            f"{run_dir}: the inputs differ from those of training ({', '.join(changed)}; the shard set is {config.data.shards}); "
+            f"{run_dir}: the inputs differ from those of training ({', '.join(changed)}; the shard set is {', '.join(opened)}); "
             f"{_fix_of(changed)}"
         )
     load_weights(task.module, loaded, folder)
@@ -126,15 +130,13 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
         raise CheckpointError(f"{problem_of(error)}; choose newest or another step of {available}") from error
 
 
-def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
-    """Return the shard set to open: ``given``, or the set that the run's config states."""
-    if given is None and is_url(stated):
+def _stated_set(run_dir: Path, stated: str) -> str:
+    """Return the path of a shard set that the run's config states."""
+    if is_url(stated):
         raise ValueError(
             f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded; if you "
             "trust this URL, give it with `shards`"
         )
-    if given is not None:
-        return given
     found = shards_of_run(run_dir, stated)
     if not is_url(found) and not (Path(found) / "manifest.json").is_file():
         raise FileNotFoundError(

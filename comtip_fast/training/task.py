@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from comtip_kernels.packed_attention import attention_name
-from comtip_shards import ShardSet
+from comtip_shards import ShardSet, open_sets
 from torch import Tensor, nn
 
 from comtip_fast.collectives import Group, SingleProcessGroup, share_of
@@ -77,8 +77,8 @@ def build_task(
         The shard set, the settings, the gene vectors or the initial weights cannot be used.
     """
     torch.manual_seed(config.train.seed)
-    shards = ShardSet(config.data.shards)
-    shards.files.ranges = config.data.fetch == "ranges"
+    shards = open_sets(config.data.shards)
+    shards.read_by_ranges(config.data.fetch == "ranges")
     check_expected_tile(config, shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from comtip_shards.storage.atomic import atomic_folder
@@ -32,7 +32,7 @@ from comtip_fast.training.checkpoint.run_state import RunState, deterministic, s
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint
-from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
+from comtip_fast.training.distributed.failures import ADVICE, RestartError, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
@@ -222,6 +222,8 @@ class Trainer:
                 return
             if self._write_failed or (self._saver.writer.failed and self.group.size == 1):
                 self._saver.check()
+            if self._freezing.changes_at(p.step + 1) and not self.engine.rebuilds:
+                self._leave_to_thaw()
             self._watchdog.reset(f"step {p.step + 1}")
             self._one_step(caught)
             # A stop request does not wait for a validation: the resumed run starts with it.
@@ -422,6 +424,18 @@ class Trainer:
         self.engine.restore(state)
         frozen = len(self._freezing.frozen_at(step))
         log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
+
+    def _leave_to_thaw(self) -> NoReturn:
+        """Write a checkpoint, and raise RestartError: the next process builds the engine with the parameters that thaw."""
+        step = self.progress.step
+        if self._saved_step != step:
+            self._watchdog.reset(f"the checkpoint of step {step}")
+            self._save()
+        self._saver.drain()
+        raise RestartError(
+            f"optim.freeze thaws parameters after step {step}, for which DeepSpeed needs new processes; a launcher starts them, and the "
+            f"run continues from the checkpoint of step {step}; without a launcher, start the run again with `resume`"
+        )
 
     def _export_best(self) -> None:
         """Write the export of the best weights, or of the last weights if no validation had a score."""

@@ -24,6 +24,7 @@ from comtip_fast.plan.sizes import Inputs
 from comtip_fast.training.freezing import Freezing
 from comtip_fast.training.optim import make_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
+from testkit.distributed import run_distributed
 
 ROOT = Path(__file__).parents[2]
 SIZES = ModelSizes(tile_px=32, n_levels=4, vocab_size=40, n_identities=6, longest=7)
@@ -119,10 +120,22 @@ def test_a_rule_for_what_is_never_trained_says_so() -> None:
         Freezing(CoMTIP(run, SIZES), run.optim.freeze)
 
 
-def test_deepspeed_freezes_for_all_steps_only() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.freeze: DeepSpeed cannot freeze"):
-        config("optim.freeze=[[vision, 5]]", "engine.kind=deepspeed")
-    assert config("optim.freeze=[[vision, 0]]", "engine.kind=deepspeed").optim.freeze
+@pytest.mark.slow
+def test_with_deepspeed_a_run_ends_at_the_thaw_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that the user changes while the run is stopped gives the same run as one with the step from the beginning."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    output = run_distributed([str(Path(__file__).with_name("thaw_worker.py")), str(tmp_path)], 2, fork=True)
+    (runs, _), (_, reads) = (json.loads(text.splitlines()[-1]) for text in output)
+    assert reads == 0, "rank 1 read a checkpoint that rank 0 sends"
+    for stage in (1, 3):
+        found, message = runs[f"through_the_thaw{stage}"]
+        assert found == pytest.approx(runs["ddp"][0], rel=1e-4)
+        assert "optim.freeze thaws parameters after step 6" in message
+        found, message = runs[f"thawed_by_the_user{stage}"]
+        assert found == pytest.approx(runs["ddp"][0], rel=1e-4)
+        assert "step counts differ" in message
+        assert "keep their names in optim.freeze and give the step of the checkpoint" in message
 
 
 @pytest.mark.parametrize("value", ["[[vision, -1]]", "[vision]", "[[vision, 1.5]]", "[['', 1]]"])
@@ -167,9 +180,9 @@ def stop_at(step: int, stop: int) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_thaw_and_resume_as_one_process(tiny_shards: ShardSet, tmp_path: Path) -> None:
-    """DDP over gloo: thaw at steps 5 and 9, stopped and resumed at step 6 (further runs: bench/train/curves.py --runs frozen)."""
+    """DDP, and ZeRO 2 then 3: thaw at steps 5 and 9, stopped and resumed at step 6 (all: bench/train/curves.py --runs frozen)."""
     rows = curves.run(str(tiny_shards.path), tmp_path, 12, [2], "frozen-quick")
-    assert [row["ok"] for row in rows] == [True], rows
+    assert [row["ok"] for row in rows] == [True, True], rows
 
 
 def test_the_plan_counts_what_stays_frozen_and_not_what_thaws() -> None:

@@ -76,7 +76,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
         raise ValueError(
             f"{shards.name}: {genes.trained.size} genes can be trained, but at least 2 are needed; {_more_genes(genes, config.genes)}"
         )
-    with shards.files.by_ranges():  # a few records of every shard
+    with shards.by_ranges():  # a few records of every shard
         sample, fit, damaged = _read_sample(shards, train, genes.trained, config)
     train = np.setdiff1d(train, damaged)
     n_sections, section = len(shards.manifest.sections), shards.sections_of(fit)

@@ -34,7 +34,7 @@ def fetched_ahead(
     rank, world
         This rank and the number of ranks.
     """
-    if shards.files.remote is None or shards.files.ranges or depth == 0:
+    if not shards.fetches_shards or depth == 0:
         yield from batches
         return
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="comtip-fetch")

@@ -45,7 +45,7 @@ class EpochSchedule:
     spots
         int64, the training spots, ascending.
     config
-        ``batch_size``, ``sections_per_batch``, ``balance``, ``run`` and ``slots`` are read.
+        ``batch_size``, ``sections_per_batch``, ``balance``, ``balance_temperature``, ``run`` and ``slots`` are read.
     seed
         The run's seed.
     """
@@ -107,12 +107,13 @@ class EpochSchedule:
         if data.balance == "none":
             return self._batches_of(self.spots, self.spots, epoch, data.run)
         section = self.section_of(self.spots)
+        group = self._group[section]
         if data.run == 1:
-            drawn = balanced_draw(self._group[section], self.spots, self.seed, epoch)
+            drawn = balanced_draw(group, self.spots, self.seed, epoch, None, data.balance_temperature)
             run: int | np.ndarray = 1
         else:
             run_of = runs(section, self.spots, data.run, self.seed, epoch)
-            drawn = balanced_draw(self._group[section], self.spots, self.seed, epoch, run_of)
+            drawn = balanced_draw(group, self.spots, self.seed, epoch, run_of, data.balance_temperature)
             # A run of the draw ends at the end of the run of its spots, or at the beginning of the next pass over a group.
             of_drawn = run_of[np.searchsorted(self.spots, drawn)]
             ends = (np.diff(of_drawn) != 0) | (np.diff(drawn) <= 0)
@@ -133,8 +134,10 @@ class EpochSchedule:
 
 
 def balance_groups(shards: ShardSet, balance: str) -> list[str]:
-    """Return the group of each section: its cohort if ``balance`` is ``organ``, otherwise its platform in lower case."""
+    """Return the group of each section: its set, cohort or platform in lower case, as ``balance`` is ``set``, ``organ`` or another."""
     sections = shards.manifest.sections
+    if balance == "set":
+        return [f"{shards.set_of_section(i):06d}" for i in range(len(sections))]
     if balance == "organ":
         return [shards.cohort_of_section(i) for i in range(len(sections))]
     return [s.platform.strip().lower() for s in sections]

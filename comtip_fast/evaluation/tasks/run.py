@@ -23,6 +23,7 @@ from comtip_fast.evaluation.train_reference import training_shards
 from comtip_fast.evaluation.trained import EPOCHS, METHODS, TrainOptions
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
+from comtip_fast.shards import ShardPaths
 
 log = logging.getLogger("comtip_fast")
 SCORERS: dict[str, Callable[[TaskContext], list[TaskRow]]] = {
@@ -155,7 +156,7 @@ def evaluate_tasks(
     out: Path | str | None = None,
     *,
     sections: Sequence[str] | None = None,
-    train_shards: Path | str | None = None,
+    train_shards: ShardPaths | None = None,
     gene_vectors: Path | str | None = None,
     encoders: Sequence[str] = (),
     gene_sets: Path | str | None = None,

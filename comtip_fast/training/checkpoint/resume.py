@@ -18,7 +18,7 @@ from comtip_fast.training.checkpoint.run_state import check_same_run
 from comtip_fast.training.checkpoint.schema import check_state
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.checkpoint.store import Checkpoint
-from comtip_fast.training.distributed.process_group import Pause, on_rank_zero
+from comtip_fast.training.distributed.process_group import Pause, broadcast, broadcast_tensors, on_rank_zero
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -83,11 +83,15 @@ def find_checkpoint(
         return None if found is None else found[0]
 
     step = on_rank_zero(choose, group, pause)
-    if step is None or own:
-        return own[0] if own else None
+    if step is None:
+        return None
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
-    only_state = in_parts and checkpoints.is_in_parts(folder)
-    return step, checkpoints.load_state_of_parts(folder) if only_state else checkpoints.load(folder)
+    if in_parts and checkpoints.is_in_parts(folder):
+        return own[0] if own else (step, checkpoints.load_state_of_parts(folder))
+    read = own[0][1] if own else Checkpoint({}, {}, {})
+    # A file server is read once, not by every rank.
+    tensors = [broadcast_tensors(part, group) for part in (read.model, read.optim, read.ema)]
+    return step, Checkpoint(tensors[0], tensors[1], broadcast(read.state, group), tensors[2])
 
 
 def prepare_run_folder(

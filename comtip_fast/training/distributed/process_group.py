@@ -266,6 +266,22 @@ def broadcast(value: T, group: Group) -> T:
     return box[0]
 
 
+def broadcast_tensors(tensors: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """Return rank 0's CPU tensors by name on every rank; a collective call.
+
+    Tensors are sent one at a time, so that a rank needs no memory beyond them.
+    """
+    if group.size == 1:
+        return tensors
+    layout = broadcast([(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()], group)
+    out = tensors if group.rank == 0 else {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in layout}
+    with _waiting(group) as waits:
+        for tensor in out.values():
+            if tensor.numel():  # as bytes, because gloo does not send every type
+                dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), src=0, group=waits)
+    return out
+
+
 def on_rank_zero(work: Callable[[], T], group: Group, pause: Pause = nullcontext) -> T:
     """Call ``work`` on rank 0 and return its result on every rank; a collective call.
 

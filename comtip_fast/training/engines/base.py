@@ -99,6 +99,8 @@ class Engine(Protocol):
     table_first: bool
     """Which piece computes the sentence table with gradient caching, and therefore uses every parameter: the first (True) or the
     last (False)."""
+    rebuilds: bool
+    """Whether another engine can be built for the same module in this process, as when parameters thaw."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
     shards: Shards | None

@@ -93,6 +93,8 @@ class DeepSpeedEngine:
         self.name = f"zero{self.stage}"
         # ZeRO 3 clears a parameter's old gradient in the first pass of a step, and only if that pass reads the parameter.
         self.table_first = self.stage == 3
+        # DeepSpeed leaves hooks and attributes on the parameters that it has trained.
+        self.rebuilds = False
         device = next(module.parameters()).device
         self._deepspeed = _import(device)
         if not dist.is_initialized():  # DeepSpeed requires a process group even for a single process
@@ -286,7 +288,9 @@ class DeepSpeedEngine:
             if len(steps) > 1:
                 raise TrainingError(
                     f"optimizer state of the checkpoint: step counts differ ({sorted(steps)[:3]}) among parameters that ZeRO updates "
-                    f"together, e.g. {names[0]}; resume with engine.kind=auto, or with the earlier value of optim.freeze"
+                    f"together, e.g. {names[0]}; to thaw parameters at this step, keep their names in optim.freeze and give the step of "
+                    "the checkpoint as the last frozen one; otherwise resume with engine.kind=auto, or with the earlier value of "
+                    "optim.freeze"
                 )
             for step in steps:
                 state["step"] = torch.tensor(step, device=state["step"].device)

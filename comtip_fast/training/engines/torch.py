@@ -26,7 +26,7 @@ class TorchEngine:
         self.name = "single" if group.size == 1 else "ddp"
         self.shards: Shards | None = None
         # DDP waits for every parameter in the pass that reduces gradients, which is the last one.
-        self.table_first = False
+        self.table_first, self.rebuilds = False, True
         device = next(module.parameters()).device
         self._clock = clock_of(group, device)
         self._masked = not devices.reads_are_free(device)

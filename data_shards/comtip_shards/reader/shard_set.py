@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
@@ -151,10 +152,21 @@ class ShardSet:
         """Return raw counts, int32 CSR (n, n_genes); raises like :meth:`members`, and ShardError for invalid counts."""
         index = np.asarray(spot_index, np.int64)
         n_genes = self.manifest.n_genes
-        indptr, rows, data = record.decode_exprs(
-            self.members(index, "expr"), n_genes, lambda i: self.where(int(index[i]))
-        )
+        indptr, rows, data = self.decode_counts(self.members(index, "expr"), index)
         return sparse.csr_matrix((data, rows, indptr), shape=(index.size, n_genes), dtype=np.int32)
+
+    def decode_counts(
+        self, exprs: Sequence[bytes], spot_index: Iterable[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Decode the ``expr`` members of spots: indptr int64 (n + 1,), gene rows int32 (nnz,), counts int32 (nnz,).
+
+        Raises
+        ------
+        ShardError
+            A member holds invalid counts.
+        """
+        index = np.asarray(spot_index, np.int64)
+        return record.decode_exprs([*exprs], self.manifest.n_genes, lambda i: self.where(int(index[i])))
 
     def measured(self, section: int) -> np.ndarray:
         """Return a mask of the genes that a section measured: bool (n_genes,)."""
@@ -225,6 +237,23 @@ class ShardSet:
     def fetch(self, shard: int) -> None:
         """Fetch a shard of a remote set into the cache; an error is raised by the read that needs it."""
         self._reader.fetch(shard)
+
+    @property
+    def fetches_shards(self) -> bool:
+        """Whether reading a record fetches its whole shard into the cache: the set is remote and not read by ranges."""
+        return self.files.remote is not None and not self.files.ranges
+
+    def read_by_ranges(self, ranges: bool) -> None:
+        """Request parts of remote shards by byte ranges from now on, or fetch whole shards."""
+        self.files.ranges = ranges
+
+    def by_ranges(self) -> AbstractContextManager[None]:
+        """Return a context in which remote shards are read by byte ranges, which suits a few records of many shards."""
+        return self.files.by_ranges()
+
+    def set_of_section(self, section: int) -> int:
+        """Return which of the sets that were opened together holds a section, from 0."""
+        return 0
 
     def _check_range(self, index: np.ndarray) -> None:
         if index.size and not 0 <= index.min() <= index.max() < len(self):

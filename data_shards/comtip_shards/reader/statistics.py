@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,7 @@ from comtip_shards.format.statistics import (
     largest_size,
 )
 from comtip_shards.names import FOREIGN
+from comtip_shards.reader.joined_set import JoinedSet
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.storage.atomic import write_atomic
 from comtip_shards.storage.cache import default_cache
@@ -45,6 +47,8 @@ def gene_statistics(shards: ShardSet) -> Iterator[SectionStatistics]:
         Of kind ``remote``: the server failed while records were read (statistics without them would select other genes), or the
         default cache folder belongs to another user.
     """
+    if isinstance(shards, JoinedSet):  # columns are the genes of a section, which are in the same order in both tables
+        return chain.from_iterable(map(gene_statistics, shards.sets))
     for path in _paths(shards):
         try:
             return _opened(open_regular(path, largest_size(shards.manifest), follow=False), shards, str(path))

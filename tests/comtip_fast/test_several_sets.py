@@ -1,0 +1,111 @@
+"""Training on several shard sets that one config names: exact, resumable, and with weights by set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comtip_shards.builder.build import build_shards
+from comtip_shards.builder.merge import merge_sets
+from comtip_shards.sampling.balance import group_shares
+from comtip_shards.sources import open_source
+from safetensors.torch import load_file
+
+from comtip_fast import evaluate
+from comtip_fast.config.io import ConfigError, load_config
+from comtip_fast.training.export_checkpoint import export_checkpoint
+from comtip_fast.training.protocol import TrainingError
+from comtip_fast.training.task import build_task
+from comtip_fast.training.trainer import Trainer
+from testkit.tiny import TinySection, write_tiny_source
+from tests.conftest import TINY
+
+SETS = (
+    (TinySection("t1", "donor_a", "train"), TinySection("v1", "donor_v", "val")),
+    (TinySection("t2", "donor_b", "train"), TinySection("x1", "donor_x", "test")),
+)
+SETTINGS = [*TINY, "train.steps=4", "train.validate_every=4", "train.device=cpu", "data.batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Return two sets, the second with a larger section, and the set that a merge of them writes."""
+    folder = tmp_path_factory.mktemp("sets")
+    for i, sections in enumerate(SETS):
+        source = write_tiny_source(folder / f"source{i}", sections, side=5 + 2 * i, seed=i).parent
+        build_shards(open_source(source), folder / str(i), tile_px=32, tile_um=224.0, min_mpp=5.0)
+    merge_sets([folder / "0", folder / "1"], folder / "merged")
+    return folder / "0", folder / "1", folder / "merged"
+
+
+def fit(folder: Path, shards: str, *more: str, resume: bool = False) -> list[float]:
+    """Train, and return the losses."""
+    config = load_config(None, [*SETTINGS, f"data.shards={shards}", *more])
+    Trainer(build_task(config, torch.device("cpu")), config, folder).fit(resume=resume)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def test_a_run_on_several_sets_is_that_on_the_merged_set(sets: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    both = f"[{sets[0]}, {sets[1]}]"
+    whole = fit(tmp_path / "merged", str(sets[2]))
+    assert fit(tmp_path / "joined", both) == whole
+    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("joined", "merged"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    # A longer run resumes from it; the sets in another order are other data.
+    with pytest.raises(TrainingError, match="the input data has changed: shards"):
+        fit(tmp_path / "joined", f"[{sets[1]}, {sets[0]}]", "train.steps=6", resume=True)
+    assert len(fit(tmp_path / "joined", both, "train.steps=6", resume=True)) == 6
+    assert export_checkpoint(tmp_path / "joined", "newest", tmp_path / "out") == 6
+    scores = evaluate(tmp_path / "joined", sets[1], null_draws=0).metrics
+    assert scores["reference_sections"] == ["t1", "t2"]
+
+
+def test_sets_have_equal_or_tempered_weight(sets: tuple[Path, Path, Path]) -> None:
+    def spots_of_sets(*more: str) -> list[int]:
+        config = load_config(None, [*SETTINGS, f"data.shards=[{sets[0]}, {sets[1]}]", *more])
+        task = build_task(config, torch.device("cpu"))
+        drawn = np.concatenate(task.batches(0))
+        task.close()
+        section = task.shards.sections_of(drawn)
+        return np.bincount([task.shards.set_of_section(int(s)) for s in section]).tolist()
+
+    assert spots_of_sets() == [25, 49]
+    assert spots_of_sets("data.balance=set") == [37, 37]
+    # sqrt(25), sqrt(49): 5 and 7 twelfths of 74.
+    assert spots_of_sets("data.balance=set", "data.balance_temperature=2") == [31, 43]
+    assert spots_of_sets("data.balance=set", "data.balance_temperature=2", "data.run=4") == [31, 43]
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 3, 1], [1000, 10, 1], [10**9, 1], [7, 7, 7, 7, 7]])
+def test_shares_are_between_the_sizes_and_equality(sizes: list[int]) -> None:
+    total = sum(sizes)
+    assert group_shares(np.array(sizes), 1.0).tolist() == sizes
+    equal = group_shares(np.array(sizes), None)
+    assert int(equal.max() - equal.min()) <= 1
+    for temperature in (1.5, 3.0, 1e6):
+        found = group_shares(np.array(sizes), temperature)
+        assert int(found.sum()) == total
+        assert found.min() >= 0
+    assert np.abs(group_shares(np.array(sizes), 1e15) - equal).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.balance=set"], "data.balance: set; needs a list of several sets in data.shards"),
+        (["data.balance_temperature=2"], "data.balance_temperature: 2.0; needs data.balance set, organ or platform"),
+        (
+            ["data.balance=organ", "data.balance_temperature=0.5"],
+            "data.balance_temperature: .*greater than or equal to 1",
+        ),
+        (["data.shards=3"], "data.shards: must be text"),
+        (["data.shards=[]"], "data.shards: must be text"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, settings)
