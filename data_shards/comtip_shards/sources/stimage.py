@@ -55,7 +55,13 @@ def recognise(path: Path) -> str | None:
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the slides of the folder with their metadata, in which ``facts`` take precedence."""
+    """List the slides of the folder with their metadata, in which ``facts`` take precedence.
+
+    Raises
+    ------
+    SourceError
+        The metadata table is invalid, or two slides have the same section id.
+    """
     rows = {row.section_id: row for row in table_rows(path)}
     out = []
     for name, coord in _slides(path).items():
@@ -66,7 +72,7 @@ def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
-    """Return all slides of the newest table, including those without files in the folder."""
+    """List all slides of the newest table, also those without files in the folder; raises SourceError if it is invalid."""
     return [
         CatalogueRow(name, species_name(r.species), r.tissue, r.tech, dataset="STimage-1K4M")
         for name, r in _read_meta(path).items()
@@ -179,7 +185,7 @@ def read_coord(path: Path, slide: str) -> tuple[SpotPositions, float]:
     Raises
     ------
     SourceError
-        A column is missing, or a value is not a number.
+        The table cannot be read, a column is missing, a value is not a number, or the radius is not positive.
     """
     table = read_table(path, sep=",")
     missing = [c for c in ("yaxis", "xaxis", "r") if c not in table]
@@ -203,7 +209,10 @@ def bare_ids(ids: Sequence[str], slide: str) -> list[str]:
 
 
 def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: list[str]) -> float:
-    """Return um per px from the spot pitch of ``tech``, and append a note on this assumption."""
+    """Return um per px from the spot pitch of ``tech``, and append a note on this assumption.
+
+    Raises SourceError if ``tech`` has no fixed pitch, the positions give none, or the radius contradicts it.
+    """
     if tech not in PITCH_UM:
         raise SourceError(f"{path}: no scale; set `mpp`, because the bin width of {tech} varies")
     gap = median_gap(spots.xy)

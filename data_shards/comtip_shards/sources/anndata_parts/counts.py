@@ -15,7 +15,7 @@ from comtip_shards.sources.anndata_parts.store import Store
 from comtip_shards.sources.files.tables import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")
-"""Elements searched for counts, in order."""
+"""Elements that are searched for counts first, in order."""
 _LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
 
 
@@ -34,8 +34,9 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     Raises
     ------
     SourceError
-        The stated layer does not exist, or the element holds no counts; the message names other layers with counts, and
-        the options.
+        The stated layer does not exist or holds no counts; or none is stated, and neither an element of :data:`COUNTS` nor a
+        single layer with a name of counts holds any. Fractional counts are none, unless ``round_counts`` is set. The message
+        names the options. Also if a matrix is damaged.
     """
     key = _stated_key(store, options.layer, path)
     if key is not None:
@@ -70,7 +71,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
     Raises
     ------
     SourceError
-        Stored indices exceed the shape, with which SciPy would read outside its arrays.
+        It cannot be read, or its sparse format is damaged: with indices beyond the shape, SciPy would read outside its arrays.
     """
     value = store[key]
     if sparse.issparse(value):

@@ -36,7 +36,7 @@ class Features:
         return np.flatnonzero([kind in ("", GENE_KIND) for kind in self.kinds])
 
     def only_genes(self) -> Features:
-        """Return the gene rows only."""
+        """Return the features that are genes, with the kind ``Gene Expression``."""
         rows = self.genes()
         return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
 
@@ -111,7 +111,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> str:
-    """Return the species of most genes; ``unclear`` are the ids that state none."""
+    """Return the species of most genes; raises SourceError if most ids state none (``unclear``), or two species have many genes."""
     total = sum(seen.values())
     if total <= len(unclear):
         why = f"gene ids such as {', '.join(unclear[:3])} are not Ensembl ids" if unclear else "there are no genes"
