@@ -2,7 +2,7 @@
 
 Each operation registers its implementations by name: ``reference`` (readable PyTorch), ``cpu`` (fast on a CPU) and
 ``triton`` (GPU). ``impl="auto"`` selects the fastest one that supports the operands and logs the choice once; inside
-:func:`prefer` it is replaced by a name. A name selects that implementation or raises.
+:func:`prefer`, ``"auto"`` means the name given there. A name selects that implementation or raises.
 """
 
 from __future__ import annotations

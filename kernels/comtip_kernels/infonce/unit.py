@@ -27,7 +27,7 @@ def unit_vectors(*vectors: Tensor, dtype: torch.dtype | None = None) -> tuple[Te
     Returns
     -------
     tuple of Tensor
-        (n, D) each, fp32 (fp64 for fp64 vectors). Gradients pass the rounding unchanged, in fp32.
+        (n, D) each, fp32 (fp64 for fp64 vectors). Gradients pass the rounding unchanged.
     """
     wide = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in vectors]
     unit = [F.normalize(v, dim=-1) for v in wide]

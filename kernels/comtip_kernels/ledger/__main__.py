@@ -22,7 +22,7 @@ SLACK = 8
 
 
 def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
-    """Return messages on limits that a row exceeds, and on what is worse than in the committed row ``before``, or another instruction."""
+    """Return messages on limits that a row exceeds, and on worse counts or other tensor-core instructions than in the row ``before``."""
     where = f"{row.op}/{row.name} sm_{row.arch}"
     out = []
     if row.arch in (80, 90) and (row.stack or row.spills):
@@ -157,8 +157,8 @@ def write_sizes(path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print the ledger, then write the tables, or with ``--check`` only compare them.
 
-    Returns 1 if a row exceeds a limit or is worse than the committed one, whether or not it is written. With ``--triton`` of
-    another release, returns the status of the ledger under that release.
+    Returns 1 if a row exceeds a limit or is worse than the committed one, whether or not it is written, or with ``--check`` if a named
+    size is worse; otherwise 0. With ``--triton`` of another release, returns the status of the ledger under that release.
     """
     other = argparse.ArgumentParser(add_help=False)
     other.add_argument("--triton", help="compile with this release, e.g. 3.6, which pip installs in a cache folder")
