@@ -185,7 +185,7 @@ def view_library(
 
 
 def _own_scale(group: Any, options: SourceOptions, path: Path) -> float | None:
-    """Return the um per px that the file states, None if it states none; an invalid value raises unless the caller states the scale."""
+    """Return the um per px that the file states, None if it states none; an invalid value raises SourceError unless `mpp` is stated."""
     try:
         return scale_factor(group, MICRONS_PER_PIXEL, str(path))
     except SourceError:
@@ -243,7 +243,7 @@ def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
 
 
 def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, notes: list[str]) -> float:
-    """Return um per px of the positions from the pitch of Visium, or else from the image's resolution tag; raises SourceError without."""
+    """Return um per px of the positions from the pitch of Visium, or else from the image's tag; raises SourceError if both are unknown."""
     if facts.is_visium:
         mpp = visium_mpp(xy, str(path))
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")

@@ -107,7 +107,7 @@ def stated_file(template: str | None, section_id: str) -> Path | None:
 
 
 def stated_image(facts: SectionFacts, section_id: str) -> Path | None:
-    """Return the image that the caller states for a section, None if none is stated; raises SourceError if it is missing or no data."""
+    """Return the image that the caller states for a section, None if none is stated; raises SourceError if it is missing or not data."""
     image = stated_file(facts.image, section_id)
     return None if image is None else existing(image, "image (`image`)")
 

@@ -176,7 +176,7 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     Raises
     ------
     SourceError
-        The scale is not positive, is wrong (e.g. by a factor of ten), or belongs to another image.
+        The scale is not positive, or gives a pitch outside :data:`PITCH_UM` or beyond the limit: it is wrong or that of another image.
     """
     if not np.isfinite(mpp) or mpp <= 0:
         raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set `mpp`")

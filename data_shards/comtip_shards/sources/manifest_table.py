@@ -29,7 +29,7 @@ REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots
 
 
 def recognise(path: Path) -> str | None:
-    """Return a reason if ``path`` is a manifest table, else None."""
+    """Return a reason if ``path`` is a manifest table or a folder that contains one, else None."""
     table = path / NAME if path.is_dir() else path
     if not table.is_file() or table.suffix.lower() != ".tsv":
         return None

@@ -1,7 +1,8 @@
 """Space Ranger ``outs`` folders of Visium slides, versions 1 to 4: h5 or MEX, positions with or without a header.
 
-Positions are px of the microscope image that Space Ranger was given. That image is not part of the output: the caller states
-it with the option ``image``, or copies it into the folder. The values ``hires`` and ``lowres`` select the downscaled images in ``spatial/``.
+Positions are px of the microscope image that Space Ranger was given. That image is not part of the output, so the caller
+states it with the option ``image``, unless the folder contains it under a usual name. The values ``hires`` and ``lowres`` select
+the downscaled images in ``spatial/``.
 """
 
 from __future__ import annotations

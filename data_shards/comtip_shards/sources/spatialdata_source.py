@@ -85,7 +85,7 @@ def read_store(path: Path) -> Any:
 
 
 def _regions(data: Any, path: Path) -> dict[str, str]:
-    """Return {region: name of the table that annotates it}; raises SourceError without any, or if two tables annotate a region."""
+    """Return {region: name of the table that annotates it}; raises SourceError if there is no region, or two tables annotate one."""
     out: dict[str, str] = {}
     for name, table in data.tables.items():
         regions = table.uns.get("spatialdata_attrs", {}).get("region")

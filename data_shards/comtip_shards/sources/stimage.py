@@ -1,7 +1,7 @@
 """STimage-1K4M folders, complete or partial: ``TECH/coord``, ``TECH/gene_exp``, ``TECH/image``, and ``meta/``.
 
 The dataset does not state um per px. The scale is derived from the spot pitch (Visium 100 um, legacy ST 200 um) and checked
-against the radius ``r``, whose definition varies between slides.
+against the radius ``r``, whose definition varies between slides. For Visium HD, the caller states it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _SlideRow:
 
 
 def recognise(path: Path) -> str | None:
-    """Return a reason if ``path`` is a STimage-1K4M folder, else None."""
+    """Return a reason if ``path`` is an STimage-1K4M folder, else None."""
     found = [t for t in TECHS if any(find(path / t / "coord", "*_coord.csv"))]
     return f"{', '.join(found)} with coord/*_coord.csv" if found else None
 

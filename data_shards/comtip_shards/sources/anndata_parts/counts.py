@@ -34,9 +34,9 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     Raises
     ------
     SourceError
-        The stated layer does not exist or holds no counts; or none is stated, and neither an element of :data:`COUNTS` nor a
-        single layer with a name of counts holds any. Fractional counts are none, unless ``round_counts`` is set. The message
-        names the options. Also if a matrix is damaged.
+        The stated layer does not exist or holds no counts; or no layer is stated, no element of :data:`COUNTS` holds counts, and
+        neither does exactly one other layer with ``count``, ``raw`` or ``umi`` in its name; or a matrix is damaged. Fractional
+        values are accepted as counts if ``round_counts`` is set. The message names the options.
     """
     key = _stated_key(store, options.layer, path)
     if key is not None:

@@ -88,7 +88,10 @@ def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
 
 
 def _ring(ring: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Return (area, centroid) of a closed ring, float (n, 2); of an area of 0, the mean of its vertices. Raises ValueError if not finite."""
+    """Return (area, centroid) of a closed ring, float (n, 2); raises ValueError if it is not finite.
+
+    If the area is 0, the centroid is the mean of the vertices.
+    """
     if ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
         raise ValueError("coordinates are not finite x, y pairs")
     # Relative to the first vertex, to avoid cancellation for large coordinates.

@@ -82,7 +82,7 @@ def _separator(path: Path, expected: str) -> str:
 
 
 def without_blank(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of text without empty rows and empty columns without a name, as spreadsheets write for cells that were cleared."""
+    """Return a table of text without its empty rows and its empty unnamed columns: spreadsheets write them for cells that were cleared."""
     table = table.fillna("")
     filled = (table.map(str.strip) != "").to_numpy()
     named = np.array([isinstance(c, str) and not c.startswith("Unnamed:") for c in table.columns], bool)

@@ -77,7 +77,8 @@ def for_species(features: Features, stated: str | None, where: Path) -> tuple[Fe
 
     Returns
     -------
-    The features, those of another species with the kind ``genome NAME (SPECIES)``, and the species.
+    The features, and the species. Genes of another species have the kind ``genome NAME (SPECIES)``, or ``genome of another species
+    (SPECIES)`` if the genome is not named.
 
     Raises
     ------
@@ -111,7 +112,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> str:
-    """Return the species of most genes; raises SourceError if most ids state none (``unclear``), or two species have many genes."""
+    """Return the species of most genes; raises SourceError if at least half of the ids state none (``unclear``), or species are mixed."""
     total = sum(seen.values())
     if total <= len(unclear):
         why = f"gene ids such as {', '.join(unclear[:3])} are not Ensembl ids" if unclear else "there are no genes"
