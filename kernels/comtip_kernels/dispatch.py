@@ -1,8 +1,8 @@
 """Selection of an implementation, shared by all operations.
 
 Each operation registers its implementations by name: ``reference`` (readable PyTorch), ``cpu`` (fast on a CPU) and
-``triton`` (GPU). ``impl="auto"`` selects the fastest one that supports the operands and logs the choice once. Any
-other name selects that implementation or raises.
+``triton`` (GPU). ``impl="auto"`` selects the fastest one that supports the operands and logs the choice once; inside
+:func:`prefer`, ``"auto"`` means the name given there. A name selects that implementation or raises.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def choose(
     operands
         Floating-point tensors of the call; their dtypes and the device of the first one decide.
     implementations
-        Implementations of this operation by name; ``reference`` is always included.
+        Implementations of this operation by name; must contain ``reference``, which ``"auto"`` selects if no other fits.
     order
         Names that ``"auto"`` tries, in order; by default this depends on the device alone.
 
     Raises
     ------
     ValueError
-        If ``impl`` is unknown, not available for this operation, or does not support the operands, or if the installed Triton
-        cannot compile for the GPU.
+        If ``impl`` is unknown, not available for this operation, or does not support the operands, or if ``triton`` is selected
+        and the installed Triton cannot compile for the GPU.
     """
     device = operands[0].device
     impl = _preferred if impl == "auto" else impl

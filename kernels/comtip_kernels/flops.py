@@ -1,8 +1,8 @@
 """Floating-point operations that each operation issues, forward and backward, recomputation included.
 
 The Triton operators register these functions with ``torch.utils.flop_counter``, so ``FlopCounterMode`` counts them, and
-``comtip plan`` uses the same functions. Pointwise operations, exponentials and reductions are not counted. A product of an
-(n, d) with an (m, d) matrix has 2 n m d operations, one multiplication and one addition each.
+``comtip plan`` uses the same functions. Pointwise operations, exponentials and reductions are not counted. An (n, d) times
+(d, m) product has 2 n m d operations: n m d multiplications and as many additions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Flops(NamedTuple):
 
 
 def product(n: float, m: float, d: float) -> float:
-    """Return the operations of an (n, d) times a (d, m) product."""
+    """Return the operations of an (n, d) times (d, m) product."""
     return 2.0 * n * m * d
 
 
@@ -57,9 +57,9 @@ def infonce(images: float, columns: float, width: float, *, gpu: bool, blocks: b
     images, columns, width
         Sizes B, M and D.
     gpu
-        The Triton path, otherwise the CPU path.
+        True for the Triton path, False for the CPU path.
     blocks
-        The form over ranks (``comtip_kernels.infonce.blocks``), which keeps no exponentials.
+        True for the form over ranks (``comtip_kernels.infonce.blocks``), which keeps no exponentials.
     """
     u = product(images, columns, width)
     if gpu:
@@ -97,8 +97,8 @@ def level_chunk(spots: int, levels: int, element: int) -> int:
 def panel_parts(blocks: int, genes: int, tile_genes: int) -> tuple[int, int]:
     """Return the number of parts into which ``weighted_sum`` divides a panel, and the genes of a part.
 
-    A small batch has few blocks of output: 32 for 1,024 spots of width 512. Each part of the panel is a program of its own, and
-    the sums of the parts are added afterwards.
+    A small batch has few blocks of output: 32 for 1,024 spots of width 512. For each block, every part of the panel is a program
+    of its own, and the sums of the parts are added afterwards.
 
     Parameters
     ----------
@@ -115,18 +115,18 @@ def panel_parts(blocks: int, genes: int, tile_genes: int) -> tuple[int, int]:
 
 
 def infonce_chunk_bytes(rows: int, columns: int, element: int) -> int:
-    """Return the bytes of the buffer for derivatives of ``rows`` x ``columns`` logits; parameters as in :func:`infonce_chunk`."""
+    """Return the bytes of the buffer for one chunk of the derivatives of ``rows`` x ``columns`` logits of ``element`` bytes each."""
     length = padded(columns)
     return min(rows, infonce_chunk(length, element)) * length * element
 
 
 def level_chunk_bytes(spots: int, genes: int, levels: int, element: int) -> int:
-    """Return the bytes of the buffer for derivatives of the scores of ``genes`` genes; parameters as in :func:`level_chunk`."""
+    """Return the bytes of the buffer for one chunk of the scores' derivatives of ``genes`` genes; others as in :func:`level_chunk`."""
     return spots * padded(min(genes, level_chunk(spots, levels, element)) * levels) * element
 
 
 def padded(columns: int) -> int:
-    """Return the length of a stored row of derivatives: library products need aligned rows for their fast paths."""
+    """Return the length of a stored row of ``columns`` derivatives, a multiple of 64: library products need aligned rows to be fast."""
     return 64 * ceil(columns / 64)
 
 
@@ -139,7 +139,7 @@ def table_product(spots: float, genes: float, levels: float, width: float) -> fl
 
 
 def level_cross_entropy(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
-    """Return the operations of the level loss.
+    """Return the operations of L_level, the cross-entropy over levels.
 
     The backward pass of the Triton path computes the scores again and multiplies their derivatives with both sides. The CPU path
     computes both gradients in its forward pass.
@@ -161,12 +161,12 @@ def pair_scores(spots: float, genes: float, levels: float, width: float) -> Flop
 
 
 def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> int:
-    """Return the tile with the fewest products per token that it owns, for sentences of at most ``longest`` tokens.
+    """Return the tile (in tokens) with the fewest products per token that it owns, for sentences of at most ``longest`` tokens.
 
     Raises
     ------
     ValueError
-        No tile holds such a sentence.
+        If ``longest`` exceeds every tile.
     """
     fitting = [t for t in tiles if t >= longest]
     if not fitting:
@@ -177,10 +177,15 @@ def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> in
 
 
 def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -> Flops:
-    """Return the operations of the packed attention kernel, with what its mask removes.
+    """Return the operations of the packed attention kernel, including those that its mask removes.
 
-    Each program computes one tile and owns the sentences that begin in its first ``tile - longest + 1`` tokens. Heads are
-    padded to a power of 2. There are two products forward and five backward, since the weights are computed again.
+    Each program computes one tile and owns the sentences that begin in its first ``tile - longest + 1`` tokens. The width of a
+    head is padded to a power of 2. There are two products forward and five backward, since the weights are computed again.
+
+    Raises
+    ------
+    ValueError
+        If ``longest`` exceeds the largest tile.
     """
     tile = attention_tile(longest)
     u = ceil(tokens / (tile - longest + 1)) * heads * product(tile, tile, power_of_2(head_width))

@@ -27,7 +27,7 @@ class InfoNCE(nn.Module):
     Raises
     ------
     ValueError
-        If the temperature is not positive.
+        If ``temperature`` or ``max_scale`` is not positive.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class InfoNCE(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Inverse temperature, clamped."""
+        """Inverse temperature, at most ``max_scale``."""
         return self.log_scale.clamp(max=self.max_log_scale).exp()
 
     def forward(
@@ -55,7 +55,7 @@ class InfoNCE(nn.Module):
         class_columns: Tensor | None = None,
         weight_B: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss, a scalar in nats; the arguments are those of :func:`comtip_kernels.infonce`."""
+        """Return the loss, a scalar in nats; arguments and errors are those of :func:`comtip_kernels.infonce`."""
         return infonce(
             image_BD,
             text_MD,
@@ -117,7 +117,11 @@ class GeneSentenceEmbedding(nn.Module):
         identity_N: Tensor | None = None,
         plan: SentencePlan | None = None,
     ) -> Tensor:
-        """Return the embedded tokens (S, D) of the concatenated sentences; without ``identity_N`` no identity is added."""
+        """Return the embedded tokens (S, D) of the concatenated sentences.
+
+        Arguments and errors are those of :func:`comtip_kernels.gene_sentence_embedding`. Identities are added only if ``identity_N``
+        is given and the module has a table of them.
+        """
         identity_ID = None if identity_N is None else self.identity_ID
         return gene_sentence_embedding(
             ids_NT,

@@ -16,7 +16,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     a, b
         (n, k) and (k, m) of one dtype, bf16 or fp32.
     accumulate
-        Whether ``out`` is added to; otherwise its content is not read.
+        Whether the product is added to ``out``; if False, the content of ``out`` is not read.
     """
     beta = 1 if accumulate else 0
     # Autocast leaves operators with ``out`` as they are.

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import map_genes
-from comtip_shards.sections.facts import CountOptions
+from comtip_shards.sections.facts import CountOptions, SectionFacts
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_parts.counts import raw_counts
-from comtip_shards.sources.anndata_parts.store import MemoryStore
+from comtip_shards.sources.anndata_parts.obs_facts import facts_of
+from comtip_shards.sources.anndata_parts.store import MemoryStore, open_store
 from PIL import Image
 from scipy import sparse as sp
 
@@ -259,3 +260,12 @@ def test_counts_of_an_anndata_that_is_backed_by_its_file(tmp_path: Path, form):
     held = rows_copy(backed, np.arange(3), {})
     assert not held.isbacked
     assert held.n_obs == 3
+
+
+def test_a_fact_in_uns_is_one_value_also_in_a_list(tmp_path: Path):
+    a = adata()
+    a.uns |= {"tissue": np.array(["breast"]), "donor": np.array(["d1", "d2"]), "organism": "Homo sapiens"}
+    with open_store(write(tmp_path, a)) as file:
+        for store in (MemoryStore(a, tmp_path), file):
+            facts = facts_of(a.obs, SectionFacts(), store)
+            assert (facts.tissue, facts.donor, facts.species) == ("breast", "", "human")

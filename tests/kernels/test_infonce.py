@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comtip_kernels import infonce, unit_vectors
-from comtip_kernels.infonce import allowed_pairs, cpu
+from comtip_kernels.infonce import allowed_pairs, cpu, unit
 from torch.nn import functional as F
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -295,3 +295,12 @@ def test_a_scale_on_the_cpu_is_moved(fast):
     scale = torch.tensor(5.0, requires_grad=True)
     infonce(x, y, scale, impl=fast.impl).backward()
     assert scale.grad.device.type == "cpu"
+
+
+def test_vectors_that_the_kernels_do_not_take_are_not_rounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(unit, "can_launch", lambda device: True)
+    monkeypatch.setattr(unit, "product_mode", lambda dtype: "tf32")
+    x, y = vectors(3, 4, 8)
+    wide, rounded = unit_vectors(x, y.float(), dtype=F32)
+    torch.testing.assert_close(wide, F.normalize(x, dim=-1), rtol=0, atol=0)
+    assert (rounded != F.normalize(y.float(), dim=-1)).any()

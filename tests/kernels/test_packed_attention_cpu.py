@@ -174,13 +174,15 @@ def test_what_auto_selects_for_long_sentences(monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(dispatch, "_reported", set())
     monkeypatch.setattr(dispatch, "can_launch", lambda device: True)
-    monkeypatch.setattr(peers, "flash_varlen", lambda: StandIn().varlen)
+    monkeypatch.setattr(peers, "flash_varlen", lambda: StandIn().flash)
     monkeypatch.setattr(peers, "torch_varlen", lambda: StandIn().varlen)
     with caplog.at_level("INFO", "comtip_kernels"):
         assert [chosen(n) for n in (3, 48, 49, 200)] == ["triton", "triton", "flash", "flash"]
     reported = [r.getMessage() for r in caplog.records]
     assert reported == [f"packed_attention: impl='auto' chose '{n}' on cuda" for n in ("triton", "flash")]
     monkeypatch.setattr(peers, "flash_varlen", lambda: None)
+    assert chosen(49) == "varlen"
+    monkeypatch.setattr(peers, "flash_varlen", lambda: StandIn().varlen)  # without a deterministic backward pass
     assert chosen(49) == "varlen"
     monkeypatch.setattr(OnCuda, "dtype", torch.float32)
     assert chosen(49) == "sdpa"

@@ -1,4 +1,4 @@
-"""Readers for section formats. Each module detects one format and opens its sections lazily.
+"""Readers for section formats. The module of a format detects it and opens its sections lazily.
 
 To add a format, write one module and add one entry to ``READERS``.
 """
@@ -114,12 +114,12 @@ def detect(path: Path) -> tuple[Reader, str]:
 
     Returns
     -------
-    The reader, and the files by which it was detected.
+    The reader, and the reason for which it accepts the path: the files or attributes that it found.
 
     Raises
     ------
     SourceError
-        No reader, or more than one, accepts the path. The message lists what was found.
+        No reader accepts the path, or several do and none takes precedence over the others.
     """
     path = locate(path)
     found = {r.name: why for r in READERS if (why := r.recognise(path))}
@@ -194,6 +194,8 @@ def open_source(
     ------
     SourceError
         The source cannot be read, or an option is invalid or unused; the message names the file and the fix.
+    ShardError
+        The server of a URL failed.
     """
     options, where = source_options(overrides), check_where(where or {})
     if fmt != "auto" and fmt not in _BY_NAME:

@@ -1,7 +1,7 @@
 """AnnData: ``.h5ad`` or ``.zarr`` with spot centres in ``obsm`` and an image in ``uns["spatial"]`` or a file.
 
-This is the layout that scanpy's and squidpy's Visium readers and CELLxGENE use. The image in the file is downscaled (hires or
-lowres); the option ``image`` states the full-resolution image, and ``{id}`` in it is replaced by the section id.
+This is the layout that scanpy's and squidpy's Visium readers and CELLxGENE use. The image in the file is usually downscaled
+(hires or lowres); the option ``image`` states the full-resolution image, and ``{id}`` in it is replaced by the section id.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     Raises
     ------
     SourceError
-        There is no AnnData, one cannot be read, or two sections have the same id.
+        There is no AnnData, one cannot be read, two sections have the same id, or positions, image, scale, species or tissue
+        of a section are missing.
     """
     files = files_of(path)
     if not files:
@@ -108,7 +109,7 @@ class LibraryView:
     picture: Picture | None
     """The image in the file, if none is stated."""
     spot_diameter_px: float | None
-    """In px of the positions, None where not stated."""
+    """In px of the positions; None if it is not stated or invalid."""
     facts: ObsFacts
     notes: list[str]
 
@@ -185,7 +186,7 @@ def view_library(
 
 
 def _own_scale(group: Any, options: SourceOptions, path: Path) -> float | None:
-    """Return um per px that the file states; what is no number is refused unless the caller states the scale."""
+    """Return the um per px that the file states, None if it states none; an invalid value raises SourceError unless `mpp` is stated."""
     try:
         return scale_factor(group, MICRONS_PER_PIXEL, str(path))
     except SourceError:
@@ -254,7 +255,7 @@ def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
 
 
 def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, notes: list[str]) -> float:
-    """Return um per px of the positions if it is not stated: from the pitch of Visium, or from the image's resolution tag."""
+    """Return um per px of the positions from the pitch of Visium, or else from the image's tag; raises SourceError if both are unknown."""
     if facts.is_visium:
         mpp = visium_mpp(xy, str(path))
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")

@@ -38,7 +38,7 @@ class SectionSource:
     """Input files of the section."""
     load: Callable[[], Section]
     load_spots: Callable[[], Section] | None = None
-    """Loads the section without its counts; None if ``load`` is used, because counts are cheap to read."""
+    """Loads the section without its counts; None if ``load`` is used instead."""
     counts: CountOptions = field(default_factory=CountOptions)
     """Options for counts and positions that change the content, but neither the metadata nor the input files."""
 
@@ -54,6 +54,8 @@ class SectionSource:
         ------
         SourceError
             The section cannot be read or is invalid; the message names it or one of its files.
+        OSError
+            A file cannot be read, for example because of its permissions.
         """
         with named(f"section {self.meta.section_id}", self.inputs):
             return self._examined(self.load().check())
@@ -119,7 +121,7 @@ def stated_file(template: str | None, section_id: str) -> Path | None:
 
 
 def stated_image(facts: SectionFacts, section_id: str) -> Path | None:
-    """Return the image that the caller states for a section, None if none is stated; raises SourceError if it does not exist."""
+    """Return the image that the caller states for a section, None if none is stated; raises SourceError if it is missing or not data."""
     image = stated_file(facts.image, section_id)
     return None if image is None else existing(image, "image (`image`)")
 
@@ -151,6 +153,8 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path | str) -
     ------
     UnknownSection
         An id is not in ``have``; the message names the closest one and ``where``.
+    SourceError
+        ``wanted`` is empty although there are sections.
     """
     if wanted is None:
         return list(have)
@@ -183,10 +187,12 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
     Raises
     ------
     SourceError
-        As raised inside; if its message names no file, ``what`` is prepended. Also if memory is exhausted.
+        As raised inside; if its message names no file, ``what`` is prepended. Also if memory is exhausted, or in place of an
+        OSError that names a temporary copy: it names the packed file.
+    ShardError, OSError
+        As raised inside: they name their file.
     UnforeseenError
-        Replaces any other error except ShardError and OSError, which name their file; an OSError that names a temporary
-        copy becomes a SourceError that names the packed file.
+        Replaces any other error.
     """
     try:
         yield

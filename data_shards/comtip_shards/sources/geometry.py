@@ -73,7 +73,11 @@ class ScaleCheck:
         return cls(facts.mpp, bool(facts.trust_mpp), factor=factor)
 
     def __call__(self, section: Section) -> None:
-        """Raise :class:`SourceError` if the scale is wrong by a factor of :data:`TENFOLD` or more; log smaller differences."""
+        """Raise :class:`SourceError` if the scale contradicts the pitch or the image by a factor of :data:`TENFOLD` or more.
+
+        Also if a stated scale makes the image larger than any slide, or if all spots of a known pitch have the same position.
+        Smaller differences between a stated scale and that of the image are logged.
+        """
         meta, where = section.meta, f"section {section.meta.section_id}"
         if not self.trusted and self.pitch_is_stated:
             self._check_gaps(section, meta.spot_pitch_um, "the spot pitch of the section")
@@ -87,7 +91,10 @@ class ScaleCheck:
             check_stated_mpp(meta.mpp, own, section.image_path.name, where, trusted=self.trusted)
 
     def _check_gaps(self, section: Section, pitch_um: float, what: str) -> None:
-        """Raise SourceError if the spots are at least :data:`TENFOLD` times too near or too far for a pitch, NaN if unknown."""
+        """Raise SourceError if the spots are at least :data:`TENFOLD` times too near or too far for a pitch, or at one position.
+
+        Nothing is checked for an unknown pitch (NaN) or few spots.
+        """
         if len(section.xy) < _MIN_SPOTS or not (isfinite(pitch_um) and pitch_um > 0):
             return
         where, distinct = f"section {section.meta.section_id}", np.unique(section.xy, axis=0)
@@ -169,7 +176,7 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     Raises
     ------
     SourceError
-        The scale is not positive, is wrong (e.g. by a factor of ten), or belongs to another image.
+        The scale is not positive, or gives a pitch outside :data:`PITCH_UM` or beyond the limit: it is wrong or that of another image.
     """
     if not np.isfinite(mpp) or mpp <= 0:
         raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set `mpp`")

@@ -108,7 +108,11 @@ def _source(
 
 
 def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: Path, notes: list[str]) -> float:
-    """Return um per px: the stated scale, which must give a plausible pitch if that is known, or else that of the array's pitch."""
+    """Return um per px: the stated scale, or else the one at which the array has its pitch of 200 um.
+
+    Raises SourceError if no scale is stated and the pitch in px is unknown, if this pitch is less than 1 px, or if a stated scale
+    gives an implausible pitch and the caller does not trust it.
+    """
     pitch_px = _pitch_px(spots, image)
     if pitch_px is None:
         few = spots is not None and len(spots.ids) < 3
@@ -170,7 +174,10 @@ def _from_array(ids: list[str], image: Path, counts: Path, name: str) -> SpotPos
 
 
 def _pitch_px(spots: SpotPositions | None, image: Path) -> float | None:
-    """Return px per array step from a least-squares fit of positions to array coordinates, None if these are too few or incomplete."""
+    """Return px per array step from a least-squares fit of positions to array coordinates, or without spots from the image's width.
+
+    None if there are fewer than three spots, or one has no position or array coordinates.
+    """
     if spots is None:
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])

@@ -29,7 +29,7 @@ REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots
 
 
 def recognise(path: Path) -> str | None:
-    """Return a reason if ``path`` is a manifest table, else None."""
+    """Return a reason if ``path`` is a manifest table or a folder that contains one, else None."""
     table = path / NAME if path.is_dir() else path
     if not table.is_file() or table.suffix.lower() != ".tsv":
         return None
@@ -46,7 +46,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 
 def catalogue(folder: Path) -> list[CatalogueRow]:
-    """List the sections of a folder's table; their files need not exist."""
+    """List the sections of a folder's table, whose files need not exist; raises SourceError if the table is invalid."""
     return [
         CatalogueRow(name, *(str(row.get(c, "")) for c in ("species", "tissue", "platform", "donor", "dataset")))
         for name, row in _rows(folder / NAME).items()
@@ -54,13 +54,13 @@ def catalogue(folder: Path) -> list[CatalogueRow]:
 
 
 def files_of(folder: Path, section: str) -> tuple[str, ...]:
-    """Return the file names of a section, in the order of :data:`FILES`, relative to the table."""
+    """Return the file names of a section, in the order of :data:`FILES`, relative to the table; raises SourceError if that is invalid."""
     row = _rows(folder / NAME)[section]
     return tuple(str(row[c]) for c in FILES)
 
 
 def ids_of(folder: Path) -> list[str]:
-    """Return the section ids of a folder's table."""
+    """Return the section ids of a folder's table; raises SourceError if the table is invalid."""
     return list(_rows(folder / NAME))
 
 

@@ -77,7 +77,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     Raises
     ------
     SourceError
-        The file cannot be read, its arrays do not match, or it was extracted at another scale.
+        The file cannot be read, its arrays do not match, barcodes are not unique, or it was extracted at another scale.
     """
     with reading(path, "patches"), _open(path) as file:
         for name in ("coords", "barcode"):
@@ -142,6 +142,11 @@ class PatchSlide(Slide):
         Image of the complete section.
     size
         (width, height) of the WSI in px.
+
+    Raises
+    ------
+    SourceError
+        The patch file has no pixels, or cannot be opened.
     """
 
     def __init__(

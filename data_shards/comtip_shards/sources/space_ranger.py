@@ -1,7 +1,8 @@
 """Space Ranger ``outs`` folders of Visium slides, versions 1 to 4: h5 or MEX, positions with or without a header.
 
 Positions are px of the microscope image that Space Ranger was given. That image is not part of the output, so the caller
-states it with the option ``image``. The values ``hires`` and ``lowres`` select the downscaled images in ``spatial/``.
+states it with the option ``image``, unless the folder contains it under a usual name. The values ``hires`` and ``lowres`` select
+the downscaled images in ``spatial/``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PITCH_UM, DIAMETER_UM = 100.0, 55.0
 SLIDES = {4_992: "6.5 mm", 14_336: "11 mm"}
 """{number of spots: width of the capture area}."""
 MAX_ROWS, MAX_BYTES = 1_000_000, 1 << 28
-"""Maximum size of a table of positions."""
+"""Maximum rows and bytes of a table of positions in Parquet."""
 COARSE_MPP = 2.0
 """um per px above which the image of the positions is probably not a microscope scan."""
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
@@ -141,7 +142,7 @@ def _renamed(path: Path) -> str:
 
 
 def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
-    """Return the first table of positions and its spots; further tables (other formats) must agree with it."""
+    """Return the first table of positions and its spots; raises SourceError if another table (of another format) differs from it."""
     first = read_positions(tables[0])
     for other in tables[1:]:
         spots = read_positions(other)
@@ -159,7 +160,8 @@ def read_positions(path: Path) -> SpotPositions:
     Raises
     ------
     SourceError
-        The table cannot be read, has other columns or no rows, or has the barcodes of Visium HD bins.
+        The table cannot be read, has other columns, no rows, duplicate barcodes or invalid values, or has the barcodes of Visium
+        HD bins.
     """
     existing(path, "table of positions")
     with reading(path, "tissue positions"):
@@ -239,7 +241,10 @@ def _parquet(path: Path) -> pd.DataFrame:
 def _scale(
     spots: SpotPositions, factors: Mapping[str, float], path: Path, stated: float | None, notes: list[str]
 ) -> float:
-    """Return um per full-resolution px: the stated scale, which must agree with the 100 um spot pitch, or that of the pitch."""
+    """Return um per full-resolution px: as stated by the caller or the scale factors, or else from the spot pitch of 100 um.
+
+    Raises SourceError if a stated scale differs from that of the pitch by more than 5 %, or the size of spots contradicts the pitch.
+    """
     if len(spots.ids) not in SLIDES:
         notes.append(
             f"{path.name} has {len(spots.ids):,} spots; a complete slide has {' or '.join(f'{n:,}' for n in SLIDES)}"

@@ -85,7 +85,7 @@ def read_store(path: Path) -> Any:
 
 
 def _regions(data: Any, path: Path) -> dict[str, str]:
-    """Return {region: name of the table that annotates it}; raises SourceError if there is none, or more than one table."""
+    """Return {region: name of the table that annotates it}; raises SourceError if there is no region, or two tables annotate one."""
     out: dict[str, str] = {}
     for name, table in data.tables.items():
         regions = table.uns.get("spatialdata_attrs", {}).get("region")
@@ -174,10 +174,12 @@ def units_per_px(data: Any, image: str, system: str) -> float:
 def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tuple[str, str]:
     """Return (image, coordinate system): the image ``wanted``, or the largest RGB image that shares a system with ``region``.
 
+    Of several shared systems, ``global`` is chosen, or else the first by name.
+
     Raises
     ------
     SourceError
-        The region or the image does not exist, or no RGB image shares a coordinate system.
+        The region or the image does not exist, or no RGB image, or not the one ``wanted``, shares a coordinate system.
     """
     if region not in data:
         raise SourceError(

@@ -1,7 +1,7 @@
 """STimage-1K4M folders, complete or partial: ``TECH/coord``, ``TECH/gene_exp``, ``TECH/image``, and ``meta/``.
 
 The dataset does not state um per px. The scale is derived from the spot pitch (Visium 100 um, legacy ST 200 um) and checked
-against the radius ``r``, whose definition varies between slides.
+against the radius ``r``, whose definition varies between slides. For Visium HD, the caller states it.
 """
 
 from __future__ import annotations
@@ -49,13 +49,19 @@ class _SlideRow:
 
 
 def recognise(path: Path) -> str | None:
-    """Return a reason if ``path`` is a STimage-1K4M folder, else None."""
+    """Return a reason if ``path`` is an STimage-1K4M folder, else None."""
     found = [t for t in TECHS if any(find(path / t / "coord", "*_coord.csv"))]
     return f"{', '.join(found)} with coord/*_coord.csv" if found else None
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the slides of the folder with their metadata, in which ``facts`` take precedence."""
+    """List the slides of the folder with their metadata, in which ``facts`` take precedence.
+
+    Raises
+    ------
+    SourceError
+        The metadata table is invalid, or two slides have the same section id.
+    """
     rows = {row.section_id: row for row in table_rows(path)}
     out = []
     for name, coord in _slides(path).items():
@@ -66,7 +72,7 @@ def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
-    """Return all slides of the newest table, including those without files in the folder."""
+    """List all slides of the newest table, also those without files in the folder; raises SourceError if it is invalid."""
     return [
         CatalogueRow(name, species_name(r.species), r.tissue, r.tech, dataset="STimage-1K4M")
         for name, r in _read_meta(path).items()
@@ -180,7 +186,7 @@ def read_coord(path: Path, slide: str) -> tuple[SpotPositions, float]:
     Raises
     ------
     SourceError
-        A column is missing, or a value is not a number.
+        The table cannot be read, a column is missing, a value is not a number, or the radius is not positive.
     """
     table = read_table(path, sep=",")
     missing = [c for c in ("yaxis", "xaxis", "r") if c not in table]
@@ -204,7 +210,10 @@ def bare_ids(ids: Sequence[str], slide: str) -> list[str]:
 
 
 def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: list[str]) -> float:
-    """Return um per px from the spot pitch of ``tech``, and append a note on this assumption."""
+    """Return um per px from the spot pitch of ``tech``, and append a note on this assumption.
+
+    Raises SourceError if ``tech`` has no fixed pitch, the positions give none, or the radius contradicts it.
+    """
     if tech not in PITCH_UM:
         raise SourceError(f"{path}: no scale; set `mpp`, because the bin width of {tech} varies")
     gap = median_gap(spots.xy)

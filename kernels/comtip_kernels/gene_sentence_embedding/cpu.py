@@ -37,7 +37,7 @@ def distinct_rows(
 
 
 class _CopyRows(torch.autograd.Function):
-    """rows[row_S]; the backward pass sums equal tokens, each sum by one thread in a fixed order."""
+    """Return rows[row_S]; the backward pass sums the gradients of equal tokens, each sum by one thread in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, rows_UD: Tensor, row_S: Tensor, order_S: Tensor, start_U1: Tensor) -> Tensor:

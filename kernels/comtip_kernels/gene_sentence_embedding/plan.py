@@ -1,8 +1,8 @@
 """Which tokens of a batch of gene sentences share a row, computed once per batch.
 
-Sentences are concatenated without padding, S tokens in all. The embedding of a token depends on the token and its slot, on the
-identity at slot 0, or on the level and its slot. A panel of G genes at Q levels repeats each name Q times, so S tokens
-have U << S distinct rows. These are computed (and normalised) once and copied; and because the backward pass of LayerNorm is
+Sentences are concatenated without padding, S tokens in all. The embedding of a token depends on its id and slot, at slot 0 also
+on the identity, and at the value slot on the level and the slot. A panel of G genes at Q levels repeats each name Q times,
+so S tokens have U << S distinct rows. These are computed (and normalised) once and copied; and because the backward pass of LayerNorm is
 linear in the gradient for a fixed input, the gradient is summed over equal tokens before LayerNorm. One write of S
 rows forward and one read of S rows backward remain, which any embedding needs.
 """
@@ -22,7 +22,8 @@ _KIND, _HIGH, _SLOT = 1 << 60, 1 << 32, 1 << 20
 class SentencePlan:
     """Equal tokens of N sentences with S tokens in all and U distinct rows.
 
-    Tensors are on the device of the sentences; ``row_S``, ``order_S`` and ``start_U1`` are int32, the others int64.
+    Tensors are on the device of the sentences; ``row_S``, ``order_S`` and ``start_U1`` are int32, the others int64. A plan by
+    :func:`plan_panel` may contain rows that no token has; ``sentence_U``, ``slot_U`` and ``token_U`` then describe another token.
     """
 
     row_S: Tensor
@@ -38,9 +39,9 @@ class SentencePlan:
     slot_U: Tensor
     """Slot of the row in its sentence."""
     token_U: Tensor
-    """Token of the row; undefined for ``VALUE_SLOT``."""
+    """Token id of the row; not used for ``VALUE_SLOT``."""
     most: int
-    """Tokens of the most frequent row."""
+    """Number of tokens of the most frequent row, or an upper bound of it."""
     genes: int
     """Number of ``GENE_SLOT`` rows, which come first."""
     names: int
@@ -89,7 +90,7 @@ def plan_sentences(
     Returns
     -------
     SentencePlan
-        S, U and ``most`` are read on the host, which synchronises with a GPU.
+        S, U, ``most``, ``genes`` and ``names`` are read on the host, which synchronises with a GPU.
     """
     T = ids_NT.shape[1]
     inside_NT = torch.arange(T, device=ids_NT.device) < length_N[:, None]
@@ -128,13 +129,13 @@ def plan_sentences(
 def plan_panel(ids_NT: Tensor, length_N: Tensor, level_N: Tensor, gene_N: Tensor, sizes: SentenceSizes) -> SentencePlan:
     """Plan the sentences of a panel from sizes that the host knows: nothing is read, and no shape depends on data.
 
-    There is one row per gene, per (token, slot) of a name and per (level, slot). Rows that no sentence has stay unused,
-    and two genes without identity have a row each, where :func:`plan_sentences` finds that they share one.
+    There is one row per gene, per (token, slot) of a name and per (level, slot); levels are not mixed. Rows that no sentence has
+    stay unused, and two genes without identity have a row each, where :func:`plan_sentences` finds that they share one.
 
     Parameters
     ----------
     ids_NT, length_N, level_N
-        As in :func:`plan_sentences`; each sentence has 2 to T tokens.
+        As ``ids_NT``, ``length_N`` and ``level_lo_N`` of :func:`plan_sentences`; each sentence has 2 to T tokens.
     gene_N
         int64, gene of each sentence, 0 to ``sizes.genes`` - 1. Sentences of one gene have equal ids and identity.
     sizes
@@ -143,7 +144,7 @@ def plan_panel(ids_NT: Tensor, length_N: Tensor, level_N: Tensor, gene_N: Tensor
     Returns
     -------
     SentencePlan
-        ``most`` is an upper bound.
+        ``most`` is an upper bound: N, the number of sentences.
     """
     (N, T), S, device = ids_NT.shape, sizes.tokens, ids_NT.device
     words = sizes.genes + sizes.names

@@ -2,7 +2,7 @@
 
 ``make_rows`` gathers token, type, position, level and identity rows, mixes, adds and normalises: one program per row, the sum
 in registers, fp32. ``copy_rows`` writes the tokens. The backward pass reads the gradient once: ``sum_pieces`` adds the tokens
-of a row, at most ``PIECE`` per program, in fp32 and in a fixed order; rows of several pieces are added by a second launch.
+of a row, a piece per program, in fp32 and in a fixed order; a second launch adds the pieces of rows that have several.
 ``norm_grads`` propagates the sums through LayerNorm.
 """
 
@@ -245,7 +245,7 @@ NORM_ROWS = 64
 COPY: dict[str, Any] = {"R": 4, "num_warps": 4, "num_stages": 1}
 SUM: dict[str, Any] = {"R": 8, "num_warps": 4, "num_stages": 2}
 PIECE = 256
-"""Tokens that one program of ``sum_pieces`` adds."""
+"""Shortest length of a piece, in tokens; ``triton_op.sum_equal_tokens`` uses longer pieces for very frequent rows."""
 
 
 def norm_options(width: int) -> dict[str, Any]:

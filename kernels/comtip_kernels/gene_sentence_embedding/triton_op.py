@@ -72,7 +72,7 @@ def sentence_rows_grads(
     genes: int,
     names: int,
 ) -> list[Tensor]:
-    """Return the gradients of token, kinds, position, level, identity, gain and bias, fp32 (empty if there is none).
+    """Return the gradients of token, kinds, position, level, identity, gain and bias, fp32; empty for an operand that is None.
 
     ``grad`` is fp32 (U, D), already summed over equal tokens and sorted by kind: ``genes`` rows, ``names`` rows, then values.
     """
@@ -165,7 +165,7 @@ def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int)
 
 
 def _sum(x: Tensor, order: Maybe, first: Tensor, last: Tensor, target: Tensor, out: Tensor) -> None:
-    """Launch ``sum_pieces``; ``x`` and ``out`` may be one buffer if the rows read and written do not overlap."""
+    """Launch ``sum_pieces``; ``x`` and ``out`` may be the same buffer if no row is both read and written."""
     tensors = (x, target if order is None else order, first, last, target, out)
     options = {"ORDERED": order is not None, "BD": power_of_2(x.shape[1])} | kernels.SUM
     launch(kernels.sum_pieces, (first.shape[0],), *tensors, x.shape[1], *x.stride(), **options)

@@ -1,15 +1,17 @@
 """InfoNCE in blocks of rows and columns, for vectors that are distributed over devices.
 
 A block contains R images and C texts of the whole (B, M) matrix. Pairs of one class ("the same text") are never negatives, and
-an image and its own text have the same class, so a block contains no positive, wherever it lies; the device that has
-both vectors of a positive adds it. With the log-sum-exp taken over negatives, the blocks combine to
+an image and its own text have the same class, so the sums of a block contain no positive; the device that has both vectors
+of a positive adds it. With the log-sum-exp taken over negatives, the blocks combine to
 
     lse_i  = log(exp(s_ii) + sum over blocks exp(row lse))      likewise per column
-    ds_ij  = row_weight_i exp(s_ij - lse_i) + column_weight_j exp(s_ij - lse_j)
+    g_ij   = row_weight_i exp(s_ij - lse_i) + column_weight_j exp(s_ij - lse_j)
+
+where g_ij is the derivative of the loss with respect to the logit s_ij.
 
 ``triton`` runs the kernels of the whole loss (:mod:`.blocks_triton_op`): it stores derivatives of the logits in chunks of
-rows, and the host reads nothing. ``cpu`` allocates no (R, C) tensor: it processes tiles of the block in turn, in plain PyTorch,
-on any device. ``reference`` is the formula.
+rows, and the host reads nothing. ``cpu`` processes tiles of the block in turn, in plain PyTorch, on any device. ``reference`` is
+the formula.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ __all__ = ["BlockIds", "block_gradients", "block_lse"]
 class BlockIds(Masks):
     """Which pairs of a block are negatives; every row and column has a class. See :class:`.cpu.Masks`.
 
-    Classes are compared as 64-bit integers (they may be hashes), groups as 32-bit integers.
+    The Triton kernels compare classes as 64-bit integers (they may be hashes) and groups as 32-bit integers.
     """
 
     own_pairs: ClassVar[bool] = False
 
     @property
     def trivial(self) -> bool:
-        """False: classes always rule pairs out."""
+        """False, because pairs of one class are excluded."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""InfoNCE on a CPU, one tile of logits at a time: no (B, M) tensor, one exponential per logit for both directions.
+"""InfoNCE on a CPU, one tile of logits at a time, with one exponential per logit for both directions.
 
 The vectors have length 1, so every logit lies in [-scale, scale]: a shift that is the same for all rows and columns keeps every
 exponential in range, and one value e_ij = exp(s_ij - shift) is added to the sum of row i and to that of column j. With the
@@ -11,8 +11,8 @@ is four products of B x M x D in all, and fewer where the first pass keeps its f
 underflow (rows whose similarities are all far below the maximum) are detected by their size and recomputed exactly, with a
 shift of their own.
 
-Saved for the backward pass: the inputs, two numbers per row, one per column, and the kept tiles, whose number does not grow
-with B.
+Saved for the backward pass: the inputs, the weight and the two log-sum-exps of each image and its text, and the kept tiles, which
+have at most ``KEPT_BYTES``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Index = Tensor | slice
 
 @dataclass
 class Masks:
-    """Which pairs enter the softmax, by integers per row and column."""
+    """Which pairs enter the softmax, by ids and flags of rows and columns; see :func:`comtip_kernels.infonce`."""
 
     negatives: str
     group_rows: Tensor | None
@@ -51,9 +51,9 @@ class Masks:
     class_rows: Tensor | None
     class_columns: Tensor | None
     excluded_rows: Tensor | None = None
-    """bool (B,): spots of weight 0, which are not negatives; None if there are none."""
+    """bool (B,): images that are not negatives because their weight is 0; None excludes none."""
     excluded_columns: Tensor | None = None
-    """bool (M,): the texts of these spots."""
+    """bool (M,): texts that are not negatives: those of these images, and excluded further columns; None excludes none."""
     own_pairs: ClassVar[bool] = True
     """Whether column i is the positive of row i, which is always allowed."""
 
@@ -130,7 +130,7 @@ class Exponentials:
         self._memory = x.new_empty(2, min(TILE, x.shape[0]) * min(TILE, y.shape[0]))
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """Return e (rows, columns), read-only; 0 where a pair is not allowed."""
+        """Return e (rows, columns), read-only; 0 where a pair is not allowed. The next call overwrites a tile that is not kept."""
         index = (rows.start, columns.start)
         if index in self.kept:
             return self.kept[index]
@@ -242,7 +242,7 @@ def _through_norm(v: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
 def _unit_gradients(
     exponentials: Exponentials, half: Tensor, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return d loss / d(s x) and d loss / d(s y); see the module's formula."""
+    """Return the derivatives of the loss with respect to scale * x (B, D) and scale * y (M, D); see the module's formula."""
     x, y, shift = exponentials.x, exponentials.y, exponentials.shift
     B = x.shape[0]
     # exp(shift - lse) overflows only where the sum underflowed; these rows and columns are added by _add_low.

@@ -3,11 +3,12 @@
 Shapes: B image rows, M >= B text columns (the first B are the true texts, the others further negatives), width D.
 
     s_ij   = scale * <x_i, y_j>                    x, y unit vectors
-    L_i2t  = -sum_i w_i (s_ii - lse_{j in N(i)} s_ij) / sum_i w_i        over all M allowed columns
-    L_t2i  = -sum_j w_j (s_jj - lse_{i in N(j)} s_ij) / sum_j w_j        over the B true columns only
+    L_i2t  = -sum_i w_i (s_ii - lse_{j in N(i)} s_ij) / sum_i w_i        N(i) from all M columns
+    L_t2i  = -sum_j w_j (s_jj - lse_{i in N(j)} s_ij) / sum_j w_j        for the B true columns only
     L      = (L_i2t + L_t2i) / 2
 
-N(i) contains the positive itself and every column that the group rule, the classes and the weights allow.
+N(i) contains the positive itself and every column that the group rule, the classes, the weights and ``excluded_further`` allow;
+N(j) likewise the rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def allowed_pairs(
     class_columns: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the mask of pairs that enter the softmax: positives and allowed negatives.
+    """Return the mask of positives and of the negatives that groups and classes allow, without regard to weights.
 
     Parameters
     ----------

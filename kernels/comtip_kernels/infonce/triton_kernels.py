@@ -1,4 +1,4 @@
-"""Triton kernels of InfoNCE: at most 256 MiB (or 128 rows) of a B x M matrix, no atomics, results that do not depend on the order of programs.
+"""Triton kernels of InfoNCE: at most 256 MiB (or 128 rows) of a B x M matrix are stored; results do not depend on the order of programs.
 
 Forward, one pass over the logits: each program owns one tile, computes e = exp(s - shift) once, and stores the row sums and
 the column sums of the tile; a sum over tiles in a fixed order completes both directions (u = 2 B M D FLOPs). Rows and columns
@@ -8,7 +8,7 @@ products multiply with both sides (u each). The vectors have length 1; see ``tri
 
 DIAGONAL selects the whole loss, in which pair (i, i) is a positive. Its logits are stored by the same pass, so that positives
 and log-sum-exp share every rounding. Without DIAGONAL the kernels work on a block of rows and columns of a larger
-matrix, which may contain no positive and no negative; see ``blocks_triton_op.py``.
+matrix, whose rows and columns may have no allowed pair; see ``blocks_triton_op.py``.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def compute_lse(
 
 
 def _exact(q: Tensor, k: Tensor, sums: Tensor, scale: Tensor, masks: MaskOperands) -> Tensor:
-    """Return the log-sum-exp of the leading rows of ``q`` from their sums, recomputed exactly where these underflowed."""
+    """Return the log-sum-exp of the leading rows of ``q`` from their ``sums``, recomputed exactly where a sum underflowed."""
     tiles = fit_tiles(kernels.EXACT[product_mode(q.dtype)], q.shape[1], SMALL)
     lse, low, excluded = sums.log() + (scale - HEADROOM), sums < FLOOR, masks.rows[2]
     if not masks.diagonal and excluded is not None:
@@ -202,9 +202,10 @@ def as_operands(bf16: bool, *vectors: Tensor) -> list[Tensor]:
 
 
 def _masks(n_columns: int, rule: int, ids: tuple[Ids, ...]) -> MaskOperands:
-    """Return the masks of the whole loss.
+    """Return the masks of the whole loss, from the groups, classes and exclusion flags ``ids``.
 
-    There is an exclusion flag for each pair, which row i and column i share, and then for further columns, or none of them.
+    The flags, if any, are those of the pairs, which row i and column i share, and possibly of the further columns; further columns
+    without a flag are not excluded.
     """
     group_x, group_y, class_x, class_y, excluded_x = ids
     excluded_y = None if excluded_x is None else F.pad(excluded_x, (0, n_columns - excluded_x.shape[0]))

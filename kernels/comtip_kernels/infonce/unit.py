@@ -21,19 +21,19 @@ def unit_vectors(*vectors: Tensor, dtype: torch.dtype | None = None) -> tuple[Te
     *vectors
         (n, D) each, any length and dtype.
     dtype
-        Dtype in which the kernels multiply (:func:`comtip_kernels.operand_dtype`); None rounds nothing. Vectors on a device without
-        Triton kernels are not rounded either.
+        Dtype in which the kernels multiply (:func:`comtip_kernels.operand_dtype`); None rounds nothing. Vectors that the Triton
+        kernels do not take, because of their device or because they are fp64, are not rounded either.
 
     Returns
     -------
     tuple of Tensor
-        (n, D) each, fp32 (fp64 for fp64 vectors). Rounding is transparent to gradients, which stay fp32.
+        (n, D) each, fp32 (fp64 for fp64 vectors). Gradients pass the rounding unchanged.
     """
     wide = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in vectors]
     unit = [F.normalize(v, dim=-1) for v in wide]
     if dtype is None or not can_launch(vectors[0].device):
         return tuple(unit)
-    return tuple(round_operand(v, dtype) for v in unit)
+    return tuple(round_operand(v, dtype) if v.dtype == torch.float32 else v for v in unit)
 
 
 def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ SLACK = 8
 
 
 def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
-    """Return messages on limits that a row exceeds, and on counts that are worse than those of the committed row ``before``."""
+    """Return messages on limits that a row exceeds, and on worse counts or other tensor-core instructions than in the row ``before``."""
     where = f"{row.op}/{row.name} sm_{row.arch}"
     out = []
     if row.arch in (80, 90) and (row.stack or row.spills):
@@ -78,14 +78,19 @@ def merged(rows: Iterable[LedgerRow], known: dict[tuple[str, str, int], dict[str
 
 
 def compiled(known: dict[tuple[str, str, int], dict[str, str]], jobs: int) -> Iterator[LedgerRow]:
-    """Yield the row of every entry and architecture, compiled in ``jobs`` processes.
+    """Yield the row of every entry and every architecture of the installed Triton, compiled in ``jobs`` processes.
 
     Parameters
     ----------
     known
-        Committed rows. One that has all columns and the current source hash is returned as it is, without compiling.
+        Committed rows. One that has all columns and the current source hash is yielded as it is, without compiling.
     jobs
         Number of processes.
+
+    Raises
+    ------
+    RuntimeError
+        If the compiler ends a process; also as :func:`comtip_kernels.ledger.aot.compile_entry`.
     """
     import triton
 
@@ -119,13 +124,13 @@ def _compile(index: int, arch: int) -> LedgerRow:
 
 
 def parsed(row: dict[str, str]) -> LedgerRow:
-    """Return a committed row as numbers."""
+    """Return a committed row as a :class:`LedgerRow`; a column that it lacks is empty."""
     values = {f.name: row.get(f.name) or "" for f in fields(LedgerRow)}
     return LedgerRow(**{k: int(v) if v.isdecimal() and k != "source" else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
 def sized_problems(path: Path) -> list[str]:
-    """Return one message per named size whose bytes or FLOPs exceed those of the table ``path``, or that it lacks."""
+    """Return a message for each number of bytes or FLOPs that exceeds the one in the table ``path``, and for each size that it lacks."""
     known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
     out = []
     for row in (s.row() for s in sizes()):
@@ -141,7 +146,7 @@ def sized_problems(path: Path) -> list[str]:
 
 
 def write_sizes(path: Path) -> None:
-    """Write the traffic of every named size."""
+    """Write the traffic and the predicted times of every named size."""
     rows = [s.row() for s in sizes()]
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -150,7 +155,11 @@ def write_sizes(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile and print the ledger, then write the tables, or check them; return 1 if a check fails."""
+    """Compile and print the ledger, then write the tables, or with ``--check`` only compare them.
+
+    Returns 1 if a row exceeds a limit or is worse than the committed one, whether or not it is written, or with ``--check`` if a named
+    size is worse; otherwise 0. With ``--triton`` of another release, returns the status of the ledger under that release.
+    """
     other = argparse.ArgumentParser(add_help=False)
     other.add_argument("--triton", help="compile with this release, e.g. 3.6, which pip installs in a cache folder")
     parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__, parents=[other])

@@ -32,7 +32,7 @@ class LedgerEntry:
     name: str
     kernel: Any
     types: Mapping[str, str]
-    """Type of every argument that is not a constant: ``*bf16``, ``*fp32``, ``*i32``, ``i32``."""
+    """Type of every argument that is not a constant, such as ``*bf16``, ``*u8``, ``i32`` and ``fp32``."""
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
@@ -52,7 +52,7 @@ class LedgerEntry:
         return " ".join([*words, f"warps={self.num_warps}", f"stages={self.num_stages}"])
 
     def source(self, arch: int) -> str:
-        """Return a hash of all that the machine code depends on: the kernel's source, the signature and the compiler."""
+        """Return a hash of all that the machine code depends on: the kernel's source, its signature, the architecture and the compiler."""
         facts = (self.kernel.cache_key, self.signature, str(arch), triton.__version__)
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
@@ -93,6 +93,8 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
     ------
     RuntimeError
         If ``cuobjdump`` prints no resource usage.
+    subprocess.CalledProcessError
+        If ``cuobjdump`` or ``nvdisasm`` fails.
     """
     names = list(entry.kernel.arg_names)
     signature = {n: "constexpr" if n in entry.constants else entry.types[n] for n in names}

@@ -1,7 +1,7 @@
-"""The kernels in the ledger, at the sizes and with the options that need most registers and shared memory.
+"""The kernels in the ledger: with the tiles and options that need most registers and shared memory, and as configs launch them.
 
 Each entry states what the JIT would know about a launch: argument types, constants, and which arguments are divisible by 16.
-The last is read from the kernels themselves (``do_not_specialize``), so the two cannot differ.
+For the largest tiles, the last is derived from the kernels' ``do_not_specialize``; for the others it was recorded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def _entry(
     *,
     tensor_cores: bool = True,
 ) -> LedgerEntry:
-    """Return an entry; ``operands`` gives the element type of pointers that are neither fp32 nor ids."""
+    """Return an entry; ``operands`` gives the element type of pointers that are neither fp32 nor ids.
+
+    ``unaligned`` are arguments that the JIT specialises, but that are no multiples of 16 in practice.
+    """
     names = list(kernel.arg_names)
     constants = dict(constants)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
@@ -148,7 +151,10 @@ def entries() -> list[LedgerEntry]:
 
 
 def launched(path: Path = LAUNCHES) -> list[LedgerEntry]:
-    """Return the recorded variants, without those of a kernel that no longer has these arguments."""
+    """Return the variants recorded in ``path``, none without the file.
+
+    Variants equal to one of the entries with the largest tiles, and those of a kernel that no longer has these arguments, are omitted.
+    """
     known = {e.signature for e in _largest()}
     out = []
     for row in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:

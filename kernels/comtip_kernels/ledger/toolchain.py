@@ -1,7 +1,7 @@
 """Other releases of Triton: installed in a cache folder of their own, and used by the ledger in a subprocess.
 
 The installed release is the one that PyTorch brings. The ledger also holds rows of the oldest and the newest supported release, which
-are compiled with ``python -m comtip_kernels.ledger --triton 3.6`` and checked by ``make rehearsal-grid``.
+are compiled with ``python -m comtip_kernels.ledger --triton 3.6`` (or ``3.9``) and checked by ``make rehearsal-grid``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNELS = Path(__file__).parents[2]
 
 
 def architectures(version: str) -> tuple[int, ...]:
-    """Return the architectures that a release of Triton compiles every kernel for.
+    """Return the architectures for which a release of Triton compiles every kernel.
 
     The compilers of Triton 3.6 and 3.7 end with an error inside one of their passes when they compile the level loss for sm_100.
     """
@@ -91,6 +91,11 @@ def run_ledger(release: str, arguments: Sequence[str], folder: Path | None = Non
         Arguments of the ledger, without ``--triton``.
     folder
         Where releases are kept (default: :func:`cache_folder`).
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As in :func:`installed`.
     """
     paths = [str(installed(release, folder)), str(KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

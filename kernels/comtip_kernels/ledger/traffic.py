@@ -1,8 +1,9 @@
-"""Bytes and FLOPs of each kernel as formulas in its sizes and tiles, which need no Triton to evaluate.
+"""Bytes and FLOPs of the kernels as formulas in their sizes and tiles, which need no Triton to evaluate.
 
-``tests/kernels/interpreted/test_traffic.py`` runs every kernel at small sizes in the interpreter, counts, and requires equality;
-the named sizes extrapolate. ``loaded`` counts every load request, most of which caches serve; ``memory`` is what must be
-transferred from or to memory if caches hold the rest, and is compared with the lower bound.
+``tests/kernels/interpreted/test_traffic.py`` runs the kernels at small sizes in the interpreter, counts, and requires equality;
+the named sizes extrapolate. ``exact_lse`` of InfoNCE is not included: it returns at once unless a sum underflowed.
+``loaded`` counts every load request, most of which caches serve; ``memory`` is what must be transferred from or to memory if caches
+hold the rest, and is compared with the lower bound.
 """
 
 from __future__ import annotations

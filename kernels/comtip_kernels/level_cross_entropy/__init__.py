@@ -93,14 +93,14 @@ def pair_scores(
     Parameters
     ----------
     context_BD
-        Image vector, or pooled text vector t if the next three are given.
+        Image vector; or pooled text vector t, if the three optional tensors below are given.
     table_GQD
         Sentences multiplied by the bilinear form of the head, (W^T h)(g, q).
     levels_BG
         Level that each sentence claims, integers 0..Q-1.
     true_levels_BG, projected_GQD, weight_BG
-        For text context only: true levels (B, G), the rows h(g, q) that t was pooled from (G, Q, D), and the pooling
-        weights p (B, G); gene g itself is then removed from t.
+        For text context only, all three or none: true levels (B, G), the rows h(g, q) that t was pooled from (G, Q, D), and the
+        pooling weights p (B, G); gene g itself is then removed from t.
     impl
         Implementation; see :mod:`comtip_kernels.dispatch`.
 

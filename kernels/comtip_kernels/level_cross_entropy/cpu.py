@@ -1,6 +1,6 @@
-"""L_level on a CPU, a few genes at a time: the (B, G, Q) scores never exist as a whole.
+"""L_level and the scores of the pair head on a CPU, in blocks of genes: a block of scores has at most 4 MiB, or one gene.
 
-With p = softmax over q and c the number of measured (spot, gene), d loss / d s[b, g, q] = (p - [q = level]) / c where
+With p = softmax over q and c the number of measured (spot, gene) pairs, d loss / d s[b, g, q] = (p - [q = level]) / c where
 measured, and 0 elsewhere. The loss is a scalar, so its gradients are known up to a factor as soon as the softmax of a block is:
 the forward pass computes them too, and neither the scores nor their exponentials are recomputed.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from comtip_kernels.level_cross_entropy.reference import without_own_gene
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of one block of scores."""
+"""Most bytes of one block of scores, unless those of one gene are more."""
 
 
 def _blocks(vectors: Tensor, table: Tensor) -> list[slice]:
-    """Return slices of genes whose scores fill about one block."""
+    """Return consecutive slices of the genes, each as long as one block of scores allows."""
     G, Q = table.shape[:2]
     size = max(1, BLOCK_BYTES // max(1, vectors.shape[0] * Q * vectors.element_size()))
     return [slice(start, min(start + size, G)) for start in range(0, G, size)]

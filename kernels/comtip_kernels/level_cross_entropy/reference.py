@@ -1,11 +1,11 @@
-"""Scores of spots against every level of every gene, and the two losses that use them: the definition of the operations.
+"""Scores of spots against every level of every gene, L_level, and the logits of the pair head: the definition of the operations.
 
     s[b, g, q] = scale * <c_b, table[g, q]> + log_prior[g, q]
     L_level    = sum_{b,g measured} (logsumexp_q s[b, g, q] - s[b, g, level[b, g]]) / number of measured (b, g)
 
 ``pair_scores`` are the logits of the pair head: bilinear in a sentence and the context of the spot. With the text as context,
 the sentence's own gene is removed from the pooled vector in closed form: for t = sum_g p_g h_g, the vector without g is
-(t - p_g h_g) / (1 - p_g), so the score needs only products of rows of the table.
+(t - p_g h_g) / (1 - p_g), so the score needs only products of rows of the table. The denominator is at least 0.001.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def without_own_gene(
     projected_GQD: Tensor | None,
     weight_BG: Tensor | None,
 ) -> Tensor:
-    """Remove gene g from the pooled text that its sentence is scored against; unchanged if the context is an image."""
+    """Return the scores in a pooled text without gene g itself, or ``score_BG`` if one of the last three arguments is None."""
     if weight_BG is None or projected_GQD is None or true_levels_BG is None:
         return score_BG
     dtype = torch.promote_types(table_GQD.dtype, projected_GQD.dtype)

@@ -24,7 +24,7 @@ __all__ = ["attention_name", "packed_attention", "packed_attention_qkv", "packed
 Attention = Literal["auto", "triton", "cpu", "reference", "flash", "varlen", "sdpa"]
 LONGEST = {"bf16": 48, "tf32": 48, "tf32x3": 24}
 """Tokens of the longest sentence that the Triton kernels support, by the mode of their products
-(:func:`comtip_kernels.tl_common.product_mode`); longer sentences use flash-attn or torch."""
+(:func:`comtip_kernels.tl_common.product_mode`); on a GPU, longer sentences use flash-attn or torch."""
 _IMPLEMENTATIONS = {
     "reference": packed_attention_reference,
     "cpu": packed_attention_cpu,
@@ -82,8 +82,9 @@ def packed_attention(
         Maximum of ``length_N``, if known; otherwise it is read from the tensor, which synchronises with a GPU.
     impl
         Implementation (:mod:`comtip_kernels.dispatch`), or one of ``flash`` (flash-attn 2, 3 or 4), ``varlen`` (torch's
-        variable-length attention) and ``sdpa`` (torch's, padded). On a GPU ``auto`` selects the Triton kernel for
-        sentences of up to 48 tokens (24 in fp32 without tf32), and the first available of these three beyond that.
+        variable-length attention) and ``sdpa`` (torch's, padded). On a GPU, ``auto`` selects the Triton kernel for bf16 and
+        fp32 sentences of up to 48 tokens (24 in fp32 without tf32), ``reference`` for other dtypes, and beyond that length the
+        first of these three that is available for the dtype.
 
     Returns
     -------
@@ -93,7 +94,7 @@ def packed_attention(
     Raises
     ------
     ValueError
-        If a sentence is longer than ``impl='triton'`` supports, or ``impl`` does not support the operands.
+        If a sentence is longer than ``impl='triton'`` supports, or ``impl`` is not installed or does not support the operands.
     """
     longest = _longest(length_N) if longest is None else longest
     run = _choose((q_SHE, k_SHE, v_SHE), longest, impl, _IMPLEMENTATIONS)
@@ -111,7 +112,7 @@ def packed_attention_qkv(
 ) -> Tensor:
     """Return the attention of :func:`packed_attention` for q, k and v in one tensor, the output of one projection.
 
-    On a CPU, this saves a pass over the gradient. Tensors of sentences that are sorted by length are not reordered there.
+    On a CPU, this saves a pass over the gradient.
 
     Parameters
     ----------
@@ -120,8 +121,8 @@ def packed_attention_qkv(
     length_N, longest, impl
         As in :func:`packed_attention`.
     first_S
-        :func:`comtip_kernels.first_tokens` of the lengths, which only the Triton kernels read. A model computes it once for all
-        layers; computed here if None.
+        :func:`comtip_kernels.first_tokens` of the lengths, which only the Triton kernels read; they compute it if it is None. A
+        model computes it once for all layers.
 
     Returns
     -------

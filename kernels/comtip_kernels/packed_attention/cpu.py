@@ -52,7 +52,7 @@ def _runs(length_N: Tensor) -> list[Batch]:
 
 
 def _shared(runs: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder forms a batch."""
+    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder of a run forms one matrix."""
     for n, _, length in runs:
         several = -(-VECTOR // length)
         if n >= several:
@@ -96,7 +96,7 @@ def _attend(qkv: tuple[Tensor, ...], batches: list[Batch]) -> Tensor:
 # Shapes depend on the lengths: torch.compile would recompile for every batch, up to its limit.
 @torch.compiler.disable
 def _packed(qkv: tuple[Tensor, ...], length_N: Tensor) -> Tensor:
-    """Return (S, H, E)."""
+    """Return the attended values (S, H, E); tokens are reordered by length first if there are many short runs."""
     S, runs = qkv[0].shape[0], _runs(length_N)
     if S == 0:
         return qkv[0].sum(1) if len(qkv) == 1 else qkv[0] + qkv[1] + qkv[2]

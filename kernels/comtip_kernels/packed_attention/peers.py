@@ -25,7 +25,7 @@ MAX_SENTENCES = 65_535
 
 @cache
 def flash_varlen() -> Callable[..., Any] | None:
-    """Return the variable-length function of the newest flash-attn, or None if none is installed."""
+    """Return the variable-length function of the newest flash-attn that can be imported; None if there is none."""
     for name in FLASH_MODULES:
         try:
             return getattr(importlib.import_module(name), "flash_attn_varlen_func", None)
@@ -49,10 +49,17 @@ def can_peer(like: Tensor) -> bool:
 
 
 def ready_peers(like: Tensor) -> tuple[str, ...]:
-    """Return which of ``flash`` and ``varlen`` are installed and support tensors like this one."""
+    """Return which of ``flash`` and ``varlen`` :func:`require_peer` accepts for tensors like this one."""
     if not can_peer(like):
         return ()
-    return tuple(name for name, find in (("flash", flash_varlen), ("varlen", torch_varlen)) if find() is not None)
+    flash = flash_varlen()
+    ready = {"flash": flash is not None and _is_deterministic(flash), "varlen": torch_varlen() is not None}
+    return tuple(name for name, usable in ready.items() if usable)
+
+
+def _is_deterministic(flash: Callable[..., Any]) -> bool:
+    """Return whether a function of flash-attn can be asked for a deterministic backward pass."""
+    return "deterministic" in inspect.signature(flash).parameters
 
 
 def _offsets(length_N: Tensor) -> Tensor:
@@ -110,7 +117,7 @@ def _flash() -> Callable[..., Any]:
         raise ValueError(
             "packed_attention: impl='flash' needs flash-attn, which cannot be imported; run pip install flash-attn"
         )
-    if "deterministic" not in inspect.signature(function).parameters:
+    if not _is_deterministic(function):
         raise ValueError(
             f"packed_attention: impl='flash' needs a deterministic backward pass, which {function.__module__} does not have; "
             "install another flash-attn or use impl='varlen'"
@@ -140,7 +147,7 @@ def require_peer(name: str, like: Tensor) -> None:
 
 
 def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) by flash-attn with ``deterministic=True``; raises ValueError if it is not installed."""
+    """Compute packed attention with flash-attn and ``deterministic=True``, (S, H, E); raise ValueError as :func:`require_peer` does."""
     function = _flash()
     _require_16_bits("flash", q_SHE)
 
@@ -154,7 +161,7 @@ def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N
 
 
 def packed_attention_varlen(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Compute packed attention with PyTorch's varlen attention, (S, H, E); raise ValueError if PyTorch does not have it."""
+    """Compute packed attention with PyTorch's varlen attention, (S, H, E); raise ValueError as :func:`require_peer` does."""
     function = _varlen()
     _require_16_bits("varlen", q_SHE)
 

@@ -1,7 +1,7 @@
 """Triton kernels of packed attention: several whole sentences per tile; the backward pass needs the inputs only.
 
 Sentences are concatenated. Tile i owns the sentences that begin in [i W, (i + 1) W), W = BT - longest + 1: all their tokens lie
-in [i W, i W + BT), so the assignment needs no packing plan and no value from the host. The products of a tile are dense; a
+in [i W, i W + BT), so the assignment needs no packing plan, only ``longest``. The products of a tile are dense; a
 mask separates its sentences (a NaN among the values, which a weight of 0 does not remove, reaches every sentence of its
 tile). Each token belongs to one tile: no atomics. Tiles are on grid axis 0, whose limit no batch reaches.
 """
@@ -185,5 +185,5 @@ def config(mode: str, tile: int, *, backward: bool) -> dict[str, Any]:
 
 
 def best_tile(mode: str, longest: int) -> int:
-    """Return the tile of a mode with the fewest products per owned token."""
+    """Return the tile of a mode with the fewest products per owned token; raises ValueError if no tile has ``longest`` tokens."""
     return attention_tile(longest, tuple(tile for m, tile in LAUNCH if m == mode))

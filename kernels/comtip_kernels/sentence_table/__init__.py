@@ -4,5 +4,6 @@
     weighted_sum            out[b]        = sum_g weight[b, g] table[g, level[b, g]]            (an SpMM)
     weighted_sum_transpose  out[g, q]     = sum_b weight[b, g] [level[b, g] = q] vector[b]      (its transpose)
 
-Each is the gradient of another, so pooling, the pair head and L_level are built from these three (``triton_op.py``).
+The gradients of each are the other two, so pooling and the pair head are built from these three (``triton_op.py``). L_level uses the
+kernel of ``sampled_dot``, and one of its own for the derivatives of the scores.
 """

@@ -1,4 +1,4 @@
-"""The three products as PyTorch operators, each the gradient of another, and L_level built on their kernels.
+"""The three products as PyTorch operators, the gradients of each being the other two, and L_level.
 
 Every operator takes ``bf16``: whether it multiplies in bf16 (:func:`comtip_kernels.tl_common.operand_dtype`). Operands are
 rounded inside the operator, so that the gradient of an fp32 table is summed and returned in fp32.
@@ -21,7 +21,7 @@ from comtip_kernels.tl_common import INTERPRETING, fit_tiles, input_precision, l
 SMALL = {"BM": 16, "BN": 32, "BK": 32}
 """Tile sizes in the interpreter."""
 MAX_LEVELS = 256
-"""A tile contains every level of a gene."""
+"""Most levels of a gene: a tile contains all of them."""
 
 
 def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, width: int) -> dict[str, Any]:
@@ -163,7 +163,10 @@ def level_loss_grads(
     factor: Tensor,
     bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of scale * image (B, D), scale * table (G, Q, D) and prior (G, Q), fp32, times ``factor``."""
+    """Return the derivatives of ``level_loss`` with respect to scale * image (B, D), scale * table (G, Q, D) and prior (G, Q).
+
+    All are fp32 and multiplied by ``factor``; without a prior, its derivative has no element.
+    """
     image, table = _operand(image, bf16), _operand(table, bf16)
     (B, D), (G, Q, _) = image.shape, table.shape
     # torch.empty, which the tests fill with NaN.

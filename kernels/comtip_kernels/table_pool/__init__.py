@@ -43,7 +43,7 @@ def table_pool(
     Raises
     ------
     ValueError
-        If ``impl`` does not support the operands.
+        If ``impl`` does not support the operands, or there are more than 256 levels for the Triton kernels.
     """
     out: Tensor = choose("table_pool", impl, (table_GQD, scores_GQ), _IMPLEMENTATIONS)(
         table_GQD, scores_GQ, levels_BG, mask_BG

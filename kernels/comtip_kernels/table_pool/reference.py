@@ -3,8 +3,7 @@
     p[b, g] = softmax over measured g of score[g, level[b, g]]
     t[b]    = sum_g p[b, g] table[g, level[b, g]]
 
-The sum is one product of a (B, G*Q) weight matrix with the table, so there is no (B, G, D) tensor and the order of the
-sum does not depend on the number of threads.
+The sum is one product of a (B, G*Q) weight matrix with the table, so there is no (B, G, D) tensor.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Elements of an AnnData: access, counts and positions."""
+"""Elements of an AnnData: access, libraries, counts, positions, facts and images."""

@@ -16,9 +16,14 @@ from comtip_shards.sources.anndata_parts.store import Store
 from comtip_shards.sources.files.tables import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")
+<<<<<<< HEAD
 """Elements searched for counts, in order."""
 LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
 """Names of layers that are taken for counts if their values are."""
+=======
+"""Elements that are searched for counts first, in order."""
+_LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
+>>>>>>> d4
 
 
 def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
@@ -36,8 +41,9 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     Raises
     ------
     SourceError
-        The stated layer does not exist, or the element holds no counts; the message names other layers with counts, and
-        the options.
+        The stated layer does not exist or holds no counts; or no layer is stated, no element of :data:`COUNTS` holds counts, and
+        neither does exactly one other layer with ``count``, ``raw`` or ``umi`` in its name; or a matrix is damaged. Fractional
+        values are accepted as counts if ``round_counts`` is set. The message names the options.
     """
     key = stated_key(store, options.layer, path)
     if key is not None:
@@ -72,7 +78,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
     Raises
     ------
     SourceError
-        Stored indices exceed the shape, with which SciPy would read outside its arrays.
+        It cannot be read, or its sparse format is damaged: with indices beyond the shape, SciPy would read outside its arrays.
     """
     value = store[key]
     if sparse.issparse(value):

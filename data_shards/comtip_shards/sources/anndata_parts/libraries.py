@@ -20,7 +20,7 @@ LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
 OWN_COLUMNS = LIBRARY_COLUMNS[:2]
 """Columns that name the library of a spot by convention (scanpy, squidpy). The others may also name a part of a section."""
 INTERLEAVED = 0.75
-"""Sections lie on top of each other if the distance between spots is smaller than this share of that within each of them."""
+"""Sections lie on top of each other if the median distance between spots of the file is less than this share of that within a section."""
 _UNNAMED = {"", "nan", "none", "<na>", "na"}
 
 
@@ -62,7 +62,7 @@ def libraries_of(store: Store) -> dict[str, Library]:
     ------
     SourceError
         No column of ``obs`` distinguishes the libraries, columns contradict each other, two libraries have the same section
-        id, or sections lie on top of each other and only one of them has an entry.
+        id, or sections named in ``obs`` lie on top of each other and the only entry has none of their names.
     """
     keys = library_names(store.group("uns/spatial"))
     if len(keys) > 1:
@@ -92,7 +92,7 @@ def libraries_of(store: Store) -> dict[str, Library]:
 
 
 def _with_spots(keys: list[str], obs: pd.DataFrame) -> list[str]:
-    """Return the libraries that have spots: a selection of spots, ``adata[adata.obs["library_id"] == "A"]``, keeps all entries."""
+    """Return the libraries that have spots, or all if no column tells: ``adata[adata.obs["library_id"] == "A"]`` keeps all entries."""
     for column in LIBRARY_COLUMNS:
         values = _names_in(obs, column) if column in obs else []
         if values and set(values) < set(keys):
@@ -106,12 +106,12 @@ def _names_in(obs: pd.DataFrame, column: str) -> list[str]:
 
 
 def column_of(obs: pd.DataFrame, store: Store, libraries: Sequence[str]) -> str:
-    """Return the column of ``obs`` that contains the names of all libraries of ``uns["spatial"]``.
+    """Return the column of ``obs`` that contains the names of all ``libraries``; :data:`LIBRARY_COLUMNS` take precedence.
 
     Raises
     ------
     SourceError
-        No column contains them, or several columns assign spots differently.
+        No column contains them, or several do, none of them in :data:`LIBRARY_COLUMNS`, and assign spots differently.
     """
     fits = [str(c) for c in obs if set(libraries) <= set(obs[c].astype(str).unique()) and obs[c].nunique() < len(obs)]
     fits = [c for c in LIBRARY_COLUMNS if c in fits] or fits
@@ -130,7 +130,7 @@ def column_of(obs: pd.DataFrame, store: Store, libraries: Sequence[str]) -> str:
 
 
 def _named_in_obs(store: Store) -> tuple[str, list[str]]:
-    """Return the column of ``obs`` that names several sections, and their names in order of appearance; "" if there is none."""
+    """Return the column of ``obs`` that names several sections, and their names in order of appearance; "" and [] without one."""
     obs = store["obs"]
     for column in LIBRARY_COLUMNS:
         if column not in obs:
@@ -144,7 +144,10 @@ def _named_in_obs(store: Store) -> tuple[str, list[str]]:
 
 
 def _interleaved(store: Store, column: str, values: Sequence[str]) -> bool:
-    """Return whether the spots of the named sections lie between each other, so that they are not parts of one section."""
+    """Return whether the spots of the named sections lie between each other, so that they are not parts of one section.
+
+    False without positions.
+    """
     xy = centres_of(store)
     if xy is None:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from comtip_shards.genes.species import species_name
@@ -27,7 +28,7 @@ class ObsFacts:
     """Facts that the caller stated or that were found in the AnnData; empty if unknown."""
 
     species: str = ""
-    """As found in the file, so not necessarily human or mouse."""
+    """As stated or found, so not necessarily human or mouse."""
     tissue: str = ""
     donor: str = ""
     platform: str = ""
@@ -39,7 +40,7 @@ class ObsFacts:
 
 
 def facts_of(obs: pd.DataFrame, facts: SectionFacts, store: Store | None = None) -> ObsFacts:
-    """Return the stated facts, completed from columns of ``obs`` with a single value and from entries of ``uns``."""
+    """Return the stated facts, completed from columns of ``obs`` and entries of ``uns`` with a single value."""
     return ObsFacts(
         facts.species or species_name(_found("species", obs, store)),
         facts.tissue or _found("tissue", obs, store),
@@ -52,7 +53,8 @@ def _found(name: str, obs: pd.DataFrame, store: Store | None) -> str:
     columns = _COLUMNS[name]
     found = [str(obs[c].iloc[0]) for c in columns if c in obs and len(obs) and obs[c].astype(str).nunique() == 1]
     if store is not None:
-        found += [str(store[f"uns/{c}"]) for c in columns if f"uns/{c}" in store and not store.keys(f"uns/{c}")]
+        stored = [store[f"uns/{c}"] for c in columns if f"uns/{c}" in store and not store.keys(f"uns/{c}")]
+        found += [str(np.ravel(v)[0]) for v in stored if np.size(v) == 1]  # R writes scalars as lists with one value
     found = [v.strip() for v in found if v.strip().lower() not in _UNKNOWN]
     if name == "tissue":  # obs["tissue"] may also be the flag or the share of tissue under a spot
         found = [v for v in found if any(c.isalpha() for c in v) and v.lower() not in _FLAGS]
@@ -60,7 +62,7 @@ def _found(name: str, obs: pd.DataFrame, store: Store | None) -> str:
 
 
 def _platform(assay: str) -> str:
-    """Return the short name of an assay: ``Visium`` for ``Visium Spatial Gene Expression V1``."""
+    """Return ``Visium HD`` or ``Visium`` for an assay with this name in its text; other assays are not changed."""
     plain = assay.lower()
     # Other spellings than these would make bins of 2 to 16 um spots with a pitch of 100 um.
     return "Visium HD" if re.search(r"visium[\W_]*hd", plain) else "Visium" if "visium" in plain else assay

@@ -109,12 +109,12 @@ def scale_factor(library: Any, key: str, where: str, fix: str = "") -> float | N
 
 
 def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
-    """Read the image that :func:`library_picture` selected into memory; floating-point values must be in [0, 1].
+    """Read the image that :func:`library_picture` selected into memory, as RGB of 8 bits.
 
     Raises
     ------
     SourceError
-        The image is not RGB, or is too large for memory.
+        The image is not RGB or RGBA, is too large for memory, or has no known bit depth.
     """
     stored = library["images"][picture.name]
     shape = tuple(int(n) for n in getattr(stored, "shape", None) or ())

@@ -30,12 +30,13 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     options
         ``positions``: the key in ``obsm``; by default the first of :data:`KEYS`, else columns of ``obs``.
     notes
-        A note is added if the key is not ``spatial``.
+        A note is added unless the positions are those of ``obsm["spatial"]``.
 
     Raises
     ------
     SourceError
-        There are no positions, the stated key does not exist, or the positions are not numbers or not one row per spot.
+        There are no positions, the stated key does not exist, or the positions are not numbers, not two columns or not one
+        row per spot.
     """
     keys, stated = store.keys("obsm"), options.positions
     if stated and stated not in keys:
@@ -67,7 +68,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
 
 
 def centres_of(store: Store) -> np.ndarray | None:
-    """Return the positions that :func:`read_centres` finds, None where it finds none."""
+    """Return the positions that :func:`read_centres` finds by default, None if it raises an error."""
     try:
         return read_centres(store, CountOptions(), [])
     except SourceError:
@@ -88,7 +89,7 @@ def centres(spatial: Any, path: Path, what: str = "obsm['spatial']") -> np.ndarr
     Raises
     ------
     SourceError
-        The values are not numbers, or have fewer than two columns.
+        The values are not numbers, or are not a table of at least two columns.
     """
     if isinstance(spatial, pd.DataFrame):
         names = [str(c).lower() for c in spatial.columns]

@@ -41,8 +41,9 @@ _MISSING = {"", "nan", "none", "<na>", "na"}
 def gene_names(var: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Return (ids, symbols) of the genes; 10x stores ids in a column and symbols, with duplicates, in the index.
 
-    Ids are those of a column named so, or of any column of Ensembl ids if the index has none. Where a column has no id, the
-    name in the index is used.
+    If a column has a name for ids, or if it holds Ensembl ids and the index does not, ids are those of the column and symbols those
+    of the index; a missing id is replaced by the symbol. Otherwise ids are those of the index, and symbols those of a column
+    with a name for symbols, or "".
     """
     index = [str(v) for v in var.index]
     by_name = {str(c).lower(): c for c in reversed(var.columns)}
@@ -90,7 +91,7 @@ def read_spots(
     meta, image, notes
         Metadata, image path and notes of the section.
     factor
-        px of the image per px of ``obsm["spatial"]``.
+        px of the image per px of the positions.
     options
         Where counts and positions are.
     counts
@@ -147,7 +148,7 @@ def annotated(
     Raises
     ------
     SourceError
-        Names are not unique, values are not counts, or the section is invalid.
+        Names are not unique, values are not counts, genes are not of the species, or there are no spots.
     """
     names = [str(v) for v in obs.index]
     check_unique(names, f"{path}: obs names")

@@ -83,8 +83,11 @@ class MemoryStore:
             self._parts |= {"raw/X": data.raw.X, "raw/var": pd.DataFrame(data.raw.var)}
 
     def __contains__(self, key: str) -> bool:
-        """Return whether an element exists."""
-        return self._parts.get(key) is not None or bool(key.startswith("uns/") and self.group(key))
+        """Return whether an element exists; an empty mapping in ``uns`` counts as absent."""
+        if key.startswith("uns/"):
+            found = self.group(key)
+            return bool(found) if isinstance(found, Mapping) else found is not None
+        return self._parts.get(key) is not None
 
     def __getitem__(self, key: str) -> Any:
         """Return one element; of an AnnData that is backed by a file, it is read."""
@@ -157,7 +160,7 @@ def open_store(path: Path) -> Iterator[Store]:
     Raises
     ------
     SourceError
-        The file cannot be read, or refers to other files.
+        The file or store cannot be read, refers to other files or is refused as unsafe, or the package zarr is not installed.
     """
     if path.is_dir():
         with reading(path, "an AnnData in zarr"):
@@ -172,7 +175,7 @@ def open_store(path: Path) -> Iterator[Store]:
 
 
 def open_h5ad(path: Path) -> h5py.File:
-    """Open an ``.h5ad`` file, compressed with gzip or not."""
+    """Open an ``.h5ad`` file, compressed with gzip or not; raises SourceError as :func:`open_hdf5` does."""
     try:
         return open_hdf5(unpacked(path), "an .h5ad", "copy or download it again")
     except SourceError as error:
@@ -210,7 +213,7 @@ def _checked(value: Any, key: str, path: Path) -> Any:
 
 
 def _check_columns(root: Any, key: str, path: Path) -> None:
-    """Check the lengths of the columns of a table, before any of them is read."""
+    """Check that the columns of a table in HDF5 have equal lengths, before any of them is read."""
     group = root.get(key) if isinstance(root, h5py.Group) else None
     if not isinstance(group, h5py.Group) or group.attrs.get("encoding-type") != "dataframe":
         return
@@ -230,7 +233,7 @@ def _check_columns(root: Any, key: str, path: Path) -> None:
 
 
 def _check_sparse(root: Any, key: str, path: Path) -> None:
-    """Check the lengths of the lists of a sparse matrix, before any of them is read."""
+    """Check the lengths of the lists of a sparse matrix in HDF5, before they are read as a whole."""
     group = root.get(key) if isinstance(root, h5py.Group) else None
     names = ("data", "indices", "indptr")
     if not isinstance(group, h5py.Group) or not all(isinstance(group.get(n), h5py.Dataset) for n in names):

@@ -25,7 +25,7 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
     Raises
     ------
     SourceError
-        The file is missing, not a FeatureCollection, or truncated.
+        The file is missing, not a FeatureCollection, truncated or damaged, or an item is not a feature.
     """
     decoder = json.JSONDecoder()
     with reading(path, "GeoJSON"), existing(path, "file of polygons").open(encoding="utf-8") as file:
@@ -88,7 +88,10 @@ def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
 
 
 def _ring(ring: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Return (area, centroid) of a closed ring, float (n, 2); raises ValueError if it is not finite."""
+    """Return (area, centroid) of a closed ring, float (n, 2); raises ValueError if it is not finite.
+
+    If the area is 0, the centroid is the mean of the vertices.
+    """
     if ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
         raise ValueError("coordinates are not finite x, y pairs")
     # Relative to the first vertex, to avoid cancellation for large coordinates.

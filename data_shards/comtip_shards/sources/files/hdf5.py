@@ -45,8 +45,9 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     Raises
     ------
     SourceError
-        The file is not HDF5, hangs or crashes the HDF5 library, has more objects or a larger dataset than allowed, or contains
-        a soft or external link, external storage or a virtual dataset. Files that it refers to are never opened.
+        The file is missing or not HDF5, hangs or crashes the HDF5 library, has more objects or deeper groups than allowed or a
+        dataset that claims far more bytes than are stored, or contains a soft or external link, external storage or a virtual
+        dataset. Files that it refers to are never opened.
     """
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"

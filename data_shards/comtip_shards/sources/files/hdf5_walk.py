@@ -1,7 +1,7 @@
 """Walk HDF5 files in a separate process, which a timer ends if the HDF5 library does not return.
 
 :mod:`comtip_shards.sources.files.hdf5_probe` runs this script; it imports only h5py, so that it starts fast. Each line of
-standard input is a path as JSON. The name of each object is written to standard output as JSON before the object is read, and
+standard input is a path as JSON. The name of an object is written to standard output as JSON before its content is read, and
 ``null`` after the last one.
 """
 
@@ -95,7 +95,7 @@ class _Walk:
 def main() -> None:
     """Walk the files that are named on standard input."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process even inside the library
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader ends this process by closing its input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader kills this process
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     for line in sys.stdin:

@@ -14,7 +14,7 @@ from comtip_shards.not_data import not_data, refuse_not_data
 from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number
 
 MAX_HOLE = 1 << 30
-"""Bytes of a file that may not be stored on the disk, before it is hashed; written data have no holes, except by copies of zeros."""
+"""Maximum bytes in holes of a file that is hashed. A file that was written completely has holes only where a copy left out zeros."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def fix_of(error: Exception, damaged: str = "copy or download it again") -> str:
 
 
 def existing(path: Path, what: str) -> Path:
-    """Return ``path``; raises SourceError if the file does not exist or its first bytes are not data.
+    """Return ``path``; raises SourceError if it is missing or a folder, or if its first bytes are not data.
 
     ``what`` names the expected content, for the message.
     """

@@ -46,7 +46,10 @@ def is_hidden(name: str) -> bool:
 
 
 def find(folder: Path, pattern: str) -> list[Path]:
-    """Return the matches of a glob pattern in sorted order, without hidden files and folders, see :func:`_any_case`."""
+    """Return the matches of a glob pattern in sorted order, without hidden files and folders; [] if there is no folder.
+
+    A pattern that begins with ``*`` matches names in any case.
+    """
     if not folder.is_dir():
         return []
     return sorted(
@@ -55,9 +58,9 @@ def find(folder: Path, pattern: str) -> list[Path]:
 
 
 def _any_case(pattern: str) -> str:
-    """Return a glob pattern without case: Windows, cameras and file servers write ``IMAGE.TIF`` and ``A.H5AD``.
+    """Return a glob pattern that ignores case: Windows, cameras and file servers write ``IMAGE.TIF`` and ``A.H5AD``.
 
-    Patterns that begin with a name keep their case, because ``s1`` and ``S1`` may be two sections.
+    Patterns that do not begin with ``*`` keep their case, because ``s1`` and ``S1`` may be two sections.
     """
     if not pattern.startswith("*"):
         return pattern
@@ -97,7 +100,7 @@ def is_gzip(path: Path) -> bool:
 
 @contextmanager
 def open_packed(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading; gzip is detected by content and decompressed."""
+    """Open a file for reading; gzip is detected by content and decompressed. Raises SourceError if it is not a regular file."""
     with regular_file(path).open("rb") as raw:
         packed = raw.read(2) == _GZIP
         raw.seek(0)
@@ -114,7 +117,9 @@ def read_packed(path: Path, limit: int = 1 << 30) -> bytes:
     Raises
     ------
     SourceError
-        The content exceeds ``limit`` bytes, or is implausibly larger than the file.
+        It is not a regular file, or the content exceeds ``limit`` bytes or is implausibly larger than the file.
+    OSError, EOFError, zlib.error
+        The file is damaged gzip, or cannot be read.
     """
     packed, most = is_gzip(path), limit
     size = path.stat().st_size
@@ -137,7 +142,9 @@ def unpacked(path: Path) -> Path:
     Raises
     ------
     SourceError
-        The file is damaged, or decompresses to implausibly many bytes.
+        It is not a regular file, is damaged, or decompresses to implausibly many bytes.
+    OSError
+        There is no space for the copy.
     """
     if not is_gzip(path):
         return path
@@ -166,6 +173,8 @@ def unpacked_tar(path: Path) -> Path:
     ------
     SourceError
         The archive is damaged, or unpacks to implausibly many bytes.
+    OSError
+        There is no space for the files.
     """
     target = _copy_folder(path) / "members"
     if target.is_dir():

@@ -32,7 +32,7 @@ class SpotPositions:
 
 
 def read_spots_table(path: Path) -> SpotPositions:
-    """Read a tab-separated table of spots.
+    """Read a table of spots, separated by tabs, or else by commas or semicolons.
 
     The columns ``spot_id``, ``pixel_x`` and ``pixel_y`` are required; ``array_x``, ``array_y``, ``in_tissue`` (default: yes)
     and ``label`` are optional.

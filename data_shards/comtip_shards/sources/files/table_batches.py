@@ -23,7 +23,7 @@ _CSV_BLOCK = 1 << 24
 
 
 def has_column(path: Path, name: str) -> bool:
-    """Return whether a table has a column."""
+    """Return whether a table has a column; raises SourceError if it cannot be read."""
     return name in _columns(path)
 
 
@@ -63,7 +63,7 @@ def numbers_of(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.nd
 
 
 def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.ndarray:
-    """Return k columns as float64 (n, k); raises SourceError if a column is not numeric or a value is missing."""
+    """Return k columns as float64 (n, k); raises SourceError if a column is not numeric or a value is missing or infinite."""
     values = numbers_of(batch, names, path)
     gaps = ~np.isfinite(values)
     if gaps.any():
@@ -92,7 +92,7 @@ def _open_csv(path: Path, names: Sequence[str]) -> pa_csv.CSVStreamingReader:
 
 
 class _Unpacking(io.RawIOBase):
-    """A gzip file, decompressed; it refuses to become implausibly large, as blank lines without end would."""
+    """Decompressed content of a gzip file; implausibly much of it, such as blank lines without end, is an error."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

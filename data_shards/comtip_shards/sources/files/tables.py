@@ -26,7 +26,7 @@ _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
 
 
 def number(value: Any, what: str) -> float:
-    """Return a value as float, NaN if it is empty; raises SourceError, with ``what`` as its name, if it is not a number."""
+    """Return a value as float, NaN if it is missing; raises SourceError, with ``what`` as its name, if it is not a number."""
     text = str(value).strip()
     if text in ("", "nan", "NaN", "None"):
         return float("nan")
@@ -39,10 +39,12 @@ def number(value: Any, what: str) -> float:
 def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
     """Read a table with all columns as text, empty cells as "".
 
+    Columns are separated by ``sep``, or by the most frequent of tab, comma and semicolon if the first line has no ``sep``.
+
     Raises
     ------
     SourceError
-        The file is missing, too large, not a table, or has no rows.
+        The file is missing, too large, not a table in UTF-8 or UTF-16, or has no rows.
     """
     check_table_size(existing(path, "table"), MAX_TABLE_BYTES)
     with reading(path, "a table"):
@@ -80,7 +82,7 @@ def _separator(path: Path, expected: str) -> str:
 
 
 def without_blank(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of text without the empty rows and columns that spreadsheets write for cells that were cleared."""
+    """Return a table of text without its empty rows and its empty unnamed columns: spreadsheets write them for cells that were cleared."""
     table = table.fillna("")
     filled = (table.map(str.strip) != "").to_numpy()
     named = np.array([isinstance(c, str) and not c.startswith("Unnamed:") for c in table.columns], bool)
@@ -140,7 +142,7 @@ def _without_blank_tail(body: pa.Table) -> pa.Table:
 
 
 def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
-    """Return numeric columns as float64 CSR without a dense matrix between."""
+    """Return numeric columns as float64 CSR, without an intermediate dense matrix."""
     values, rows, pointer = [], [], [0]
     for column in columns:
         # safe=False: integers above 2^53 are rounded here and refused as counts later.
@@ -181,7 +183,7 @@ def as_counts(
     Raises
     ------
     SourceError
-        A value is missing, negative, fractional or above 2^31 - 1.
+        A value is not finite, negative, fractional or above 2^31 - 1.
     """
     matrix = sparse.csr_matrix(matrix)
     data = matrix.data

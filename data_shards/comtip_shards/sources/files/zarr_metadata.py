@@ -1,4 +1,4 @@
-"""Check a Zarr store before it is opened: its codecs must be in an allow list, and it must not contain symbolic links.
+"""Check a Zarr store before it is opened: codecs in an allow list, no symbolic links, no array that claims far more than is stored.
 
 The metadata of a Zarr array name the codecs that decode it, and the Zarr library runs any installed codec of that name. The
 codec ``pickle`` executes code from the store. The names are therefore compared with a fixed list before the store is opened,
@@ -73,8 +73,8 @@ def check_store(path: Path, what: str = "a Zarr store") -> None:
     Raises
     ------
     SourceError
-        A codec is not one of :data:`CODECS`, a metadata file is invalid, or the store contains a link. The message names
-        the file.
+        A codec is not one of :data:`CODECS`, a metadata file is invalid or too large, an array claims far more bytes than are
+        stored, a folder cannot be listed, or the store contains a link. The message names the file.
     """
     for root, folders, files in os.walk(path, followlinks=False, onerror=_unreadable):
         for name in (*folders, *files):

@@ -63,7 +63,7 @@ def choose(
 
 
 def matches(text: str, value: str, have: Collection[str]) -> bool:
-    """Return whether ``text`` equals ``value`` (without case) or, if none of ``have`` does, contains it as a word."""
+    """Return whether ``text`` equals ``value`` or, if none of ``have`` does, contains it as whole words; case and punctuation are ignored."""
     text, value = _plain(text), _plain(value)
     if any(_plain(other) == value for other in have):
         return text == value

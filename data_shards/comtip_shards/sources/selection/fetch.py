@@ -1,7 +1,7 @@
 """Download of the required files of a remote source to a local folder with the same layout.
 
 Metadata tables are downloaded first and used to select sections; then the files of these sections are downloaded. Files are
-checked by size and cached; after an interruption, the download resumes with the first file that is not complete.
+checked by size and cached; after an interruption, the download resumes with the files that are not complete.
 """
 
 from __future__ import annotations
@@ -63,12 +63,16 @@ class _Listing:
     _known: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
     def match(self, pattern: str) -> dict[str, int | None]:
+        """Return {name: size, None if unknown} of the files that match a pattern, without names that are not :func:`_is_inside`."""
         if pattern not in self._known:
             self._known[pattern] = {n: s for n, s in self.remote.sizes(pattern).items() if _is_inside(n)}
         return self._known[pattern]
 
     def needs(self, patterns: Sequence[str], section: str) -> dict[str, int | None]:
-        """Return the files of one section; ``{id}`` in a pattern is replaced by the section."""
+        """Return {name: size} of the files of one section; ``{id}`` in a pattern is replaced by the section.
+
+        Raises SourceError for a pattern that leaves the folder.
+        """
         out: dict[str, int | None] = {}
         for pattern in patterns:
             if not _is_inside(pattern):  # patterns may come from a table of the source
@@ -117,14 +121,15 @@ def fetch_source(
     options
         Stated facts and options; ``pixels`` selects WSIs or patches of HEST, ``pool_um`` and ``bin_um`` the bins of Visium HD.
     cache
-        Cache directory; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
+        Cache directory; by default ``sources`` in :func:`comtip_shards.storage.cache.default_cache`.
     progress
         Show a progress bar.
 
     Raises
     ------
     SourceError
-        The format is not detected, no section matches, or there is not enough disk space.
+        The format is not detected, a metadata table is invalid or names files outside the folder, no section matches, ``where``
+        is given and there is no metadata table, or there is not enough disk space.
     ShardError
         The server failed; completed files stay in the cache.
     """

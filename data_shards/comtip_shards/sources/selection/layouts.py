@@ -22,13 +22,13 @@ class Layout:
 
     fmt: str
     marks: tuple[str, ...]
-    """Patterns that must all match; the first matches one file per section if :attr:`names` is set."""
+    """Patterns that must all match; the files of the first are passed to :attr:`names`."""
     files: Callable[[Path, str, SourceOptions], tuple[str, ...]]
     """``files(local root, section, options)`` returns the patterns of a section's files."""
     tables: tuple[str, ...] = ()
     """Metadata tables, downloaded first."""
     names: Callable[[Path, Collection[str]], list[str]] | None = None
-    """Returns sections as spelled in the file names of the first mark; None if the source is one section."""
+    """Returns the sections as spelled in file names; None if file names do not identify sections, so that all files are needed."""
     rows: Callable[[Path], list[CatalogueRow]] | None = None
     """Returns section metadata from the tables."""
     section: Callable[[str], str] = str

@@ -61,7 +61,8 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
     Raises
     ------
     SourceError
-        The file has another layout, the matrix is not affine or distorts the image, or the fit has a large error.
+        The file is missing, too large or of another layout, the matrix is not affine or distorts the image, or there are too few
+        keypoints or their fit has a large error.
     """
     with reading(existing(path, "alignment of the H&E image"), "a matrix of 3 x 3 numbers or keypoints with a header"):
         plain = unpacked(path)
@@ -95,7 +96,7 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
 
 
 def _fit(moving_N2: np.ndarray, fixed_N2: np.ndarray, pixel_size: float, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Fit the affine map from ``moving`` to ``fixed`` by least squares; returns (matrix, notes)."""
+    """Fit the affine map from ``moving`` to ``fixed`` by least squares; returns (float64 (3, 3), notes)."""
     design = np.column_stack([moving_N2, np.ones(len(moving_N2))])
     if not np.isfinite(design).all() or not np.isfinite(fixed_N2).all():
         raise SourceError(f"{path}: a keypoint has a missing coordinate; select it again in Xenium Explorer")

@@ -36,7 +36,7 @@ class Features:
         return np.flatnonzero([kind in ("", GENE_KIND) for kind in self.kinds])
 
     def only_genes(self) -> Features:
-        """Return the gene rows only."""
+        """Return the features that are genes, with the kind ``Gene Expression``."""
         rows = self.genes()
         return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
 
@@ -64,7 +64,10 @@ class Features:
 
 
 def counts_by_kind(kinds: Sequence[str], sums: np.ndarray) -> dict[str, int]:
-    """Return the sum of counts per kind of feature from ``sums`` per feature; 0 if it is not finite, as only genes are checked."""
+    """Return the sum of counts of each kind of feature, from ``sums`` of each feature.
+
+    A sum that is not finite counts as 0: values of features that are not genes were not checked.
+    """
     names = np.array([kind or GENE_KIND for kind in kinds])
     totals = {kind: float(sums[names == kind].sum()) for kind in np.unique(names).tolist()}
     return {kind: int(total) if np.isfinite(total) else 0 for kind, total in totals.items()}
@@ -84,7 +87,8 @@ def for_species(features: Features, stated: str | None, where: Path) -> tuple[Fe
 
     Returns
     -------
-    The features, those of another species with the kind ``genome NAME (SPECIES)``, and the species.
+    The features, and the species. Genes of another species have the kind ``genome NAME (SPECIES)``, or ``genome of another species
+    (SPECIES)`` if the genome is not named.
 
     Raises
     ------
@@ -118,7 +122,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> str:
-    """Return the species of most genes; ``unclear`` are the ids that state none."""
+    """Return the species of most genes; raises SourceError if at least half of the ids state none (``unclear``), or species are mixed."""
     total = sum(seen.values())
     if total <= len(unclear):
         why = f"gene ids such as {', '.join(unclear[:3])} are not Ensembl ids" if unclear else "there are no genes"

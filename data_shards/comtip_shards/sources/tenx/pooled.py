@@ -131,7 +131,7 @@ def pool_cells(
     Raises
     ------
     SourceError
-        Fewer than half of the cells have a position, so the files belong to different runs.
+        There are no cells, fewer than half of them have a position (the files belong to different runs), or the matrix is damaged.
     """
     pooler, lost, lost_counts = Pooler(len(features.genes()), str(counts.path)), 0, 0
     for barcodes, matrix in counts.chunks(features, BATCH, tally):

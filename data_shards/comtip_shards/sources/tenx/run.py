@@ -84,7 +84,13 @@ def find_matrices(folder: Path, stem: str) -> dict[str, TenxMatrix]:
 
 
 def find_flat_mex(folder: Path) -> dict[str, TenxMatrix]:
-    """Return {prefix: matrix} of MEX matrices whose three files are in the folder itself (``GSM1_A_matrix.mtx.gz``)."""
+    """Return {prefix: matrix} of MEX matrices whose files are in the folder itself (``GSM1_A_matrix.mtx.gz``).
+
+    Raises
+    ------
+    SourceError
+        The features or barcodes of a matrix are missing.
+    """
     return {prefix: _mex(files[0]) for prefix, files in by_prefix(folder, r"matrix\.mtx").items()}
 
 
@@ -128,7 +134,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def scale_factors(path: Path) -> dict[str, float]:
-    """Return the numbers in ``scalefactors_json.json``, by name; raises SourceError if the file is missing or invalid."""
+    """Return the numbers in ``scalefactors_json.json``, by name; raises SourceError if the file is missing or not a JSON object."""
     out: dict[str, float] = {}
     for key, value in read_json(path, "scale factors of the images").items():
         single = value[0] if isinstance(value, list) and len(value) == 1 else value  # R's jsonlite writes [0.17]
@@ -149,6 +155,11 @@ def find_pictures(folder: Path, prefix: str | None = None) -> dict[str, Path]:
         Usually ``spatial/``.
     prefix
         Prefix of the file names; None accepts any, and a name without prefix takes precedence.
+
+    Raises
+    ------
+    SourceError
+        ``prefix`` is None, and several images of one kind have a prefix.
     """
     out = {}
     for which in PICTURES:

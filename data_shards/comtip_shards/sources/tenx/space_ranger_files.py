@@ -30,7 +30,7 @@ class RunFiles:
     prefix: str = ""
     """Prefix of the file names if the folder contains several sections."""
     positions: list[Path] = field(default_factory=list)
-    """Tables of positions, in order of preference; the reader checks that they agree."""
+    """Tables of positions, sorted by name; the reader uses the first and checks that the others agree with it."""
     factors: Path | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
     matrix: TenxMatrix | None = None

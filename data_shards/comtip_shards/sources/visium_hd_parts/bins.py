@@ -242,7 +242,7 @@ def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path:
     """Return block centres in full-resolution px, float64 (N, 2), and a note on the grid's orientation.
 
     The centre of a complete block is the mean of its bins. For incomplete blocks the mean is shifted by the fitted
-    grid vectors.
+    grid vectors. Raises SourceError if there are too few blocks for the fit, or its pitch contradicts ``mpp``.
     """
     n = grid.sums[:, 0]
     mean = grid.sums[n > 0, 1:] / n[n > 0, None]

@@ -19,7 +19,7 @@ BIN_FOLDER = re.compile(r"square_(\d{3})um")
 
 
 def find_bins(path: Path) -> dict[float, Path]:
-    """Return {bin width in um: folder}, largest first; ``path`` may be one of these folders."""
+    """Return {bin width in um: folder} of folders with a table of positions, largest first; ``path`` may be one of them."""
     folders = [path] if BIN_FOLDER.fullmatch(path.resolve().name) else []
     for parent in (*find(path, "*binned_outputs"), path):
         folders += find(parent, "square_*um")

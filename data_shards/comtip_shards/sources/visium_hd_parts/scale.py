@@ -40,7 +40,7 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
 def scale_or_pitch(
     factors: Mapping[str, float], table: Path, width: float, stated: float | None
 ) -> tuple[float, list[str]]:
-    """Return (um per full-resolution px, notes); without scale factors, the scale is derived from the pitch of the bins.
+    """Return (um per full-resolution px, notes): as :func:`scale_of`, or without scale factors as stated or from the pitch of the bins.
 
     Parameters
     ----------

@@ -58,7 +58,10 @@ def _gene_panel(path: Path) -> Features:
 
 
 def feature_words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndarray]:
-    """Return the distinct feature names of a batch, and the index of each row's name, int64 (n,), -1 if it is missing."""
+    """Return the distinct feature names of a batch, and the index of each row's name, int64 (n,), -1 if it is missing.
+
+    Raises SourceError if a name is not UTF-8 text.
+    """
     column = batch.column("feature_name")
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
@@ -67,6 +70,6 @@ def feature_words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndar
 
 
 def texts_of(column: pa.Array, path: Path) -> list[str]:
-    """Return values as text; Xenium version 1 wrote bytes or numbers."""
+    """Return values as text, because Xenium version 1 wrote bytes or numbers; raises SourceError for bytes that are not UTF-8."""
     with reading(path, "Parquet"):
         return [v.decode() if isinstance(v, bytes) else str(v) for v in column.to_pylist()]

@@ -34,7 +34,7 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
     Raises
     ------
     SourceError
-        The table cannot be read, or no transcript is left.
+        The table cannot be read, two genes of the panel have the same name, or no transcript is left.
     """
     genes = run.features.only_genes()
     check_unique(genes.symbols, f"{run.path}: gene names of the panel")
@@ -95,7 +95,7 @@ def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, 
     Raises
     ------
     SourceError
-        The table cannot be read, has duplicate ids, or lacks more than half of the cells.
+        The table cannot be read, has duplicate ids or lacks more than half of the cells, or the matrix is damaged or empty.
     """
     centroids = _read_centroids(path)
 
