@@ -16,14 +16,9 @@ from comtip_shards.sources.anndata_parts.store import Store
 from comtip_shards.sources.files.tables import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")
-<<<<<<< HEAD
-"""Elements searched for counts, in order."""
+"""Elements that are searched for counts first, in order."""
 LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
 """Names of layers that are taken for counts if their values are."""
-=======
-"""Elements that are searched for counts first, in order."""
-_LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
->>>>>>> d4
 
 
 def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
