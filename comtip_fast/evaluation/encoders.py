@@ -81,7 +81,7 @@ class RunEncoder(TileEncoder):
         self.facts = {"kind": "comtip", "features": features, "precision": precision, "run": predictor.config.name}
 
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
-        """Return features, float32 (N, d) or (N, D)."""
+        """Return features, float32: (N, d) for ``pooled``, (N, D) for ``vector``."""
         if stain is None and self.predictor.normalises_stain:
             stain = stain_stats(tile for chunk in tiles.chunks() for tile in chunk.tiles_NSS3)
         found = self.predictor.image_features(tiles, stain, readout=False)
@@ -101,7 +101,7 @@ class NetworkEncoder(TileEncoder):
 
     @torch.no_grad()
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
-        """Return features, float32 (N, F)."""
+        """Return features, float32 (N, F); (0, 0) without tiles."""
         out: np.ndarray | None = None
         for rows, chunk in tiles.ahead():
             with autocast(self._precision, self._device):

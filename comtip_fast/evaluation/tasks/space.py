@@ -38,7 +38,8 @@ def retrieval_rows(context: TaskContext) -> list[TaskRow]:
     """Score image-to-gene and gene-to-image retrieval among the spots of each section, and of all sections of a cohort.
 
     The text of a spot consists of the (up to 256) most variable trained genes that all scored sections of its cohort measured,
-    so that genes do not identify the section. The control pairs every image with the text of another spot at random.
+    so that genes do not identify the section. A cohort without such genes has no rows. The control pairs the images with the
+    texts of the spots in random order.
     """
     rows = []
     for cohort in dict.fromkeys(s.cohort for s in context.sections):
@@ -244,7 +245,7 @@ def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotS
 
 
 def _mispaired(levels_NG: torch.Tensor, mode: str, n_strata: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return wrong levels, int64 (N, G), from other spots or from similar genes of the same spot."""
+    """Return levels, int64 (N, G), from other spots (``spots``) or from genes of similar detection in the same spot (``strata``)."""
     shape, device = (1, *levels_NG.shape), levels_NG.device
     u, v = (upload(torch.from_numpy(rng.random(shape, np.float32)), device) for _ in range(2))
     n, G = levels_NG.shape
