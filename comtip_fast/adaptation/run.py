@@ -237,7 +237,7 @@ def _predict(predictor: Predictor, features: ImageFeatures, keys: list[str], coh
 
 
 def _variable_genes(cp10k_NG: np.ndarray) -> np.ndarray:
-    """Return the columns of the (up to 50) most variable genes that enough spots express; the first 50 if no gene is."""
+    """Return the columns of the (up to 50) most variable genes that enough spots express, or the first 50 columns without any."""
     detected = (cp10k_NG > 0).mean(0) >= MIN_DETECTION
     variance = np.where(detected, cp10k_NG.var(0), -1.0)
     order = np.argsort(-variance, kind="stable")[:N_HVG]

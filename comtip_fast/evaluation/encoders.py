@@ -136,8 +136,8 @@ def timm_encoder(spec: str, device: torch.device, precision: str, seed: int = 0)
     ------
     ValueError
         timm has no such model, or the weights cannot be read or do not fit.
-    FileNotFoundError
-        There is no such file of weights.
+    FileNotFoundError, PermissionError
+        There is no such file of weights, or it may not be read.
     """
     name, _, file = spec.partition("@")
     if not timm.is_model(name):
@@ -198,7 +198,7 @@ def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed:
 
     Raises
     ------
-    ValueError, FileNotFoundError
+    ValueError, FileNotFoundError, PermissionError
         The specification is unknown, or its files cannot be used.
     """
     kind, _, rest = spec.partition(":")

@@ -272,7 +272,7 @@ class TrainReference:
         return self._fits[cache_key]
 
     def _fit_groups(self, data: _TrainData, x: np.ndarray, name: str, norm: str, keys: list[str]) -> RidgeFit:
-        """Fit one model per group of genes that the same training sections, with at least 10 spots, measured."""
+        """Fit one model per group of genes that the same training sections measured, if these have at least 10 spots."""
         values = data.cp10k if norm == "cp10k" else data.raw
         pattern = np.array(
             [[k in self._row and bool(m[self._row[k]]) for m in data.measured.values()] for k in keys], bool

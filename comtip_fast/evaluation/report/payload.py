@@ -1,4 +1,4 @@
-"""Data of the report's maps: quantised, compressed and encoded for the page's script, within a bound on the page's size."""
+"""Data of the report's maps: quantised, compressed and encoded for the page's script, and reduced to keep the page small."""
 
 from __future__ import annotations
 

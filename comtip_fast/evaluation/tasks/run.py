@@ -51,7 +51,7 @@ def task_options(
 
     Raises
     ------
-    ValueError, FileNotFoundError
+    ValueError, FileNotFoundError, PermissionError
         A file or an encoder cannot be used, an encoder reads other tiles than the model, or the name of an encoder is used already.
     """
     opened: Encoders = {}

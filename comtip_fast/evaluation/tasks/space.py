@@ -106,7 +106,7 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
 
     There are as many clusters as labels; spots without a label, and those of labels with fewer than three spots, are left out. Each kind of
     features is clustered unchanged, and once more averaged with the mean over neighbouring spots. Measured expression (50 most variable genes)
-    is a reference. The control is the cluster map after a rotation and a shift.
+    is a reference. The control is the cluster map after a rotation and a shift. A section with fewer than two labels has no rows.
     """
     rows = []
     for section in context.sections:
@@ -181,7 +181,7 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
     """Score the pair head: the AUC in the true context, and that AUC minus the AUC in the context of another spot.
 
     Wrong levels come from another spot of the section (``spots``), or from genes of similar detection in the same spot
-    (``strata``), as in training.
+    (``strata``), as in training. A section with fewer than two trained genes or spots has no rows.
     """
     rows = []
     for section in context.sections:
@@ -267,7 +267,7 @@ def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def gene_rows(context: TaskContext) -> list[TaskRow]:
-    """Score how close the genes of a family or gene set are, and whether a gene's nearest neighbour is its orthologue.
+    """Score how close the genes of a family or gene set are, and how often a gene's nearest orthologue is its own.
 
     Genes are the trained ones; their vectors are mean sentence vectors over the positive levels. Names alone are a baseline,
     because families and orthologues share tokens; gene vectors from counts are another, if the model has them.
@@ -302,7 +302,7 @@ def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys
 
 
 def _orthologue_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
-    """Return the row of orthologues found as nearest neighbours; none with fewer than three pairs."""
+    """Return the row of the share of genes whose own orthologue is the nearest of all; none with fewer than three pairs."""
     index = {k: i for i, k in enumerate(keys)}
     pairs = orthologues(keys)
     if len(pairs) < MIN_PER_LABEL:

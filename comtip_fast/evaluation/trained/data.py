@@ -44,7 +44,7 @@ class ValidationSection:
     measured_nH: np.ndarray
     """log1p CP10K."""
     kept: list[Tensor] = field(default_factory=list)
-    """Inputs of the encoder by chunk, on the CPU, after the first use; empty if they exceed the memory for all sections."""
+    """Inputs of the encoder by chunk, on the CPU; empty before the first use, and if those of all sections exceed ``KEPT_BYTES``."""
 
 
 class TrainingData:

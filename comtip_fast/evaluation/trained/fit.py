@@ -230,7 +230,7 @@ def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder
 
 
 def _digest(task: ExpressionTask, config: RunConfig, epochs: int, initial: str) -> str:
-    """Return a hash of everything that defines a training, so that no other training resumes from its checkpoints."""
+    """Return a hash of data, model, targets, epochs, learning rate, seed and initial weights, which names a training's checkpoints."""
     parts = task.fingerprint() | {"epochs": epochs, "lr": config.optim.lr, "seed": config.train.seed}
     if initial:
         parts |= {"initial_weights": initial}
