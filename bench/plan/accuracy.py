@@ -21,8 +21,7 @@ def row(case: str, found: dict[str, Any]) -> str:
     """Return the table row of one engine."""
     plan = plan_of(case, found)
     rows = state_rows(plan.sizes, plan.engine, W)
-    zero = case.startswith("ZeRO")
-    lasts = sum(r.bytes for r in rows if r.lasts or not zero)
+    lasts = total(rows, lasting=True)
     gradients = total([r for r in rows if r.lasts or r.name.startswith("gradients")], lasting=False)
     sent = sum(t.sent(W) for t in plan.traffic), sum(found["sent"].values())
     pairs = (lasts, found["after_step"]), (gradients, found["after_backward"]), sent

@@ -33,7 +33,7 @@ class BlockSplit:
 def split_blocks(
     xy_um: np.ndarray, fraction: float, margin_um: float, *, seed: int, number: int, section: str
 ) -> BlockSplit:
-    """Choose blocks of fit spots around random centres, and the spots beyond the margin.
+    """Choose compact blocks of fit spots around random centres, and as test spots all spots beyond a margin around them.
 
     Parameters
     ----------

@@ -33,7 +33,9 @@ class Correction:
     block: str
     """Name of the readout's block of features."""
     head: NormHead
+    """Linear head from the block's features to the residuals of the prediction."""
     facts: dict[str, Any]
+    """Block, penalty, number of programmes and cross-validated gains."""
 
     def predict(self, x_NF: np.ndarray) -> np.ndarray:
         """Return the correction (N, G) from the standardised features of the block."""
@@ -52,13 +54,13 @@ def fit_correction(
     x
         Standardised features (N, F) by block.
     measured_NG, predicted_NG
-        Measured expression, and the prediction to correct.
+        Measured expression, log1p, and the prediction to correct.
     fold_N
         Spatial fold of each spot. Candidates for block, penalty and number of programmes are compared by the gain in mean
         PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by chance, so the
         strongest penalty is used whose gain is within one standard error of the highest (the one-standard-error rule).
     genes
-        Columns whose mean PCC is compared.
+        Columns over which the mean PCC is computed.
 
     Returns
     -------
@@ -102,14 +104,15 @@ def _path(x_NF: np.ndarray, residual_NG: np.ndarray) -> RidgePath:
 
 
 def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
-    """Return one head with the predictions of the readout for a cohort: the cohort's own, or the mean of the species' heads.
+    """Return the head of a cohort that corrections are added to: its own head or, without one, the mean of the species' heads.
 
-    Every block has a positive weight, so that it can be corrected; a block without weight before has loadings of 0.
+    A gene is averaged over the heads that have it. All blocks of features get the same positive weight, so that each can be
+    corrected, and their means and loadings are rescaled, so that the predictions of the cohort's own head do not change.
 
     Raises
     ------
     ValueError
-        No head has genes of the species.
+        The cohort has no head, and no head has genes of the species.
     """
     own = [h for h in readout.heads if h.cohort == cohort]
     heads = own or [h for h in readout.heads if any(k.startswith(f"{species}:") for k in h.keys)]
@@ -129,7 +132,7 @@ def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
 def _merged(
     heads: list[CohortHead], block: str, norm: str, keys: list[str], share_HG: np.ndarray, weight: float
 ) -> NormHead:
-    """Return the share-weighted sum of the heads' blocks, divided by the block's ``weight`` in the mixture."""
+    """Return one block of the merged head, for weights ``share_HG`` of the heads and the block's new ``weight`` in the mixture."""
     mean, std = np.zeros(len(keys)), np.zeros(len(keys))
     weights, loadings = [], []
     for head, share in zip(heads, share_HG, strict=True):
@@ -152,7 +155,7 @@ def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str,
     base
         From :func:`base_head`.
     columns
-        Indices into ``base.keys`` of the corrected genes.
+        Indices into ``base.keys`` of the corrected genes, in the order of the corrections' genes.
     corrections
         One correction per normalisation; None leaves the head of that normalisation unchanged.
     """

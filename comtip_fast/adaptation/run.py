@@ -131,7 +131,8 @@ def adapt(
     Raises
     ------
     ValueError, FileNotFoundError
-        The model has no linear readout, the section cannot be used, or it has too few spots for blocks and margin.
+        ``fraction`` or ``splits`` is out of range, the model or the section does not exist or cannot be used, the model has no
+        linear readout, the section has too few spots for blocks and margin, or there is no such device.
     FileExistsError
         ``out`` exists and is not an empty folder.
 
@@ -177,16 +178,18 @@ def _splits(section: AdaptSection, tile_um: float, fraction: float, splits: int,
 
 @dataclass
 class _Fitted:
-    """Predictions for all spots of a section, after a fit to some of them."""
+    """Predictions for all spots of a section, after a fit to some of them, by normalisation."""
 
     unadapted: dict[str, np.ndarray]
     adapted: dict[str, np.ndarray]
     head: CohortHead
+    """The corrected head."""
     corrections: dict[str, Correction | None]
+    """None where no correction is used."""
 
 
 def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarray]) -> ImageFeatures:
-    """Return features with means over neighbours of the same part, so that no feature of one part depends on another."""
+    """Return features whose means over neighbours use spots of the same part only; the spots in no part form one more."""
     readout = predictor.bundle.readout
     assert readout is not None
     views, n = section.views_NF, len(section.xy_um)
@@ -234,7 +237,7 @@ def _predict(predictor: Predictor, features: ImageFeatures, keys: list[str], coh
 
 
 def _variable_genes(cp10k_NG: np.ndarray) -> np.ndarray:
-    """Return the columns of the (up to 50) most variable genes that enough spots express; the first 50 if there are none."""
+    """Return the columns of the (up to 50) most variable genes that enough spots express, or the first 50 columns without any."""
     detected = (cp10k_NG > 0).mean(0) >= MIN_DETECTION
     variance = np.where(detected, cp10k_NG.var(0), -1.0)
     order = np.argsort(-variance, kind="stable")[:N_HVG]
@@ -272,7 +275,7 @@ def _compare(predictor: Predictor, section: AdaptSection, split: BlockSplit, num
 def _adapted(
     predictor: Predictor, section: AdaptSection, fit: np.ndarray
 ) -> tuple[Predictor, dict[str, Correction | None]]:
-    """Return the adapted model, whose lineage ends with the section, and the correction of each normalisation."""
+    """Return the model adapted to the spots ``fit``, with a run on the section added to its lineage, and its corrections."""
     parts = [np.arange(len(section.xy_um))]  # at prediction, neighbours are those of the complete section
     fitted = _fit(predictor, section, fit, parts)
     bundle = predictor.bundle
@@ -336,7 +339,7 @@ def _record(
 
 
 def _write(result: Adaptation, section: AdaptSection, split: BlockSplit, fit: np.ndarray, out: Path) -> None:
-    """Write the export, the comparison, the use of each spot and the record to the folder ``out``."""
+    """Write the export, the comparison, the use of each spot in the first split and the record to the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     result.predictor.bundle.save(out / "export")
     write_atomic(out / "adaptation.csv", csv_text(result.table))

@@ -30,23 +30,23 @@ log = logging.getLogger("comtip_fast")
 
 @dataclass
 class AdaptSection:
-    """A section with N spots and the G genes of the model that it measured."""
+    """A section with N spots and the G trained genes of the model that it measured."""
 
     facts: LineageSection
     """Identity, donor and licence of the section, as lineage records it; of split ``train``."""
     cohort: str
     keys: list[str]
     xy_um: np.ndarray
-    """(N, 2)."""
+    """Positions in um, float64 (N, 2)."""
     spot_ids: list[str]
     features: ImageFeatures
     """Features of the spots alone, without neighbours."""
     inputs: dict[str, dict[str, np.ndarray]]
-    """Inputs of the ridge baselines."""
+    """Candidate inputs of each ridge baseline by name, float64 (N, .)."""
     measured: dict[str, np.ndarray]
     """log1p expression (N, G), by normalisation."""
     covariates: np.ndarray
-    """Mean colour and log total counts, which are regressed out of partial correlations."""
+    """Mean colour and log total counts, float64 (N, 4), which are regressed out of partial correlations."""
 
     @property
     def views_NF(self) -> np.ndarray:
@@ -74,7 +74,8 @@ def read_section(
     Raises
     ------
     ValueError, FileNotFoundError
-        The section cannot be read, has no counts, states no donor or tissue, or measured fewer than 2 of the model's genes.
+        The section does not exist or cannot be read, has no raw counts, states no donor or tissue, measured fewer than 2 of the
+        model's trained genes, or is of unknown species.
     """
     readout = predictor.bundle.readout
     assert readout is not None
@@ -116,7 +117,7 @@ def read_section(
 def _ridge_inputs(
     predictor: Predictor, opened: SectionTiles, features: ImageFeatures
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the candidate inputs of each ridge baseline, float (N, .); ``features`` are without neighbours."""
+    """Return the candidate inputs of each ridge baseline, float64 (N, .); ``features`` are without neighbours."""
     readout = predictor.bundle.readout
     frozen = None
     if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
@@ -137,7 +138,7 @@ def _facts(
     options: SourceOptions,
     counts: MeasuredCounts,
 ) -> LineageSection:
-    """Return the lineage entry of the section: that of its manifest, or one of stated facts with a new fingerprint."""
+    """Return the lineage entry of the section, of split ``train``: from its manifest, or else from stated facts."""
     shards = _shards_of(spec)
     if shards is not None:
         meta = shards.manifest.sections[shards.section_number(opened.section_id)]
@@ -165,7 +166,7 @@ def _facts(
 
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
-    """Return the fingerprint that identifies the section under another id; empty, with a warning, without a hires image in ``uns``."""
+    """Return the fingerprint by which the section is recognised under another id; empty, with a warning, without a hires image."""
     spatial = opened.template.uns.get("spatial", {})
     images = [spatial[name].get("images", {}) for name in library_names(spatial)]
     picture = next((x["hires"] for x in images if "hires" in x), None)
@@ -182,14 +183,14 @@ def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]
 
 
 def _tile_options(spec: str | Path | ad.AnnData, options: SourceOptions) -> SourceOptions:
-    """Return the options for reading tiles: those of counts are errors where counts are not read."""
+    """Return the options for reading tiles; those of counts are removed for an AnnData, of which tiles are read without counts."""
     if is_anndata(spec):
         return replace(options, counts=replace(options.counts, layer=None, round_counts=None))
     return options
 
 
 def _shards_of(spec: str | Path | ad.AnnData) -> ShardSet | None:
-    """Return the shard set of a SECTION; None if it is not in one."""
+    """Open the shard set of a SECTION; None if the SECTION is not in one."""
     if isinstance(spec, ad.AnnData):
         return None
     if is_url(str(spec)):

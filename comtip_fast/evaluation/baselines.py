@@ -1,4 +1,4 @@
-"""Supervised ridge baselines, on mean colour, on features of the frozen stem, and on the image encoder's features."""
+"""Ridge regression from features of spots to expression, for the supervised baselines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def fit_ridge(
     section_N
         Section of each spot.
     fold_N
-        Fold of each spot; default: one fold per section, or five folds of the spots if there is one section.
+        Fold of each spot in the cross-validation; default: one fold per section, or five folds of the spots if there is one
+        section.
 
     Raises
     ------

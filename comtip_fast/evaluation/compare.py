@@ -19,7 +19,7 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: Ti
 
     The layers are ``measured_log1p_cp10k`` and ``measured_log1p_raw``; the columns of ``var`` are ``measured``,
     ``detection``, ``pcc``, ``pcc_partial`` and ``pcc_raw``. For genes that the section did not measure, ``measured`` is False
-    and the rest NaN.
+    and the layers and other columns are NaN; an undefined correlation is NaN too.
 
     Parameters
     ----------

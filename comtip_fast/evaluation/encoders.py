@@ -81,7 +81,7 @@ class RunEncoder(TileEncoder):
         self.facts = {"kind": "comtip", "features": features, "precision": precision, "run": predictor.config.name}
 
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
-        """Return features, float32 (N, d) or (N, D)."""
+        """Return features, float32: (N, d) for ``pooled``, (N, D) for ``vector``."""
         if stain is None and self.predictor.normalises_stain:
             stain = stain_stats(tile for chunk in tiles.chunks() for tile in chunk.tiles_NSS3)
         found = self.predictor.image_features(tiles, stain, readout=False)
@@ -101,7 +101,7 @@ class NetworkEncoder(TileEncoder):
 
     @torch.no_grad()
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
-        """Return features, float32 (N, F)."""
+        """Return features, float32 (N, F); (0, 0) without tiles."""
         out: np.ndarray | None = None
         for rows, chunk in tiles.ahead():
             with autocast(self._precision, self._device):
@@ -136,8 +136,8 @@ def timm_encoder(spec: str, device: torch.device, precision: str, seed: int = 0)
     ------
     ValueError
         timm has no such model, or the weights cannot be read or do not fit.
-    FileNotFoundError
-        There is no such file of weights.
+    FileNotFoundError, PermissionError
+        There is no such file of weights, or it may not be read.
     """
     name, _, file = spec.partition("@")
     if not timm.is_model(name):
@@ -198,7 +198,7 @@ def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed:
 
     Raises
     ------
-    ValueError, FileNotFoundError
+    ValueError, FileNotFoundError, PermissionError
         The specification is unknown, or its files cannot be used.
     """
     kind, _, rest = spec.partition(":")

@@ -1,4 +1,4 @@
-"""Score a model on sections: zero-shot, on unseen genes, against a spatial null and ridge baselines."""
+"""Score a model on sections: zero-shot and on unseen genes, compared with a spatial null, ridge baselines and trained methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from comtip_fast.evaluation.metrics import (
 )
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
-from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference, spot_inputs
+from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference, check_tiles, spot_inputs
 from comtip_fast.evaluation.trained import METHODS, TrainOptions
 from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
 from comtip_fast.inference import GeneQuery, Predictor, SectionFeatures, SectionPrediction
@@ -62,19 +62,19 @@ class SectionData:
     xy: np.ndarray
     """(N, 2) pixels of the source image."""
     measured: dict[str, np.ndarray]
-    """(N, G) per normalisation."""
+    """log1p expression (N, G) by normalisation."""
     predicted: dict[str, np.ndarray]
-    """(N, G) per normalisation."""
+    """log1p expression (N, G) by normalisation."""
     hvg: np.ndarray
-    """Indices into ``keys`` of the 50 most variable genes."""
+    """Indices into ``keys`` of the (up to) 50 most variable genes, or of the first 50 of a list."""
     panel: np.ndarray
-    """Indices into ``keys`` of the trained genes."""
+    """Indices into ``keys`` of the trained genes, or of all genes of a list."""
     unseen: np.ndarray
-    """Indices into ``keys`` of the held-out genes, by decreasing variance."""
+    """Indices into ``keys`` of the held-out genes by decreasing variance, or of the genes of a list that no run trained."""
     pcc: np.ndarray
     """(G,) zero-shot PCC, CP10K."""
     null_means: np.ndarray
-    """(n_draws,) mean PCC of the null over the 50 genes, CP10K."""
+    """(n_draws,) mean PCC of the null over the genes ``hvg``, CP10K."""
     null_pcc: np.ndarray
     """(n_draws, panel genes) float32, PCC of the null, CP10K; NaN where undefined."""
     gene_table: pd.DataFrame
@@ -82,7 +82,7 @@ class SectionData:
     spots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(N,) indices of the spots in the shard set."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
-    """Predictions of the baselines for the genes ``hvg``, CP10K (N, HVG)."""
+    """Predictions of the baselines and trained methods for the genes ``hvg``, CP10K (N, HVG)."""
 
 
 @dataclass
@@ -142,13 +142,14 @@ def evaluate(
     Raises
     ------
     ValueError
-        A section is unknown, all sections were used in training, tiles have another size, ``train_shards`` lacks the
-        training sections of an evaluated cohort, or a listed gene is unknown or listed twice.
+        A section is unknown or measured none of the genes, all sections were used in training, tiles have another size,
+        ``train_shards`` lacks the training sections of an evaluated cohort, a listed gene is unknown or listed twice, or a method
+        is unknown, cannot be trained or was stopped by a signal.
+    FileNotFoundError
+        A method to train starts from a file of weights that does not exist.
     """
     train_shards = shards if train_shards is None else train_shards
-    _check_tiles(predictor, shards)
-    if train_shards is not shards:
-        _check_tiles(predictor, train_shards, training=True)
+    check_tiles(predictor, shards, train_shards)
     chosen = choose_sections(predictor, shards, sections)
     reference = TrainReference(predictor, train_shards)
     reference.check(shards.cohort_of_section(n) for n in chosen)
@@ -185,25 +186,10 @@ def evaluate(
     return Evaluation(all_metrics, data, shards, predictor, trained)
 
 
-def _check_tiles(predictor: Predictor, shards: ShardSet, *, training: bool = False) -> None:
-    """Raise ValueError if the tiles of the shard set have another geometry than the model's."""
-    tile, (px, um, min_mpp) = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
-    if (tile.px, tile.um, tile.min_mpp) != (px, um, min_mpp):
-        fix = (
-            "give the shard set that the model was trained on with `train_shards`"
-            if training
-            else f"build the set again with `tile_um={um:.12g}` `tile_px={px}` `min_mpp={min_mpp:.12g}`"
-        )
-        raise ValueError(
-            f"{shards.name}: tiles of {tile.um:.12g} um in {tile.px} px with min_mpp {tile.min_mpp:.12g}, but the model reads "
-            f"{um:.12g} um in {px} px with min_mpp {min_mpp:.12g}; {fix}"
-        )
-
-
 def _choose_genes(
     predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference, listed: Sequence[str] | None
 ) -> ScoredGenes:
-    """Choose the genes of a section: those of the model, or those of a list."""
+    """Choose the genes of a section: those of the model, or those of a list; raise ValueError if it measured none of them."""
     if listed is not None:
         keys, not_measured = resolve_list(listed, shards, number)
         seen = {symbol_of(k) for k in predictor.trained_genes} | predictor.lineage.genes_of_ancestors()
@@ -297,7 +283,7 @@ def _levels_pcc(
     hvg: np.ndarray,
     covariates: np.ndarray,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return :attr:`ScoringInputs.from_levels`; predictions are computed and dropped some genes at a time."""
+    """Return :attr:`ScoringInputs.from_levels`; only the predictions of some genes are in memory at a time."""
     out = {norm: (np.full(len(queries), np.nan), np.full(hvg.size, np.nan)) for norm in NORMALISATIONS}
     start = 0
     for levels in predictor.sentence_levels(queries):
@@ -385,7 +371,7 @@ def _ridge_score(
 
 
 def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a cohort's scores: means over its sections; spots and undefined genes are counted over all of them."""
+    """Return a cohort's entry: mean scores of its sections; sums of spots and undefined genes; the 50 genes of the first section."""
     out: dict[str, Any] = {
         "sections": [s for p in parts for s in p["sections"]],
         "n_spots": sum(p["n_spots"] for p in parts),
@@ -406,7 +392,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def predictors_of(*entries: dict[str, Any]) -> list[str]:
-    """Return the names of the predictors that any of the entries of ``metrics.json`` has."""
+    """Return the names of the predictors in entries of ``metrics.json``: :data:`PREDICTORS`, and trained methods of any entry."""
     return [*PREDICTORS, *(name for name in METHODS if any(name in e for e in entries))]
 
 
@@ -416,7 +402,7 @@ def write_metrics(metrics: dict[str, Any], path: Path) -> None:
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
-    """Return the main scores as a text table."""
+    """Return the mean PCCs of log1p CP10K as a text table, with a line per cohort and predictor that has scores."""
     lines = [f"{'cohort':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
     for cohort, entry in metrics["cohorts"].items():
         for name in predictors_of(entry):

@@ -63,9 +63,11 @@ class FeatureFiles:
     ------
     FileNotFoundError
         The path does not exist.
+    PermissionError
+        The table may not be read.
     ValueError
-        The path is not a folder, ``.csv``, ``.tsv`` or ``.parquet``, the table cannot be read, lacks a column, or has a column
-        of features that are not numbers.
+        The path is not a folder, ``.csv``, ``.tsv`` or ``.parquet``, or the table cannot be read, lacks ``section``, ``spot`` or
+        features, or has a column of features that are not numbers.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -87,7 +89,7 @@ class FeatureFiles:
         return self._from_folder(section, task) if self._table is None else self._from_table(section)
 
     def _from_table(self, section: str) -> SpotFeatures:
-        """Return the rows of a section; raise ValueError if there are none."""
+        """Return the rows of a section; raise ValueError if there are none, or a value is not finite."""
         assert self._table is not None
         own = self._table[self._table[SECTION] == section]
         if own.empty:
@@ -98,7 +100,7 @@ class FeatureFiles:
         return SpotFeatures(own[SPOT].tolist(), _finite(values, f"{self.path}, section {section}"))
 
     def _from_folder(self, section: str, task: str) -> SpotFeatures:
-        """Read the file of a section; raise FileNotFoundError if there is none."""
+        """Read the file of a section; raise FileNotFoundError if there is none, and ValueError if it cannot be used."""
         found = [p for p in (self.path / task / f"{section}.h5", self.path / f"{section}.h5") if p.is_file()]
         if not found:
             raise FileNotFoundError(
@@ -108,12 +110,12 @@ class FeatureFiles:
 
 
 def read_embeddings(path: Path) -> SpotFeatures:
-    """Read one HDF5 file with ``embeddings`` (N, F) and ``barcodes`` (N,) or (N, 1).
+    """Read one HDF5 file with ``embeddings`` (N, F) and ``barcodes`` or ``barcode`` (N,) or (N, 1).
 
     Raises
     ------
     ValueError
-        The file cannot be read, or its parts are missing or of different length.
+        The file cannot be read, a dataset is missing, the two differ in length, or embeddings are not finite numbers.
     """
     with open_hdf5(path, "an HDF5 file of embeddings", "write it with h5py") as file:
         key = next((k for k in NAME_KEYS if k in file), None)
@@ -133,7 +135,7 @@ def read_embeddings(path: Path) -> SpotFeatures:
 
 
 def text_of(values: np.ndarray) -> list[str]:
-    """Return text of an HDF5 dataset (N,) or (N, 1), bytes or str."""
+    """Return the values of an HDF5 dataset, bytes or str (N,) or (N, 1), as a list of str."""
     return [v.decode() if isinstance(v, bytes) else str(v) for v in np.ravel(values).tolist()]
 
 

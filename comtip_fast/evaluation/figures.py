@@ -22,7 +22,7 @@ def as_uri(figure: Figure, dpi: int = 110, kind: str = "png") -> str:
 
 
 def gene_histogram(pcc: np.ndarray, null: np.ndarray, title: str) -> str:
-    """Return :func:`comtip_fast.plots.draw_histogram` as a PNG."""
+    """Return the figure of :func:`comtip_fast.plots.draw_histogram` as the data URI of a PNG."""
     return as_uri(draw_histogram(pcc, null, title))
 
 
@@ -34,6 +34,6 @@ def maps(
     spot_um: float,
     genes: list[tuple[str, np.ndarray, np.ndarray, float]],
 ) -> str:
-    """Return :func:`comtip_fast.plots.draw_maps` as a JPEG; ``xy`` is in px of the source image."""
+    """Return the figure of :func:`comtip_fast.plots.draw_maps` as the data URI of a JPEG; ``xy`` is in px of the source image."""
     spots = xy * section_mpp / overview_mpp
     return as_uri(draw_maps(overview, spots, spot_um / overview_mpp, overview_mpp, genes), dpi=100, kind="jpeg")

@@ -40,31 +40,34 @@ COLUMNS = (
 
 @dataclass
 class ScoredGenes:
-    """Genes to score in a section; ``hvg`` (most variable), ``panel`` (trained, or all of a list) and ``unseen`` are indices into ``keys``."""
+    """Genes to score in a section; ``hvg``, ``panel`` and ``unseen`` are indices into ``keys``, int64."""
 
     keys: list[str]
     hvg: np.ndarray
+    """The (up to) 50 most variable genes, or the first 50 of a list."""
     panel: np.ndarray
+    """The trained genes, or all genes of a list."""
     unseen: np.ndarray
-    """By decreasing variance."""
+    """The held-out genes by decreasing variance, or the genes of a list that no run trained, in its order."""
     hvg_from: str
-    """Data on which the most variable genes were chosen, for the report."""
+    """Data on which the genes ``hvg`` were chosen: ``training sections``, ``evaluated section`` or ``gene list``."""
     not_measured: list[str]
     """Listed genes that the section did not measure."""
 
 
 @dataclass
 class ScoringInputs:
-    """Measured and predicted expression of one section (N, G), covariates, and inputs of baselines and null."""
+    """Measured and predicted log1p expression of one section (N, G) by normalisation, covariates, and inputs of baselines and null."""
 
     cohort: str
     genes: ScoredGenes
     measured: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
     from_levels: dict[str, tuple[np.ndarray, np.ndarray]]
-    """PCC of the G genes, and partial PCC of ``genes.hvg``, of the prediction from level sentences alone, without the
-    linear readout."""
+    """By normalisation: PCC of the G genes, and partial PCC of ``genes.hvg``, of the prediction from level sentences alone,
+    without the linear readout."""
     covariates: np.ndarray
+    """Mean colour and log total counts of each spot, float64 (N, 4)."""
     ridge_inputs: Inputs
     moved: np.ndarray
     """From :func:`comtip_fast.evaluation.nulls.moved_spots`."""
@@ -73,7 +76,7 @@ class ScoringInputs:
     trained: dict[str, np.ndarray] = field(default_factory=dict)
     """Predictions of the trained methods, CP10K (N, G)."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
-    """Predictions of the baselines for the most variable genes, CP10K (N, HVG), filled while they are scored."""
+    """Predictions of baselines and trained methods for ``genes.hvg``, CP10K (N, HVG), filled while they are scored."""
 
 
 def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringInputs) -> pd.DataFrame:
@@ -159,7 +162,7 @@ def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[l
     Raises
     ------
     ValueError
-        The list is empty, an identifier is unknown in the section's species, two name the same gene, or the section
+        The list is empty, an identifier is unknown in the section's species, two identifiers name the same gene, or the section
         measured none of the genes.
     """
     section = shards.manifest.sections[number]

@@ -29,7 +29,7 @@ def residuals(values_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
 
 
 def residuals_of_basis(values_NG: np.ndarray, basis_NK: np.ndarray) -> np.ndarray:
-    """Return the residuals of the projection of each column onto an orthonormal basis, float64 (N, G)."""
+    """Return the residuals of the projection of each column onto an orthonormal basis, float64 (N, G); 0 if it is explained."""
     values = np.asarray(values_NG, np.float64)
     residual = values - basis_NK @ (basis_NK.T @ values)
     # A fully explained column leaves rounding noise: set it to 0, so that its PCC is undefined.
@@ -39,7 +39,7 @@ def residuals_of_basis(values_NG: np.ndarray, basis_NK: np.ndarray) -> np.ndarra
 
 
 def partial_pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
-    """Return the correlation of each gene's residuals on the covariates, float64 (G,); NaN where undefined."""
+    """Return each gene's correlation of measured and predicted residuals on the covariates, float64 (G,); NaN where undefined."""
     basis, columns = covariate_basis(covariates_NC), range(0, measured_NG.shape[1], GENES_AT_ONCE)
     parts = [slice(i, i + GENES_AT_ONCE) for i in columns]
     return np.concatenate(
@@ -127,17 +127,36 @@ def score_from_genes(
 
 
 def null_scores(scores: list[Score], observed: float | None) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the mean score of the null with its 95th percentile and p-value, and the mean PCC of each draw."""
+    """Summarise the scores of the draws of the spatial null.
+
+    Parameters
+    ----------
+    scores
+        Score of each draw.
+    observed
+        ``mean_pcc_50_hvg`` of the model; None without genes.
+
+    Returns
+    -------
+    summary, draws
+        The mean score with ``p95_mean_pcc_50_hvg``, the 95th percentile, and the one-sided ``p_value`` of ``observed``, both None
+        without draws or genes; and ``mean_pcc_50_hvg`` of each draw.
+    """
     draws = np.array([s.mean_pcc_50_hvg for s in scores if s.mean_pcc_50_hvg is not None])
     summary = mean_scores([asdict(s) for s in scores]) | {
         "p95_mean_pcc_50_hvg": float(np.quantile(draws, 0.95)) if draws.size else None,
-        "p_value": None if observed is None else float((1 + (draws >= observed).sum()) / (1 + draws.size)),
+        "p_value": float((1 + (draws >= observed).sum()) / (1 + draws.size))
+        if draws.size and observed is not None
+        else None,
     }
     return summary, draws
 
 
 def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of each field of :class:`Score` over those that have it; None if none has."""
+    """Return the mean of each field of :class:`Score` over the scores that are not None; None without any.
+
+    ``undefined_genes`` is rounded to an integer, and is 0 without scores.
+    """
     out: dict[str, Any] = {}
     for key in Score.__dataclass_fields__:
         values = [s[key] for s in scores if s[key] is not None]

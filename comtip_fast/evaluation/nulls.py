@@ -1,8 +1,9 @@
 """Spatial null distribution: predicted maps, rotated and shifted over the section.
 
-Two smooth maps correlate by chance far more often than a permutation of spots suggests. Each draw rotates the predicted
-map by a random angle, mirrors it with probability 1/2, shifts it, and assigns every spot the prediction of the nearest
-moved spot. This preserves the map's smoothness and approximately its values, but not its alignment with the tissue.
+Two smooth maps correlate by chance far more often than a permutation of spots suggests. Each draw mirrors the positions of
+the spots with probability 1/2, rotates and shifts them at random, and assigns every spot the prediction of the spot that is
+nearest to its moved position. This preserves the map's smoothness and approximately its values, but not its alignment with
+the tissue.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def null_pcc(
 ) -> np.ndarray:
     """Return the PCC of each gene (by default of all columns) in every draw, float64 (n_draws, G); NaN where undefined.
 
-    Equal to ``pcc_per_gene(measured, predicted[draw])`` but faster: the mean and the norm of a moved map follow from how
-    often the draw uses each spot.
+    The result equals ``pcc_per_gene(measured, predicted[draw])`` for every draw, up to rounding, but is faster: the mean and the
+    norm of a moved map follow from how often the draw uses each spot.
     """
     n, genes = measured_NG.shape
     columns = np.arange(genes) if columns is None else columns

@@ -47,7 +47,8 @@ def evaluate_run(
         Section ids; default: those whose split is ``test``, or all of a set without that split; those that training used are
         left out.
     train_shards
-        Shard set with the training sections, or several, for the ridge baselines; default: the run's own.
+        Shard set with the training sections, or several, for the 50 most variable genes, the baselines and the trained methods;
+        default: those that the run's config names.
     gene_vectors
         File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
     genes
@@ -56,8 +57,8 @@ def evaluate_run(
     null_draws
         Number of draws of the spatial null; 0 computes none.
     trained
-        Methods to train on the training sections and to score: names in :data:`comtip_fast.evaluation.trained.METHODS`. Their
-        checkpoints are in ``out/trained``, from which an interrupted call continues.
+        Methods to train on the training sections and to score: names in :data:`comtip_fast.evaluation.trained.METHODS`. With
+        ``out``, their checkpoints are in ``out/trained``, from which an interrupted call continues.
     epochs
         Largest number of passes over the training spots, per learning rate of a method.
     seed
@@ -73,10 +74,12 @@ def evaluate_run(
     Raises
     ------
     FileNotFoundError
-        There is no export, no file of gene vectors, or no shard set with the training sections.
+        There is no export, no file of gene vectors, no shard set, or no file of the weights that a method starts from.
     ValueError
-        Unknown sections, genes or methods, a negative ``null_draws``, tiles of another size, or a trained cohort without its
-        training sections.
+        A section, gene, method or device is unknown, ``null_draws`` is negative, ``epochs`` is below 1, the export, the gene
+        vectors or a shard set cannot be used, all sections were used in training, a section measured none of the genes, tiles
+        have another size, the shard set of the training sections lacks those of an evaluated cohort, or is named only by a URL
+        in the run's config, or a method cannot be trained or was stopped by a signal.
     NotADirectoryError, PermissionError
         ``out`` is a file, or cannot be written.
 

@@ -26,9 +26,9 @@ VECTOR_SEEN = "name and gene vector"
 def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequence[str] | None) -> list[int]:
     """Return the numbers of the sections to score.
 
-    These are the sections ``section_ids``. If it is None, they are the sections of split ``test``, or all sections of a set
-    without that split, except those that influenced the weights of the model or of a parent. A warning names the sections of
-    split ``test`` that are left out.
+    These are the sections ``section_ids``. If ``section_ids`` is None, they are the sections of split ``test``, or all sections
+    of a set without that split, except those that influenced the weights of the model or of a parent. A warning names the
+    sections of split ``test`` that are left out.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[s
 
 
 def gene_seen(predictor: Predictor, key: str) -> str:
-    """Return how a gene was seen in training, see :data:`GENE_SEEN`."""
+    """Return how a gene was seen in training: a value of :data:`GENE_SEEN`, or :data:`VECTOR_SEEN`."""
     training = predictor.training_of(key)
     if training == "never seen" and predictor.has_vector(key):
         return VECTOR_SEEN
@@ -86,7 +86,7 @@ def gene_seen(predictor: Predictor, key: str) -> str:
 
 
 def lineage_facts(predictor: Predictor) -> dict[str, Any]:
-    """Return the entries of ``metrics.json`` on all runs of the lineage."""
+    """Return the entry ``lineage`` of ``metrics.json``: all runs, whether the parents are known, and the licences."""
     lineage = predictor.lineage
     return {
         "runs": [

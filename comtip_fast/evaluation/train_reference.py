@@ -69,7 +69,9 @@ class _TrainData:
     section: np.ndarray
     """Section number of each spot."""
     cp10k: sparse.csr_matrix
+    """log1p CP10K of all genes."""
     raw: sparse.csr_matrix
+    """log1p of raw counts of all genes."""
     inputs: dict[str, dict[str, np.ndarray]]
     """As :data:`Inputs`, of all sections and in memory, because a fit needs all spots."""
     measured: dict[int, np.ndarray]
@@ -83,11 +85,20 @@ def spot_inputs(
     pooled: FeatureStore,
     frozen: FeatureStore | None,
 ) -> Inputs:
-    """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and image features.
+    """Return the candidate inputs of each baseline: mean colour and image features.
 
-    ``tiles`` are uint8 (N, S, S, 3), or read in chunks; ``pooled`` and ``frozen`` are those of
-    :class:`comtip_fast.inference.section.SectionFeatures`. ``ridge_frozen`` needs a model with a frozen stem and a linear
-    readout, and is missing otherwise.
+    Mean colour is that of the stored tiles and, if the model normalises stain, also that of the normalised tiles.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    tiles
+        uint8 (N, S, S, 3), or a source that reads them in chunks.
+    stain
+        Stain statistics of the section.
+    pooled, frozen
+        As in :class:`comtip_fast.inference.section.SectionFeatures`; if ``frozen`` is None, the result has no ``ridge_frozen``.
     """
     source = tiles if isinstance(tiles, TileSource) else ArrayTiles(tiles)
     colours = {"tile colour": np.empty((len(source), 3))}
@@ -111,7 +122,7 @@ def training_shards(run: Path, configured: ShardPaths, given: ShardPaths | None)
     Raises
     ------
     ValueError
-        The config names a URL, which is not fetched unless it is ``given``.
+        The config names a URL, which is not fetched unless it is ``given``, or the shard set cannot be read.
     FileNotFoundError
         There is no shard set.
     """
@@ -139,6 +150,26 @@ def _training_set(run: Path, train: str, *, stated: bool) -> str:
             "training sections, so give their shard set with `train_shards`"
         )
     return train
+
+
+def check_tiles(predictor: Predictor, shards: ShardSet, train_shards: ShardSet) -> None:
+    """Check that the tiles of both shard sets have the model's geometry: px, um and ``min_mpp``.
+
+    Raises
+    ------
+    ValueError
+        The tiles of one set have another geometry.
+    """
+    px, um, min_mpp = predictor.tile_px, predictor.tile_um, predictor.min_mpp
+    build = f"build the set again with `tile_um={um:.12g}` `tile_px={px}` `min_mpp={min_mpp:.12g}`"
+    give = "give the shard set that the model was trained on with `train_shards`"
+    for found, fix in ((shards, build), (train_shards, give)):
+        tile = found.manifest.tile
+        if (tile.px, tile.um, tile.min_mpp) != (px, um, min_mpp):
+            raise ValueError(
+                f"{found.name}: tiles of {tile.um:.12g} um in {tile.px} px with min_mpp {tile.min_mpp:.12g}, but the model reads "
+                f"{um:.12g} um in {px} px with min_mpp {min_mpp:.12g}; {fix}"
+            )
 
 
 def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
@@ -216,9 +247,10 @@ class TrainReference:
             )
 
     def ranked_genes(self, cohort: str, *, fallback: tuple[ShardSet, int]) -> tuple[list[str], str]:
-        """Return gene keys by decreasing variance, and which sections the variance was computed on.
+        """Return the keys of detected genes by decreasing variance, and the sections that the variance was computed on.
 
-        These are the cohort's training sections, or the evaluated section (``fallback``) if the cohort was not trained.
+        These are the cohort's training sections (:data:`HVG_FROM_TRAINING`) or, if the shard set has none of them or no gene is
+        detected in enough of their spots, the evaluated section ``fallback`` (:data:`HVG_FROM_EVALUATED`).
         """
         ranked = self._ranking(cohort)
         if ranked:
@@ -236,7 +268,7 @@ class TrainReference:
         Returns
         -------
         RidgeFit or None
-            The fit, cached; None if the cohort has no training sections.
+            The fit, computed once; None if the shard set has no training sections of the cohort.
         """
         cache_key = (cohort, name, norm, tuple(keys))
         if cache_key not in self._fits:
@@ -248,7 +280,7 @@ class TrainReference:
         return self._fits[cache_key]
 
     def _fit_groups(self, data: _TrainData, x: np.ndarray, name: str, norm: str, keys: list[str]) -> RidgeFit:
-        """Fit one model per group of genes that the same training sections measured."""
+        """Fit one model per group of genes that the same training sections measured, if these have at least 10 spots."""
         values = data.cp10k if norm == "cp10k" else data.raw
         pattern = np.array(
             [[k in self._row and bool(m[self._row[k]]) for m in data.measured.values()] for k in keys], bool
@@ -269,7 +301,7 @@ class TrainReference:
         return [n for n in self.numbers if self.shards.cohort_of_section(n) == cohort]
 
     def _ranking(self, cohort: str) -> list[str]:
-        """Return the cohort's genes by decreasing variance over its training sections; computed once."""
+        """Return the cohort's detected genes by decreasing variance over its training sections, computed once."""
         if cohort not in self._ranked:
             own = self._cohort_sections(cohort)
             values = [log1p_cp10k(self.shards.counts(self.shards.select(sections=[n]))) for n in own]

@@ -2,7 +2,7 @@
 
 Rows of the level table and the identity embedding are matched to genes by their position in ``genes.tsv``. Without these
 checks, a table that was cut, sorted or edited would give wrong predictions instead of an error. Exports contain the
-SHA-256 of every file; older exports do not, and only their shapes and values are checked.
+SHA-256 of every file but the README; older exports do not, and only their shapes and values are checked.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def hashed_files(meta: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def write_sums(folder: Path, files: Sequence[str]) -> None:
-    """Write ``SHA256SUMS`` in the format of ``sha256sum``."""
+    """Write the SHA-256 of ``files`` to ``SHA256SUMS`` in ``folder``, in the format of ``sha256sum``."""
     (folder / SUMS).write_text("".join(f"{sha256_of(folder / n)}  {n}\n" for n in files), encoding="utf-8")
 
 
@@ -84,7 +84,7 @@ def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> dict[st
     Raises
     ------
     ExportError
-        A file is missing or does not match its hash.
+        A file or its hash is missing, or they do not match.
     """
     for name in files:
         if not (folder / name).is_file():
@@ -109,6 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ExportError
         The file does not contain a JSON object.
     """
@@ -126,8 +128,11 @@ def read_genes(path: Path, n_trained: int) -> list[ExportGene]:
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ExportError
-        Columns, keys, flags, order or the number of trained genes are invalid.
+        The file is not a UTF-8 table, its columns, keys, flags, order or number of trained genes are invalid, or a spreadsheet
+        would run a cell as a formula.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -182,8 +187,10 @@ def read_lineage(
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ExportError
-        The file is invalid, or its last run has other sections, genes or weights.
+        The file is invalid or has no run, or its last run has other sections, genes or weights.
     """
     try:
         found = lineage.Lineage.load(path)
@@ -221,6 +228,8 @@ def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> 
 
     Raises
     ------
+    FileNotFoundError
+        The model has gene vectors, but there is no such file.
     ExportError
         The file is damaged or belongs to another model, or ``config.json`` and ``lineage.json`` disagree.
     """
@@ -254,7 +263,7 @@ def check_levels(arrays: Mapping[str, np.ndarray], path: Path, n_trained: int, n
     Raises
     ------
     ExportError
-        An array is missing or invalid; the message names it.
+        An array is missing, unknown or invalid.
     """
     R, Q = n_trained + 1, n_levels
     shapes = {"edges": (R, Q - 2), "value_cp10k": (R, Q), "value_raw": (R, Q), "log_prior": (R, Q)}
@@ -293,7 +302,7 @@ def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
 
 
 def few(names: Sequence[str] | set[str]) -> str:
-    """Return the first names in alphabetical order, for messages."""
+    """Return the first three names in alphabetical order, with ``...`` if there are more, for messages."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (" ..." if len(ordered) > 3 else "")
 

@@ -20,6 +20,8 @@ def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ExportError
         The file is not valid, or has another format or version.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _GENES = 16
-"""Padded numbers of genes are multiples of this."""
+"""Padded numbers of genes are multiples of this, except the largest."""
 _TOKENS = 64
 """Padded numbers of tokens are multiples of this."""
 _DEVIATIONS = 4.0
@@ -29,9 +29,10 @@ def padded_genes(n: int, per_doubling: int, most: int) -> int:
     n
         Number of genes, at least 1.
     per_doubling
-        Number of sizes between a number of genes and twice this number (``engine.panel_sizes``); 0 pads nothing.
+        Approximate number of sizes between a number of genes and twice this number (``engine.panel_sizes``); sizes are multiples
+        of 16, so that small panels have fewer. 0 pads nothing.
     most
-        Largest number of genes of a panel, which is a size too.
+        Largest number of genes of a panel; no panel is padded to more.
     """
     if not per_doubling:
         return n
@@ -62,9 +63,9 @@ class TokenSizes:
         Parameters
         ----------
         sentences
-            Number of sentences of the rank with the most sentences; those of the ``n_levels`` levels of a gene are equally long.
+            Number of sentences of the rank with the most sentences.
         n_levels
-            Number of levels.
+            Number of levels; the sentences of a gene, one per level, are equally long.
         most
             Number of tokens of the rank with the most tokens.
         """

@@ -1,10 +1,10 @@
-"""Text of a gene: upper-case symbol and lower-case full name, which are equal for most orthologues."""
+"""Text of a gene: upper-case symbol and lower-case full name, so that most orthologues have the same text."""
 
 from __future__ import annotations
 
 
 def gene_text(symbol: str, name: str) -> str:
-    """Return the text of a gene, e.g. ``"KRT14 keratin 14"``; the full name may be empty.
+    """Return the text of a gene, e.g. ``"KRT14 keratin 14"``; symbol and full name may be empty.
 
     Lone surrogates, which a wrongly decoded file can contain, are replaced by ``?``, because UTF-8 cannot encode them.
     """

@@ -29,13 +29,13 @@ class HostTokens:
     """Numbers of tokens to which the sentences of a panel are padded; None pads nothing."""
 
     def take(self, rows: np.ndarray) -> HostTokens:
-        """Return the genes in ``rows``, padded to the longest of these genes, or of all genes if :attr:`padded` is set."""
+        """Return the genes in ``rows``, cut to the longest of these genes; at full width if :attr:`padded` is set."""
         length = self.length_G[rows]
         width = int(length.max(initial=2)) if self.padded is None else self.ids_GT.shape[1]
         return HostTokens(self.ids_GT[rows, :width], length, self.padded)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
-        """Return the sizes that a slice of the sentence table, in gene-major order, has on the device.
+        """Return the sizes of a slice of the sentence table, in gene-major order; the number of names is rounded up.
 
         Parameters
         ----------
@@ -59,7 +59,7 @@ class HostTokens:
         return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
     def tokens_of_ranks(self, n_levels: int, counts: Sequence[int]) -> np.ndarray:
-        """Return the number of tokens of every rank, whose numbers of sentences, in gene-major order, are ``counts``."""
+        """Return the number of tokens of every rank, int64 (ranks,); rank r has the next ``counts[r]`` sentences in gene-major order."""
         bound = np.concatenate([[0], np.cumsum(counts)])
         gene, rest = bound // n_levels, bound % n_levels
         start = np.concatenate([[0], np.cumsum(self.length_G)]) * n_levels
@@ -68,7 +68,7 @@ class HostTokens:
     def padded_sizes(
         self, n_levels: int, vocabulary: int, sentences: slice, counts: Sequence[int]
     ) -> tuple[SentenceSizes, int]:
-        """Return the sizes of :meth:`sizes` after padding to :attr:`padded`, and the number of sentences that padding adds.
+        """Return the sizes of a slice after padding to :attr:`padded`, and the number of sentences to add, of which some may stay empty.
 
         Parameters
         ----------
@@ -112,7 +112,7 @@ class GeneTokens:
         )
 
     def with_padding(self) -> GeneTokens:
-        """Return the tokens with one more gene, without name and identity, which pads panels; their tokens are padded too."""
+        """Return the tokens with one more gene, without name and identity, which pads panels, and with :attr:`HostTokens.padded` set."""
         assert self.host is not None
         ids = self.ids_GT.new_zeros(1, self.ids_GT.shape[1])
         ids[0, 0], ids[0, 1] = GENE_ID, VALUE_ID
@@ -187,7 +187,7 @@ def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
 
 
 def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
-    """Drop the vectors of some genes, the names of others, and the identities of both, as unseen genes lack them.
+    """Drop the vectors of some genes, the names of others, and the identities of both, as unseen genes have no identity.
 
     A gene without a vector keeps its name and identity. The result has no :attr:`GeneTokens.host`, because which names are
     dropped, and therefore the lengths of sentences, is determined on the device.
@@ -195,9 +195,9 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
     Parameters
     ----------
     genes
-        G genes with vectors.
+        Tokens of G genes, with :attr:`GeneTokens.vector_GK`.
     u_G
-        Uniform numbers in [0, 1).
+        Uniform numbers in [0, 1), one per gene.
     config
         The vector of a gene is dropped if its number is below ``vector_drop``, and its name if the number is from
         ``vector_drop`` to ``vector_drop + name_drop``.
@@ -217,7 +217,7 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
 
 
 def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = None) -> GeneTokens:
-    """Return the genes in ``rows``, padded to the longest of these genes.
+    """Return the genes in ``rows``, cut to the longest of these genes; at full width if their host copy pads panels.
 
     Parameters
     ----------
@@ -226,7 +226,7 @@ def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = N
     rows
         int64 (G,), on the device of the tokens.
     host_rows
-        The same rows in host memory; None reads the longest length from the device.
+        The same rows in host memory; None, or tokens without a host copy, reads the longest length from the device.
     """
     length = genes.length_G[rows]
     vector = None if genes.vector_GK is None else genes.vector_GK[rows]

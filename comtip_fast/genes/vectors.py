@@ -37,11 +37,12 @@ class GeneVectors:
     vector_GK
         float32 (G, K), one row per gene.
     moments_G4
-        float32 (G, 4): mean and standard deviation of log1p CP10K, then of log1p raw counts, over the source cells.
+        float32 (G, 4): mean and standard deviation of log1p CP10K, then of log1p raw counts, over the cells of the sources that
+        measured the gene.
     detection_G
-        float32 (G,), share of the source cells with a positive count.
+        float32 (G,), share of these cells with a positive count.
     header
-        JSON-serialisable description: sources with their hashes, licence, species, settings.
+        JSON-serialisable description: sources with species and hash, settings, licence, share of variance explained.
     """
 
     keys: list[str]
@@ -66,8 +67,8 @@ class GeneVectors:
     def extended_by(self, other: GeneVectors) -> GeneVectors | None:
         """Return these vectors with the additional genes of ``other``, or None if the axes of the two differ.
 
-        Axes are the same if there are at least 2 common genes, and the vectors of all common genes are equal up to
-        :data:`AXES_TOLERANCE`.
+        Axes are the same if both have the same number of components and at least 2 common genes, and the vectors of all common
+        genes are equal up to :data:`AXES_TOLERANCE`.
         """
         shared = [k for k in self.keys if k in other.row]
         if len(shared) < 2 or self.vector_GK.shape[1] != other.vector_GK.shape[1]:
@@ -162,7 +163,7 @@ class GeneVectors:
             )
 
     def describe(self) -> str:
-        """Return a summary of size, species, sources, explained variance, licence and hash for the terminal."""
+        """Return a summary for the terminal: size, species, sources, explained variance if the header has it, licence and hash."""
         by_species = {
             s: sum(k.startswith(s + ":") for k in self.keys) for s in sorted({k.split(":")[0] for k in self.keys})
         }

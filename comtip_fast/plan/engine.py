@@ -17,7 +17,7 @@ ELEMENT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """Resolved settings, named as in ``engine`` of the config."""
+    """Resolved settings of ``engine``, the precision, and whether weights are averaged."""
 
     kind: Kind = "single"
     zero_stage: int = 0
@@ -41,7 +41,7 @@ class EngineSpec:
         return AUTOCAST if self.bf16 else FP32
 
     def shares_table(self, sentences: int, ranks: int) -> bool:
-        """Return whether the sentence table is sharded; with fewer sentences than ranks, every rank encodes all."""
+        """Return whether the sentence table is sharded; with one rank or fewer sentences than ranks, every rank encodes all."""
         return self.shard_table and 1 < ranks <= sentences
 
     @property

@@ -41,7 +41,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Assumed fractions of the peak rates, not measurements."""
+    """Assumed fractions of the peak rates, launch time, and cost of loading a tile; not measurements."""
 
     compute: float = 0.5
     """Fraction of the peak FLOP/s in large matrix products."""
@@ -147,8 +147,8 @@ class Cluster:
         Raises
         ------
         ValueError
-            There is no device or node, an efficiency is outside (0, 1], the launch time is
-            negative, or no core or no time is left for loading.
+            There is no device or node, an efficiency is outside (0, 1], the launch time is negative or not finite, there is
+            no core to load tiles, or the time per tile is not positive and finite.
         """
         if self.per_node < 1 or self.nodes < 1:
             raise ValueError(
@@ -189,7 +189,7 @@ def make_cluster(
     Raises
     ------
     ValueError
-        A device or link is unknown.
+        A device or link is unknown, there is no device or node, or an efficiency is out of range (:class:`Cluster`).
     """
     if device not in DEVICES:
         raise ValueError(f"`device` {device!r}: unknown; choose one of {', '.join(DEVICES)}")

@@ -1,7 +1,7 @@
-"""Operators that the host issues in a step without compilation, and the time that this takes.
+"""Number of operators that the host issues in a step without compilation.
 
-The counts were fitted to walks of the real step with other depths, micro-batches and engines
-(``python -m testkit.rehearsal``); a test compares them with every step in ``bench/rehearsal.csv`` to 2 %.
+The counts were fitted to recordings of the real step (``python -m testkit.rehearsal``) with several depths, numbers of
+micro-batches and engines; a test compares them with every step in ``bench/rehearsal.csv`` to 2 %.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 35, 14, 17
 PREFIX, PREFIX_FORWARD, PREFIX_BOTH = 8, 4, 11
 """Operators of class and register tokens, per call of the image encoder."""
 EMBEDDED_ONCE = 8
-"""Operators that one pass saves before and after the blocks."""
+"""Operators before and after the blocks that are not issued a second time if all and the visible patches take one pass."""
 FIXED = 808
-"""Everything else of a step in one piece: embeddings, heads, pooling, losses, draws, optimizer."""
+"""All other operators of a step without micro-batches: embeddings, heads, pooling, losses, draws, optimizer."""
 FIXED_PIECES, PER_PIECE = 663, 313
 """The same with micro-batches: once, and per micro-batch."""
 DDP, ZERO_PIECE, RING_HOP = 59, 268, 43

@@ -55,7 +55,10 @@ def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: 
 
 
 def device_of(name: str) -> Device | None:
-    """Return the hardware entry for a device name as CUDA reports it, or None: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
+    """Return the hardware entry for a device name as CUDA reports it: ``NVIDIA H100 80GB HBM3`` is ``h100``.
+
+    None for an unknown device, and for PCIe and NVL variants, which have other peak rates.
+    """
     words = name.lower().replace("-", " ").split()
     for key, device in DEVICES.items():
         family, _, memory = key.partition("-")

@@ -31,7 +31,7 @@ class MemoryRow:
 
 
 def state_rows(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
-    """Return parameters, gradients, optimizer state and buckets of one rank."""
+    """Return the rows of parameters, gradients, optimizer state and buckets of one rank."""
     return [*_parameters(s, e, ranks), _gradients(s, e, ranks), *_optimizer(s, e, ranks), *_buckets(s, e)]
 
 
@@ -58,7 +58,8 @@ def _parameters(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
 def _gradients(s: Sizes, e: EngineSpec, ranks: int) -> MemoryRow:
     """Return the row of gradients."""
     if e.zero_stage < 1:
-        return MemoryRow("gradients", s.trained * ELEMENT)
+        # Without DeepSpeed, the next step frees them when it starts.
+        return MemoryRow("gradients", s.trained * ELEMENT, lasts=e.kind != "deepspeed")
     where = "device" if e.offload_optimizer == "none" else "host"
     return MemoryRow("gradients, own shard", s.trained * ELEMENT / ranks, where, lasts=e.zero_stage == 3)
 
@@ -76,7 +77,7 @@ def _optimizer(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
 
 
 def _buckets(s: Sizes, e: EngineSpec) -> list[MemoryRow]:
-    """Return DeepSpeed's gradient bucket; DDP's gradients are views of its buckets."""
+    """Return the row of DeepSpeed's gradient bucket; none without ZeRO, and DDP's gradients are views of its buckets."""
     if e.kind != "deepspeed" or e.zero_stage == 0:
         return []
     bucket = e.bucket_bytes if e.zero_stage == 3 else min(e.bucket_bytes, s.trained * ELEMENT)
@@ -93,7 +94,7 @@ def _location(offload: str) -> str:
 
 
 def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], ranks: int) -> list[MemoryRow]:
-    """Return the memory that a step adds: activations of each part, loss buffers, batch, loader."""
+    """Return the rows that a step adds: activations, copies of weights, loss buffers, draws of mispaired spots, batches."""
     rows = [MemoryRow(f"activations: {p.name}", p.saved) for p in parts if p.saved]
     if w.checkpointing:
         rows.append(MemoryRow("activations: recomputed block", largest_block(s, w)))
@@ -114,7 +115,7 @@ def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], 
 
 
 def _loss(s: Sizes, e: EngineSpec, w: RankShare, ranks: int) -> list[MemoryRow]:
-    """Return the row of vectors that InfoNCE exchanges; none for one rank."""
+    """Return the row of vectors that InfoNCE exchanges; none for one rank or without InfoNCE."""
     if not s.has_nce or ranks == 1:
         return []
     own = ceil(s.B / ranks)
@@ -126,7 +127,7 @@ def _loss(s: Sizes, e: EngineSpec, w: RankShare, ranks: int) -> list[MemoryRow]:
 
 
 def _pairs(s: Sizes, ranks: int) -> list[MemoryRow]:
-    """Return the memory of drawing mispaired spots: about eight int64 or fp64 tensors per candidate."""
+    """Return the rows of drawing mispaired spots: about eight int64 or fp64 tensors per candidate, and levels of other ranks."""
     if not s.mispairs:
         return []
     rows = [MemoryRow("adversary's candidates", 8 * INDEX * s.candidates * ceil(s.B / ranks) * s.G, note="estimate")]
@@ -149,5 +150,5 @@ def _batch(s: Sizes, w: RankShare, ranks: int) -> list[MemoryRow]:
 
 
 def on_device(rows: Sequence[MemoryRow]) -> float:
-    """Return the bytes of all rows on the device: an upper bound of the peak, reached or nearly reached."""
+    """Return the bytes of all rows on the device, an upper bound of the peak."""
     return sum(r.bytes for r in rows if r.where == "device")

@@ -53,7 +53,7 @@ class RankShare:
     spots: int
     """Number of spots b of the rank."""
     micro_batches: int = 1
-    """Number of micro-batches. Each is embedded twice; the losses read all of them together."""
+    """Number of micro-batches. If there are several, each is embedded twice; the losses read all of them together."""
     images: int
     """Number of images that the rank's text columns are compared with."""
     columns: int
@@ -129,7 +129,7 @@ def in_one_pass(s: Sizes, w: RankShare) -> bool:
 
 
 def largest_block(s: Sizes, w: RankShare) -> float:
-    """Return the largest number of bytes that a block saves while checkpointing recomputes it."""
+    """Return the bytes that a recomputed block saves under checkpointing: the larger of a block of the image and text encoder."""
     image = block(w.micro_batch_spots * (s.P + s.prefix), s.P + s.prefix, s.d, s.mlp, s.heads, w.precision)
     text = block(w.table_rows * s.tokens, s.attended, s.width, 4 * s.width, s.text_heads, w.precision)
     return max(total(image, "saved"), total(text, "saved"))
@@ -226,7 +226,7 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 def text_attention(s: Sizes, w: RankShare) -> Cost:
-    """Return the cost of attention within sentences; the packed kernel also multiplies what its mask removes."""
+    """Return the cost of attention within sentences; on a GPU, the packed kernel also multiplies what its mask removes."""
     n = w.table_rows * s.tokens
     cost = attention(n, s.attended, s.width, s.text_heads, w.precision)
     if not w.gpu or s.longest > max(flops.ATTENTION_TILES):
@@ -278,7 +278,7 @@ def level(s: Sizes, w: RankShare) -> list[Cost]:
 def pair(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of L_pair and of the adversary, which scores every candidate.
 
-    With the text vector as context, the gene itself is removed from it.
+    With the text vector as context, the scored gene is removed from it.
     """
     p, pairs, issued = w.precision, w.spots * s.G, flops.pair_scores(w.spots, s.G, s.Q, s.D)
     moved = s.G * s.Q * s.D * p.operand + w.spots * s.D * p.operand + pairs * (INDEX + 4)

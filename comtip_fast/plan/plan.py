@@ -130,7 +130,8 @@ def make_plan(
     sizes
         The sizes, if known; otherwise the model is built on the meta device.
     loader_tiles_per_s
-        Measured rate of the loader per node; None assumes the cores and the time per tile of ``cluster.efficiency``.
+        Measured rate of the loader per node; None assumes the cores and the time per tile of ``cluster.efficiency`` or, on a
+        CPU, that loading does not limit the step.
     validation_spots
         Spots that a validation scores; None assumes one section of ``train.validate_spots``.
 
@@ -195,7 +196,7 @@ def _total(times: Sequence[PartTime]) -> float:
 
 
 def _deficit(name: str, needed: float, times: Sequence[PartTime]) -> list[PartTime]:
-    """Return the wait for the host or the loader, which needs ``needed`` seconds per step; empty if the step takes longer."""
+    """Return the wait for the host or the loader, which needs ``needed`` seconds per step; empty if the step takes as long."""
     wait = needed - _total(times)
     return [PartTime(f"wait: {name}", wait, name)] if wait > 0 else []
 
@@ -211,7 +212,10 @@ def assumed_loader_rate(cluster: Cluster, tile_px: int) -> float | None:
 def _validation(
     config: RunConfig, s: Sizes, e: EngineSpec, c: Cluster, loader_rate: float | None, spots: int | None
 ) -> ValidationTime | None:
-    """Return the time of a validation: the image encoder on every spot and the sentences of all trained genes, or the loader's."""
+    """Return the time of a validation; None without validation.
+
+    It is that of the image encoder on every spot and of the sentences of all trained genes, or that of the loader if it is longer.
+    """
     if config.train.validate_every == 0:
         return None
     spots = config.train.validate_spots if spots is None else spots
@@ -266,7 +270,7 @@ def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> PartTime:
 
 
 def _overlap(parts: Sequence[StepPart], c: Cluster, e: EngineSpec) -> dict[str, float]:
-    """Return the seconds of computation that communication can overlap with."""
+    """Return the seconds of computation that communication can overlap with: forward, backward, and of InfoNCE."""
     times = {part.name: compute_time(part.costs, c, e.precision, part.times) for part in parts}
     overlap = {"forward": sum(t.forward for t in times.values()), "backward": sum(t.backward for t in times.values())}
     if "InfoNCE" in times:

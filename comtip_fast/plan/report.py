@@ -127,7 +127,7 @@ def _traffic(plan: Plan) -> list[str]:
 
 
 def _times(plan: Plan, mean: Plan | None) -> list[str]:
-    """Return the time table, and the rate that is required of the loader."""
+    """Return the time table, and the lines on loader, host and validation."""
     lines = ["time per step (predicted)"]
     for t in plan.times:
         hidden = f"  (and {seconds(t.hidden)} overlapped with computation)" if t.hidden > 0 else ""
@@ -159,7 +159,7 @@ def _host(plan: Plan) -> list[str]:
 
 
 def _loader(plan: Plan) -> list[str]:
-    """Return the line on what the loader delivers."""
+    """Return the line on what the loader delivers; none on a CPU without a measured rate."""
     available = plan.loader.available_tiles_per_s
     if available is None:
         return []
@@ -170,7 +170,7 @@ def _loader(plan: Plan) -> list[str]:
 
 
 def _validation(plan: Plan) -> list[str]:
-    """Return the line on validation."""
+    """Return the line on validation; none without validation."""
     v = plan.validation
     if v is None:
         return []

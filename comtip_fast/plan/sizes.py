@@ -24,7 +24,7 @@ from comtip_fast.models.vit_blocks import timm_type
 from comtip_fast.training.freezing import last_frozen_steps
 
 GENE_STRIDE = 23
-"""Sentence lengths are estimated on every ``GENE_STRIDE``-th gene."""
+"""Sentence lengths are estimated on every ``GENE_STRIDE``-th protein-coding gene."""
 DEFAULT_GENES = 10_000
 """Number of trained genes if ``genes.per_cohort`` is 0 and none is given."""
 PLAIN_BLOCK = [Block, Mlp, Attention]
@@ -46,7 +46,7 @@ class Inputs:
     trained_genes: int | None = None
     """Number of trained genes; None means ``genes.per_cohort``, or :data:`DEFAULT_GENES` if it is 0."""
     panel: int | None = None
-    """Panel size G; None means ``panel.max_genes``, the largest."""
+    """Panel size G; None means the largest: ``panel.max_genes``, or all trained genes if they are fewer."""
     sentence_tokens: float | None = None
     """Mean tokens per sentence; None estimates it on the gene names that ship with the package."""
 
@@ -56,7 +56,7 @@ class Inputs:
         Raises
         ------
         ValueError
-            A field is given and not positive.
+            A field is given and not a finite number above 0.
         """
         for name in ("tile_px", "tile_bytes", "trained_genes", "panel", "sentence_tokens"):
             value = getattr(self, name)
@@ -71,8 +71,9 @@ class ParameterGroup:
     name: str
     trained: int
     frozen: int
+    """Frozen parameters and elements of buffers."""
     matrices: int
-    """Elements of the trained weights of linear layers and convolutions, which autocast copies."""
+    """Elements of the trained weights of linear layers, attention and convolutions, which autocast copies."""
     tensors: int
     """Number of trained tensors."""
 
@@ -170,7 +171,7 @@ class Sizes:
 
 @cache
 def sentence_lengths(max_tokens: int, full_name: bool) -> tuple[float, float]:
-    """Return E[T] and E[T^2] / E[T] of sentence lengths, estimated on the protein-coding genes that ship with ``comtip_shards``."""
+    """Return E[T] and E[T^2] / E[T] of sentence lengths, estimated on a sample of the protein-coding genes of ``comtip_shards``."""
     tokenizer = GeneTokenizer.load()
     proteins = [r for r in GeneResource.load().rows if r.kind == "protein"]
     lengths = [
@@ -269,7 +270,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
 
 
 def mean_panel(smallest: int, largest: int) -> int:
-    """Return the mean of the log-uniform panel size on ``[smallest, largest]``."""
+    """Return the mean, rounded, of the log-uniform panel size on ``[smallest, largest]``."""
     if smallest == largest:
         return largest
     return round((largest + 1 - smallest) / math.log((largest + 1) / smallest))
@@ -292,7 +293,9 @@ def always_frozen(config: RunConfig, model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, frozen: Collection[str] = ()) -> tuple[ParameterGroup, ...]:
-    """Count all parameters and buffers by part of the model; the two temperatures belong to the text heads.
+    """Count all parameters and buffers by part of the model; parts without any are left out.
+
+    The temperatures of InfoNCE and L_level belong to the text heads.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ class ComputeTime:
 
 
 def compute_time(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> ComputeTime:
-    """Return the time of operations; each takes the maximum of its compute, memory and launch time."""
+    """Return the time of operations; a pass of an operation takes the maximum of its compute, memory and launch time."""
     flops, bandwidth = rates(c, p)
     out, launch = ComputeTime(), c.efficiency.launch_s
     for cost in costs:

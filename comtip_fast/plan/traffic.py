@@ -69,7 +69,7 @@ class Collective:
 
 
 def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
-    """Return the collectives of InfoNCE; only images are sent, so mispaired columns add nothing."""
+    """Return the collectives of InfoNCE, if it is used; only images are sent, so mispaired columns add nothing."""
     if not s.has_nce:
         return []
     vectors, numbers = s.B * s.D * FP32, s.B * FP32
@@ -93,14 +93,17 @@ def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
 
 
 def pair_traffic(s: Sizes) -> list[Collective]:
-    """Return the gather of all levels, one byte each: a mispaired spot may get a level from a spot of another rank."""
+    """Return the gather of all levels, one byte each: a mispaired spot may get a level from a spot of another rank.
+
+    There is none if no spots are mispaired, or their levels come from other genes of the same spot.
+    """
     if not s.mispairs or not s.other_spots:
         return []
     return [Collective("pairs", "levels and sections of all spots", "all_gather", s.B * (s.G + 4))]
 
 
 def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
-    """Return the collectives of a sharded table: gather the rows of all ranks, reduce-scatter their gradients."""
+    """Return the collectives of a sharded table: gather the rows of all ranks, reduce-scatter their gradients; none if it is whole."""
     if not e.shares_table(s.G * s.Q, ranks):
         return []
     rows = s.G * s.Q * (s.D + 1) * e.precision.operand
@@ -113,8 +116,7 @@ def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
 def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
     """Return the gradient reduction and, under ZeRO, the parameter gathering, as DDP and DeepSpeed perform them.
 
-    The tests count them. Each of n micro-batches uses the parameters of the image side, the last also those of the text
-    side.
+    Each of n micro-batches uses the parameters of the image side; the last one also uses those of the text side.
     """
     full, n = s.trained * ELEMENT, e.micro_batches
     per_micro_batch = (s.image_side * n + s.trained - s.image_side) * ELEMENT

@@ -11,7 +11,7 @@ from scipy import stats
 
 from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.evaluate import PREDICTORS, choose_sections, evaluate, summary_table, write_metrics
-from comtip_fast.evaluation.metrics import partial_pcc_per_gene, residuals, score
+from comtip_fast.evaluation.metrics import Score, null_scores, partial_pcc_per_gene, residuals, score
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.inference import GeneQuery, Predictor
@@ -120,6 +120,15 @@ def test_ridge_equals_the_normal_equations(rng):
     z = (x - x.mean(0)) / x.std(0)
     want = np.linalg.solve(z.T @ z + model.alpha * np.eye(4), z.T @ (y - y.mean(0)))
     np.testing.assert_allclose(model.weight_FG, want, atol=1e-10)
+
+
+def test_a_null_without_draws_has_no_p_value():
+    summary, draws = null_scores([], 0.3)
+    assert draws.size == 0
+    assert summary["p95_mean_pcc_50_hvg"] is None
+    assert summary["p_value"] is None
+    draw = Score(mean_pcc_50_hvg=0.4, mean_pcc_all=0.4, partial_pcc_50_hvg=0.4, undefined_genes=0)
+    assert null_scores([draw], 0.3)[0]["p_value"] == 1.0
 
 
 # -- complete evaluation ----------------------------------------------------------------------------------------

@@ -94,9 +94,6 @@ def total(rows: list[MemoryRow] | tuple[MemoryRow, ...], *, lasting: bool) -> fl
 def test_live_bytes_between_steps(case: str, measured: dict[str, dict[str, Any]]):
     plan = plan_of(case, measured[case])
     rows = state_rows(plan.sizes, plan.engine, W)
-    if not case.startswith("ZeRO"):
-        # Without DeepSpeed, gradients persist until the next step starts.
-        rows = [replace(r, lasts=True) for r in rows]
     assert total(rows, lasting=True) == pytest.approx(measured[case]["after_step"], rel=0.02)
 
 

@@ -62,6 +62,14 @@ def test_each_stage_of_zero_needs_less_state(found: Sweep):
     assert state[0] > state[1] >= state[2] >= state[3]
 
 
+def test_gradients_persist_between_steps_without_deepspeed(found: Sweep):
+    lasts = {
+        name: next(r.lasts for r in found.line("weak", DESIGNS[d])[1].largest.memory if r.name.startswith("gradients"))
+        for name, d in (("DDP", 2), ("ZeRO 1", 4), ("ZeRO 2", 5), ("ZeRO 3", 6))
+    }
+    assert lasts == {"DDP": True, "ZeRO 1": False, "ZeRO 2": False, "ZeRO 3": True}
+
+
 def test_scaling_stops_at_the_first_doubling_below_the_minimum_speedup(found: Sweep):
     for design in (WHOLE_GATHER, WHOLE_RING, SHARDED_GATHER, SHARDED_RING):
         line = {p.devices: p.mean.spots_per_s for p in found.line("strong", design)}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from comtip_fast.cli import main
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import TaskContext, TaskOptions
 from comtip_fast.evaluation.tasks.rows import TaskRow
-from comtip_fast.evaluation.tasks.run import evaluate_tasks
+from comtip_fast.evaluation.tasks.run import evaluate_tasks, run_tasks
 from comtip_fast.evaluation.tasks.text import SpotSentences
 from comtip_fast.inference import Predictor
 from comtip_fast.training.validation import space_numbers
@@ -177,6 +178,13 @@ def test_the_command_writes_rows_next_to_the_scores(quick: Path, tiny_shards: Sh
         table = list(csv.DictReader(file))
     assert len(table) == len(found["rows"])
     assert {r["method"] for r in table} >= {"ridge, timm:test_vit (random weights)", "ridge, comtip encoder"}
+
+
+def test_tiles_of_another_width_are_refused(tiny_run: Path, tiny_shards: ShardSet):
+    bundle = Predictor.load(tiny_run).bundle
+    other = Predictor(replace(bundle, tile_um=bundle.tile_um / 2))
+    with pytest.raises(ValueError, match=r"tiles of 224 um in 32 px .* reads 112 um .*`tile_um=112`"):
+        run_tasks(["retrieval"], other, tiny_shards, tiny_shards, TaskOptions(n_bootstrap=0))
 
 
 @pytest.mark.parametrize(

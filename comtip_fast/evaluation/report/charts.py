@@ -119,9 +119,10 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
 
 
 def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Markup:
-    """Draw a cohort's mean PCC and partial PCC (pale) over the 50 genes; whiskers are 95 % intervals.
+    """Draw a cohort's mean PCC and partial PCC (pale) over the 50 genes, for the predictors in :data:`NAMES` with scores.
 
-    ``intervals`` has one row per predictor, with the columns ``predictor``, ``low`` and ``high``; it may be empty.
+    Whiskers are 95 % intervals of the mean PCC, from the columns ``predictor``, ``low`` and ``high`` of ``intervals``, which may
+    be empty.
     """
     names = [n for n in NAMES if entry.get(n, {}).get("cp10k")]
     columns = (intervals[name].tolist() for name in ("predictor", "low", "high"))
@@ -169,7 +170,10 @@ def gene_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Markup
 
 
 def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
-    """Draw the points of :func:`comtip_fast.plots.calibration_table`; the dashed line is perfect calibration."""
+    """Draw the points of :func:`comtip_fast.plots.calibration_table` with a band of one standard deviation of measured values.
+
+    The dashed line is perfect calibration.
+    """
     x, y, sd = (table[c].to_numpy() for c in ("predicted", "measured", "measured_sd"))
     low, high = min(0.0, float(x.min())), float(max(x.max(), y.max())) * 1.06 + 1e-6
     chart = Chart((400, 250), (low, high), (low, high))
@@ -187,7 +191,7 @@ def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
 
 
 def loss_curves(path: Path) -> list[tuple[str, Markup]]:
-    """Draw losses and validation score from ``metrics.jsonl``: a title and a chart each; empty without training rows."""
+    """Draw losses and validation scores from ``metrics.jsonl``; return a title and a chart for each, none without training rows."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # a run that was killed may have left part of a line
@@ -208,7 +212,7 @@ def loss_curves(path: Path) -> list[tuple[str, Markup]]:
 
 
 def _validation(rows: list[dict[str, Any]]) -> Markup:
-    """Draw the validation score of every cohort against the step; the dashed line is the best step."""
+    """Draw the validation score of every cohort against the step; the dashed line is the best step, if there is one."""
     scores = [(r["step"], r.get("per_cohort", r.get("per_task", {}))) for r in rows]  # per_task: up to version 0.1
     cohorts = sorted({name for _, found in scores for name in found})
     every = [v for _, found in scores for v in found.values() if v is not None] or [0.0]

@@ -39,7 +39,7 @@ SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most var
 RANKED = 8
 """Number of genes in each of the lists of best, median and worst genes."""
 STATIC_BYTES = 3 << 19
-"""Largest size of the images for print and for readers without JavaScript, 1.5 MiB; examples beyond it are left out."""
+"""Size of the images for print and for readers without JavaScript, 1.5 MiB; once it is reached, no section gets more of them."""
 
 
 def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
@@ -52,8 +52,8 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
     result
         From :func:`comtip_fast.evaluation.evaluate.evaluate`.
     out
-        The file to write. The folder also gets ``scores.csv``, ``intervals.csv``, ``calibration.csv`` and, if spots have
-        labels, ``clusters.csv``.
+        The file to write. The folder also gets ``scores.csv``, ``intervals.csv``, ``calibration.csv`` and, if a section has
+        enough labelled spots, ``clusters.csv``.
     """
     env = Environment(
         loader=PackageLoader("comtip_fast.evaluation.report", "templates"),
@@ -102,7 +102,7 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _training(result: Evaluation) -> dict[str, Any]:
-    """Return the page's data about training: sections, donors, genes and credits."""
+    """Return the page's data about training: runs and their sections, numbers of genes and spots, credits, encoder and tiles."""
     predictor = result.predictor
     lineage = predictor.lineage
     sections = [asdict(section) for section in lineage.merged_sections()]
@@ -157,7 +157,7 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
 
 
 def best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
-    """Return the label and the mean PCC over the 50 genes of the baseline that predicts a cohort best; None without one."""
+    """Return label and mean PCC over the 50 genes of the best of :data:`BASELINES` for a cohort; None if none was scored."""
     scores = {name: (entry.get(name) or {}).get("cp10k") for name in BASELINES}
     found = [(s["mean_pcc_50_hvg"], LABELS[name]) for name, s in scores.items() if s]
     if not found:
@@ -172,13 +172,13 @@ def _input_of(scores: dict[str, Any]) -> str | None:
 
 
 class _StaticImages:
-    """Images of examples, one per gene so that a page break does not cut them, until their total size is reached."""
+    """Draws images of example genes, one per gene so that a page break does not cut them, until ``budget`` bytes are used."""
 
     def __init__(self, budget: int) -> None:
         self.left = budget
 
     def draw(self, result: Evaluation, data: SectionData, indices: list[int]) -> list[tuple[str, str]]:
-        """Return (symbol, data URI) of the genes ``indices``, as long as the budget lasts."""
+        """Return (symbol, data URI) of all genes ``indices``; nothing if earlier calls have used the budget."""
         number = result.shards.section_number(data.section_id)
         meta = result.shards.manifest.sections[number]
         overview, mpp = result.shards.overview(number)
@@ -219,7 +219,7 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
 
 
 def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the best, median and worst genes by PCC, each with their rows of ``genes.csv`` and index on the page."""
+    """Return titled lists of genes by PCC (best, median, worst; or all if they are few): rows of ``genes.csv`` with their index."""
     table = data.gene_table.assign(index=np.arange(len(data.keys)), order=np.nan_to_num(data.pcc))
     rows: list[dict[str, Any]] = table.sort_values("order", ascending=False, kind="stable").to_dict("records")  # type: ignore[assignment]
     if len(rows) <= 3 * RANKED:
@@ -229,7 +229,7 @@ def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _examples(data: SectionData) -> list[int]:
-    """Return the genes to draw, see ``SHOWN_GENES``."""
+    """Return the indices of the genes to draw, see ``SHOWN_GENES``; all of the most variable genes if they are six or fewer."""
     ranked = sorted(data.hvg.tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
     if len(ranked) <= 6:
         return ranked
@@ -237,6 +237,6 @@ def _examples(data: SectionData) -> list[int]:
 
 
 def _unseen_examples(data: SectionData) -> list[int]:
-    """Return the unseen genes to draw, see ``SHOWN_UNSEEN``."""
+    """Return the indices of the unseen genes to draw, see ``SHOWN_UNSEEN``; all of them if they are three or fewer."""
     ranked = sorted(data.unseen[:50].tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
     return ranked if len(ranked) <= 3 else [*ranked[:2], ranked[len(ranked) // 2]]

@@ -1,4 +1,4 @@
-"""Data of the report's maps: quantised, compressed and encoded for the page's script, within a bound on the page's size."""
+"""Data of the report's maps: quantised, compressed and encoded for the page's script, and reduced to keep the page small."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from comtip_fast.metrics import finite_or_none
 from comtip_fast.plots import EXPRESSION_MAP, RESIDUAL_LIMIT, RESIDUAL_MAP, colour_table, plain
 
 VALUES_BYTES = 9 << 19
-"""Largest size of the encoded values of all sections, 4.5 MiB; the page with all its images stays below 8 MB."""
+"""Intended size of the encoded values of all sections, 4.5 MiB, so that the page with all its images stays below 8 MB."""
 IMAGE_BYTES = 1 << 20
-"""Largest size of the H&E images of all sections, encoded."""
+"""Intended size of the H&E images of all sections, encoded."""
 IMAGE_PX, MIN_IMAGE_PX = 900, 160
 LEVELS = (255, 63, 15)
 """Numbers of quantisation steps that are tried, before spots are left out."""
@@ -46,7 +46,7 @@ class SectionPayload:
 def section_payload(
     result: Evaluation, data: SectionData, labels: pd.DataFrame | None, n_sections: int, seed: int = 0
 ) -> SectionPayload:
-    """Return the maps of all scored genes of a section.
+    """Return the image of a section and the maps of all its scored genes.
 
     Parameters
     ----------
@@ -94,7 +94,10 @@ def page_json(payloads: list[SectionPayload]) -> Markup:
 
 
 def _values(data: SectionData, budget: int, seed: int) -> tuple[np.ndarray, bytes, np.ndarray]:
-    """Return (rows of the drawn spots, compressed uint8 values, range of each gene), at most ``budget`` when encoded."""
+    """Return (rows of the drawn spots, compressed uint8 values, range of each gene (2, G)).
+
+    The first of :func:`_candidates` whose values fit ``budget`` bytes when encoded is used, or the last if none does.
+    """
     measured, predicted = data.measured["cp10k"], data.predicted["cp10k"]
     low = np.minimum(measured.min(0), predicted.min(0))
     high = np.maximum(np.maximum(measured.max(0), predicted.max(0)), low + 1e-6)
@@ -122,7 +125,7 @@ def _candidates(n: int, section: str, seed: int) -> Iterator[tuple[np.ndarray, i
 
 
 def _genes(data: SectionData, ranges: np.ndarray) -> list[list[Any]]:
-    """Return a row per gene: name, scores, and the range and the drawn range of its values."""
+    """Return a row per gene: symbol, scores, how it was seen in training, and the range and the drawn range of its values."""
     table = data.gene_table
     both = np.concatenate([data.measured["cp10k"], data.predicted["cp10k"]])
     low, high = np.percentile(both, [1, 99], axis=0) if both.size else (ranges[0], ranges[1])
@@ -152,7 +155,10 @@ def _labels(labels: pd.DataFrame, rows: np.ndarray, n: int) -> dict[str, Any]:
 
 
 def _crop(overview: np.ndarray, spots: np.ndarray, pad: float, budget: int) -> tuple[Image.Image, np.ndarray, float]:
-    """Return the image around the spots, its offset in the overview, and its px per px of the overview."""
+    """Return the image around the spots, its offset in the overview, and its px per px of the overview.
+
+    The image is reduced until it fits ``budget`` bytes or its longer side is at most :data:`MIN_IMAGE_PX`.
+    """
     low = np.maximum(np.floor(spots.min(0) - pad), 0)
     high = np.minimum(np.ceil(spots.max(0) + pad), overview.shape[1::-1])
     box = (int(low[0]), int(low[1]), max(int(high[0]), int(low[0]) + 1), max(int(high[1]), int(low[1]) + 1))

@@ -29,9 +29,9 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per predictor: ``section``, ``predictor``, ``mean_pcc``, ``low``, ``high``, ``difference`` (mean PCC of the
-        model minus that of the predictor), ``difference_low``, ``difference_high`` and ``blocks``. The ends of the intervals are NaN
-        with fewer than 5 blocks.
+        One row for the model (``zero_shot``) and each baseline and trained method: ``section``, ``predictor``, ``mean_pcc``, ``low``,
+        ``high``, ``difference`` (mean PCC of the model minus that of the predictor), ``difference_low``, ``difference_high`` and
+        ``blocks``. The ends of the intervals are NaN with fewer than 5 blocks.
     """
     measured = data.measured["cp10k"][:, data.hvg]
     block = spatial_blocks(data.xy, BLOCKS_PER_SIDE)
@@ -76,7 +76,8 @@ def clusters(
 ) -> tuple[pd.DataFrame, dict[str, dict[str, float]]] | None:
     """Cluster measured and predicted expression of a section and compare the clusters with the labels of its spots.
 
-    Principal components of the standardised genes are clustered by k-means, with as many clusters as labels.
+    Principal components of the standardised trained genes (or of all genes, if the section measured no trained one) are
+    clustered by k-means, with as many clusters as labels.
 
     Returns
     -------
@@ -104,7 +105,10 @@ def clusters(
 
 
 def _matched(label: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """Return cluster numbers from 1, those of the labels in the one-to-one match with most overlap, so that colours of maps agree."""
+    """Return the cluster of each spot as the number of its label, from 1, so that the colours of maps agree.
+
+    Clusters and labels are matched one to one, with the largest total overlap.
+    """
     from scipy.optimize import linear_sum_assignment
 
     names, of_label = np.unique(label, return_inverse=True)

@@ -14,9 +14,9 @@ SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calib
 
 
 def score_table(result: Evaluation) -> pd.DataFrame:
-    """Return one row per ``cohort``, ``predictor`` and ``normalisation``, with the fields of :class:`Score`.
+    """Return one row per ``cohort``, ``predictor`` and ``normalisation`` that has scores, with the fields of :class:`Score`.
 
-    Scores are means over sections; undefined genes are counted over all of them.
+    Scores are means over the cohort's sections; ``undefined_genes`` is the sum over them.
     """
     rows = [
         {"cohort": cohort, "predictor": name, "normalisation": norm, **entry[name][norm]}

@@ -67,6 +67,7 @@ class SectionInputs:
     spots: np.ndarray
     """int64 (N,), indices in the shard set."""
     xy_N2: np.ndarray
+    """Positions in px of the source image."""
     spot_ids: list[str]
     cp10k: sparse.csr_matrix
     """log1p of counts per 10,000, all genes of the gene table."""
@@ -74,7 +75,7 @@ class SectionInputs:
     features: dict[str, np.ndarray]
     """float (N, F) by name of the encoder."""
     weights_DN: np.ndarray
-    """From :func:`comtip_fast.evaluation.tasks.intervals.block_weights`."""
+    """From :func:`comtip_fast.evaluation.tasks.intervals.block_weights`; no draws for a training section."""
 
 
 class TaskContext:
@@ -119,12 +120,12 @@ class TaskContext:
         return [self._section(self.shards, n, train=False) for n in self.numbers]
 
     def train_sections(self, cohort: str) -> list[SectionInputs]:
-        """Return the training sections of a cohort; empty for a cohort that was not trained."""
+        """Return the training sections of a cohort in the shard set of the training sections; empty if there are none."""
         own = [n for n in self.reference.numbers if self._train_shards.cohort_of_section(n) == cohort]
         return [self._section(self._train_shards, n, train=True) for n in own]
 
     def ranked(self, cohort: str, number: int) -> list[str]:
-        """Return gene keys by decreasing variance over the cohort's training sections; see :class:`TrainReference`."""
+        """Return gene keys by decreasing variance, see :meth:`TrainReference.ranked_genes`; ``number`` is the scored section."""
         return self.reference.ranked_genes(cohort, fallback=(self.shards, number))[0]
 
     def measured(self, number: int) -> set[str]:
@@ -132,7 +133,7 @@ class TaskContext:
         return {g.key for g, m in zip(self.shards.genes, self.shards.measured(number), strict=True) if m}
 
     def trained_and_measured(self, cohort: str, numbers: Sequence[int]) -> list[str]:
-        """Return the trained genes that all the sections measured, by decreasing variance."""
+        """Return the trained genes that all the sections measured, by decreasing variance; genes without a rank follow by key."""
         common = set(self.predictor.trained_genes).intersection(*(self.measured(n) for n in numbers))
         ranked = [k for k in self.ranked(cohort, numbers[0]) if k in common]
         return list(dict.fromkeys([*ranked, *sorted(common)]))
@@ -142,7 +143,7 @@ class TaskContext:
         return section.cp10k[:, [self.row_of[k] for k in keys]].toarray().astype(np.float64)
 
     def train_values(self, section: SectionInputs, keys: Sequence[str]) -> np.ndarray:
-        """Return log1p CP10K of genes of a training section; 0 for a gene that its set does not have."""
+        """Return log1p CP10K of genes of a training section, float64 (N, G); 0 for a gene that its set does not have."""
         row = {g.key: i for i, g in enumerate(self._train_shards.genes)}
         out = np.zeros((len(section.spot_ids), len(keys)))
         known = [j for j, k in enumerate(keys) if k in row]
@@ -156,7 +157,7 @@ class TaskContext:
         return np.array([[bool(measured.get(k, False)) for k in keys] for measured in found], bool)
 
     def trained(self, name: str) -> TrainedMethod:
-        """Return a method of :data:`comtip_fast.evaluation.trained.METHODS`, trained at the first call."""
+        """Return a method of :data:`comtip_fast.evaluation.trained.METHODS`; it is trained at the first call, unless it was given."""
         if name not in self._trained:
             train = replace(self.options.train, methods=(name,))
             targets = {k for n in self.numbers for k in self.most_variable(self.shards.cohort_of_section(n), n)}

@@ -33,7 +33,7 @@ def probe_rows(context: TaskContext) -> list[TaskRow]:
     Targets are the 50 most variable genes, log1p CP10K. Scores are the mean PCC, with undefined correlations as 0, and the mean
     squared error. Up to 50 genes that the model held out are scored too (``pcc_unseen``), next to ridge regressions that were trained
     on them. The control of a probe is the same regression on training features that are shuffled within sections; that
-    of the zero-shot prediction is the spatial null.
+    of the zero-shot prediction is the spatial null. Cohorts with fewer than 10 training spots have zero-shot scores only.
     """
     rows = [row for section in context.sections for row in _probe_of(context, section)]
     return [*rows, *mean_rows(rows, context)]
@@ -73,7 +73,7 @@ def _probe_of(context: TaskContext, section: SectionInputs) -> list[TaskRow]:
 def _probe_section(
     context: TaskContext, section: SectionInputs, keys: list[str], encoders: Sequence[str], genes: str = VARIABLE
 ) -> list[TaskRow]:
-    """Return the rows of zero-shot prediction, training mean and ridge on each encoder, for the genes ``keys``."""
+    """Return the rows of zero-shot prediction and, with at least 10 training spots, of training mean and ridge on each encoder."""
     measured = context.values(section, keys)
     zero_shot = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     null = _null(context, section, measured, zero_shot)
@@ -115,7 +115,10 @@ def _predicted(
 def _ridge_by_section(
     x_NF: np.ndarray, y_NG: np.ndarray, number_N: np.ndarray, known_SG: np.ndarray, x_new_MF: np.ndarray
 ) -> np.ndarray:
-    """Fit one model per group of targets that the same sections measured; 0 for a target with too few spots."""
+    """Return predictions (M, G) of one ridge model per group of targets that the same sections measured.
+
+    A target that fewer than 10 training spots measured is predicted as 0.
+    """
     out = np.zeros((len(x_new_MF), y_NG.shape[1]))
     for sections in np.unique(known_SG, axis=1).T:
         columns = np.flatnonzero((sections == known_SG.T).all(1))
@@ -127,7 +130,7 @@ def _ridge_by_section(
 
 
 def _null(context: TaskContext, section: SectionInputs, measured: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the mean score of predicted maps that are rotated and shifted."""
+    """Return the mean over draws of the mean PCC of predicted maps that are rotated and shifted; NaN without draws."""
     draws = moved_spots(section.xy_N2, context.options.n_null, seed=context.options.seed, section=section.section_id)
     return float(np.mean([mean_pcc(measured, predicted[d]) for d in draws])) if len(draws) else NAN
 
@@ -180,8 +183,8 @@ def mean_rows(rows: list[TaskRow], context: TaskContext) -> list[TaskRow]:
 def pathway_rows(context: TaskContext) -> list[TaskRow]:
     """Score predicted against measured scores of gene sets, per set and over the sets.
 
-    The score of a set is the mean of its genes, each standardised over the section's spots. Baselines are ridge regressions from
-    features to the scores of the training sections.
+    The score of a set in a spot is the mean of its genes, each standardised over the section's spots. Baselines are ridge
+    regressions from features to the scores of the training sections, if these have at least 10 spots.
     """
     rows = []
     for section in context.sections:

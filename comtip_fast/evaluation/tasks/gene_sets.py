@@ -26,7 +26,8 @@ def read_gmt(path: Path) -> GeneSets:
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no such file, it is too large or not UTF-8 or has no gene set, a line has no genes, or a name occurs twice.
+        There is no such file, it is too large or not UTF-8 or has no gene set, a line has no name or no genes, or a name occurs
+        twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give gene sets in GMT format")
@@ -57,7 +58,7 @@ def read_gmt(path: Path) -> GeneSets:
 
 
 def families(keys: Sequence[str]) -> GeneSets:
-    """Return genes whose symbols differ in a number only (KRT5, KRT14), as sets of at least three keys of one species."""
+    """Return gene families: at least three keys of one species whose symbols share the letters before a number (KRT5, KRT14)."""
     found: GeneSets = {}
     for key in keys:
         species, _, symbol = key.partition(":")
@@ -80,7 +81,7 @@ def orthologues(keys: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def members(sets: Mapping[str, Sequence[str]], keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the indices into ``keys`` of each set's genes, of sets with at least three.
+    """Return the indices into ``keys`` of each set's genes, int64, for the sets with at least three genes in ``keys``.
 
     Genes are given as keys (``human:KRT5``) or as symbols, which match every species.
     """

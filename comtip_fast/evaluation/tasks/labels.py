@@ -23,13 +23,14 @@ class LabelFile:
     Parameters
     ----------
     spec
-        A table (``.csv``, ``.tsv``, optionally ``.gz``) with the columns ``section`` (may be missing, if spot ids are unique
-        to a section), ``spot`` and ``label``; or ``FILE.h5ad:COLUMN``, an ``obs`` column of an AnnData whose names are spot ids.
+        A table (``.csv``, ``.tsv``, optionally ``.gz``) with the columns ``section`` or ``section_id`` (may be missing, if spot ids
+        are unique to a section), ``spot``, ``spot_id`` or ``barcode``, and ``label``; or ``FILE.h5ad:COLUMN``, an ``obs`` column
+        of an AnnData whose names are spot ids.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        The file does not exist, cannot be read, or lacks a column.
+    FileNotFoundError, PermissionError, ValueError
+        The file does not exist, cannot be read, or lacks a column, or an ``.h5ad`` is given without a column.
     """
 
     def __init__(self, spec: str) -> None:
@@ -72,7 +73,7 @@ class LabelFile:
 
 
 def _from_h5ad(path: Path, column: str) -> pd.DataFrame:
-    """Read section, spot and label from an ``obs`` column of an AnnData."""
+    """Read label, spot and section from ``obs`` of an AnnData; section is "" if ``obs`` has no column of sections."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give FILE.h5ad:COLUMN or a table of labels")
     obs = read_annotation(path).obs
@@ -91,7 +92,7 @@ def _text(column: pd.Series) -> pd.Series:
 
 
 def _from_table(path: Path) -> pd.DataFrame:
-    """Read section, spot and label from a table."""
+    """Read section, spot and label from a table; section is "" if it has no column of sections."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a table of labels or FILE.h5ad:COLUMN")
     sep = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","

@@ -1,7 +1,8 @@
 """Pair discrimination: area under the ROC curve of true against mispaired genes and values, given the image.
 
 The pair head scores true and mispaired (gene, level) sentences in the context of an image vector. A head that knows only which
-levels are plausible for a gene reaches the same AUC with the image of another spot, so the score is the difference.
+levels are plausible for a gene reaches the same AUC with the image of another spot. Therefore the difference of the two AUCs is
+a score too.
 """
 
 from __future__ import annotations

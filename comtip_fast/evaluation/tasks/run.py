@@ -19,7 +19,7 @@ from comtip_fast.evaluation.tasks.gene_sets import read_gmt
 from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.rows import TaskRow, write_rows
 from comtip_fast.evaluation.tasks.space import domain_rows, gene_rows, pair_rows, retrieval_rows
-from comtip_fast.evaluation.train_reference import training_shards
+from comtip_fast.evaluation.train_reference import check_tiles, training_shards
 from comtip_fast.evaluation.trained import EPOCHS, METHODS, TrainOptions
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
@@ -52,8 +52,8 @@ def task_options(
 
     Raises
     ------
-    ValueError, FileNotFoundError
-        A file or an encoder cannot be used, or an encoder is named twice.
+    ValueError, FileNotFoundError, PermissionError
+        A file or an encoder cannot be used, an encoder reads other tiles than the model, or the name of an encoder is used already.
     """
     opened: Encoders = {}
     for spec in encoders:
@@ -121,9 +121,14 @@ def run_tasks(
     Raises
     ------
     ValueError
-        A task is unknown, or lacks its gene sets, or a section or its tiles cannot be used.
+        A task is unknown or lacks its gene sets, tiles have another size, a section is unknown, has ambiguous labels or lacks
+        embeddings of a spot, all sections were used in training, ``train_shards`` lacks the training sections of a scored cohort,
+        or a method cannot be trained.
+    FileNotFoundError
+        There are no embeddings of a section, or no file of the weights that a method starts from.
     """
     check_tasks(tasks, options)
+    check_tiles(predictor, shards, train_shards)
     numbers = choose_sections(predictor, shards, sections)
     context = TaskContext(predictor, shards, numbers, train_shards, options)
     context.reference.check(shards.cohort_of_section(n) for n in numbers)
@@ -187,10 +192,15 @@ def evaluate_tasks(
     epochs
         Largest number of passes over the training spots, per learning rate, of the methods that are trained.
 
+    Returns
+    -------
+    list
+        The rows of ``tasks.csv``.
+
     Raises
     ------
-    FileNotFoundError, ValueError
-        A file, a name or an encoder cannot be used.
+    FileNotFoundError, PermissionError, ValueError
+        The run, a shard set, a file, a name, an encoder or the device cannot be used, or :func:`run_tasks` raises an error.
 
     Examples
     --------

@@ -38,7 +38,8 @@ def retrieval_rows(context: TaskContext) -> list[TaskRow]:
     """Score image-to-gene and gene-to-image retrieval among the spots of each section, and of all sections of a cohort.
 
     The text of a spot consists of the (up to 256) most variable trained genes that all scored sections of its cohort measured,
-    so that genes do not identify the section. The control pairs every image with the text of another spot at random.
+    so that genes do not identify the section. A cohort without such genes has no rows. The control pairs the images with the
+    texts of the spots in random order.
     """
     rows = []
     for cohort in dict.fromkeys(s.cohort for s in context.sections):
@@ -105,7 +106,7 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
 
     There are as many clusters as labels; spots without a label, and those of labels with fewer than three spots, are left out. Each kind of
     features is clustered unchanged, and once more averaged with the mean over neighbouring spots. Measured expression (50 most variable genes)
-    is a reference. The control is the cluster map after a rotation and a shift.
+    is a reference. The control is the cluster map after a rotation and a shift. A section with fewer than two labels has no rows.
     """
     rows = []
     for section in context.sections:
@@ -180,7 +181,7 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
     """Score the pair head: the AUC in the true context, and that AUC minus the AUC in the context of another spot.
 
     Wrong levels come from another spot of the section (``spots``), or from genes of similar detection in the same spot
-    (``strata``), as in training.
+    (``strata``), as in training. A section with fewer than two trained genes or spots has no rows.
     """
     rows = []
     for section in context.sections:
@@ -244,7 +245,7 @@ def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotS
 
 
 def _mispaired(levels_NG: torch.Tensor, mode: str, n_strata: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return wrong levels, int64 (N, G), from other spots or from similar genes of the same spot."""
+    """Return levels, int64 (N, G), from other spots (``spots``) or from genes of similar detection in the same spot (``strata``)."""
     shape, device = (1, *levels_NG.shape), levels_NG.device
     u, v = (upload(torch.from_numpy(rng.random(shape, np.float32)), device) for _ in range(2))
     n, G = levels_NG.shape
@@ -266,7 +267,7 @@ def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def gene_rows(context: TaskContext) -> list[TaskRow]:
-    """Score how close the genes of a family or gene set are, and whether a gene's nearest neighbour is its orthologue.
+    """Score how close the genes of a family or gene set are, and how often a gene's nearest orthologue is its own.
 
     Genes are the trained ones; their vectors are mean sentence vectors over the positive levels. Names alone are a baseline,
     because families and orthologues share tokens; gene vectors from counts are another, if the model has them.
@@ -301,7 +302,7 @@ def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys
 
 
 def _orthologue_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
-    """Return the row of orthologues found as nearest neighbours; none with fewer than three pairs."""
+    """Return the row of the share of genes whose own orthologue is the nearest of all; none with fewer than three pairs."""
     index = {k: i for i, k in enumerate(keys)}
     pairs = orthologues(keys)
     if len(pairs) < MIN_PER_LABEL:

@@ -49,11 +49,11 @@ class SpotSentences:
         Parameters
         ----------
         levels_NG
-            int64, the levels to score.
+            int64 (N, G), the levels to score.
         image_ND
-            Image vectors.
+            Image vectors of the spots.
         context_N
-            int64, the spot whose image (or text, for a model that was trained with it) is the context of each spot.
+            int64 (N,), the spot whose image, or text with ``loss.paat.context=text``, is the context of each spot.
         """
         image = upload(torch.from_numpy(image_ND[context_N]), self.table.pair_GQD.device).to(self.table.pair_GQD.dtype)
         out = []
@@ -85,7 +85,7 @@ class SpotSentences:
 
 @torch.no_grad()
 def sentence_table(predictor: Predictor, genes: Sequence[GeneQuery]) -> tuple[SentenceTable, np.ndarray]:
-    """Encode the sentences of G genes, fp32; also return their rows in the level table, int64 (G,)."""
+    """Return the sentence table of G genes, fp32, and their rows in the level table, int64 (G,)."""
     tables, rows = [], []
     for start in range(0, len(genes), GENES_PER_PASS):
         tokens, row = predictor.tokens(genes[start : start + GENES_PER_PASS])

@@ -44,7 +44,7 @@ def nearest_average(
     query_ND, key_MD
         Vectors on one device; need not be normalised.
     values_MG, known_MG
-        Values of the keys, and which of them are known; unknown ones are left out of the average.
+        Values of the M keys, and which of them are known; unknown ones are left out of the average.
     counts
         Numbers of neighbours; one above M averages all keys.
 
@@ -90,7 +90,7 @@ class JointSpace(nn.Module):
 
 
 class BleepTask(ExpressionTask):
-    """Trains a :class:`JointSpace` from initial weights; parameters as for :class:`ExpressionTask`."""
+    """Trains a :class:`JointSpace` from initial weights; ``data`` and ``config`` are those of :class:`ExpressionTask`."""
 
     def __init__(self, data: TrainingData, config: RunConfig) -> None:
         seed = config.train.seed
@@ -103,11 +103,11 @@ class BleepTask(ExpressionTask):
         return soft_contrastive(*module(batch.features, batch.z_BG))
 
     def choose(self, setting: str) -> None:
-        """Use one number of neighbours from now on."""
+        """Use the number of neighbours of one setting, e.g. ``k50``, from now on."""
         self._counts = (int(setting.removeprefix("k")),)
 
     def predicted(self, features: Iterable[Tensor], cohort: str) -> dict[str, np.ndarray]:
-        """See :meth:`ExpressionTask.predicted`; settings are numbers of neighbours among the cohort's training spots."""
+        """See :meth:`ExpressionTask.predicted`; setting ``k10`` averages the 10 nearest of the cohort's training spots."""
         joint = self.module.eval()
         assert isinstance(joint, JointSpace)
         queries = []

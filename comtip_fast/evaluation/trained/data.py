@@ -44,7 +44,7 @@ class ValidationSection:
     measured_nH: np.ndarray
     """log1p CP10K."""
     kept: list[Tensor] = field(default_factory=list)
-    """Inputs of the encoder by chunk, if they fit into memory."""
+    """Inputs of the encoder by chunk, on the CPU; empty before the first use, and if those of all sections exceed ``KEPT_BYTES``."""
 
 
 class TrainingData:
@@ -64,7 +64,7 @@ class TrainingData:
     Raises
     ------
     ValueError
-        The shard set has none of the sections in split ``train``.
+        None of the training sections has split ``train`` in the shard set, or the loader of the config cannot be used.
     """
 
     def __init__(self, predictor: Predictor, reference: TrainReference, keys: Sequence[str], config: RunConfig) -> None:
@@ -93,7 +93,7 @@ class TrainingData:
     @cached_property
     @torch.no_grad()
     def pooled_Nd(self) -> np.ndarray:
-        """Features of the training spots from the model's encoder, without augmentation, float64 (N, d)."""
+        """Mean patch features of the training spots from the model's encoder, without augmentation, float64 (N, d)."""
         parts = []
         for chunk in self.chunks(self.spots):
             with autocast(self.config.train.precision, self.device):
@@ -116,7 +116,13 @@ class TrainingData:
         return np.flatnonzero(np.isin(self.targets.section_N, own))
 
     def inputs(self, section: ValidationSection) -> Iterator[Tensor]:
-        """Yield inputs of the image encoder for a validation section, in chunks on the device."""
+        """Yield inputs of the image encoder for a validation section, in chunks on the device.
+
+        Raises
+        ------
+        ValueError
+            A tile is damaged.
+        """
         if section.kept:
             yield from (part.to(self.device) for part in section.kept)
             return
@@ -134,7 +140,13 @@ class TrainingData:
             self._kept_bytes -= sum(part.nbytes for part in parts)
 
     def chunks(self, spots: np.ndarray) -> Iterator[Tensor]:
-        """Yield inputs of the image encoder for spots of the training set, without augmentation, in chunks on the device."""
+        """Yield inputs of the image encoder for spots of the shard set, without augmentation, in chunks on the device.
+
+        Raises
+        ------
+        ValueError
+            A tile is damaged.
+        """
         for start in range(0, spots.size, TILES_AT_ONCE):
             chunk = spots[start : start + TILES_AT_ONCE]
             found, tiles = self.loader.tiles(chunk, np.zeros(chunk.shape, np.int64))
@@ -157,7 +169,7 @@ class TrainingData:
         )
 
     def _validation(self, number: int, reference: TrainReference) -> list[ValidationSection]:
-        """Return a validation section; none if its cohort has no training sections, or it has no gene to score."""
+        """Return a list with a validation section; empty if its cohort has no training sections, or it has no gene to score."""
         cohort = self.shards.cohort_of_section(number)
         if cohort not in self.cohorts:
             return []
@@ -179,7 +191,7 @@ class TrainingData:
         return np.stack([self.shards.measured(n)[rows] & (rows >= 0) for n in numbers])
 
     def _values(self, spots: np.ndarray) -> sparse.csr_matrix:
-        """Return log1p CP10K of the target genes; a gene that the set does not have is 0."""
+        """Return log1p CP10K (n, G) of the target genes; a gene that the set does not have is 0."""
         present = np.flatnonzero(np.array(self._row_of) >= 0)
         rows = np.array(self._row_of)[present]
         to_targets = sparse.csr_matrix(
@@ -198,7 +210,7 @@ class TrainingData:
 
 
 def _of_sections(tables: TrainingTables, shards: ShardSet, numbers: Sequence[int]) -> TrainingTables:
-    """Return the tables with the training spots of some sections only."""
+    """Return the tables with the training spots of the sections ``numbers`` only."""
     own = np.isin(shards.sections_of(tables.spots), numbers)
     levels = None if tables.levels is None else tables.levels[own]
     return replace(tables, spots=tables.spots[own], levels=levels)

@@ -81,7 +81,7 @@ class TrainedMethod:
 def fit_methods(
     options: TrainOptions, predictor: Predictor, reference: TrainReference, keys: Sequence[str]
 ) -> list[TrainedMethod]:
-    """Train methods on the training sections of a model.
+    """Train methods on the training sections of a model; return them in the order of ``options.methods``.
 
     Parameters
     ----------
@@ -95,7 +95,10 @@ def fit_methods(
     Raises
     ------
     ValueError
-        Options are wrong, or the training sections cannot be used.
+        Options are wrong, the training sections or the loader cannot be used, or the weights that a method starts from are not in
+        a local file or do not fit.
+    FileNotFoundError
+        The file of the weights that a method starts from does not exist.
     TrainingError
         A loss is not finite, or a signal stopped the training, which the same call continues if ``options`` has a folder.
     """
@@ -164,7 +167,10 @@ class _Candidate:
 
 
 def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: _Checkpoints) -> TrainedMethod:
-    """Train a method with every learning rate, and return the one with the best validation score."""
+    """Train a method with each learning rate, and return the training with the best validation score.
+
+    Without validation sections, only the first learning rate is used. The first weights of ``finetune`` are scored too.
+    """
     steps = epochs * len(data.loader.batches(0))
     rates = [config.optim.lr * factor for factor in (RATES if data.validation else RATES[:1])]
     candidates = [_train(name, data, _at_rate(config, name, rate, steps, data), epochs, folder) for rate in rates]
@@ -224,7 +230,7 @@ def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder
 
 
 def _digest(task: ExpressionTask, config: RunConfig, epochs: int, initial: str) -> str:
-    """Return a hash of everything that defines a training, so that no other training resumes from its checkpoints."""
+    """Return a hash of data, model, targets, epochs, learning rate, seed and initial weights, which names a training's checkpoints."""
     parts = task.fingerprint() | {"epochs": epochs, "lr": config.optim.lr, "seed": config.train.seed}
     if initial:
         parts |= {"initial_weights": initial}

@@ -71,7 +71,10 @@ class RegressionTask(ExpressionTask):
 
     @torch.no_grad()
     def _start_from_probe(self) -> None:
-        """Set the head to ridge regression on the encoder's features, one fit per group of genes that the same sections measured."""
+        """Set the head to ridge regression on the encoder's features, one fit per group of genes that the same sections measured.
+
+        Genes of sections with fewer than :data:`MIN_SPOTS` training spots keep their random weights.
+        """
         regressor, targets, x = self.module, self.data.targets, self.data.pooled_Nd
         assert isinstance(regressor, Regressor)
         for sections in np.unique(targets.known_SG, axis=1).T:

@@ -27,11 +27,11 @@ class Targets:
     known_SG: np.ndarray
     """bool, whether a section measured a gene."""
     mean_SG: np.ndarray
-    """Mean of each section."""
+    """Mean of each gene in each section."""
     level_G: np.ndarray
     """Mean over all spots that measured the gene, which predictions are centred on; 0 where there are none."""
     std_G: np.ndarray
-    """Standard deviation within sections."""
+    """Standard deviation within sections; 1 for a gene that does not vary."""
 
     @classmethod
     def of(

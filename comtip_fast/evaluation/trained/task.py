@@ -32,7 +32,9 @@ class TargetBatch(NamedTuple):
     features: Tensor
     """Input of the image encoder."""
     z_BG: Tensor
+    """Targets, see :class:`comtip_fast.evaluation.trained.targets.Targets`."""
     known_BG: Tensor
+    """bool, whether the spot's section measured the gene."""
 
 
 class ExpressionTask(ABC):
@@ -67,22 +69,22 @@ class ExpressionTask(ABC):
     def predicted(self, features: Iterable[Tensor], cohort: str) -> dict[str, np.ndarray]:
         """Return predicted targets (N, G) by setting; ``features`` yields the encoder's inputs of N tiles in chunks.
 
-        Validation chooses the setting.
+        Of several settings, validation chooses one, see :meth:`choose`; later calls return that one only.
         """
 
     def choose(self, setting: str) -> None:  # noqa: B027 - most methods have one setting
-        """Use one of the settings of :meth:`predicted` from now on."""
+        """Use one of the settings of :meth:`predicted` from now on; does nothing for a method with one setting."""
 
     # -- interface to the trainer -------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the data and of the model."""
+        """Return hashes of the shard set, of the model, and of the training sections and target genes."""
         targets = hashlib.sha256("\n".join([*self.data.section_ids, "", *self.data.targets.keys]).encode())
         inputs = {"shards": self.data.shards.manifest.digest, "model": self.data.predictor.fingerprint}
         return inputs | {"targets": targets.hexdigest()}
 
     def prepare(self) -> None:
-        """Compute the features of a frozen stem, if the model has one."""
+        """Compute the features of a frozen stem, if the loader keeps them in memory."""
         self.data.loader.prepare()
 
     def close(self) -> None:
@@ -107,7 +109,7 @@ class ExpressionTask(ABC):
         return TargetBatch(features, *self.data.batch_targets(batch.spot_index))
 
     def losses(self, module: nn.Module, batch: TargetBatch) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return ``{"loss": total}``."""
+        """Return ``{"loss": total}``, and no further numbers to log."""
         return {"loss": self.loss(module, batch)}, {}
 
     def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:  # noqa: B027 - nothing to do
@@ -119,7 +121,7 @@ class ExpressionTask(ABC):
 
     @torch.no_grad()
     def validation_share(self, progress: Callable[[str], None]) -> Share:
-        """Return the mean PCC of each validation section, per setting."""
+        """Return the cohort and the mean PCC by setting of each validation section; NaN if a prediction is not finite."""
         out: Share = []
         for section in self.data.validation:
             progress(f"section {section.section_id}")
@@ -128,7 +130,10 @@ class ExpressionTask(ABC):
         return out
 
     def validation_result(self, shares: list[Share]) -> ValidationResult:
-        """Return the score of the best setting, its scores by cohort, and the score of each setting; NaN without sections."""
+        """Return the score of the best setting, its scores by cohort and, if there are several settings, the score of each.
+
+        Scores are means over cohorts of the means over their sections. Without sections, the score is NaN and the others empty.
+        """
         means = self._means([one for share in shares for one in share])
         if not means:
             return float("nan"), {}, {}
@@ -145,13 +150,13 @@ class ExpressionTask(ABC):
 
     @torch.no_grad()
     def predict_section(self, section: ValidationSection) -> dict[str, np.ndarray]:
-        """Return predicted targets (n, H) of the scored genes of a validation section, per setting."""
+        """Return predicted targets (n, H) of the scored genes of a validation section, by setting."""
         found = self.predicted(self.data.inputs(section), section.cohort)
         return {k: z[:, section.columns] for k, z in found.items()}
 
     @torch.no_grad()
     def predict_tiles(self, tiles: TileSource, stain: StainStats | None, cohort: str) -> dict[str, np.ndarray]:
-        """Return predicted targets (N, G) of tiles, per setting, read in chunks."""
+        """Return predicted targets (N, G) of N tiles, which are read in chunks, by setting."""
         out: dict[str, np.ndarray] = {}
         order: list[np.ndarray] = []
 

@@ -1,4 +1,4 @@
-"""Figures of a sweep: speed and memory against the number of devices."""
+"""Figures of a sweep, speed and memory against the number of devices, and its files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STYLE: Any = {
 
 
 def _set_device_axis(axes: Any, max_devices: int) -> None:
-    """Set a logarithmic axis of devices, with ticks at powers of 2."""
+    """Set a logarithmic axis of devices, with ticks at powers of 2 up to ``max_devices``."""
     axes.set_xscale("log", base=2)
     ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if n <= max_devices]
     axes.set_xticks(ticks)
@@ -47,7 +47,10 @@ def _max_devices(result: Sweep) -> int:
 
 
 def draw_speed(result: Sweep, path: Path) -> None:
-    """Plot spots per second under strong scaling, and per device under weak scaling; a circle marks where scaling stops."""
+    """Plot the speed of the DDP designs: spots per second under strong scaling, and per device under weak scaling.
+
+    A circle marks where scaling stops.
+    """
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
         titles = (
@@ -103,7 +106,7 @@ def _speed_panel(result: Sweep, axes: Any, growth: Growth) -> None:
 
 
 def draw_memory(result: Sweep, path: Path) -> None:
-    """Plot memory under weak scaling: state by ZeRO stage, loss buffers by loss form, total by table."""
+    """Plot memory under weak scaling: model state by ZeRO stage, loss buffers by loss form, total of DDP designs."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(11.4, 3.7), layout="constrained")
         _state_panel(result, panels[0])
@@ -138,8 +141,8 @@ def _plot(axes: Any, line: list[Point], values: list[float], index: int, label: 
 
 
 def _state_panel(result: Sweep, axes: Any) -> None:
-    """Plot the state between steps by ZeRO stage."""
-    axes.set_title("State between steps", loc="left")
+    """Plot the model state, see :func:`_is_state`, by ZeRO stage."""
+    axes.set_title("Parameters, gradients, optimizer", loc="left")
     for index, label in ((2, "DDP"), (4, "ZeRO 1 and 2"), (6, "ZeRO 3")):
         line = result.line("weak", DESIGNS[index])
         state = [sum(r.bytes for r in p.largest.memory if _is_state(r.name)) for p in line]
@@ -147,7 +150,7 @@ def _state_panel(result: Sweep, axes: Any) -> None:
 
 
 def _is_state(name: str) -> bool:
-    """Return whether a row of the memory table is state between steps."""
+    """Return whether a row of the memory table is model state: trained parameters, gradients or moments, but not gathered ones."""
     return name.startswith(("parameters", "gradients", "AdamW")) and "gathered" not in name
 
 
@@ -166,7 +169,7 @@ def _loss_panel(result: Sweep, axes: Any) -> None:
 
 
 def _total_panel(result: Sweep, axes: Any) -> None:
-    """Plot the total memory of the DDP designs and the capacity of the device."""
+    """Plot the total memory of three DDP designs and the capacity of the device."""
     axes.set_title("Total, largest panel", loc="left")
     for index, label in ((0, "whole table"), (2, "sharded, gather"), (3, "sharded, ring")):
         line = result.line("weak", DESIGNS[index])

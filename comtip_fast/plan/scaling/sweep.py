@@ -78,7 +78,7 @@ class Sweep:
 
 
 def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024) -> Sweep:
-    """Plan every design on 1, 2, 4, ... ``most`` devices of the kind of ``base``, eight per node.
+    """Plan every design on 1, 2, 4, ... up to ``most`` devices of the kind of ``base``, eight per node.
 
     Parameters
     ----------
@@ -94,7 +94,8 @@ def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024)
     Raises
     ------
     ValueError
-        ``most`` is below 1, or ``base`` has more devices than the batch has spots.
+        ``most`` is below 1, ``base`` has more devices than the batch has spots, or no costs are known for the blocks of the
+        image encoder.
     """
     if most < 1:
         raise ValueError(f"`most` {most}: give a number of devices of at least 1")
@@ -127,7 +128,7 @@ def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Des
 
 
 def _engine(config: RunConfig, d: Design, c: Cluster) -> EngineSpec:
-    """Return the config's engine with the settings of a design, which replace ``engine.kind``."""
+    """Return the config's engine with the kind, ZeRO stage, loss form and table of a design."""
     anywhere = replace(config, engine=replace(config.engine, kind="auto"))
     configured = engine_of(anywhere, c.ranks, c.device.name != "cpu")
     return replace(configured, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
@@ -149,7 +150,7 @@ def fits_from(line: Sequence[Point]) -> int | None:
 
 
 def bottleneck(point: Point) -> str:
-    """Return the name of the part with the most time."""
+    """Return the name of the part that takes most of a step with the mean panel."""
     return max(point.mean.times, key=lambda t: t.seconds).name
 
 
@@ -173,7 +174,7 @@ def as_rows(result: Sweep) -> list[dict[str, Any]]:
 
 
 def table(result: Sweep) -> str:
-    """Return a Markdown table of the number of devices at which each design stops scaling."""
+    """Return a Markdown table: where each design stops scaling, its speed, bottleneck and memory there, and where it fits."""
     c = result.cluster
     lines = [
         (
