@@ -155,6 +155,20 @@ def test_an_ensembl_id_that_is_joined_to_a_symbol(text: str):
     assert GeneResource.load().resolve(text, "mouse").how == "unmapped"
 
 
+@pytest.mark.parametrize(
+    ("text", "symbol"),
+    [
+        ("ENSG00000141736,ENSG00000019582", ""),
+        ("ENSG00000141736_ENSMUSG00000062312", "ERBB2"),
+        ("ENSG00000141736;ENSG00000141736.1", "ERBB2"),
+    ],
+)
+def test_several_ensembl_ids_in_one_name(text: str, symbol: str):
+    """Only if all that are known are one gene."""
+    hit = GeneResource.load().resolve(text, "human")
+    assert (hit.symbol, hit.how) == ((symbol, "ensembl") if symbol else (text, "unmapped"))
+
+
 def test_tails_of_make_unique_are_summed_where_the_name_is_a_column():
     genes = map_genes(["2-Sep", "HLA.A", "MT.CO1", "NKX2.1", "TBCE", "TBCE-1", "TBCE.2", "CD74-1"], "human")
     assert genes.keys == [f"human:{s}" for s in ("SEPTIN2", "HLA-A", "MT-CO1", "NKX2-1", "TBCE")]

@@ -27,6 +27,9 @@ MIN_SPOTS, MIN_DETECTED = 10, 20
 """Fewer spots, or spots with fewer detected genes, are not judged."""
 SPREAD_SCALED, SHARE_WITHOUT_ONES = 0.35, 0.05
 """Scaled counts have totals with less spread, and more spots without a value of 1."""
+SHARE_OF_ONES = 0.25
+"""Smallest share of a spot's values that is taken for its scaled ones. In a panel of 20 to 40 genes with many counts each, no gene
+has one count, and the smallest value may be the most frequent one by chance; with this share it is in at most 3 % of the spots."""
 SPREAD_EQUAL, SPREAD_RATIO = 0.25, 0.5
 """Totals are suspiciously equal with less spread than this, and less than this share of the spread of the numbers of detected
 genes. Raw totals vary more than numbers of detected genes, which saturate."""
@@ -47,7 +50,10 @@ def spread(values: np.ndarray) -> float:
 
 
 def share_without_ones(counts: sparse.csr_matrix) -> float:
-    """Return the share of spots whose smallest value above 0 is larger than 1 and their most frequent one, NaN if too few are judged."""
+    """Return the share of spots whose smallest value above 0 is larger than 1, their most frequent one and :data:`SHARE_OF_ONES` of all.
+
+    NaN if too few spots are judged.
+    """
     without, judged = 0, 0
     for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
         values = counts.data[start:end]
@@ -58,7 +64,7 @@ def share_without_ones(counts: sparse.csr_matrix) -> float:
         smallest = values.min()
         if smallest > 1:
             _, times = np.unique(values, return_counts=True)
-            without += int(times[0] == times.max() and times[0] > 1)
+            without += int(times[0] == times.max() and times[0] >= SHARE_OF_ONES * len(values))
     return without / judged if judged >= MIN_SPOTS else float("nan")
 
 
