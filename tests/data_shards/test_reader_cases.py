@@ -226,7 +226,7 @@ def test_the_archives_of_the_vendor_site_are_read(tmp_path: Path, run: Path, suf
 
 @pytest.mark.parametrize("kind", ["bz2", "xz"])
 def test_an_archive_that_is_not_read_is_named(tmp_path: Path, run: Path, kind: str):
-    """The matrix alone must not be said to lack the folder that the archive has."""
+    """The message must not ask for the folder that is in the archive."""
     path = tmp_path / "site"
     path.mkdir()
     shutil.copy(run / "filtered_feature_bc_matrix.h5", path)
