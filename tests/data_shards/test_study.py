@@ -428,7 +428,7 @@ def test_names_of_options_are_read_in_any_case(sources: Path, tmp_path: Path):
     (row,) = read_study(study)
     assert (row.split, row.format, row.options.pooling.pool_from) == ("train", "manifest", "bins")
     assert row.options.facts.trust_mpp is True
-    (sources / "Hires").mkdir()  # beside the table; the word names the image of the run all the same
+    (sources / "Hires").mkdir()  # next to the table; the word names the image of the run all the same
     (sources / "hires").mkdir()
     assert _located(row.options, sources).facts.image == "Hires"
     assert picture_word(" HiRes") == "hires"
