@@ -403,7 +403,11 @@ def test_headers_give_the_size_of_a_section(tmp_path: Path, tiny_source: Path):
     (tmp_path / "matrix.mtx").write_text("%%MatrixMarket matrix\n%\n36601 40 9\n")
     (tmp_path / "damaged.h5").write_bytes(b"no")
     pd.DataFrame({"barcode": range(40)}).to_parquet(tmp_path / "t.parquet")
+    np.savetxt(tmp_path / "alignment.csv", np.eye(3), delimiter=",")  # of Xenium, no table of 3 spots
+    (tmp_path / "keypoints.csv").write_text("fixedX,fixedY,alignmentX,alignmentY\n1,2,3,4\n")
     for name, want in (
+        ("alignment.csv", (None, None)),
+        ("keypoints.csv", (None, None)),
         ("m.h5", (40, 36601)),
         ("matrix.mtx", (40, 36601)),
         ("damaged.h5", (None, None)),
