@@ -157,6 +157,8 @@ def _table(path: Path) -> dict[str, Any]:
             # R omits the name of the id column.
             return {"genes": file.readline(MAX_LINE).count(sep)}
         names = [name.strip().strip(b'"') for name in header.lower().split(sep)]
+        if all(map(_is_number, names)) or b"fixedx" in names:
+            return {}  # matrix or keypoints of an alignment
         tissue = names.index(b"in_tissue") if b"in_tissue" in names else None
         rows = 0 if tissue is not None or not _is_number(names[-1]) else 1
         while line := file.readline(MAX_LINE):
