@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import union_categoricals
 from scipy import sparse
 
 from comtip_shards.errors import ShardError
@@ -156,7 +155,7 @@ class JoinedSet(ShardSet):
         out = pd.concat(frames, ignore_index=True)
         out.index = out.index.rename(frames[0].index.name)
         for name in frames[0].select_dtypes("category").columns:
-            out[name] = union_categoricals([frame[name] for frame in frames])
+            out[name] = pd.api.types.union_categoricals([frame[name] for frame in frames])
         out["section"] = self.sections_of(np.arange(len(self)))
         return out
 
