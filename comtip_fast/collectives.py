@@ -47,7 +47,7 @@ class Group(Protocol):
         ...
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return, for each flag, whether any rank set it; communicates between hosts, without a device synchronization."""
+        """Return, for each flag, whether any rank set it; flags are exchanged in host memory, without a device synchronization."""
         ...
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
@@ -94,7 +94,7 @@ def counts_of(n: int, size: int) -> list[int]:
 
 
 def share_of(n: int, rank: int, size: int) -> slice:
-    """Return the slice of ``n`` rows that belongs to ``rank`` of ``size``."""
+    """Return the slice of ``n`` rows that belongs to rank ``rank`` of ``size`` ranks."""
     counts = counts_of(n, size)
     start = sum(counts[:rank])
     return slice(start, start + counts[rank])

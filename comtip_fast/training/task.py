@@ -107,7 +107,7 @@ def build_task(
 
 
 def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool) -> CoMTIP:
-    """Build the model on the CPU, with the weights of ``vision.pretrained`` if ``initialise``, and with those of a frozen stem."""
+    """Build the model on the CPU, and load the weights of a frozen stem and, if ``initialise``, of ``vision.pretrained``."""
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
     check_vision(config, model.vision.n_patches)
@@ -149,7 +149,7 @@ def check_attention(config: RunConfig, device: torch.device, longest: int) -> st
 
 
 def _in_settings(message: str, choice: str) -> str:
-    """Return a message of the kernels' attention with settings of the config instead of arguments of the kernels."""
+    """Return an error message of the attention kernels, reworded to name settings of the config instead of kernel arguments."""
     problem, _, fix = message.removeprefix("packed_attention: ").partition("; ")
     problem = re.sub(r"impl='(\w+)'", r"\1", problem)
     fix = re.sub(r"(^|,? or )use impl='\w+'", "", fix)
@@ -228,7 +228,7 @@ class CoMTIPTask:
         return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:
-        """Compute the features of all training tiles, if the loader keeps those of a frozen stem in memory."""
+        """Compute the frozen-stem features of all training tiles, if the loader keeps such features in memory."""
         self.loader.prepare()
 
     def close(self) -> None:
@@ -323,7 +323,7 @@ class CoMTIPTask:
         return self.validation.score()
 
     def is_validated(self, name: str) -> bool:
-        """Return whether a validation reads the parameter; it reads none of the EMA teacher and of the mask feature generator."""
+        """Return whether a validation reads the parameter: all but those of the EMA teacher and of the mask feature generator."""
         return name.partition(".")[0] not in ("teacher", "generator")
 
     def validation_share(self, progress: Callable[[str], None]) -> list[SectionScore]:

@@ -62,7 +62,7 @@ class NormLimit:
         self._limit, self._norm = limit, None
 
     def norm(self, otherwise: Tensor) -> Tensor:
-        """Return the norm of the last step, or ``otherwise`` if ZeRO found it not finite before it computed one."""
+        """Return the norm of the last step, or ``otherwise`` if ZeRO found the step not finite and computed no norm."""
         return otherwise if self._norm is None else self._norm.to(otherwise)
 
     def _limited(self, norms: list[Any]) -> list[Any]:

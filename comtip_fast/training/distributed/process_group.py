@@ -76,7 +76,7 @@ def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
 
 
 def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
-    """Return an integer of the environment, or ``default`` if it is not set; raise TrainingError for other text."""
+    """Return an integer of the environment, or ``default`` if it is not set; raise TrainingError for text that is no integer."""
     text = environ.get(name)
     if text is None:
         return default
@@ -207,10 +207,10 @@ def init_distributed(
     Raises
     ------
     TrainingError
-        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or the block of one of
-        several ranks cannot write a path.
+        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or, with several
+        ranks, the block cannot write a path.
     RestartError
-        A rank is lost or late, or in the block of one of several ranks a disk is full or fails.
+        With several ranks: a rank is lost or late, or a disk is full or fails in the block.
     """
     env = distributed_env() if env is None else env
     if env.size == 1:
@@ -246,8 +246,8 @@ def init_distributed(
 def _store(env: DistributedEnv, timeout: timedelta) -> dist.Store:
     """Return the rendezvous store.
 
-    The store of torchrun's agent outlives the workers and keeps the addresses of dead ones, so each restart uses its own
-    key prefix. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each restart has its own store instead; this is needed if an
+    The store of torchrun's agent outlives the workers and keeps the addresses of dead workers, so each restart uses its
+    own key prefix. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each restart has its own store instead; this is needed if an
     agent may be replaced, because agents then count restarts differently.
     """
     store = next(iter(dist.rendezvous("env://", env.rank, env.size, timeout=timeout)))[0]

@@ -169,7 +169,7 @@ class Progress:
         self._print(f"step {step}/{self.total}  {losses}  {speed}  {eta} left")
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def _print(self, text: str) -> None:
         write_line(text, self.stream)
