@@ -89,7 +89,7 @@ class SingleProcessGroup:
 
 
 def counts_of(n: int, size: int) -> list[int]:
-    """Return how many of ``n`` rows each of ``size`` ranks has; counts differ by at most one, larger ones come first."""
+    """Return how many of ``n`` rows each of ``size`` ranks has; counts differ by at most one, the larger counts come first."""
     return [n // size + (rank < n % size) for rank in range(size)]
 
 

@@ -98,8 +98,8 @@ class Bundle:
     ) -> Bundle:
         """Build the bundle of a training task from its open shard set and training tables, without a linear readout.
 
-        ``parents`` is the lineage of the model that the run started from; None if it did not start from another run
-        (``train.start_from``). ``vectors`` are the gene vectors of the run; None if it has none.
+        ``parents`` is the lineage of the model that the run started from; None without ``train.start_from``.
+        ``vectors`` are the gene vectors of the run; None if it has none.
         """
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []

@@ -295,7 +295,7 @@ def draw_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Figure
 
 
 def plain(text: str) -> str:
-    """Return ``text`` for use in a figure: at most :data:`MAX_LABEL` characters, with ``?`` for unprintable ones.
+    """Return ``text`` for use in a figure: at most :data:`MAX_LABEL` characters, with ``?`` for unprintable characters.
 
     Texts from files can have any length and content. Also pass ``parse_math=False`` to matplotlib, which otherwise reads
     ``$`` as the start of a formula.

@@ -276,9 +276,9 @@ def names_of_sets(shards: ShardPaths) -> tuple[str, ...]:
 def shards_of_run(run: Path, configured: str) -> str:
     """Return the path of a run's shard set, which is searched for at the configured path and near the run folder.
 
-    The candidates are ``configured``, its last name in ``run`` and, if ``configured`` is a relative path without ``..``, this path
-    in ``run`` and in the folders above it. A relative path in a config is relative to the folder in which training was
-    started, which is often a parent of the run folder.
+    The candidates are ``configured``, a folder of the same name in ``run`` and, if ``configured`` is a relative path without
+    ``..``, this path in ``run`` and in the folders above it. A relative path in a config is relative to the folder in which
+    training was started, which is often a parent of the run folder.
 
     Parameters
     ----------

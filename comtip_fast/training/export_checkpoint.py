@@ -49,8 +49,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
     FileExistsError
         ``out`` contains a file that is not part of an export.
     CheckpointError
-        The run has no such checkpoint, it is damaged, or the shard set, tokenizer, gene vectors or trained genes are not those of
-        the run.
+        The run has no such checkpoint, the checkpoint is damaged, or the shard set, tokenizer, gene vectors or trained genes are
+        not those of the run.
     """
     step, loaded = _read(run_dir, which)
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)

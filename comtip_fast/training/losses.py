@@ -92,7 +92,7 @@ class LossPart:
     value: Tensor
     """This rank's share, a scalar."""
     reads: frozenset[str] = frozenset()
-    """Names in :meth:`LossInputs.tensors` of these inputs; ``rows`` stands for ``unit``, which is computed from ``rows``."""
+    """Names, as in :meth:`LossInputs.tensors`, of the inputs with a gradient; ``rows`` also stands for ``unit``, its function."""
 
 
 class StepLosses:
@@ -254,7 +254,7 @@ class StepLosses:
         return candidates[best, rows], counted[best, rows]
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
-        """Draw C mispairings, levels (C, b, G): within strata, from other spots, or for each spot one of the two at random."""
+        """Draw C mispairings, levels (C, b, G): within strata, from other spots, or per spot either with probability 0.5."""
         paat, panel, section = self.config.loss.paat, batch.panel.long(), batch.section.long()
         purposes = {"strata": ("from", "to"), "spots": ("spot",), "mixed": ("from", "to", "spot")}[paat.mode]
         u, use_stratum = draws.mispairings(

@@ -298,7 +298,7 @@ class CoMTIPTask:
     ) -> tuple[Tensor, Parts, Numbers]:
         """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, this piece's shares of losses, and numbers to log.
 
-        The shares are ``mfm`` and its part of ``loss``; without L_mfm, there are none.
+        The shares are ``mfm`` and the part of ``loss`` due to L_mfm; without L_mfm, there are none.
         """
         out = self.step.encode(_as_model(module), piece, table=table)
         again = LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
@@ -323,7 +323,7 @@ class CoMTIPTask:
         return self.validation.score()
 
     def is_validated(self, name: str) -> bool:
-        """Return whether a validation reads the parameter: all but those of the EMA teacher and of the mask feature generator."""
+        """Return whether a validation reads the parameter: False for the EMA teacher and the mask feature generator."""
         return name.partition(".")[0] not in ("teacher", "generator")
 
     def validation_share(self, progress: Callable[[str], None]) -> list[SectionScore]:

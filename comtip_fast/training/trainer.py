@@ -315,7 +315,7 @@ class Trainer:
             p.epoch, p.position = p.epoch + 1, 0
 
     def _exchange_flags(self, caught: Signals) -> None:
-        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or still writes its part of one.
+        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or is still writing its part.
 
         A checkpoint in parts is published once all ranks have written their parts without an error.
         """

@@ -11,7 +11,7 @@ from comtip_fast.training.checkpoint.content import Checkpoint
 
 
 class Writer:
-    """Runs one job at a time in a thread; the next call of :meth:`submit`, :meth:`check` or :meth:`drain` raises a job's error."""
+    """Runs one job at a time in a thread; the next :meth:`submit`, :meth:`check` or :meth:`drain` raises an error of the job."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None

@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 1 << 26
 """Maximum size in bytes of the file of hashes and of the state file."""
 DELETE = "delete the folder to use an older checkpoint (if there is none, the run starts from step 0)"
 MISFIT = f"restore the config and the release of the run, or {DELETE}"
-"""Fix that errors on weights that do not fit the model state."""
+"""Fix for errors about weights that do not fit the model."""
 
 
 class CheckpointError(ValueError):

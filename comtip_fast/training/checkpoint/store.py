@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
-A checkpoint of a sharded model can have one file per rank instead of the first two, and an index: :mod:`.parts.index`.
+A checkpoint of a sharded model can have one file per rank and an index instead of the first two files: :mod:`.parts.index`.
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
 process. When a run resumes, checkpoints newer than the newest valid one are renamed to ``damaged_step_*`` and kept for inspection.
@@ -209,7 +209,7 @@ def _bytes(checkpoint: Checkpoint) -> int:
 
 
 def load(folder: Path, *, moments: bool = True) -> Checkpoint:
-    """Verify and read one checkpoint; the parts of a checkpoint in parts are assembled to whole tensors.
+    """Verify and read one checkpoint; the parts of a checkpoint in parts are joined into whole tensors.
 
     Parameters
     ----------

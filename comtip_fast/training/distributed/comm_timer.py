@@ -92,7 +92,7 @@ class CommClock:
         return counted
 
     def discard(self) -> None:
-        """Discard the time measured since the last :meth:`keep`, such as that of collectives between steps."""
+        """Discard the time measured since the last :meth:`keep`, such as the time of collectives between steps."""
         self._seconds, self._pairs = 0.0, []
 
     def keep(self) -> None:

@@ -35,7 +35,7 @@ def gradient_norm(zero_optimizer: Any, like: Tensor) -> Tensor:
 
 
 class NormLimit:
-    """Makes a ZeRO optimizer skip updates whose gradient norm exceeds a limit, as it skips those that are not finite.
+    """Makes a ZeRO optimizer skip updates whose gradient norm exceeds a limit, as it skips updates whose norm is not finite.
 
     ZeRO computes the norm inside its step, so the limit has to be applied there.
 

@@ -50,7 +50,7 @@ class DistributedEnv:
 
 
 def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
-    """Return rank and address from the launcher's environment; without a launcher, those of a single process.
+    """Return rank and address from the launcher's environment; without a launcher, return the defaults of a single process.
 
     Raises
     ------
@@ -153,7 +153,7 @@ class ProcessGroup:
         return out
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return, for each flag, whether any rank set it; communicates in host memory."""
+        """Return, for each flag, whether any rank set it; flags are exchanged in host memory."""
         raised = torch.tensor(list(map(bool, flags)), dtype=torch.uint8)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._hosts)
         return [bool(value) for value in raised.tolist()]
@@ -316,8 +316,8 @@ def on_every_rank(
 ) -> R:
     """Call ``work`` on every rank and return ``combine`` of the results, in rank order, on every rank; a collective call.
 
-    Results must be picklable. If a rank raises, every rank raises: that rank its own error, the others
-    :class:`RestartError` or :class:`TrainingError` with its message.
+    Results must be picklable. If the call fails on a rank, that rank raises its own error, and the others raise
+    :class:`RestartError` or :class:`TrainingError` with the message of that error.
 
     Parameters
     ----------
@@ -372,7 +372,7 @@ class _Outcome:
             return cls(message=str(error), restartable=restartable, error=error)
 
     def value_or_raise(self, rank: int) -> Any:
-        """Return the result, or raise the error of ``rank`` with its message."""
+        """Return the result; if the work failed, raise an error with its message and ``rank``, the rank that failed."""
         if self.message is not None:
             raise (RestartError if self.restartable else TrainingError)(f"rank {rank}: {self.message}")
         return self.value
