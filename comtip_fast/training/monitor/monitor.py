@@ -46,7 +46,7 @@ class ThroughputMeter:
     _flops: float = 0.0
 
     def begin(self) -> None:
-        """Start a step: discard the time of collectives since the last step, such as collectives of a validation or a checkpoint."""
+        """Start a step: discard the time of collectives since the last step, for example of collectives in a validation."""
         if self.comm is not None:
             self.comm.discard()
 
