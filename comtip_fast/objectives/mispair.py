@@ -1,4 +1,4 @@
-"""Mispairing: genes of a spot are paired with wrong levels, the negatives of pair-aware adversarial training (PAAT).
+"""Mispairing: genes of a spot are paired with wrong levels to give the negatives of pair-aware adversarial training (PAAT).
 
 The functions draw no random numbers: callers pass uniform numbers.
 
@@ -69,8 +69,8 @@ def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, 
 def choose_hardest(logits_CBG: Tensor, counted_CBG: Tensor) -> Tensor:
     """Return, for each spot, the index of the candidate whose counted swaps have the largest mean logit, int64 (B,).
 
-    Candidates are selected as a whole, not gene by gene, so that a permutation remains one. A candidate without counted swaps is
-    selected only if no candidate has any.
+    Candidates are selected as a whole, not gene by gene, so that a permutation remains a permutation. A candidate
+    without counted swaps is selected only if no candidate has counted swaps.
 
     Parameters
     ----------

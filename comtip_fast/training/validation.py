@@ -198,7 +198,7 @@ class Validation:
     def _expression(
         self, section: int, rows: np.ndarray, progress: Callable[[], None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return those of ``train.validate_spots`` spots of a section with undamaged counts, and their log1p CP10K (N, genes)."""
+        """Choose up to ``train.validate_spots`` spots; return those with undamaged counts, and their log1p CP10K (N, genes)."""
         meta = self.shards.manifest.sections[section]
         all_spots = meta.first_spot + evenly(meta.n_spots, self.config.train.validate_spots)
         spots, values = [], []
