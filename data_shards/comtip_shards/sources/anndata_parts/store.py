@@ -16,7 +16,7 @@ from anndata.io import read_elem
 
 from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.hdf5 import check_entries, open_hdf5
 from comtip_shards.sources.files.opening import fix_of, reading
 from comtip_shards.sources.files.packaging import find, unpacked
 from comtip_shards.sources.files.zarr_metadata import check_store, head_text
@@ -247,6 +247,9 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
             f"{path}: {key} has data of shape {shapes['data']}, indices of shape {shapes['indices']} and an indptr {ends}, which "
             "do not match; copy or download the file again"
         )
+    shape, kind = group.attrs.get("shape", ()), str(group.attrs.get("encoding-type", ""))
+    if len(shape) == 2 and kind in ("csr_matrix", "csc_matrix"):
+        check_entries(group["indptr"][()], int(shape[1 if kind == "csr_matrix" else 0]), f"{path}: {key}")
 
 
 def _read_part(root: Any, key: str, path: Path) -> Any:
