@@ -1,7 +1,7 @@
 """Spatial blocks of a section: spots to fit on, and spots to test on that share no pixel with them.
 
 Neighbouring spots are similar, and tiles are often wider than the distance between spots. A random choice of spots would
-test a model on what it was fitted to. Fit spots therefore form compact blocks, and test spots keep a margin.
+test a model on what it was fitted to. Fit spots therefore form compact blocks, and test spots keep a margin from these blocks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from scipy.spatial import cKDTree
 BLOCKS = 2
 """Number of blocks of fit spots."""
 MIN_FIT, MIN_TEST = 10, 10
-"""Fewest spots to fit on, and to test on."""
+"""Smallest number of spots to fit on, and to test on."""
 MIN_SPOTS = MIN_FIT + MIN_TEST
-"""Fewest spots of a section; with fewer, no ``fraction`` leaves enough spots for both."""
+"""Smallest number of spots of a section; with fewer, no ``fraction`` leaves enough spots to fit on and to test on."""
 FOLDS = 4
-"""Spatial folds of the fit spots, by which penalties are chosen."""
+"""Number of spatial folds of the fit spots, for the cross-validation that chooses the penalty."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlockSplit:
 def split_blocks(
     xy_um: np.ndarray, fraction: float, margin_um: float, *, seed: int, number: int, section: str
 ) -> BlockSplit:
-    """Choose compact blocks of fit spots around random centres, and as test spots all spots beyond a margin around them.
+    """Choose fit spots in compact blocks around random centres; test spots are all spots beyond a margin around the blocks.
 
     Parameters
     ----------

@@ -54,7 +54,7 @@ class Efficiency:
     cores: int = 12
     """CPU cores per device that load tiles."""
     tile_ms: float = 1.0
-    """CPU milliseconds to read, check, decode and augment one tile of 224 px; other widths in proportion to their area."""
+    """CPU milliseconds to read, check, decode and augment one tile of 224 px; for other widths, in proportion to the area."""
 
 
 LINKS = {

@@ -33,7 +33,7 @@ class RankedPairs:
         self._n = int(rank.max(initial=-1)) + 1
 
     def auc(self, weight_N: np.ndarray) -> float:
-        """Return the AUC; 0.5 is chance, ties count half, NaN without weight."""
+        """Return the AUC; 0.5 is chance, and ties count half. NaN if all weights are 0."""
         weight = weight_N[self._spot]
         true = np.bincount(self._true, weight, self._n)
         false = np.bincount(self._false, weight, self._n)
