@@ -57,9 +57,8 @@ def fit_correction(
         Measured expression, log1p, and the prediction to correct.
     fold_N
         Spatial fold of each spot. Candidates for block, penalty and number of programmes are compared by the gain in mean
-        PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by
-        chance. Therefore the strongest penalty with a gain within one standard error of the highest gain is used (the
-        one-standard-error rule).
+        PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by chance. Therefore
+        the strongest penalty with a gain within one standard error of the highest gain is used (one-standard-error rule).
     genes
         Columns over which the mean PCC is computed.
 

@@ -38,7 +38,7 @@ class TileEncoder(ABC):
     facts: dict[str, Any]
     """Facts about the encoder for the results, e.g. its kind and precision."""
     geometry: TileGeometry | None = None
-    """Tiles that the encoder needs; None if it resizes tiles of any size."""
+    """Geometry of the tiles that the encoder needs; None if it resizes tiles of any size."""
 
     @abstractmethod
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
@@ -197,7 +197,7 @@ def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed:
     """Open an encoder, or files of embeddings, from a specification.
 
     :data:`comtip_fast.constants.ENCODER_HELP` lists the specifications. A network computes in ``precision``; a
-    run or export uses the precision of its config. ``seed`` draws random weights.
+    run or export uses the precision of its config. ``seed`` is the seed of random weights.
 
     Raises
     ------

@@ -64,9 +64,9 @@ class FeatureFiles:
     FileNotFoundError
         The path does not exist.
     PermissionError
-        The table may not be read.
+        There is no permission to read the table.
     ValueError
-        The path is not a folder, ``.csv``, ``.tsv`` or ``.parquet``, or the table cannot be read, lacks ``section``, ``spot`` or
+        The path is neither a folder nor a ``.csv``, ``.tsv`` or ``.parquet`` table, or the table cannot be read, lacks ``section``, ``spot`` or
         features, or has a column of features that are not numbers.
     """
 

@@ -57,7 +57,7 @@ class ScoredGenes:
 
 @dataclass
 class ScoringInputs:
-    """Everything that is scored in one section: expression, covariates, and the inputs of the baselines and the null."""
+    """Inputs of the scores of one section: expression, covariates, and what the baselines and the null need."""
 
     cohort: str
     genes: ScoredGenes

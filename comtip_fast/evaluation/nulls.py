@@ -18,7 +18,7 @@ from comtip_fast.metrics import EPSILON, pcc_per_gene
 MAX_SHIFT = 0.5
 """Largest shift per axis, relative to the section's radius."""
 MIN_ANGLE = np.pi / 4
-"""Smallest rotation; smaller ones hardly move the map."""
+"""Smallest rotation angle in radians; smaller angles hardly move the map."""
 CHUNK = 128
 """Number of genes processed together, which bounds memory on large sections."""
 

@@ -35,7 +35,7 @@ class HostTokens:
         return HostTokens(self.ids_GT[rows, :width], length, self.padded)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
-        """Return the sizes of a slice of the sentence table in gene-major order, with a rounded number of (token, position) pairs.
+        """Return the sizes of a slice of the sentence table in gene-major order, with a rounded-up number of (token, position) pairs.
 
         Parameters
         ----------
@@ -75,7 +75,7 @@ class HostTokens:
         n_levels, vocabulary, sentences
             As in :meth:`sizes`.
         counts
-            Number of sentences of every rank; the padded number of tokens is the same on all of them.
+            Number of sentences of every rank; the padded number of tokens is the same on all ranks.
         """
         assert self.padded is not None
         most = int(self.tokens_of_ranks(n_levels, counts).max())

@@ -31,7 +31,7 @@ class LoaderRate:
     """Measured tiles per second, or the rate of the assumed cores. None on a CPU without a measured rate: loading then shares
     the cores with the step and does not limit the step."""
     measured: bool
-    """Whether the available rate was measured and given."""
+    """Whether a measured rate was given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of M true and M mispaired sentences, and the spot of each."""
+    """Scores of M true and M mispaired sentences, and the spot of each pair."""
 
     true_M: np.ndarray
     false_M: np.ndarray
@@ -42,5 +42,5 @@ class RankedPairs:
 
 
 def gain(own: RankedPairs, elsewhere: RankedPairs, weight_N: np.ndarray) -> float:
-    """Return the AUC in the true context minus that in the context of other spots."""
+    """Return the AUC in the true context minus the AUC in the context of other spots."""
     return own.auc(weight_N) - elsewhere.auc(weight_N)

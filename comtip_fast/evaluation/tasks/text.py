@@ -86,7 +86,7 @@ class SpotSentences:
 
 @torch.no_grad()
 def sentence_table(predictor: Predictor, genes: Sequence[GeneQuery]) -> tuple[SentenceTable, np.ndarray]:
-    """Return the sentence table of G genes, fp32, and their rows in the level table, int64 (G,)."""
+    """Return the sentence table of G genes, fp32, and the rows of the genes in the level table, int64 (G,)."""
     tables, rows = [], []
     for start in range(0, len(genes), GENES_PER_PASS):
         tokens, row = predictor.tokens(genes[start : start + GENES_PER_PASS])

@@ -1,4 +1,4 @@
-"""Training and validation spots of the trained methods: tiles by the loader of pretraining, and expression targets."""
+"""Training and validation spots of the trained methods: tiles from the loader of pretraining, and expression targets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ValidationSection:
     columns: np.ndarray
     """int64 (H,), columns of the targets."""
     measured_nH: np.ndarray
-    """log1p CP10K."""
+    """Measured log1p CP10K of the n spots and H genes."""
     kept: list[Tensor] = field(default_factory=list)
     """Encoder inputs by chunk, on the CPU; empty before the first use, or if all sections would exceed ``KEPT_BYTES``."""
 

@@ -32,7 +32,7 @@ log = logging.getLogger("comtip_fast")
 RATES = (1.0, 0.1)
 """Learning rates to try, as factors of ``optim.lr``; without validation sections only the first is used."""
 VALIDATIONS, PATIENCE = 40, 10
-"""Largest number of validations, and validations without improvement before training stops."""
+"""Largest number of validations, and number of validations without improvement before training stops."""
 BUILD: dict[str, Callable[[TrainingData, RunConfig], ExpressionTask]] = {
     "finetune": lambda data, config: RegressionTask(data, config, pretrained=True),
     "supervised": lambda data, config: RegressionTask(data, config, pretrained=False),
@@ -169,8 +169,8 @@ class _Candidate:
 def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: _Checkpoints) -> TrainedMethod:
     """Train a method with each learning rate, and return the one with the best validation score.
 
-    Without validation sections, only the first learning rate is used. The weights that
-    ``finetune`` starts from are a candidate too.
+    Without validation sections, only the first learning rate is used. The weights that ``finetune`` starts from are
+    a candidate too.
     """
     steps = epochs * len(data.loader.batches(0))
     rates = [config.optim.lr * factor for factor in (RATES if data.validation else RATES[:1])]
