@@ -60,8 +60,8 @@ def split_blocks(
     n_fit = max(1, round(fraction * len(xy)))
     if n_fit < MIN_FIT:
         raise ValueError(
-            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; give a larger "
-            "`fraction`"
+            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; give a "
+            "larger `fraction`"
         )
     rng = generator(seed, "adapt blocks", section, number)
     chosen = np.zeros(len(xy), bool)
@@ -76,8 +76,8 @@ def split_blocks(
     test = np.flatnonzero(distance >= margin_um)
     if test.size < MIN_TEST:
         raise ValueError(
-            f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to fit "
-            f"on, but a test needs {MIN_TEST}; give "
+            f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to "
+            f"fit on, but a test needs {MIN_TEST}; give "
             + (f"a `fraction` below {fraction:g} or a larger section" if n_fit > MIN_FIT else "a larger section")
         )
     return BlockSplit(fit, test)

@@ -148,8 +148,8 @@ def _facts(
     if missing:
         verb, them = ("are", "both") if len(missing) == 2 else ("is", "it")
         raise SourceError(
-            f"section {opened.section_id}: {' and '.join(missing)} {verb} not stated; state {them}, because the adapted model records "
-            "tissue and donor, and evaluation reports sections of the same donor as seen"
+            f"section {opened.section_id}: {' and '.join(missing)} {verb} not stated; state {them}, because the adapted "
+            "model records tissue and donor, and evaluation reports sections of the same donor as seen"
         )
     return LineageSection(
         section_id=opened.section_id,
@@ -172,8 +172,8 @@ def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:
         log.warning(
-            "section %s: no hires image in uns['spatial'], so the adapted model identifies it by its id alone; it is not recognised "
-            "under another id",
+            "section %s: no hires image in uns['spatial'], so the adapted model identifies the section by its "
+            "id alone and does not recognise it under another id",
             opened.section_id,
         )
         return {}

@@ -66,8 +66,8 @@ class FeatureFiles:
     PermissionError
         There is no permission to read the table.
     ValueError
-        The path is neither a folder nor a ``.csv``, ``.tsv`` or ``.parquet`` table, or the table cannot be read, lacks ``section``, ``spot`` or
-        features, or has a column of features that are not numbers.
+        The path is neither a folder nor a ``.csv``, ``.tsv`` or ``.parquet`` table, or the table cannot be read, lacks
+        ``section``, ``spot`` or features, or has a column of features that are not numbers.
     """
 
     def __init__(self, path: Path | str) -> None:

@@ -16,7 +16,7 @@ from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
 
 _NAMES = 64
-"""Multiple to which the number of distinct (token, position) pairs of names is rounded up."""
+"""Multiple to which the number of names, distinct (token, position) pairs, is rounded up."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class HostTokens:
         return HostTokens(self.ids_GT[rows, :width], length, self.padded)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
-        """Return the sizes of a slice of the sentence table in gene-major order, with a rounded-up number of (token, position) pairs.
+        """Return the sizes of a slice of the sentence table in gene-major order, with the number of names rounded up.
 
         Parameters
         ----------

@@ -152,7 +152,8 @@ class Cluster:
         """
         if self.per_node < 1 or self.nodes < 1:
             raise ValueError(
-                f"{self.per_node} devices per node, {self.nodes} nodes: not a cluster; give at least one device per node and one node"
+                f"{self.per_node} devices per node, {self.nodes} nodes: not a cluster; give at least one "
+                "device per node and one node"
             )
         for name in ("compute", "memory", "link"):
             share = getattr(self.efficiency, name)

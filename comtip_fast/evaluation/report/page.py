@@ -219,7 +219,7 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
 
 
 def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return (title, rows of ``genes.csv`` with their index) for the best, median and worst genes by PCC, or for all genes if few."""
+    """Return (title, rows of ``genes.csv`` with their index) for the best, median and worst genes by PCC, or all if few."""
     table = data.gene_table.assign(index=np.arange(len(data.keys)), order=np.nan_to_num(data.pcc))
     rows: list[dict[str, Any]] = table.sort_values("order", ascending=False, kind="stable").to_dict("records")  # type: ignore[assignment]
     if len(rows) <= 3 * RANKED:

@@ -178,8 +178,8 @@ def table(result: Sweep) -> str:
     c = result.cluster
     lines = [
         (
-            f"{result.name} on {c.device.name}, {PER_NODE} per node, {c.link.name} inside, {c.fabric.name} between nodes; all PREDICTED. "
-            f"Scaling stops where twice the devices give less than {MIN_SPEEDUP:g} times the spots/s."
+            f"{result.name} on {c.device.name}, {PER_NODE} per node, {c.link.name} inside, {c.fabric.name} between nodes; all "
+            f"PREDICTED. Scaling stops where twice the devices give less than {MIN_SPEEDUP:g} times the spots/s."
         ),
         "",
         "| design | growth | scales to | spots/s there | takes most of the step there | fits from | memory there |",
