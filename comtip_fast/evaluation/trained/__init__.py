@@ -25,7 +25,7 @@ class TrainOptions:
     epochs: int = EPOCHS
     """Largest number of passes over the training spots, per learning rate."""
     folder: Path | None = None
-    """Folder of the checkpoints, from which an interrupted training continues; None trains in a temporary folder."""
+    """Folder of the checkpoints, from which an interrupted training resumes; None trains in a temporary folder."""
     seed: int = 0
 
     def check(self) -> None:
@@ -38,6 +38,6 @@ class TrainOptions:
         """
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
-            raise ValueError(f"trained {', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
+            raise ValueError(f"`trained` {', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
         if self.epochs < 1:
             raise ValueError(f"`epochs` {self.epochs}: must be at least 1")
