@@ -99,7 +99,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
 
 
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
-    """Return the cost of the tile for a section: resolution that its image has and the set does not, or the reverse.
+    """Return what the tile costs a section: resolution that the image has and the set loses, or tiles that are upsampled.
 
     ``None`` if the tile keeps the image's resolution within 5 %, or if the image is only downsampled to the tile's own um per
     px, and this is at most that of the default tile (0.5, within 5 %).

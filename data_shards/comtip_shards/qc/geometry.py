@@ -109,7 +109,7 @@ def full_or_hires(context: SectionContext) -> Finding:
         context.chance(context.xy * best),
     )
     if max(best, 1 / best) < RESOLUTION_MIN or fit < rival:
-        message = f"no other scale of positions fits clearly better (times {best:.3g}: fit {fit:.2f}, as given {context.as_given:.2f})"
+        message = f"no other scale fits clearly better (factor {best:.3g}: fit {fit:.2f}, as given {context.as_given:.2f})"
         return Finding(name=name, status=OK, figure=1.0, threshold=RESOLUTION_MIN, message=message)
     near = [f"1 / {k}" for k, v in context.hires.items() if abs(best * v - 1) < 0.03]
     near += [k for k, v in context.hires.items() if abs(best / v - 1) < 0.03]
