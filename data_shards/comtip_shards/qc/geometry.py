@@ -39,7 +39,8 @@ loses 0.03 to 0.15."""
 ORIENTATION_MARGIN = 0.05
 """Minimum gain of fit of another orientation; on good sections every other one loses 0.07 or more."""
 HALF_TILES_UM = (56.0, 112.0)
-"""Half widths of common tiles (112 um: 224 px at 0.5 um per px; 224 um: 224 px at 1), tried in addition to half a tile and half a spot."""
+"""Half widths of common tiles (112 um: 224 px at 0.5 um per px; 224 um: 224 px at 1), tried in addition to half a tile and
+half a spot."""
 
 
 TOO_FEW = "too few spots with counts to decide"
@@ -109,7 +110,9 @@ def full_or_hires(context: SectionContext) -> Finding:
         context.chance(context.xy * best),
     )
     if max(best, 1 / best) < RESOLUTION_MIN or fit < rival:
-        message = f"no other scale fits clearly better (factor {best:.3g}: fit {fit:.2f}, as given {context.as_given:.2f})"
+        message = (
+            f"no other scale fits clearly better (factor {best:.3g}: fit {fit:.2f}, as given {context.as_given:.2f})"
+        )
         return Finding(name=name, status=OK, figure=1.0, threshold=RESOLUTION_MIN, message=message)
     near = [f"1 / {k}" for k, v in context.hires.items() if abs(best * v - 1) < 0.03]
     near += [k for k, v in context.hires.items() if abs(best / v - 1) < 0.03]
