@@ -143,13 +143,13 @@ def test_inner_pages_whose_offsets_are_in_the_tag_itself_are_checked(tmp_path: P
 
 def test_the_case_of_the_fuzzer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = hole(tmp_path / "S1_HE.jpg", encoded("JPEG")[:200])
-    with pytest.raises(SourceError, match=r"S1_HE\.jpg: a file of 1,099,511,627,776 bytes in which no image ends"):
+    with pytest.raises(SourceError, match=r"S1_HE\.jpg: the image has no end, .* in a file of 1,099,511,627,776 bytes"):
         image_size(path)
     monkeypatch.setattr(bounded_file, "HEADER_BYTES", 10_000)
     (tmp_path / "b.jpg").write_bytes(encoded("JPEG"))
     with BoundedFile(tmp_path / "b.jpg") as file:
         file.read(5000)
-        with pytest.raises(SourceError, match=r"b\.jpg: .*or whose header states a block of 6,000 bytes"):
+        with pytest.raises(SourceError, match=r"b\.jpg: .*or its header states a block of 6,000 bytes"):
             file.read(6000)
 
 

@@ -321,7 +321,7 @@ def test_a_dry_run_reads_headers_and_names_what_is_missing(sources: Path, tmp_pa
     assert re.search(
         r"sb: manifest, \? breast.*, split test; 49 spots, 30 genes; image sb\.png 320x320, scale missing", out
     )
-    assert "https://example.org/x.h5ad: not examined: the files of a URL are downloaded when it is built" in out
+    assert "https://example.org/x.h5ad: not examined: the files of a URL are downloaded when the set is built" in out
     assert re.search(
         r"1 of 4 sections can be built, 1 at a URL are not examined: about \S+ kB in .* are free\), about \d+ s with 2 processes",
         out,

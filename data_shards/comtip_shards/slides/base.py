@@ -39,7 +39,7 @@ def whole_limit() -> int:
     Raises
     ------
     SourceError
-        The environment variable is not a positive integer.
+        The environment variable :data:`MAX_WHOLE_ENV` is not a positive integer.
     """
     stated = os.environ.get(MAX_WHOLE_ENV)
     if stated is None:
@@ -117,7 +117,7 @@ class Slide(ABC):
     size: tuple[int, int]
     """(width, height) in px."""
     mpp: float | None = None
-    """um per px from the file's tags, None if it has no plausible one."""
+    """um per px from the file's tags, None if they state no plausible scale."""
     tile_limit_um: float = math.inf
     """Maximum tile width; finite if only precomputed patches around the spots are available."""
     reader: str = ""
@@ -137,7 +137,7 @@ class Slide(ABC):
         Parameters
         ----------
         box
-            (x0, y0, x1, y1), px of the downsampled image, inside it.
+            (x0, y0, x1, y1), in px of the downsampled image and inside it.
         size
             (width, height) of the downsampled image, at most that of the original.
 
@@ -237,7 +237,7 @@ class ArraySlide(Slide):
         self._shrunk: tuple[tuple[int, int], np.ndarray] = (self.size, pixels_HW3)
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window; the image of the last ``size`` is cached."""
+        """Read a window; the downsampled image is cached until another ``size`` is read."""
         if self._shrunk[0] != size:
             small = Image.fromarray(self.pixels).resize(size, Image.Resampling.LANCZOS)
             self._shrunk = (size, self.pixels if size == self.size else np.asarray(small))
