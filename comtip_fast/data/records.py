@@ -58,7 +58,7 @@ class DecodedSpots:
             raise self.faults[min(self.faults)]
 
     def replace(self, index: int, spare: DecodedSpots) -> bool:
-        """Replace the damaged record ``index`` by the only record of ``spare``; if that is damaged too, only return False."""
+        """Replace the damaged record ``index`` by the only record of ``spare``; if that one is damaged too, only return False."""
         if spare.faults:
             return False
         self.replaced[int(self.spots[index])] = self.faults.pop(index)

@@ -151,13 +151,13 @@ class VisionEncoder(nn.Module):
     def in_one_pass(self) -> bool:
         """Whether :meth:`encode_both` takes one pass over the blocks.
 
-        It takes two if a block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`), and with activation
-        checkpointing, which exists to save memory: recomputing both together would need more of it.
+        It takes two passes if a block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`), and with activation
+        checkpointing, because recomputing both parts together would need more memory.
         """
         return self.takes_parts and not self.recompute
 
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """Encode all patches, and those of ``visible_BV`` without the others; return both.
+        """Encode all patches and, separately, only those of ``visible_BV``; return both outputs.
 
         In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the norms
         and the output projection inside attention.
@@ -182,7 +182,7 @@ class VisionEncoder(nn.Module):
         return self._tokens(full.view(B, T, d)), self._tokens(visible.view(B, n + V, d))
 
     def _embedded(self, features_BV: Tensor, visible_BV: Tensor | None) -> Tensor:
-        """Return class, distillation and register tokens and embedded patches, with their positions, (B, n + V, d)."""
+        """Return class, distillation and register tokens, then embedded patches, (B, n + V, d), all with positions added."""
         B, V = features_BV.shape[:2]
         if self.stem is not None:
             x_BVd = self.patch_embed(features_BV)
@@ -339,7 +339,7 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 
 def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
-    """Return the arguments of timm's constructor for the settings that are not None; without class token also average pooling."""
+    """Return the arguments of timm's constructor for the settings that are not None; without a class token, also for average pooling."""
     named: dict[str, Any] = {
         "patch_size": config.patch_px,
         "embed_dim": config.width,

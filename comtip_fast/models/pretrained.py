@@ -106,8 +106,8 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     Raises
     ------
     ValueError
-        The ``config.json`` next to the weights is not one of timm, or a mean or standard deviation is taken from it, or from timm, and
-        cannot be used.
+        The ``config.json`` next to the weights is not a model description of timm; or a mean or standard deviation, from this
+        file or from timm, cannot be used.
     """
     mean: Channels = PIXEL_MEAN
     std: Channels = PIXEL_STD
@@ -131,7 +131,7 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
 
 
 def _of_facts(facts: dict[str, Any], origin: str, config: VisionConfig) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation of the config or, where it has none, of a model description; ImageNet's if both lack them."""
+    """Return the mean and standard deviation that the config states, else those of a model description, else those of ImageNet."""
     out: list[Channels] = []
     for key, stated, default in (("mean", config.pixel_mean, PIXEL_MEAN), ("std", config.pixel_std, PIXEL_STD)):
         value = facts.get(key, default) if stated is None else stated
@@ -216,7 +216,7 @@ def _misfit(path: Path, problem: str, state: dict[str, Tensor]) -> str:
     return (
         f"vision.pretrained={path}: the weights do not fit vision.backbone: the file {problem.splitlines()[0]}"
         + (f"; it holds {facts}" if facts else "")
-        + "; give the weights of that model, or set vision.backbone and vision.vit.* to those of the file"
+        + "; give weights of vision.backbone, or set vision.backbone and vision.vit.* to the model of the file"
     )
 
 

@@ -34,7 +34,7 @@ NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
 N_VIEWS = 8
 VECTOR_RIDGE = 1.0
 VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
-"""Order in which orientations are used: the tile, mirrored and turned by 180 degrees, turned, mirrored, then the others."""
+"""Order in which orientations are used: unchanged, turned by 180 degrees and mirrored, turned, mirrored, then the others."""
 
 
 # -- features -----------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class LinearReadout:
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
         """Return the weight of the level-sentence prediction in the mixture, float64 (G,).
 
-        It is the mean over those heads used by :meth:`predict` whose ``keys`` contain the gene, and 0 if there is none.
+        For each gene, it is the mean over the heads of :meth:`predict` whose ``keys`` contain the gene, or 0 if no head has it.
         """
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
@@ -210,7 +210,7 @@ class LinearReadout:
         Raises
         ------
         ValueError
-            A gene is to be decoded with ``vectors``, which have fewer than 2 genes of the head.
+            A gene needs ``vectors``, but these contain fewer than 2 genes of the head.
         """
         decoder = self.decoder(keys, cohort, vectors)
         return decoder.predict(x_NF), decoder.known
@@ -226,7 +226,7 @@ class LinearReadout:
         return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
-        """Return the head of a cohort in a list; all heads if it has none, or for None."""
+        """Return a list with the head of the cohort; if the cohort has no head or is None, return all heads."""
         own = [h for h in self.heads if h.cohort == cohort]
         return own or self.heads
 

@@ -45,7 +45,7 @@ class Neighbours:
 
 
 def mean_over(own_nF: np.ndarray, all_MF: np.ndarray, index_nk: np.ndarray, near_nk: np.ndarray) -> np.ndarray:
-    """Return the mean of ``all_MF[index_nk]`` over the neighbours (``near_nk``); a spot without any keeps its row of ``own_nF``."""
+    """Return the mean of ``all_MF[index_nk]`` over neighbours (``near_nk``); a spot without neighbours keeps its ``own_nF`` row."""
     count = near_nk.sum(1, keepdims=True)
     mean = np.zeros(own_nF.shape, np.float64)
     for j in range(near_nk.shape[1]):

@@ -94,7 +94,7 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
     missing = [t for t in tasks or [] if t not in found]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: no task {', '.join(missing)}; it has: {', '.join(found)}; name tasks that it has with `tasks`"
+            f"{folder}: no task {', '.join(missing)}; its tasks: {', '.join(found)}; name only these with `tasks`"
         )
     return [_read_task(folder / name) for name in (tasks or found)]
 
@@ -212,7 +212,7 @@ def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_b
     """Raise ValueError unless ``img`` holds one square uint8 RGB patch of plausible resolution per barcode."""
     if len(shape) != 4 or shape[0] != n_barcodes or 0 in shape:
         raise ValueError(
-            f"{path}: img of shape {shape} for {n_barcodes} barcodes; expected one patch each; download the file again"
+            f"{path}: img of shape {shape} for {n_barcodes} barcodes; expected one patch per barcode; download the file again"
         )
     if dtype != np.uint8 or shape[1] != shape[2] or shape[3] != 3:
         raise ValueError(
