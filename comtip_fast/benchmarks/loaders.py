@@ -148,7 +148,7 @@ def measure(setting: Setting, contenders: list[Contender]) -> None:
 def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
     """Return, for ``torch`` and (if installed) ``dali``, the resident memory in MB after each of ``epochs`` epochs.
 
-    An epoch has every k-th training spot, 512 to 1,023 of them, or all if there are fewer.
+    An epoch has 512 to 1,023 evenly spaced training spots, or all spots if there are fewer.
     """
     tables = training_tables(setting.shards, setting.config)
     tables.spots = tables.spots[:: max(1, tables.spots.size // MEMORY_SPOTS)]

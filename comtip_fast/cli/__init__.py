@@ -112,7 +112,7 @@ def _limit_spinning() -> None:
 
 
 def _disk_error(error: Exception) -> tuple[int, str] | None:
-    """Return the exit code and message for an error of the disk, or None for any other error."""
+    """Return the exit code and message for a disk error, or None for any other error."""
     from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number, unwritable
 
     problem = disk_trouble(error)

@@ -94,8 +94,8 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--min-mpp",
         type=float,
-        help="blur finer images to this resolution in um per px (default: that of the tile or, if a section is coarser, of the coarsest "
-        "section)",
+        help="blur finer images to this resolution in um per px (default: that of the tile or, if a section is coarser, of the "
+        "coarsest section)",
     )
     build.add_argument(
         "--codec", choices=("jpeg", "png", "webp"), default="jpeg", help="encoding of tiles (default jpeg)"

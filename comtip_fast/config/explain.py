@@ -20,7 +20,7 @@ _FIXES = {
     "string_type": "must be text; put it in YAML quotes if it looks like a number, a truth value or null",
     "bool_type": "must be true or false",
 }
-"""{type of pydantic's error: text instead of pydantic's, which names Python types}."""
+"""{type of pydantic's error: text to show}, for errors whose text from pydantic names Python types."""
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a config file, none for an empty file; raise ConfigError if it has other content."""
+    """Return the keys and values of a config file, which may be empty; raise ConfigError for other content."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file; check the path")
     if not path.is_file():

@@ -98,8 +98,8 @@ class GenesConfig:
     min_detection: Share = 0.1
     """Smallest share of training spots in which a selected gene is detected; ``detected_in`` defines in which sections."""
     detected_in: Literal["any", "pooled", "every"] = "any"
-    """Training sections of the cohort in which ``min_detection`` must be reached, among those that measured the gene:
-    ``any`` of them, all spots ``pooled``, or ``every`` one. With ``any``, a shallow or additional section removes no gene.
+    """Where a gene must reach ``min_detection``, among the cohort's training sections that measured it: in ``any`` section, in the
+    ``pooled`` spots of all sections, or in ``every`` section. With ``any``, a shallow or additional section removes no gene.
     Scores always use genes that pass in every section."""
     held_out_every: CountOrZero = 6
     """n: every n-th gene from variance rank ``held_out_from`` is excluded from training, to test unseen genes; 0 excludes none."""
@@ -270,7 +270,7 @@ class TrainConfig:
     checkpoint: Literal["auto", "whole", "sharded"] = "auto"
     """Files of a checkpoint. ``whole``: rank 0 gathers and writes whole tensors. ``sharded``: every rank writes its part (ZeRO 3
     without NVMe), on a file system that all ranks share. ``auto``: ``sharded`` under ZeRO 3 on several ranks, where the whole
-    model may not fit into one of them; otherwise ``whole``. Either can be resumed with any engine and number of ranks."""
+    model may not fit on one rank; otherwise ``whole``. Either can be resumed with any engine and number of ranks."""
     async_checkpoint: bool = True
     """Whether a background thread writes checkpoints. This needs a copy of the weights and optimizer state in host memory, or of
     the rank's part of them if checkpoints are sharded."""

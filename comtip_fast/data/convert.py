@@ -60,7 +60,7 @@ def read_section(spec: str | Path) -> ad.AnnData:
     ------
     SourceError
         There is no such section, or there are several and none is named; the file cannot be read; a spot has no position; or
-        ``spec`` is a URL or a folder that is no shard set.
+        ``spec`` is a URL or a folder that is not a shard set.
     ShardError
         The shard set is damaged.
     FileNotFoundError

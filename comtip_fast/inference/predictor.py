@@ -40,7 +40,7 @@ class ImageFeatures:
     pooled_Nd: np.ndarray
     """float32 (N, d), mean patch feature before projection."""
     readout_NF: np.ndarray | None = None
-    """float32 (N, F), input of the linear readout; None if there is no readout, no tile, or no request for it."""
+    """float32 (N, F), input of the linear readout; None without a readout, without tiles, or if it was not requested."""
     xy_N2: np.ndarray | None = None
     """Positions of the spots, if known."""
 
@@ -52,7 +52,7 @@ class EncodedTiles:
     vector_nD: np.ndarray
     pooled_nd: np.ndarray
     views_nF: np.ndarray | None
-    """Features averaged over the readout's views; None if the model has no readout or they were not requested."""
+    """Features averaged over the readout's views; None if the model has no readout, or if these features were not requested."""
 
 
 def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:

@@ -102,7 +102,7 @@ def to_store(encoded: EncodedTiles) -> np.ndarray:
 
 
 def row_blocks(n: int) -> Iterator[np.ndarray]:
-    """Yield the indices below ``n`` in blocks of :data:`MAX_BLOCK`; one empty block if there are none."""
+    """Yield the indices below ``n`` in blocks of :data:`MAX_BLOCK`; if ``n`` is 0, yield one empty block."""
     for start in range(0, max(n, 1), MAX_BLOCK):
         yield np.arange(start, min(start + MAX_BLOCK, n))
 

@@ -54,7 +54,7 @@ class SentenceBlock(nn.Module):
         x_Sd
             Input of the S tokens.
         length_N, longest
-            Number of tokens of each sentence, and an upper bound of it.
+            Number of tokens of each sentence, and an upper bound of these numbers.
         first_N
             Indices of the ``[GENE]`` tokens, to compute only their rows; None computes all rows.
         first_S

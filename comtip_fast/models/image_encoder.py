@@ -100,7 +100,7 @@ class VisionEncoder(nn.Module):
         Raises
         ------
         ValueError
-            The width of the tiles is not the one that the encoder was built for.
+            The width of the tiles is not the width that the encoder was built for.
         """
         B, _, S, _ = tiles_B3SS.shape
         if self.grid * self.patch_px != S:
@@ -208,7 +208,7 @@ class VisionEncoder(nn.Module):
         }
 
     def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:
-        """Return the position embeddings (B, V, d) of all patches, or of those of ``visible_BV``."""
+        """Return the position embeddings (B, V, d) of all patches, or of the patches ``visible_BV`` only."""
         rows_Pd = self.pos_embed[0] if self.no_embed_class else self.pos_embed[0, self.n_prefix :]
         if visible_BV is None:
             return rows_Pd.expand(batch, -1, -1)
@@ -339,7 +339,7 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 
 def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
-    """Return the arguments of timm's constructor for the settings that are not None; without a class token, also for average pooling."""
+    """Return timm's constructor arguments for the settings that are not None and, without a class token, for average pooling."""
     named: dict[str, Any] = {
         "patch_size": config.patch_px,
         "embed_dim": config.width,

@@ -239,7 +239,7 @@ def describe(state: dict[str, Tensor]) -> str:
 
 
 def fill_normalisation(state: dict[str, Tensor], prefix: str) -> None:
-    """Add ImageNet's mean and standard deviation to the weights of an encoder of an earlier version, which lack them.
+    """Add ImageNet's mean and standard deviation to the weights of an encoder from a version that did not store them.
 
     Parameters
     ----------

@@ -141,7 +141,7 @@ class ReadoutSettings:
     context: bool = True
     """Whether features are concatenated with their mean over neighbouring spots."""
     vector_dim: int = 0
-    """Number of leading tile features that are the shared-space vector; the others are those of the frozen stem."""
+    """Number of leading tile features that are the shared-space vector; the other features come from the frozen stem."""
 
     def columns(self, block: str, n_features: int) -> np.ndarray:
         """Return the int64 columns of a block among F features, including its means over neighbours."""
@@ -291,7 +291,7 @@ class ReadoutDecoder:
         x_NF
             Features from :meth:`LinearReadout.head_features`.
         section
-            Moments of the section if ``x_NF`` is a part of it; None if it is complete.
+            Moments of the section if ``x_NF`` is a part of it; None if ``x_NF`` is the complete section.
         """
         values = {norm: np.zeros((len(x_NF), len(self._count))) for norm in NORMS}
         for head, decoders in self._heads:
@@ -323,7 +323,7 @@ class _Decoders:
 
     @classmethod
     def of(cls, head: CohortHead, keys: Sequence[str], vectors: GeneVectors | None) -> _Decoders:
-        """Find the genes that ``head`` decodes: its own and, with gene vectors, those of its species that have a vector."""
+        """Find the genes that ``head`` decodes: its own and, with gene vectors, genes of its species that have a vector."""
         index = {k: i for i, k in enumerate(head.keys)}
         rows = np.array([index.get(k, -1) for k in keys], np.int64)
         trained, unseen = np.flatnonzero(rows >= 0), np.zeros(0, np.int64)

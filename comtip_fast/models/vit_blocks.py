@@ -1,9 +1,9 @@
 """Blocks of timm's Vision Transformer that process all patches and, separately, the visible patches of a batch in one call.
 
 The rows of both parts are concatenated. Norms, linear layers and residual sums process all rows together. Attention computes q, k
-and v of all rows together, and then processes each part separately, with its own norms and its output projection. All weights but
-those of this separate part are read once, and have one gradient. This is the only module that depends on what a block of timm
-computes; parameters keep timm's names.
+and v of all rows together, and then processes each part separately, with its own norms and its output projection. All other weights
+are read once, and have one gradient. This is the only module that depends on what a block of timm computes; parameters keep timm's
+names.
 
 Shapes: B tiles, T tokens of a part per tile, N = B * (sum of T) rows, d the width, H heads of E channels.
 """
@@ -75,8 +75,8 @@ class PartsBlock(Block):
 def take_parts(blocks: Sequence[nn.Module]) -> bool:
     """Change the blocks in place to accept rows of several parts, and return True.
 
-    If a block is not a plain pre-norm block without dropout, or the release of timm is newer than the tested one, change nothing and
-    return False.
+    If a block is not a plain pre-norm block without dropout, or the release of timm is newer than the tested one, change nothing
+    and return False.
     """
     if release(timm.__version__) > TESTED or not all(map(_known, blocks)):
         return False

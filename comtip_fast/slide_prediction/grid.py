@@ -25,7 +25,7 @@ class GridOptions:
     shape: Literal["square", "hexagonal"] = "square"
     """Lattice of the tiles."""
     step_um: float | None = None
-    """Distance between tile centres in um; None is the width of a tile."""
+    """Distance between tile centres in um; None uses the width of a tile."""
     min_tissue: float = 0.2
     """Smallest share of tissue in a tile; 0 predicts the complete image."""
 

@@ -234,7 +234,8 @@ class H5Patches(TileSource):
     geometry
         Tiles of the encoder; None passes patches on as they are.
     whole
-        Resize the complete patch to the encoder's size in px, whatever the encoder's width in um; no effect without ``geometry``.
+        Whether to resize the complete patch to the encoder's size in px, even if the encoder's tiles have another width in um; no
+        effect without ``geometry``.
 
     Raises
     ------

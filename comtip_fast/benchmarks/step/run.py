@@ -60,7 +60,9 @@ def benchmark_step(
     if unknown:
         raise ValueError(f"`steps` {', '.join(unknown)}: no such step; choose from {', '.join(STEPS)}")
     if "open_clip" in steps and not open_clip_is_installed():
-        log.warning("open_clip is not installed, its step is left out; pip install 'comtip-fast[peers]'")
+        log.warning(
+            "open_clip is not installed, so its step is left out; to measure it, run pip install 'comtip-fast[peers]'"
+        )
         steps = [name for name in steps if name != "open_clip"]
     device = pick_device(config.train.device)
     if config.train.threads:

@@ -45,7 +45,7 @@ class CountSource:
     genes
         Identifiers of the columns.
     symbols
-        Second identifiers of the columns, used where the first is unknown; empty strings if there are none.
+        Alternative identifiers of the columns, used where the one in ``genes`` is unknown; empty strings if there are none.
     """
 
     path: Path

@@ -49,7 +49,7 @@ class TrainingTables:
     strata: Tensor
     """int64 (S, G), strata within which mispairing permutes levels."""
     balance: np.ndarray | None = None
-    """float64 (G,), weights in the panel draw that compensate for unequal gene lists (``panel.balance``); None for equal weights."""
+    """float64 (G,), weights in the panel draw that balance unequal gene lists (``panel.balance``); None for equal weights."""
 
 
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
