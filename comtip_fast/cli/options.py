@@ -262,7 +262,7 @@ def gene_list(values: list[str]) -> list[str] | None:
 
 
 def _column(rows: list[tuple[int, list[str]]], index: int, width: int) -> list[tuple[int, list[str]]]:
-    """Return column ``index`` of a table of ``width`` headers, or all cells of its rows if there is one header.
+    """Return column ``index`` of a table of ``width`` headers, or all cells of its rows if there is only one header.
 
     R writes row names without a header: if every row has one cell more than there are headers, the column is shifted by one.
     """

@@ -139,7 +139,7 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
-    """Predict every slide of a folder, to one file each in ``--out``."""
+    """Predict every slide of a folder, and write one file per slide to ``--out``."""
     kind = _source_format(folder)
     if kind == "anndata" and all(is_answer(p) for p in files_of(folder)):
         kind = ""  # predictions of an earlier run with the slides' folder as --out

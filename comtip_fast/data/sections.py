@@ -308,7 +308,7 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
-    """Return an AnnData without expression: names, section and positions in px; array positions and labels if they are known."""
+    """Return an AnnData without expression, with names, section, positions in px and, if known, array positions and labels."""
     obs = pd.DataFrame(
         {"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object)
     )

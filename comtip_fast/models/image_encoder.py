@@ -168,7 +168,7 @@ class VisionEncoder(nn.Module):
         return self(features_BP), self(features_BP, visible_BV)
 
     def _both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """Return the tokens of all patches and of ``visible_BV``, which attend to tokens of their own part only."""
+        """Return the outputs for all patches and for the patches ``visible_BV``; tokens attend only to tokens of their own part."""
         x_BTd = self._embedded(features_BP, None)
         (B, T, d), n, V = x_BTd.shape, self.n_prefix, visible_BV.shape[1]
         rows_Bn = torch.arange(B * T, device=visible_BV.device).view(B, T)[:, : n + 1]

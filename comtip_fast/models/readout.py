@@ -162,7 +162,7 @@ class LinearReadout:
     heads: list[CohortHead]
 
     def head_features(self, x_NF: np.ndarray, xy_N2: np.ndarray | None) -> np.ndarray:
-        """Return tile features (N, F') concatenated with their mean over neighbours, or with themselves without positions.
+        """Return tile features (N, F') concatenated with their mean over neighbours, or with themselves if ``xy_N2`` is None.
 
         If ``settings.context`` is False, ``x_NF`` is returned unchanged.
         """

@@ -39,7 +39,7 @@ class Neighbours:
         """Median distance to the nearest spot."""
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for the n spots ``rows``, candidates int64 (n, k) and bool (n, k): which candidates are neighbours."""
+        """Return candidates for the n spots ``rows``, int64 (n, k), and which of the candidates are neighbours, bool (n, k)."""
         distance, index = self._tree.query(self._xy[rows], k=self._k)
         return index, (distance <= MAX_DISTANCE * self.spacing) & (index != rows[:, None])
 

@@ -117,7 +117,7 @@ class Plain(StepContender):
         return patches, F.normalize(self.model.project_image(patches.mean(1)), dim=-1)
 
     def _masked_branch(self, batch: Batch, full: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Return L_mfm from a pass over all patches whose attention masks the hidden ones."""
+        """Return L_mfm from a pass over all patches whose attention masks the hidden patches."""
         v = self.model.vision
         x = self._embedded(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -68,7 +68,7 @@ class EpochSchedule:
         return np.searchsorted(self._first_spot, spots, side="right") - 1
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one.
+        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one batch.
 
         The results of two epochs are cached; a second thread that requests an epoch waits for the first.
         """
@@ -124,7 +124,7 @@ class EpochSchedule:
     def _batches_of(
         self, spots: np.ndarray, entries: np.ndarray, epoch: int, run: int | np.ndarray
     ) -> list[np.ndarray]:
-        """Return batches of ``entries``, whose spots are ``spots``; both (n,)."""
+        """Return batches of ``entries`` (n,), where entry i belongs to the spot ``spots[i]``."""
         data, section = self.config, self.section_of(spots)
         size, k = data.batch_size, data.sections_per_batch
         if data.slots is None:
