@@ -167,7 +167,7 @@ def check_parent(out: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder {folder} cannot be written; give a path in another folder")
+        raise PermissionError(f"--out {out}: the folder {folder} cannot be written to; give a path in another folder")
 
 
 def out_folder(args: argparse.Namespace) -> Path:
@@ -182,7 +182,7 @@ def out_folder(args: argparse.Namespace) -> Path:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--out {path}: is a file; give a folder")
     if path.exists() and not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {path}: no permission to write to this folder; give another one")
+        raise PermissionError(f"--out {path}: no permission to write to this folder; give another folder")
     return path
 
 

@@ -72,7 +72,7 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
             "model's own vectors with the same values"
         )
     if own is not None and given is not None and further is None:
-        log.warning("%s: the linear readout uses the given vectors, gene sentences do not", _OTHER_AXES)
+        log.warning("%s: the linear readout uses the given vectors, but gene sentences do not", _OTHER_AXES)
     return further or own, further or given or own
 
 

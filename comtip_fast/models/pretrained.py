@@ -125,7 +125,7 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     if config.pretrained and config.backbone != "small":
         of_mean, of_std = (origin if own is None else "the config" for own in (config.pixel_mean, config.pixel_std))
         log.info(
-            "tiles are normalised with mean %s (of %s) and standard deviation %s (of %s)", mean, of_mean, std, of_std
+            "tiles are normalised with mean %s (from %s) and standard deviation %s (from %s)", mean, of_mean, std, of_std
         )
     return mean, std
 
@@ -161,7 +161,7 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
     named = facts.get("architecture")
     if isinstance(named, str) and named != config.backbone:
         log.warning(
-            "%s describes %s, but vision.backbone=%s; check that the weights are those of this backbone",
+            "%s describes %s, but vision.backbone=%s; check that the weights belong to this backbone",
             path,
             named,
             config.backbone,
