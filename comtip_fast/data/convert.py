@@ -75,7 +75,7 @@ def read_section(spec: str | Path) -> ad.AnnData:
         return _from_shards(ShardSet(path), section_id)
     if path.is_dir():
         raise SourceError(
-            f"{path}: a folder without manifest.json, so it is not a shard set; give an .h5ad, or build a shard set first"
+            f"{path}: a folder without manifest.json, so not a shard set; give an .h5ad, or build a shard set of this folder first"
         )
     data = read_h5ad(path)
     store = MemoryStore(data, path)

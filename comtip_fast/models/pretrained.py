@@ -125,7 +125,11 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     if config.pretrained and config.backbone != "small":
         of_mean, of_std = (origin if own is None else "the config" for own in (config.pixel_mean, config.pixel_std))
         log.info(
-            "tiles are normalised with mean %s (from %s) and standard deviation %s (from %s)", mean, of_mean, std, of_std
+            "tiles are normalised with mean %s (from %s) and standard deviation %s (from %s)",
+            mean,
+            of_mean,
+            std,
+            of_std,
         )
     return mean, std
 

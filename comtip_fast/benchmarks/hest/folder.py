@@ -220,7 +220,7 @@ def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_b
         )
     if not MPP_RANGE[0] <= PATCH_UM / shape[1] <= MPP_RANGE[1]:
         raise ValueError(
-            f"{path}: patches of {shape[1]} px cannot be {PATCH_UM:g} um wide, as patches of the benchmark are; download the file again"
+            f"{path}: patches of {shape[1]} px cannot be {PATCH_UM:g} um wide, as in the benchmark; download the file again"
         )
 
 

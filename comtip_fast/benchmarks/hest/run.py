@@ -248,7 +248,7 @@ def encoder_facts(
     seen = seen_in_training(encoder.predictor.lineage, tasks)
     if seen:
         log.warning(
-            "training or early stopping of %s used sections or donors of the benchmark: %s; its scores are not scores on unseen data",
+            "training or early stopping of %s used sections or donors of the benchmark: %s; its scores are not on unseen data",
             encoder.label,
             ", ".join(seen),
         )
