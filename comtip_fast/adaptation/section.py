@@ -117,7 +117,10 @@ def read_section(
 def _ridge_inputs(
     predictor: Predictor, opened: SectionTiles, features: ImageFeatures
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the candidate inputs of each ridge baseline, see :attr:`AdaptSection.inputs`; ``features`` are without neighbours."""
+    """Return the inputs, float64 with one row per spot, by ridge baseline and candidate (:attr:`AdaptSection.inputs`).
+
+    ``features`` must not contain means over neighbouring spots.
+    """
     readout = predictor.bundle.readout
     frozen = None
     if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:

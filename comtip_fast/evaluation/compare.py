@@ -39,7 +39,7 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: Ti
     if not found.size:
         raise ValueError(
             f"the section measured none of the {answer.n_vars} genes to compare; pass `genes` that it measured, or call "
-            "`predict`, which compares nothing"
+            "Model.predict, which compares nothing"
         )
     counts = measured.counts
     values = {

@@ -120,8 +120,10 @@ def read_embeddings(path: Path) -> SpotFeatures:
     with open_hdf5(path, "an HDF5 file of embeddings", "write it with h5py") as file:
         key = next((k for k in NAME_KEYS if k in file), None)
         if key is None or "embeddings" not in file:
+            missing = "embeddings" if key is not None else "barcodes"
             raise ValueError(
-                f"{path}: has {', '.join(sorted(file)) or 'no data'}; write the datasets embeddings and barcodes"
+                f"{path}: the dataset {missing} is missing (found {', '.join(sorted(file)) or 'none'}); write both embeddings and "
+                "barcodes"
             )
         names = text_of(file[key][:])
         if file["embeddings"].dtype.kind not in "fiu":

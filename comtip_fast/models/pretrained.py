@@ -106,8 +106,8 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     Raises
     ------
     ValueError
-        The ``config.json`` next to the weights is not a model description of timm; or a mean or standard deviation, from this
-        file or from timm, cannot be used.
+        The ``config.json`` next to the weights is not a timm config, or its mean or standard deviation, or that of timm, cannot
+        be used.
     """
     mean: Channels = PIXEL_MEAN
     std: Channels = PIXEL_STD

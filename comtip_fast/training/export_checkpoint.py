@@ -123,6 +123,10 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
             f"{root}: no checkpoint has a validation score yet, so none is the best; choose newest or a step of {available}"
         )
     if step not in checkpoints.steps_of(root):
+        if found is not None:
+            raise CheckpointError(
+                f"{root}: the best checkpoint, that of step {step}, is gone or not complete; choose newest or a step of {available}"
+            )
         raise CheckpointError(f"{root}: no complete checkpoint {which!r}; choose newest, best or a step of {available}")
     try:
         return step, checkpoints.load(checkpoints.folder_of(root, step), moments=False)

@@ -36,11 +36,11 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
     """Mean seconds per step of each part."""
     gflop: float = 0.0
-    """Counted GFLOP of products in one step, recomputation included."""
+    """GFLOP of the matrix products in one step, recomputation included; counted, not measured."""
     peak_mb: float = 0.0
     """Peak memory of one step in MB, above what was allocated before the step."""
     share: list[float] = field(default_factory=list)
-    """Counted FLOP/s divided by the product rate of the same round; one value per round."""
+    """Counted FLOP/s, divided by the FLOP/s of large matrix products that were timed in the same round; one value per round."""
 
 
 def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out: Path) -> list[Measured]:

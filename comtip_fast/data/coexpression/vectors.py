@@ -241,9 +241,9 @@ class _Standard:
         kept = np.flatnonzero(varies.any(0) & (detection >= min_detection))
         if kept.size < 2:
             fix = "give more cells, or lower `min_detection`" if min_detection else "give more cells"
+            often = f" and be detected in a share of at least {min_detection:g} of the cells" if min_detection else ""
             raise ValueError(
-                f"{kept.size} genes vary and are detected in a share of at least {min_detection:g} of the cells, but at least 2 are "
-                f"needed; {fix}"
+                f"at least 2 genes must vary{often}, but of {G:,} genes only {kept.size} {'does' if kept.size else 'do'}; {fix}"
             )
         weight = 1 / cells / S if weigh == "sources" else np.full(S, 1 / cells.sum())
         coverage = ((weight * cells)[:, None] * varies)[:, kept].sum(0)

@@ -38,6 +38,6 @@ class TrainOptions:
         """
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
-            raise ValueError(f"`trained` {', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
+            raise ValueError(f"trained {', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
         if self.epochs < 1:
             raise ValueError(f"`epochs` {self.epochs}: must be at least 1")

@@ -44,7 +44,8 @@ class WeightAverage:
         module
             The trained module, with its current weights.
         stored
-            Averages of a checkpoint, by parameter name; other averages start with the current weights.
+            Averages of a checkpoint, by parameter name, which replace those of an earlier call. A parameter that has neither
+            starts with its current weights.
         """
         if self.decay is None:
             return

@@ -218,7 +218,7 @@ def _yaml_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
-    """Return the normalised names of the columns; raises SourceError if one is unknown or duplicate or none is ``path``."""
+    """Return the normalised names of the columns; raises SourceError for an unknown or duplicate column, or without a column ``path``."""
     names = [name.strip().lower().replace("-", "_") for name in header]
     for name in names:
         if name not in COLUMNS:
