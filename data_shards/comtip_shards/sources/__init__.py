@@ -140,7 +140,7 @@ def detect(path: Path) -> tuple[Reader, str]:
 
 
 def locate(path: Path) -> Path:
-    """Return the path of the data: ``path``, or the nearest ``outs`` or only subfolder (of an unpacked archive) in it."""
+    """Return the path of the data: ``path``, or the first folder that a reader accepts on entering ``outs`` or only subfolders."""
     for _ in range(MAX_DEPTH):
         if not path.is_dir() or any(r.recognise(path) for r in READERS):
             return path
