@@ -68,7 +68,7 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections: one per library (:func:`libraries_of`), and one for a file without several libraries.
+    """Return the sections that :func:`libraries_of` finds in the files.
 
     Raises
     ------

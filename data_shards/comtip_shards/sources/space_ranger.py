@@ -243,7 +243,8 @@ def _scale(
 ) -> float:
     """Return um per full-resolution px: as stated by the caller or the scale factors, or else from the spot pitch of 100 um.
 
-    Raises SourceError if a stated scale differs by more than 5 % from the one by the pitch, or the spot size contradicts the pitch.
+    Raises SourceError if a stated scale differs by more than 5 % from the scale that the pitch gives, or if the spot size
+    contradicts the pitch.
     """
     if len(spots.ids) not in SLIDES:
         notes.append(

@@ -179,8 +179,8 @@ def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tupl
     Raises
     ------
     SourceError
-        ``region`` or ``wanted`` does not exist, ``wanted`` is not an RGB image in a coordinate system of ``region``, or (if it is
-        None) no image is.
+        ``region`` or ``wanted`` does not exist, no RGB image is in a coordinate system of ``region``, or ``wanted`` is not such an
+        image.
     """
     if region not in data:
         raise SourceError(

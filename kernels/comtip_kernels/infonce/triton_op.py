@@ -41,7 +41,7 @@ class MaskOperands:
     """Group, class and exclusion flag of every row; None where nothing is compared."""
     columns: tuple[Ids, Ids, Ids]
     diagonal: bool
-    """Whether pair (i, i) is the positive of every row i."""
+    """Whether pair (i, i) is the positive of row i."""
 
     def constants(self, x: Tensor) -> dict[str, Any]:
         """Return the constexprs of masks and products for operands like ``x``."""

@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print the ledger, then write the tables, or with ``--check`` only compare them.
 
     Returns 1 if a row exceeds a limit or is worse than the committed one (even if it is then written), or if ``--check`` finds a
-    named size that is worse; otherwise 0. If ``--triton`` names another release, returns the exit status of the ledger under it.
+    named size that is worse; otherwise 0. If ``--triton`` names another release, returns the exit status of its run.
     """
     other = argparse.ArgumentParser(add_help=False)
     other.add_argument("--triton", help="compile with this release, e.g. 3.6, which pip installs in a cache folder")

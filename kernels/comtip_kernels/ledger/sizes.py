@@ -17,7 +17,7 @@ from comtip_kernels.sentence_table import triton_kernels as table
 
 
 class Roofs(NamedTuple):
-    """Rates of a GPU, assumed and not measured; the slowest of the three limits a kernel."""
+    """Assumed rates of a GPU (no GPU has been measured); a kernel is as slow as the slowest of compute, L2 and memory."""
 
     compute: float
     """bf16 FLOP/s of the datasheet."""

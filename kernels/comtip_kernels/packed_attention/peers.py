@@ -1,7 +1,8 @@
 """Packed attention on external kernels: flash-attn (2, 3 and 4) and torch's own, for sentences longer than a tile.
 
 The backward passes of flash-attn and of torch's variable-length attention are deterministic, so that a run repeats bit for bit. On
-a GPU, torch's padded attention (``sdpa``) has a deterministic one only under :func:`torch.use_deterministic_algorithms`.
+a GPU, the backward pass of torch's padded attention (``sdpa``) is deterministic only under
+:func:`torch.use_deterministic_algorithms`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     ------
     SourceError
         The stated layer does not exist or holds no counts; no layer is stated and counts are found neither in an element of
-        :data:`COUNTS` nor in a single other layer with ``count``, ``raw`` or ``umi`` in its name; or a matrix is damaged.
+        :data:`COUNTS` nor in exactly one other layer with ``count``, ``raw`` or ``umi`` in its name; or a matrix is damaged.
         Fractional values are accepted as counts if ``round_counts`` is set. The message names the options.
     """
     key = stated_key(store, options.layer, path)
@@ -87,7 +87,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
 
 
 def has_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether a matrix holds raw counts, some above zero; zeros only are a placeholder, and scaled counts are not raw."""
+    """Return whether a matrix holds raw counts above zero: a matrix of zeros is only a placeholder, and scaled counts are not raw."""
     return is_counts(matrix) and bool(matrix.count_nonzero()) and scaled_total(matrix) is None
 
 

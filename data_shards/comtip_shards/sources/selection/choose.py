@@ -21,7 +21,7 @@ def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[st
     Raises
     ------
     SourceError
-        A key is unknown, or its value is not a list or is empty.
+        A key is unknown, or its value is empty or a single string.
     """
     out: dict[str, Collection[str]] = {}
     for key, values in where.items():

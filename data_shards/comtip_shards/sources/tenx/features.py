@@ -50,7 +50,8 @@ class Features:
         Parameters
         ----------
         tally
-            Sum of counts per kind, with genes under ``Gene Expression``. If given, notes on other genomes state their share of the counts.
+            Sum of counts per kind, with genes under ``Gene Expression``. If given, notes on other genomes state their share of
+            the counts.
         """
         notes = []
         for kind, n in self.others().items():
@@ -122,7 +123,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> str:
-    """Return the species of most genes; raises SourceError if at least half of the ids are ``unclear``, or if species are mixed."""
+    """Return the species of most genes; raises SourceError if half of the ids or more are ``unclear`` or species are mixed."""
     total = sum(seen.values())
     if total <= len(unclear):
         why = f"gene ids such as {', '.join(unclear[:3])} are not Ensembl ids" if unclear else "there are no genes"
