@@ -87,7 +87,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
 
 
 def has_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether a matrix holds raw counts above zero: a matrix of zeros is only a placeholder, and scaled counts are not raw."""
+    """Return whether a matrix holds raw counts above zero: a matrix of zeros is a placeholder, and scaled counts are not raw."""
     return is_counts(matrix) and bool(matrix.count_nonzero()) and scaled_total(matrix) is None
 
 

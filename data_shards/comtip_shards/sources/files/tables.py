@@ -78,7 +78,7 @@ def with_point(value: str) -> str:
 
 
 def _separator(path: Path, expected: str) -> str:
-    """Return the separator of a table: ``expected`` if the first line has it, else the most frequent of tab, comma and semicolon."""
+    """Return a table's separator: ``expected`` if the first line has it, else the most frequent of tab, comma and semicolon."""
     with open_packed(path) as file:
         first = file.readline(MAX_LINE).decode(encoding_of(path), "replace")
     return expected if expected in first else max((expected, *"\t,;"), key=first.count)
