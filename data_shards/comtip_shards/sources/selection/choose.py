@@ -29,7 +29,9 @@ def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[st
         if key not in WHERE_KEYS:
             raise SourceError(f"`where` key {key!r} is unknown; use one of {', '.join(WHERE_KEYS)}")
         if not values or isinstance(values, str):
-            raise SourceError(f"`where` key {key}: {values!r} is empty or not a list; give a list of at least one value")
+            raise SourceError(
+                f"`where` key {key}: {values!r} is empty or not a list; give a list of at least one value"
+            )
         out[key] = values
     return out
 
