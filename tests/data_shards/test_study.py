@@ -488,7 +488,7 @@ def test_a_dry_run_of_an_anndata_agrees_with_the_build(kind: str, tmp_path: Path
     if kind in ("normalised", "unclear"):
         with pytest.raises(SourceError):
             source.read()
-        assert ("X has values that are no counts, such as" in out) == (kind == "normalised")
+        assert ("X has values that are not counts, such as" in out) == (kind == "normalised")
         return
     section = source.read()
     assert (len(section.spot_ids), str(len(section.gene_ids))) == (spots, found[1])

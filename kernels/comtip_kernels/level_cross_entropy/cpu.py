@@ -15,7 +15,7 @@ from torch import Tensor
 from comtip_kernels.level_cross_entropy.reference import without_own_gene
 
 BLOCK_BYTES = 4 << 20
-"""Most bytes of one block of scores, unless those of one gene are more."""
+"""Maximum bytes of one block of scores, which only a block of one gene may exceed."""
 
 
 def _blocks(vectors: Tensor, table: Tensor) -> list[slice]:

@@ -67,7 +67,7 @@ def without_own_gene(
     projected_GQD: Tensor | None,
     weight_BG: Tensor | None,
 ) -> Tensor:
-    """Return the scores in a pooled text without gene g itself, or ``score_BG`` if one of the last three arguments is None."""
+    """Return the scores with gene g removed from the pooled text, or ``score_BG`` if one of the last three arguments is None."""
     if weight_BG is None or projected_GQD is None or true_levels_BG is None:
         return score_BG
     dtype = torch.promote_types(table_GQD.dtype, projected_GQD.dtype)

@@ -90,7 +90,7 @@ class MemoryStore:
         return self._parts.get(key) is not None
 
     def __getitem__(self, key: str) -> Any:
-        """Return one element; of an AnnData that is backed by a file, it is read."""
+        """Return one element; an element of an AnnData that is backed by a file is read into memory."""
         value = self.group(key) if key.startswith("uns/") else self._parts[key]
         if hasattr(value, "to_memory"):
             return value.to_memory()
@@ -233,7 +233,7 @@ def _check_columns(root: Any, key: str, path: Path) -> None:
 
 
 def _check_sparse(root: Any, key: str, path: Path) -> None:
-    """Check the lengths of the lists of a sparse matrix in HDF5, before they are read as a whole."""
+    """Check that the arrays of a sparse matrix in HDF5 have matching lengths, before any of them is read."""
     group = root.get(key) if isinstance(root, h5py.Group) else None
     names = ("data", "indices", "indptr")
     if not isinstance(group, h5py.Group) or not all(isinstance(group.get(n), h5py.Dataset) for n in names):

@@ -216,10 +216,10 @@ def _h5_chunks(
 
 
 class _ReadOnly:
-    """A file of which only ``read`` is known.
+    """A file that only offers ``read``.
 
-    SciPy's reader seeks back over what it has not parsed when it is destroyed. In a file that is no text this fails, and an error
-    in a C++ destructor ends the process.
+    When SciPy's reader is destroyed, it seeks back over what it has not parsed. In a file that is not text this fails, and an
+    error in a C++ destructor ends the process.
     """
 
     def __init__(self, file: BinaryIO) -> None:
