@@ -44,7 +44,7 @@ Split = Literal["train", "val", "test", ""]
 def _check_spots(text: str) -> str:
     """Return the sketch of spots ``text``; raise ValueError unless it is base64 of 64-bit hashes."""
     if len(base64.b64decode(text, validate=True)) % 8:
-        raise ValueError("not a list of 64-bit hashes")
+        raise ValueError("not base64 of 64-bit hashes, because its length in bytes is not a multiple of 8")
     return text
 
 

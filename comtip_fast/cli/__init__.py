@@ -140,7 +140,10 @@ class _Message(logging.Formatter):
 
 @functools.cache
 def _build_options() -> Mapping[str, str]:
-    """Return the options of ``comtip shards``; called only for messages with a name that is not an option of the command."""
+    """Return the options of ``comtip shards``.
+
+    They are imported only if a message names an option that the command of the user does not have.
+    """
     from comtip_fast.cli.options import options_of
 
     parser = argparse.ArgumentParser(add_help=False)

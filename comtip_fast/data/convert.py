@@ -171,7 +171,7 @@ def _named_for_spatialdata(data: ad.AnnData, sanitise: Callable[..., Any]) -> ad
         ]
         if changed:
             log.warning(
-                "%s: SpatialData allows letters, digits, '_', '-' and '.' in names, and none that differ only in case; renamed %s",
+                "%s: SpatialData allows only letters, digits, '_', '-' and '.' in names, and no two that differ only in case; renamed %s",
                 part,
                 ", ".join(changed),
             )
@@ -268,7 +268,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ----------
     data
         A section with expression and an image, and unique spot names. Whole numbers are written as int32, other values, such as
-        predictions, as float32. Without both ``array_row`` and ``array_col``, spots are numbered, with a warning.
+        predictions, as float32. If ``array_row`` or ``array_col`` is missing, spots are numbered, with a warning.
     target
         Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``; an existing folder is replaced.
 
@@ -276,7 +276,8 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ------
     SourceError
         There is no expression or no image, several sections have an image, the image or its scale factor is invalid, spot names
-        are not unique or begin as a formula, or ``array_row`` or ``array_col`` has no value for a spot.
+        are not unique or would be evaluated as formulas by a spreadsheet, a spot, gene or gene id has a name that is not ASCII, or
+        ``array_row`` or ``array_col`` has no value for a spot.
     OSError
         ``target`` cannot be written.
     """

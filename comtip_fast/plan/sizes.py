@@ -1,4 +1,4 @@
-"""Sizes of a step, derived from the config: the model is built on the meta device, without allocating memory.
+"""Numbers of spots, genes, tokens, parameters and bytes of a training step, from a config and a model on the meta device.
 
 The symbols are those of docs/method.md and docs/scaling.md.
 """

@@ -36,7 +36,8 @@ def pick_device(requested: str | torch.device) -> torch.device:
         raise ValueError(f"device {name}: PyTorch finds no GPU; use auto or cpu, and see `comtip doctor`")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name}: PyTorch finds {torch.cuda.device_count()} GPUs; use a number below that, or cuda"
+            f"device {name}: no such GPU; PyTorch numbers its GPUs from 0 to {torch.cuda.device_count() - 1}, so use one of these "
+            "numbers, or cuda"
         )
     return device
 

@@ -39,7 +39,7 @@ class PieceableTask(Protocol):
         ...
 
     def losses_of(self, batch: Any, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the losses from joined tensors, as :meth:`TrainingTask.losses` does; reads no parameter."""
+        """Return what :meth:`TrainingTask.losses` does, computed from the result of :meth:`join` without reading a parameter."""
         ...
 
     def replay(

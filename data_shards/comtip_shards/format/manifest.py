@@ -249,7 +249,9 @@ def _check(manifest: Manifest, where: str) -> None:
         start = 0
         for entry in entries:
             if entry.first_spot != start or getattr(entry, size) < 1:
-                raise ShardError(f"{where}: {what} are not contiguous at spot {start}; {FOREIGN}", kind="manifest")
+                raise ShardError(
+                    f"{where}: {what} are empty or not contiguous at spot {start}; {FOREIGN}", kind="manifest"
+                )
             start += getattr(entry, size)
         if start != manifest.n_spots:
             raise ShardError(

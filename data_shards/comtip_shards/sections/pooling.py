@@ -96,7 +96,7 @@ class Pooler:
 
     @property
     def units(self) -> np.ndarray:
-        """Units in each square so far, int64, in no particular order."""
+        """Number of bins or cells added to each square so far, int64; the squares are in no particular order."""
         return self._units
 
     def add_units(self, square_N2: np.ndarray) -> None:

@@ -99,8 +99,9 @@ def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: i
     trusted = MAX_WHOLE_ENV in os.environ or width * height <= BOMB_PX or file_bytes is None
     if not trusted and 3 * width * height > MAX_EXPANSION * file_bytes:  # type: ignore[operator]
         raise SourceError(
-            f"{path}: claims {width} x {height} px {what} in a file of {file_bytes:,} bytes, more than {MAX_EXPANSION} times "
-            f"its size, as a decompression bomb does; get the file again, or set {MAX_WHOLE_ENV} if its origin is known"
+            f"{path}: claims {width} x {height} px {what}, which decode to more than {MAX_EXPANSION} times the {file_bytes:,} bytes "
+            f"of the file, as a decompression bomb does; get the file again, or set {MAX_WHOLE_ENV} to at least {width * height} "
+            "if its origin is known"
         )
 
 

@@ -71,7 +71,7 @@ class _LevelCrossEntropy(torch.autograd.Function):
 def _add_gradients(
     grads: tuple[Tensor, Tensor, Tensor | None], dscores: Tensor, image: Tensor, table: Tensor, part: slice
 ) -> None:
-    """Add the gradient of one block of scores to those of image, table and prior."""
+    """Add the gradient of the scores of the genes ``part`` to that of image, and write their rows of those of table and prior."""
     dimage, dtable, dprior = grads
     rows, flat = table[part], dscores.flatten(1)
     dimage.addmm_(flat, rows.reshape(-1, rows.shape[-1]))

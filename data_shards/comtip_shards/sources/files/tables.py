@@ -196,16 +196,17 @@ def as_counts(
         row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
         value, gene = float(data[first]), genes[int(matrix.indices[first])]
         kind = (
-            "missing values"
+            "missing or infinite"
             if not np.isfinite(value)
-            else "negative values"
+            else "negative"
             if value < 0
-            else "values that are not integers"
+            else "not an integer"
             if value != np.rint(value)
-            else "values that are too large"
+            else "too large"
         )
+        where = f"{kind}; spot {spots[row]}, gene {gene}"
         raise SourceError(
-            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:.12g} (spot {spots[row]}, gene {gene}); "
+            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} values that are not counts, the first is {value:.12g} ({where}); "
             f"raw counts are needed: integers from 0 to 2^31 - 1, not normalised values{f'; {fix}' if fix else ''}"
         )
     out = sparse.csr_matrix(matrix, dtype=np.int32)
