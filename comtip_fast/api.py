@@ -62,7 +62,7 @@ def load(path: str | Path, device: str = "auto", vectors: str | Path | None = No
     device
         ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
     vectors
-        File of gene vectors (``comtip genes vectors``), to predict genes that were not trained; None for none.
+        File of gene vectors (``comtip genes vectors``), to predict genes that were not trained; None loads no vectors.
 
     Raises
     ------
@@ -274,15 +274,15 @@ class Model:
             ``mpp`` (default: the scale of the file), ``trust_mpp`` and ``species``. Tissue, donor, platform, licence and
             attribution are recorded in ``uns["comtip"]``; other facts raise an error.
         grid
-            Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``); None is the default.
+            Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``); None uses the defaults.
         progress
             Show a progress bar on a terminal; without a terminal, log the progress.
 
         Returns
         -------
         AnnData
-            As from :meth:`predict`, with one row per tile, the centres of tiles in px of the slide in ``obsm["spatial"]``, and
-            ``obs["tissue"]``, the share of tissue. With ``out`` it is backed by the file.
+            As from :meth:`predict`, with one row per tile. ``obsm["spatial"]`` has the tile centres in px of the slide, and
+            ``obs["tissue"]`` the share of tissue. With ``out``, the AnnData is backed by this file.
 
         Raises
         ------
@@ -338,7 +338,7 @@ class Model:
         genes
             As in :meth:`predict`.
         species
-            ``human`` or ``mouse``; None takes that of the model if it was trained on one species.
+            ``human`` or ``mouse``; may be None if the model was trained on one species, which is then used.
         xy
             Centres of the tiles (N, 2) in any unit, which determine neighbours; None predicts without neighbours.
         stain
@@ -394,7 +394,7 @@ class Model:
         if unused:
             has, it = ("has", "it") if len(unused) == 1 else ("have", "them")
             raise SourceError(
-                f"{slide}: {', '.join(unused)} {has} no effect here: a slide is its own image, and has no spots and no counts; leave {it} out"
+                f"{slide}: {', '.join(unused)} {has} no effect here: a slide has no spots, no counts and no other image; leave {it} out"
             )
         kind = species_of(self.predictor, options.facts.species or "", f"slide {slide.name}")
         var, queries = gene_queries(self.predictor, genes, kind)
@@ -409,5 +409,5 @@ class Model:
         )
 
     def _stain(self, opened: SectionTiles) -> StainStats | None:
-        """Return the section's stain statistics, which may read all tiles; None if the model does not normalise stain."""
+        """Return the section's stain statistics, which may require all tiles; None if the model does not normalise stain."""
         return opened.stain if self.predictor.normalises_stain else None

@@ -47,7 +47,7 @@ class Group(Protocol):
         ...
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return, for each flag, whether any rank set it; communicates between hosts, without a device synchronization."""
+        """Return, for each flag, whether any rank set it; flags are exchanged in host memory, without a device synchronization."""
         ...
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
@@ -89,12 +89,12 @@ class SingleProcessGroup:
 
 
 def counts_of(n: int, size: int) -> list[int]:
-    """Return how many of ``n`` rows each of ``size`` ranks has; counts differ by at most one, larger ones come first."""
+    """Return how many of ``n`` rows each of ``size`` ranks has; counts differ by at most one, the larger counts come first."""
     return [n // size + (rank < n % size) for rank in range(size)]
 
 
 def share_of(n: int, rank: int, size: int) -> slice:
-    """Return the slice of ``n`` rows that belongs to ``rank`` of ``size``."""
+    """Return the slice of ``n`` rows that belongs to rank ``rank`` of ``size`` ranks."""
     counts = counts_of(n, size)
     start = sum(counts[:rank])
     return slice(start, start + counts[rank])

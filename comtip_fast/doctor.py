@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 DEMO_MEMORY, DEMO_DISK = 4e9, 2e9
-"""The demo needs more than this number of bytes of memory, and of free disk."""
+"""Bytes of memory and of free disk; the demo needs more than these."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _triton() -> DoctorCheck:
             "Triton",
             "missing",
             "not installed; kernels use PyTorch",
-            "install a CUDA build of PyTorch for Linux, which has it",
+            "install a CUDA build of PyTorch for Linux, which includes Triton",
         )
     import torch
 

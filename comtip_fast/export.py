@@ -69,7 +69,7 @@ class Bundle:
     lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
     """The model's own run and its ancestors; by default, the ancestors are unknown."""
     vectors: GeneVectors | None = None
-    """Gene vectors that the model was trained with (``text.gene_vectors``); None if it was trained without."""
+    """Gene vectors that the model was trained with (``text.gene_vectors``); None if it was trained without vectors."""
     initial_weights: str = ""
     """``vision.pretrained`` of the run; empty in the ``config`` of a loaded export, which holds all weights."""
 
@@ -98,8 +98,8 @@ class Bundle:
     ) -> Bundle:
         """Build the bundle of a training task from its open shard set and training tables, without a linear readout.
 
-        ``parents`` is the lineage of the model that the run started from; None if it did not start from another run
-        (``train.start_from``). ``vectors`` are the gene vectors of the run; None if it has none.
+        ``parents`` is the lineage of the model that the run started from; None without ``train.start_from``.
+        ``vectors`` are the gene vectors of the run; None if it has none.
         """
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []
@@ -204,7 +204,7 @@ class Bundle:
         Raises
         ------
         FileNotFoundError, ValueError
-            There is no export, it has another format version, or a file is damaged, edited or belongs to another model.
+            The export is missing or has another format version, or a file is damaged, edited or belongs to another model.
         """
         meta = _read_meta(folder)
         sums = export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
@@ -251,7 +251,7 @@ def lineage_of(source: str | Path) -> Lineage:
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export in ``source``, it has another format version, or a file is damaged or edited.
+        ``source`` has no export, the export has another format version, or a file is damaged or edited.
     """
     folder = Path(source)
     folder = folder / "export" if (folder / "export").is_dir() else folder
@@ -351,7 +351,7 @@ def model_card(bundle: Bundle) -> str:
 
 
 def _card_runs(lineage: Lineage) -> str:
-    """Return the text on unknown parents, on the runs, oldest first, and on test sections of the run that influenced the weights."""
+    """Return the model card's text on unknown parents, all runs (oldest first) and test sections that influenced the weights."""
     lines = []
     if not lineage.parents_known:
         lines.append(
@@ -385,7 +385,7 @@ def _card_runs(lineage: Lineage) -> str:
 
 
 def _card_adaptation(bundle: Bundle) -> str:
-    """Return a section of the model card on the sections that the readout was adapted to; empty if there are none."""
+    """Return the model card's text on the tissue sections that the readout was adapted to; empty if there are none."""
     facts = [] if bundle.readout is None else [head.facts for head in bundle.readout.heads]
     lines = [
         f"- Section {_markdown(f['adapted_to'])} of donor {_markdown(f.get('adapted_donor') or 'not stated')}: the linear readout was "

@@ -30,7 +30,7 @@ _FIX = (
 )
 _FIX_OF_RUN = "copy it again, or delete it: the parents are then read from the export that train.start_from names"
 LEARNING = ("train", "val")
-"""Splits that influence the weights: val selects the step."""
+"""Splits that influence the weights; ``val`` does so by selecting the step to export."""
 USE_ORDER = ("train", "val", "test", "")
 """Splits, from the strongest influence on the weights to the weakest."""
 
@@ -42,14 +42,14 @@ Split = Literal["train", "val", "test", ""]
 
 
 def _check_spots(text: str) -> str:
-    """Check that a sketch of spots is base64 of 64-bit hashes."""
+    """Return the sketch of spots ``text``; raise ValueError unless it is base64 of 64-bit hashes."""
     if len(base64.b64decode(text, validate=True)) % 8:
-        raise ValueError("not a list of 64-bit hashes")
+        raise ValueError("not base64 of 64-bit hashes, because its length in bytes is not a multiple of 8")
     return text
 
 
 def _check_picture(text: str) -> str:
-    """Check that a sketch of an image is empty or base64 of 256 bits."""
+    """Return the sketch of an image ``text``; raise ValueError unless it is empty or base64 of 256 bits."""
     if text and len(base64.b64decode(text, validate=True)) != 32:
         raise ValueError("not 256 bits")
     return text
@@ -129,7 +129,7 @@ class SectionUse:
 @_strict
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """The runs behind a model, oldest first. For a model, the last one is its own run.
+    """The runs behind a model, oldest first; the last run is the model's own.
 
     Attributes
     ----------
@@ -273,7 +273,7 @@ _SECTION = TypeAdapter(LineageSection)
 
 
 def parse_section(found: Mapping[str, Any]) -> LineageSection:
-    """Validate and return a section of an export's ``config.json``; ignores unknown fields.
+    """Validate and return a section of an export's ``config.json``; unknown fields are ignored.
 
     Raises
     ------

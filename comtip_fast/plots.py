@@ -189,7 +189,7 @@ def calibration_table(measured_NG: np.ndarray, predicted_NG: np.ndarray, levels:
 
 
 def calibration_slope(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
-    """Return the slope of measured on predicted expression of each gene over N spots, float64 (G,).
+    """Return, for each gene, the slope of the regression of measured on predicted expression over N spots, float64 (G,).
 
     The slope is 1 if a difference between two predictions comes, on average, with an equal difference in measured expression, below
     1 if predictions vary too much, above 1 if they vary too little, and NaN where the prediction is constant.
@@ -295,7 +295,7 @@ def draw_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Figure
 
 
 def plain(text: str) -> str:
-    """Return ``text`` for use in a figure: at most :data:`MAX_LABEL` characters, with ``?`` for unprintable ones.
+    """Return ``text`` for use in a figure: at most :data:`MAX_LABEL` characters, with ``?`` for unprintable characters.
 
     Texts from files can have any length and content. Also pass ``parse_math=False`` to matplotlib, which otherwise reads
     ``$`` as the start of a formula.
@@ -305,7 +305,7 @@ def plain(text: str) -> str:
 
 
 def scale_length(width_um: float) -> int:
-    """Return 1, 2 or 5 times a power of ten, in um, for a scale bar: at most a third of the image's width, and at least 1."""
+    """Return the length of a scale bar in um: the largest of 1, 2, 5, 10, ... up to a third of the image's width; at least 1."""
     steps = [n * 10**k for k in range(5) for n in (1, 2, 5)]
     return max((s for s in steps if s <= width_um / 3), default=1)
 
@@ -383,12 +383,14 @@ def _layers(adata: ad.AnnData, genes: Sequence[str]) -> tuple[np.ndarray, np.nda
 
 
 def _picture(adata: ad.AnnData) -> tuple[np.ndarray, float, float, float]:
-    """Return the image, its px per px of the positions, the spot diameter in px of the positions, and um per image px.
+    """Return the image, the factor from positions to image px, the spot diameter in the unit of positions, and um per image px.
 
-    Without the scale factor ``microns_per_pixel``, one px of the positions counts as 1 um.
+    Without the scale factor ``microns_per_pixel``, the unit of positions counts as 1 um.
     """
     if "spatial" not in adata.obsm:
-        raise ValueError("the AnnData has no positions (obsm['spatial']); pass the result for a section with positions")
+        raise ValueError(
+            "the AnnData has no positions (obsm['spatial']); pass the result of Model.compare for a section with positions"
+        )
     spatial = adata.uns.get("spatial", {})
     library: Mapping[str, Any] = next((spatial[name] for name in library_names(spatial)), {})
     image, factors = library.get("images", {}).get("hires"), library.get("scalefactors", {})

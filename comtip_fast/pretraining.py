@@ -37,9 +37,9 @@ def pretrain(
     resume: bool = False,
     device: str = "auto",
 ) -> FitResult:
-    """Train a model and export the weights with the best validation score, or the last weights without a score.
+    """Train a model and export the weights with the best validation score, or the last weights if no validation had a score.
 
-    A run that a signal stops writes a checkpoint and no export.
+    A run that a signal stops writes a checkpoint, but no export.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def pretrain(
 
 
 def _record_parents(task: CoMTIPTask, out: Path) -> None:
-    """Write the lineage of the run's parents, if it has any, because they may be moved before a resume; warn of leakage."""
+    """Log warnings of leakage, and write the lineage of the run's parents (if it has any), which may be moved before a resume."""
     for message in task.leaks():
         log.warning("%s", message)
     if task.parents.runs or not task.parents.parents_known:

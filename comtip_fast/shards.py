@@ -33,7 +33,7 @@ HEST_PATCH_UM = 112.0
 """Width of the patches in HEST's patch files."""
 Facts = SectionFacts | Mapping[str, Any] | None
 ShardPaths = str | Path | Sequence[str | Path]
-"""Folder or URL of a shard set, or those of several sets that are read as one."""
+"""Folder or URL of a shard set, or a sequence of them: several sets that are read as one."""
 _T = TypeVar("_T", PoolingOptions, CountOptions)
 
 
@@ -58,7 +58,7 @@ def build_shards(
     Parameters
     ----------
     source
-        A file or folder of any format that ``comtip shards build`` reads, its URL, or a table of sources (csv, tsv or
+        A file, folder or URL in any format that ``comtip shards build`` reads, or a table of sources (csv, tsv or
         YAML) with the column ``path``, see :func:`comtip_shards.study.read_study`.
     out
         Folder of the new shard set; if it contains an interrupted build of the same set, that build is resumed.
@@ -69,7 +69,7 @@ def build_shards(
     fmt, samples, where, cache
         Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
     tile_um
-        Width of a tile in um; by default 112, or the nearest that all images have.
+        Width of a tile in um; by default 112, or the nearest width that all images have.
     progress
         Show a progress bar on a terminal.
     on_error
@@ -113,7 +113,7 @@ def build_shards(
 
 
 def open_sections(source: str | Path, **options: Any) -> list[SectionSource]:
-    """Open the sections of a source or of a study without reading them, as :func:`open_each`, and return the sections alone."""
+    """Open the sections of a source or of a study as :func:`open_each` does, and return only the sections."""
     return open_each(source, **options)[0]
 
 
@@ -133,7 +133,7 @@ def open_each(
 ) -> tuple[list[SectionSource], dict[str, str]]:
     """Open the sections of a source or of a study without reading them.
 
-    Parameters have the meaning that they have in :func:`build_shards`.
+    Parameters are those of :func:`build_shards`.
 
     Returns
     -------
@@ -175,8 +175,8 @@ def plan_build(
 ) -> list[SectionPlan]:
     """Return what a build would do with each section, by reading headers only.
 
-    Parameters have the meaning that they have in :func:`build_shards`. A section that cannot be built is listed with the
-    reason, and a URL without being examined.
+    Parameters are those of :func:`build_shards`. A section that cannot be built is listed with the reason; a URL is listed
+    without being examined.
 
     Raises
     ------
@@ -222,7 +222,7 @@ def _check_cache(source: str | Path, cache: Path | None) -> None:
 def _opener(
     where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
 ) -> Opener:
-    """Return a function that opens one source with the given selection and cache; ``tile_um`` sets the default of ``pixels``."""
+    """Return a function that opens one source with these settings; for a URL, ``tile_um`` sets the default of ``pixels``."""
     if tile_um is not None:
         check_tile_um(tile_um)
 
@@ -264,21 +264,21 @@ def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOp
 
 
 def _merged(one: _T, other: _T | None) -> _T:
-    """Merge two objects of options; values of the second that are not None take precedence."""
+    """Merge two option objects; values of the second that are not None take precedence."""
     return one if other is None else replace(one, **{k: v for k, v in vars(other).items() if v is not None})
 
 
 def names_of_sets(shards: ShardPaths) -> tuple[str, ...]:
-    """Return the folders and URLs of ``data.shards``, or of an argument with one shard set or several."""
+    """Return ``shards``, one folder or URL or a sequence of them, as a tuple of strings."""
     return (str(shards),) if isinstance(shards, (str, Path)) else tuple(map(str, shards))
 
 
 def shards_of_run(run: Path, configured: str) -> str:
-    """Return the path of a run's shard set, searched at the configured path and near the run folder.
+    """Return the path of a run's shard set, which is searched for at the configured path and near the run folder.
 
-    The set is searched at ``configured``, under the same name in ``run`` and, if ``configured`` is a relative path without ``..``,
-    relative to ``run`` and the folders above it. A relative path in a config is relative to the folder in which training was
-    started, which is often a parent of the run folder.
+    The candidates are ``configured``, a folder of the same name in ``run`` and, if ``configured`` is a relative path without
+    ``..``, this path in ``run`` and in the folders above it. A relative path in a config is relative to the folder in which
+    training was started, which is often a parent of the run folder.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Spatial blocks of a section: spots to fit on, and spots to test on that share no pixel with them.
 
 Neighbouring spots are similar, and tiles are often wider than the distance between spots. A random choice of spots would
-test a model on what it was fitted to. Fit spots therefore form compact blocks, and test spots keep a margin.
+test a model on what it was fitted to. Fit spots therefore form compact blocks, and test spots keep a margin from these blocks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from scipy.spatial import cKDTree
 BLOCKS = 2
 """Number of blocks of fit spots."""
 MIN_FIT, MIN_TEST = 10, 10
-"""Fewest spots to fit on, and to test on."""
+"""Smallest number of spots to fit on, and to test on."""
 MIN_SPOTS = MIN_FIT + MIN_TEST
-"""Fewest spots of a section; with fewer, no ``fraction`` leaves enough spots for both."""
+"""Smallest number of spots of a section; with fewer, no ``fraction`` leaves enough spots to fit on and to test on."""
 FOLDS = 4
-"""Spatial folds of the fit spots, by which penalties are chosen."""
+"""Number of spatial folds of the fit spots, for the cross-validation that chooses the penalty."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlockSplit:
 def split_blocks(
     xy_um: np.ndarray, fraction: float, margin_um: float, *, seed: int, number: int, section: str
 ) -> BlockSplit:
-    """Choose compact blocks of fit spots around random centres, and as test spots all spots beyond a margin around them.
+    """Choose fit spots in compact blocks around random centres; test spots are all spots beyond a margin around the blocks.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ def split_blocks(
     n_fit = max(1, round(fraction * len(xy)))
     if n_fit < MIN_FIT:
         raise ValueError(
-            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; give a larger "
-            "`fraction`"
+            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; give a "
+            "larger `fraction`"
         )
     rng = generator(seed, "adapt blocks", section, number)
     chosen = np.zeros(len(xy), bool)
@@ -76,8 +76,8 @@ def split_blocks(
     test = np.flatnonzero(distance >= margin_um)
     if test.size < MIN_TEST:
         raise ValueError(
-            f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to fit "
-            f"on, but a test needs {MIN_TEST}; give "
+            f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to "
+            f"fit on, but a test needs {MIN_TEST}; give "
             + (f"a `fraction` below {fraction:g} or a larger section" if n_fit > MIN_FIT else "a larger section")
         )
     return BlockSplit(fit, test)

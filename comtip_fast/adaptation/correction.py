@@ -2,7 +2,7 @@
 
 The model's prediction stays, and ridge regression of its residuals on the frozen encoder's features is added. With a strong
 penalty the correction approaches a constant per gene, the mean residual, so few spots change the predicted pattern little. The sum
-is again a linear readout, which an export holds.
+is again a linear readout, which an export can store.
 
 Shapes: N spots, F features, G genes, K programmes.
 """
@@ -21,9 +21,9 @@ from comtip_fast.training.readout.solve import RidgePath, SectionTable
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)
 PROGRAMMES = (5, 20, 0)
-"""Candidates for the ridge penalty per spot and the number of programmes (0: as many as genes)."""
+"""Candidates: ``ALPHAS`` for the ridge penalty per spot, ``PROGRAMMES`` for the number of programmes (0: as many as genes)."""
 GAIN = 0.005
-"""A correction is used only if its cross-validated gain in mean PCC is larger."""
+"""A correction is used only if its cross-validated gain in mean PCC exceeds this value."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def fit_correction(
         Measured expression, log1p, and the prediction to correct.
     fold_N
         Spatial fold of each spot. Candidates for block, penalty and number of programmes are compared by the gain in mean
-        PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by chance, so the
-        strongest penalty is used whose gain is within one standard error of the highest (the one-standard-error rule).
+        PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by chance. Therefore
+        the strongest penalty with a gain within one standard error of the highest gain is used (one-standard-error rule).
     genes
         Columns over which the mean PCC is computed.
 
@@ -107,7 +107,7 @@ def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
     """Return the head of a cohort that corrections are added to: its own head or, without one, the mean of the species' heads.
 
     A gene is averaged over the heads that have it. All blocks of features get the same positive weight, so that each can be
-    corrected, and their means and loadings are rescaled, so that the predictions of the cohort's own head do not change.
+    corrected. Their means and loadings are rescaled, so that the predictions of the cohort's own head do not change.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
 def _merged(
     heads: list[CohortHead], block: str, norm: str, keys: list[str], share_HG: np.ndarray, weight: float
 ) -> NormHead:
-    """Return one block of the merged head, for weights ``share_HG`` of the heads and the block's new ``weight`` in the mixture."""
+    """Return one block of the merged head; ``share_HG`` weights the heads, and ``weight`` is the block's new mixing weight."""
     mean, std = np.zeros(len(keys)), np.zeros(len(keys))
     weights, loadings = [], []
     for head, share in zip(heads, share_HG, strict=True):
@@ -148,7 +148,7 @@ def _merged(
 
 
 def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str, Correction | None]) -> CohortHead:
-    """Add corrections to a head.
+    """Return a head with corrections added.
 
     Parameters
     ----------

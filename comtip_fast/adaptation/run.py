@@ -35,7 +35,7 @@ log = logging.getLogger("comtip_fast")
 FORMAT, VERSION = "comtip-adaptation", 1
 N_HVG, MIN_DETECTION, SPLITS = 50, 0.1, 5
 COMPARED_FRACTION = 0.5
-"""Share of the spots that is fitted on for the comparison if the model is adapted to all spots."""
+"""Share of the spots that the comparison fits on if the model is adapted to all spots."""
 LABELS = {
     "adapted": "adapted",
     "unadapted": "unadapted",
@@ -112,10 +112,11 @@ def adapt(
         Folder to write: ``export/`` (which :func:`load` reads), ``adaptation.json``, ``adaptation.csv`` (the comparison)
         and ``spots.csv`` (the use of each spot); ``None`` writes nothing.
     fraction
-        Share of the spots to adapt to, in blocks; 1 uses all. The comparison fits to the same share, or to half if it is 1.
+        Share of the spots to adapt to, in blocks; 1 uses all. The comparison fits to the same share, or to half of the
+        spots if ``fraction`` is 1.
     splits
         Number of random choices of blocks for the comparison. With ``fraction`` below 1, the model is adapted to the blocks of
-        the first.
+        the first choice.
     facts, pooling, counts, fmt
         As for :meth:`Model.predict`. Outside of a shard set, tissue and donor must be stated.
     seed
@@ -189,7 +190,7 @@ class _Fitted:
 
 
 def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarray]) -> ImageFeatures:
-    """Return features whose means over neighbours use spots of the same part only; the spots in no part form one more."""
+    """Return features whose means over neighbours use spots of the same part only; spots in no part form another part."""
     readout = predictor.bundle.readout
     assert readout is not None
     views, n = section.views_NF, len(section.xy_um)
@@ -202,7 +203,7 @@ def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarra
 
 
 def _fit(predictor: Predictor, section: AdaptSection, fit: np.ndarray, parts: list[np.ndarray]) -> _Fitted:
-    """Fit the corrections of the readout on the spots ``fit``; neighbours of a spot are those of its part."""
+    """Fit the corrections of the readout to the spots ``fit``; the neighbours of a spot are spots of the same part."""
     readout = predictor.bundle.readout
     assert readout is not None
     features = _features(predictor, section, parts)
@@ -237,7 +238,7 @@ def _predict(predictor: Predictor, features: ImageFeatures, keys: list[str], coh
 
 
 def _variable_genes(cp10k_NG: np.ndarray) -> np.ndarray:
-    """Return the columns of the (up to 50) most variable genes that enough spots express, or the first 50 columns without any."""
+    """Return the columns of the (up to 50) most variable genes that enough spots express; if none, of the first 50."""
     detected = (cp10k_NG > 0).mean(0) >= MIN_DETECTION
     variance = np.where(detected, cp10k_NG.var(0), -1.0)
     order = np.argsort(-variance, kind="stable")[:N_HVG]

@@ -33,7 +33,7 @@ class AdaptSection:
     """A section with N spots and the G trained genes of the model that it measured."""
 
     facts: LineageSection
-    """Identity, donor and licence of the section, as lineage records it; of split ``train``."""
+    """Identity, donor and licence of the section for the lineage, with split ``train``."""
     cohort: str
     keys: list[str]
     xy_um: np.ndarray
@@ -42,7 +42,7 @@ class AdaptSection:
     features: ImageFeatures
     """Features of the spots alone, without neighbours."""
     inputs: dict[str, dict[str, np.ndarray]]
-    """Candidate inputs of each ridge baseline by name, float64 (N, .)."""
+    """{ridge baseline: {name of a candidate input: float64 (N, features)}}."""
     measured: dict[str, np.ndarray]
     """log1p expression (N, G), by normalisation."""
     covariates: np.ndarray
@@ -117,7 +117,10 @@ def read_section(
 def _ridge_inputs(
     predictor: Predictor, opened: SectionTiles, features: ImageFeatures
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the candidate inputs of each ridge baseline, float64 (N, .); ``features`` are without neighbours."""
+    """Return the inputs, float64 with one row per spot, by ridge baseline and candidate (:attr:`AdaptSection.inputs`).
+
+    ``features`` must not contain means over neighbouring spots.
+    """
     readout = predictor.bundle.readout
     frozen = None
     if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
@@ -138,7 +141,7 @@ def _facts(
     options: SourceOptions,
     counts: MeasuredCounts,
 ) -> LineageSection:
-    """Return the lineage entry of the section, of split ``train``: from its manifest, or else from stated facts."""
+    """Return the lineage entry of the section, with split ``train``, from its shard set or else from the stated facts."""
     shards = _shards_of(spec)
     if shards is not None:
         meta = shards.manifest.sections[shards.section_number(opened.section_id)]
@@ -148,8 +151,8 @@ def _facts(
     if missing:
         verb, them = ("are", "both") if len(missing) == 2 else ("is", "it")
         raise SourceError(
-            f"section {opened.section_id}: {' and '.join(missing)} {verb} not stated; state {them}, because the adapted model records "
-            "tissue and donor, and evaluation reports sections of the same donor as seen"
+            f"section {opened.section_id}: {' and '.join(missing)} {verb} not stated; state {them}, because the adapted "
+            "model records tissue and donor, and evaluation reports sections of the same donor as seen"
         )
     return LineageSection(
         section_id=opened.section_id,
@@ -166,14 +169,14 @@ def _facts(
 
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
-    """Return the fingerprint by which the section is recognised under another id; empty, with a warning, without a hires image."""
+    """Return the fingerprint that identifies the section under another id; without a hires image, warn and return {}."""
     spatial = opened.template.uns.get("spatial", {})
     images = [spatial[name].get("images", {}) for name in library_names(spatial)]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:
         log.warning(
-            "section %s: no hires image in uns['spatial'], so the adapted model identifies it by its id alone; it is not recognised "
-            "under another id",
+            "section %s: no hires image in uns['spatial'], so the adapted model identifies the section by its "
+            "id alone and does not recognise it under another id",
             opened.section_id,
         )
         return {}
@@ -183,7 +186,7 @@ def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]
 
 
 def _tile_options(spec: str | Path | ad.AnnData, options: SourceOptions) -> SourceOptions:
-    """Return the options for reading tiles; those of counts are removed for an AnnData, of which tiles are read without counts."""
+    """Return the options for reading tiles. For an AnnData, tiles are read without counts, and options for counts are removed."""
     if is_anndata(spec):
         return replace(options, counts=replace(options.counts, layer=None, round_counts=None))
     return options

@@ -77,7 +77,10 @@ class LoaderInputs:
 
 
 def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet:
-    """Open ``shards``; if it is None, build ``source`` with tiles of ``px`` px and 224 um in ``work``, if it is not there yet."""
+    """Open ``shards``; if it is None, build a set from ``source`` in ``work``, or open the earlier build.
+
+    The tiles of the build are 224 um in ``px`` px.
+    """
     if shards is None:
         shards = work / f"shards_{px}px"
         log.info("building %s at %d px into %s, if it is not there yet", source, px, shards)
@@ -143,9 +146,9 @@ def measure(setting: Setting, contenders: list[Contender]) -> None:
 
 
 def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
-    """Return the resident MB after each of ``epochs`` epochs, of ``torch`` and, if it is installed, ``dali``.
+    """Return, for ``torch`` and (if installed) ``dali``, the resident memory in MB after each of ``epochs`` epochs.
 
-    An epoch has every k-th training spot, 512 to 1,023 of them, or all if there are fewer.
+    An epoch has 512 to 1,023 evenly spaced training spots, or all spots if there are fewer.
     """
     tables = training_tables(setting.shards, setting.config)
     tables.spots = tables.spots[:: max(1, tables.spots.size // MEMORY_SPOTS)]

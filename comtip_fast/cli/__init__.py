@@ -102,16 +102,17 @@ def _main(arguments: list[str]) -> int:
 
 
 def _limit_spinning() -> None:
-    """Let idle threads of OpenMP sleep soon, unless the environment says otherwise; read when torch is imported.
+    """Make idle OpenMP threads sleep soon, unless the environment sets ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY``.
 
-    If another process uses the core of one thread, the others would otherwise spin until that thread is scheduled again.
+    OpenMP reads the environment when torch is imported. If another process uses the core of one thread, the others would otherwise
+    spin until that thread is scheduled again.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def _disk_error(error: Exception) -> tuple[int, str] | None:
-    """Return the exit code and message for an error of the disk, or None for any other error."""
+    """Return the exit code and message for a disk error, or None for any other error."""
     from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number, unwritable
 
     problem = disk_trouble(error)
@@ -139,7 +140,10 @@ class _Message(logging.Formatter):
 
 @functools.cache
 def _build_options() -> Mapping[str, str]:
-    """Return the options of ``comtip shards``, whose module is imported only if a message marks a name that is no option of the command."""
+    """Return the options of ``comtip shards``.
+
+    They are imported only if a message names an option that the command of the user does not have.
+    """
     from comtip_fast.cli.options import options_of
 
     parser = argparse.ArgumentParser(add_help=False)

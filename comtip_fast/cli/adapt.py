@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("section", metavar="SECTION", help=f"section with counts: {SECTION_HELP}")
     add_out(parser, "folder to write: export/, adaptation.json, adaptation.csv and spots.csv")
     parser.add_argument(
-        "--fraction", type=float, default=1.0, help="share of the spots to adapt to, in blocks (default 1: all)"
+        "--fraction", type=float, default=1.0, help="share of the spots to adapt to, chosen in blocks (default 1: all)"
     )
     parser.add_argument(
         "--splits",

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
     loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     loader.add_argument(
-        "--epochs", type=at_least(0), default=20, help="epochs after which memory is recorded (default 20; 0: none)"
+        "--epochs", type=at_least(0), default=20, help="epochs to measure memory over (default 20; 0: do not measure)"
     )
     loader.set_defaults(act=_loader)
     _add_step(sub)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the section and write it in the other format."""
+    """Read the section and write it to ``--out``, as SpatialData or as Space Ranger files."""
     out: Path = args.out
     if out.suffix in (".h5ad", ".h5"):
         raise ValueError(

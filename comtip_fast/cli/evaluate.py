@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder for metrics.json, genes.csv and report.html")
     parser.add_argument(
         "--sections",
-        help="comma-separated section ids (default: those of split test, or all of a set without that split; those that training "
-        "used are left out)",
+        help="comma-separated section ids (default: the sections of split test, or all sections of a set without that split; "
+        "sections that training used are left out)",
     )
     parser.add_argument(
         "--genes",
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train-shards",
         action="append",
-        help="shard set with the training sections, for the ridge baselines; repeat it for a run on several sets (default: those in "
-        "the run's config)",
+        help="shard set with the training sections, for the ridge baselines; repeat it for a run on several sets (default: "
+        "the sets in the run's config)",
     )
     parser.add_argument(
         "--gene-vectors", type=Path, help="file of `comtip genes vectors`, to predict genes that were not trained"
@@ -82,7 +82,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--bootstrap",
         dest="n_bootstrap",
         type=at_least(0),
-        help="draws behind the 95 %% intervals (default 200; 0: none)",
+        help="number of bootstrap draws for the 95 %% intervals (default 200; 0: none)",
     )
     group.add_argument(
         "--epochs",

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shards",
         action="append",
-        help="with --checkpoint: the run's shard set; repeat it for a run on several (default: those that its config names)",
+        help="with --checkpoint: the run's shard set; repeat it for a run on several sets (default: those in its config)",
     )
     add_out(parser, "folder to write")
 

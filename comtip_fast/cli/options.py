@@ -73,7 +73,7 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Check, before the work of a command with ``--out``, that it exists or can be created where it is.
+    """Check, before a command starts its work, that the path of ``--out`` exists or can be created.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def check_out(args: argparse.Namespace) -> None:
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """Return a parser of integers of at least ``low``, for ``type=`` of an option."""
+    """Return a function that parses an integer of at least ``low``, for ``type=`` of an option."""
 
     def parse(text: str) -> int:
         try:
@@ -121,18 +121,18 @@ def names_in(option: str, values: Sequence[str]) -> list[str]:
     Raises
     ------
     ValueError
-        There is none; the message names the option.
+        There is no name; the message states the option.
     """
     names = [name.strip() for value in values for name in value.split(",") if name.strip()]
     if not names:
         raise ValueError(
-            f"{option} {' '.join(map(repr, values))} names nothing; give at least one name, or leave it out"
+            f"{option} {' '.join(map(repr, values))} names nothing; give at least one name, or leave the option out"
         )
     return list(dict.fromkeys(names))
 
 
 def new_file(option_value: Path, suffix: str, what: str) -> Path:
-    """Return ``--out`` after checks, before slow work, that a file of this name can be written.
+    """Check, before slow work, that a file can be written to the path of ``--out``, and return the path.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def new_file(option_value: Path, suffix: str, what: str) -> Path:
     Raises
     ------
     ValueError, FileNotFoundError, IsADirectoryError, PermissionError
-        The name has another suffix, its folder does not exist, it is that of a folder, or its folder cannot be written to.
+        The name has another suffix, the path is a folder, or its parent folder does not exist or cannot be written to.
     """
     path = option_value
     if path.suffix != suffix:
@@ -156,7 +156,7 @@ def new_file(option_value: Path, suffix: str, what: str) -> Path:
 
 
 def check_parent(out: Path) -> None:
-    """Check that the folder of ``--out`` exists and can be written to, also where the file exists; see :func:`check_out`.
+    """Check that the parent folder of ``--out`` exists and can be written to, even if the output exists; see :func:`check_out`.
 
     Raises
     ------
@@ -167,11 +167,11 @@ def check_parent(out: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder {folder} cannot be written; give a path in another folder")
+        raise PermissionError(f"--out {out}: the folder {folder} cannot be written to; give a path in another folder")
 
 
 def out_folder(args: argparse.Namespace) -> Path:
-    """Return ``--out`` after checks, before slow work, that it is not a file and, if the folder exists, that it can be written to.
+    """Check, before slow work, that ``--out`` is neither a file nor a folder without write permission, and return the path.
 
     Raises
     ------
@@ -182,7 +182,7 @@ def out_folder(args: argparse.Namespace) -> Path:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--out {path}: is a file; give a folder")
     if path.exists() and not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {path}: no permission to write to this folder; give another one")
+        raise PermissionError(f"--out {path}: no permission to write to this folder; give another folder")
     return path
 
 
@@ -203,7 +203,7 @@ def refuse_unused(given: Mapping[str, object], why: str) -> None:
 
 
 def fresh_h5ad(args: argparse.Namespace) -> Path:
-    """Return ``--out`` after checks of its name and its folder, and that it does not overwrite an input.
+    """Check the name and the folder of ``--out``, and that the file is not an input, and return the path.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def gene_list(values: list[str]) -> list[str] | None:
 
 
 def _column(rows: list[tuple[int, list[str]]], index: int, width: int) -> list[tuple[int, list[str]]]:
-    """Return column ``index`` of a table of ``width`` headers, or all cells of its rows if there is one header.
+    """Return column ``index`` of a table of ``width`` headers, or all cells of its rows if there is only one header.
 
     R writes row names without a header: if every row has one cell more than there are headers, the column is shifted by one.
     """
@@ -277,7 +277,7 @@ def _column(rows: list[tuple[int, list[str]]], index: int, width: int) -> list[t
 def read_gene_file(path: Path) -> list[str]:
     """Read a list of genes, one per line or comma-separated, in UTF-8 or UTF-16; comments (``#``) are skipped.
 
-    If the first line has a header of :data:`GENE_COLUMNS`, the genes are those of its column.
+    If the first line has a header of :data:`GENE_COLUMNS`, the genes are the values below this header.
 
     Raises
     ------
@@ -352,7 +352,7 @@ def name_options(text: str, own: OptionNames, other: Callable[[], OptionNames]) 
     text
         A message of the library.
     own
-        :func:`options_of` the command that runs.
+        Options of the command that runs, from :func:`options_of`.
     other
         Returns the options of the command that builds shards, which messages of other commands name too.
 

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _efficiency(args: argparse.Namespace) -> Efficiency:
-    """Return the assumptions; raise ValueError that names the first option whose value is out of bounds."""
+    """Return the assumptions; raise ValueError for the first option whose value is out of bounds."""
     from comtip_fast.plan.hardware import Efficiency
 
     for name in ("compute_efficiency", "memory_efficiency", "link_efficiency"):

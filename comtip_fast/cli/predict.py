@@ -48,10 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="folder of a finished run, or an export")
     parser.add_argument("section", metavar="SECTION", help=f"{SECTION_HELP}; {SLIDES_HELP}")
     parser.add_argument(
-        "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @FILE, or all trained genes (default all)"
+        "--genes",
+        nargs="+",
+        default=["all"],
+        help="symbols, Ensembl ids or @FILE; all predicts all trained genes (default all)",
     )
     parser.add_argument("--gene-vectors", help="file of `comtip genes vectors`, to predict genes that were not trained")
-    add_out(parser, "the .h5ad to write; for a folder of slides, the folder to write one .h5ad per slide")
+    add_out(parser, "the .h5ad to write; if SECTION is a folder of slides, the folder for one .h5ad per slide")
     slide = parser.add_argument_group("slides without spots")
     slide.add_argument("--grid", choices=("square", "hexagonal"), help="lattice of the tiles (default square)")
     slide.add_argument("--step-um", type=float, help="distance between tile centres in um (default: width of a tile)")
@@ -121,7 +124,7 @@ def _source_format(folder: Path) -> str:
 
 
 def _refuse_slide_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option for slides without spots is given for a section (FileNotFoundError if that does not exist)."""
+    """Raise ValueError if an option for slides without spots is given for a section; FileNotFoundError if there is no such path."""
     names = ("grid", "step_um", "min_tissue", "overlays", "geojson")
     given = {f"--{name.replace('_', '-')}": True for name in names if getattr(args, name) is not None}
     path = Path(args.section)
@@ -136,7 +139,7 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
-    """Predict every slide of a folder, to one file each in ``--out``."""
+    """Predict every slide of a folder, and write one file per slide to ``--out``."""
     kind = _source_format(folder)
     if kind == "anndata" and all(is_answer(p) for p in files_of(folder)):
         kind = ""  # predictions of an earlier run with the slides' folder as --out
@@ -164,7 +167,7 @@ def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _output_names(slides: Sequence[Path]) -> dict[Path, str]:
-    """Return a distinct output name per slide: its name without the suffix, or with it where several would be equal."""
+    """Return a distinct output name per slide: its file name, with the suffix only where names would otherwise be equal."""
     stems = Counter(p.stem for p in slides)
     names = {p: p.name if stems[p.stem] > 1 else p.stem for p in slides}
     # The name of a.tif, next to a.png, equals the stem of a.tif.png.
@@ -174,7 +177,8 @@ def _output_names(slides: Sequence[Path]) -> dict[Path, str]:
 def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
     """Predict slides one by one, and return the exit code.
 
-    Of several slides, one that fails does not stop the others and is reported at the end; an error of the disk ends the command.
+    If one of several slides fails, the others are still predicted, and the failure is reported at the end. A disk error ends the
+    command.
     """
     from comtip_fast.api import load
 

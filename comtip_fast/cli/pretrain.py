@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="initial weights: an export or a finished run",
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu or cuda, instead of train.device; auto keeps the config's (default auto)"
+        "--device", default="auto", help="cpu or cuda, to replace train.device; auto keeps train.device (default auto)"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint in --out")
 

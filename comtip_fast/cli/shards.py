@@ -73,7 +73,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE[,VALUE]",
-        help="use only sections with this species, tissue, platform, donor or dataset; may be repeated, all must hold",
+        help="use only sections with this species, tissue, platform, donor or dataset; may be repeated; a section must match all",
     )
     parser.add_argument(
         "--format", dest="fmt", choices=FORMATS, default="auto", help="format of the source (default: detect it)"
@@ -87,12 +87,15 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     _add_source(build)
     add_out(build, "folder of the new shard set")
     build.add_argument(
-        "--tile-px", type=int, help="width of a tile in px (default 224; less, in steps of 32, for coarser images)"
+        "--tile-px",
+        type=int,
+        help="width of a tile in px (default 224, or a smaller multiple of 32 if images are coarser)",
     )
     build.add_argument(
         "--min-mpp",
         type=float,
-        help="blur finer images to this resolution in um per px (default: that of the tile, or of the coarsest section)",
+        help="blur finer images to this resolution in um per px (default: that of the tile or, if a section is coarser, of the "
+        "coarsest section)",
     )
     build.add_argument(
         "--codec", choices=("jpeg", "png", "webp"), default="jpeg", help="encoding of tiles (default jpeg)"

@@ -20,7 +20,7 @@ _FIXES = {
     "string_type": "must be text; put it in YAML quotes if it looks like a number, a truth value or null",
     "bool_type": "must be true or false",
 }
-"""{type of pydantic's error: text instead of pydantic's, which names Python types}."""
+"""{type of pydantic's error: text to show}, for errors whose text from pydantic names Python types."""
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def yaml_problem(error: Exception) -> str:
 
 
 def unknown_key(key: str, prefix: str, groups: Mapping[str, Any], renamed: Mapping[str, str]) -> str:
-    """Return the message of a key that its group does not have.
+    """Return the message for a key that its group does not have.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def invalid_value(errors: Sequence[ErrorDetails]) -> str:
 
 
 def not_json(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the keys whose values are not of the types of JSON, with their values."""
+    """Yield each key whose value JSON cannot represent, with the value."""
     for key, value in data.items():
         if isinstance(value, Mapping):
             yield from not_json(value, f"{prefix}{key}.")

@@ -105,7 +105,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a config file, none for an empty file; raise ConfigError if it has other content."""
+    """Return the keys and values of a config file, which may be empty; raise ConfigError for other content."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file; check the path")
     if not path.is_file():
@@ -128,7 +128,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, fix: str) -> Any:
-    """Return a YAML document; raise ConfigError if it cannot be read, with ``fix`` at the end if it is not valid YAML."""
+    """Return a YAML document; raise ConfigError if it cannot be read; for invalid YAML, the message ends with ``fix``."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -142,7 +142,7 @@ def _parse(text: str, fix: str) -> Any:
 
 
 def _unshared(data: dict[Any, Any]) -> dict[Any, Any]:
-    """Return nested dicts in which no two keys share a dict, as aliases do: an override must change one key only."""
+    """Return a copy in which no two keys share a dict, as YAML aliases do, so that an override changes one key only."""
     return {key: _unshared(value) if isinstance(value, dict) else value for key, value in data.items()}
 
 

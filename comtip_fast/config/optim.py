@@ -21,7 +21,7 @@ class PartConfig:
     lr_scale: Positive = 1.0
     """Factor on the learning rate."""
     weight_decay: PositiveOrZero | None = None
-    """Weight decay; ``null`` is ``optim.weight_decay``."""
+    """Weight decay; ``null`` uses ``optim.weight_decay``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class VisionPartConfig:
     lr_scale: Positive = 1.0
     """Factor on the learning rate."""
     weight_decay: PositiveOrZero | None = None
-    """Weight decay; ``null`` is ``optim.weight_decay``."""
+    """Weight decay; ``null`` uses ``optim.weight_decay``."""
     layer_decay: LayerDecay = 1.0
-    """Factor on the learning rate from each block to the one before it (timm's layer decay); 1 disables it."""
+    """Factor on the learning rate from each block to the previous block (timm's layer decay); 1 disables it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,18 +39,18 @@ class DataConfig:
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
     slots: Count | None = None
-    """Number of virtual slots that the tars are divided into, for many nodes. Each batch but the last of an epoch has equally many
-    spots of every slot, so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the
-    number of nodes.
-    ``batch_size`` and ``sections_per_batch`` must be multiples of ``slots``. ``null`` orders all spots together."""
+    """Number of virtual slots that the tars are divided into, for many nodes. Each batch, except the last of an epoch, has the same
+    number of spots from every slot, so a node that reads whole slots fetches only its own share of the tars; batches do not depend
+    on the number of nodes. ``batch_size`` and ``sections_per_batch`` must be multiples of ``slots``. ``null`` orders all spots
+    together."""
     stain: Literal["none", "section"] = "section"
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and standard
     deviation; ``none`` leaves pixels unchanged."""
     views: Count = 8
     """Number of fixed augmented views per spot; view 0 is the original tile."""
     stem_features: Literal["auto", "memory", "batch"] = "auto"
-    """Features of a frozen stem. ``memory`` computes those of all views of the training spots before the first step and keeps
-    them in the memory of every rank, ``batch`` runs the stem on every batch, ``auto`` uses memory up to 1 GiB."""
+    """Features of a frozen stem. ``memory`` computes the features of all views of the training spots before the first step and
+    keeps them in the memory of every rank, ``batch`` runs the stem on every batch, ``auto`` uses memory up to 1 GiB."""
     flips: bool = True
     """Whether views are rotated and mirrored: view v has the v-th (modulo 8) of the 8 orientations of a square."""
     jitter: PositiveOrZero = 0.1
@@ -59,8 +59,9 @@ class DataConfig:
     zoom: Share = 0.0
     """Largest random zoom about the tile's centre (0.2: a factor of 1 to 1.2); 0 disables it."""
     balance: Literal["none", "set", "organ", "platform"] = "none"
-    """``none``: every spot once per epoch. Otherwise every set of ``data.shards``, organ (of a species) or platform contributes the
-    same number of spots to an epoch, or that of ``balance_temperature``: small groups are repeated, large groups are subsampled."""
+    """``none``: every spot once per epoch. Otherwise, each group (each set of ``data.shards``, organ of a species, or platform)
+    contributes the same number of spots to an epoch, unless ``balance_temperature`` sets other shares. Small groups are repeated,
+    large groups are subsampled."""
     balance_temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """T: with ``balance``, a group of n spots contributes a share of the epoch proportional to n to the power of 1/T. 1 keeps the
     shares of the groups; ``null`` makes them equal."""
@@ -95,10 +96,10 @@ class GenesConfig:
     """Number of most variable genes that are selected per cohort (species and organ); 0 selects all genes that pass
     ``min_detection``."""
     min_detection: Share = 0.1
-    """Smallest share of training spots in which a selected gene is detected; ``detected_in`` defines of which sections."""
+    """Smallest share of training spots in which a selected gene is detected; ``detected_in`` defines in which sections."""
     detected_in: Literal["any", "pooled", "every"] = "any"
-    """Training sections of the cohort in which ``min_detection`` must be reached, among those that measured the gene:
-    ``any`` of them, all spots ``pooled``, or ``every`` one. With ``any``, a shallow or additional section removes no gene.
+    """Where a gene must reach ``min_detection``, among the cohort's training sections that measured it: in ``any`` section, in the
+    ``pooled`` spots of all sections, or in ``every`` section. With ``any``, a shallow or additional section removes no gene.
     Scores always use genes that pass in every section."""
     held_out_every: CountOrZero = 6
     """n: every n-th gene from variance rank ``held_out_from`` is excluded from training, to test unseen genes; 0 excludes none."""
@@ -133,7 +134,7 @@ class LevelsConfig:
     n_levels: Annotated[int, Field(ge=3, le=256)] = 10
     """Q, number of levels, including level 0 (count 0). A level is stored as one byte."""
     min_positive: Count = 20
-    """Smallest number of spots with a positive count for edges of a gene's own; other genes use the global edges."""
+    """Smallest number of spots with a positive count for which a gene has its own edges; other genes use the global edges."""
     fit_spots: Annotated[int, Field(ge=100)] = 50_000
     """Largest number of training spots used to fit levels; the same fraction of every section is used."""
 
@@ -205,7 +206,7 @@ class PaatConfig:
     min_level_shift: Count = 2
     """Smallest change of level for which a gene counts as mispaired."""
     context: Literal["image", "text"] = "image"
-    """What the pair head judges a sentence against: ``image`` is the vector of the tile, ``text`` the text vector of the spot
+    """What the pair head compares a sentence with: ``image`` is the vector of the tile, ``text`` the text vector of the spot
     without this sentence."""
     hard_columns: bool = True
     """Whether mispaired text vectors are additional negatives (columns) of InfoNCE."""
@@ -239,8 +240,8 @@ class ReadoutConfig:
     context: bool = True
     """Whether features are concatenated with their mean over neighbouring spots."""
     max_spots: Annotated[int, Field(ge=10)] = 20_000
-    """Largest number of training spots of the fit, divided equally over the training sections; each section provides at least 10,
-    or all that it has."""
+    """Largest number of training spots that the fit uses, divided equally over the training sections; each section provides at
+    least 10 spots, or all its spots if it has fewer."""
     min_donors: Count = 1
     """Smallest number of training donors of a cohort for a head on the shared-space vector; 2 omits this head for cohorts with
     a single training donor (docs/ablations.md)."""
@@ -269,10 +270,10 @@ class TrainConfig:
     checkpoint: Literal["auto", "whole", "sharded"] = "auto"
     """Files of a checkpoint. ``whole``: rank 0 gathers and writes whole tensors. ``sharded``: every rank writes its part (ZeRO 3
     without NVMe), on a file system that all ranks share. ``auto``: ``sharded`` under ZeRO 3 on several ranks, where the whole
-    model may not fit into one of them; otherwise ``whole``. Either can be resumed with any engine and number of ranks."""
+    model may not fit on one rank; otherwise ``whole``. Either can be resumed with any engine and number of ranks."""
     async_checkpoint: bool = True
-    """Whether a background thread writes checkpoints, which needs a copy of weights and optimizer state in host memory; of the
-    rank's part of them, if checkpoints are sharded."""
+    """Whether a background thread writes checkpoints. This needs a copy of the weights and optimizer state in host memory, or of
+    the rank's part of them if checkpoints are sharded."""
     keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
     validate_every: CountOrZero = 50

@@ -64,10 +64,10 @@ class VisionConfig:
     vit: VitConfig = field(default_factory=VitConfig)
     """Architecture of a timm backbone where it differs from the named model."""
     pixel_mean: Channels | None = None
-    """Mean of R, G and B (in 0 to 1) that is subtracted from tiles. ``null`` takes it from the ``config.json`` next to the file
-    of ``pretrained``, from timm for ``hub``, and otherwise ImageNet's."""
+    """Mean of R, G and B (in 0 to 1) that is subtracted from tiles. ``null`` uses the mean in the ``config.json`` next to
+    the file of ``pretrained``, timm's mean for ``hub``, and otherwise ImageNet's."""
     pixel_std: PositiveChannels | None = None
-    """Standard deviation of R, G and B (of values in 0 to 1) by which tiles are divided; ``null`` as for ``pixel_mean``."""
+    """Standard deviation of R, G and B (of values in 0 to 1) by which tiles are divided; ``null``: as for ``pixel_mean``."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters of the encoder."""
     stem: Literal["pixels", "efficientnet_lite0"] = "pixels"

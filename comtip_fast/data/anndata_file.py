@@ -62,19 +62,19 @@ def read_annotation(path: Path) -> ad.AnnData:
 
 
 def chosen_library(store: Store, section_id: str) -> tuple[str, Library]:
-    """Return the section of an AnnData that is named, or its only one: its id, and its library.
+    """Return the id and the library of the section that ``section_id`` names, or of the only section if no id is given.
 
     Parameters
     ----------
     store
         The AnnData.
     section_id
-        Id of the section as in a shard set that is built from the file, or its key in ``uns["spatial"]``; "" if none is named.
+        Id that the section has in a shard set built from the file, or its key in ``uns["spatial"]``; "" for the only section.
 
     Raises
     ------
     SourceError
-        There is no such section, there are several and none is named, or the sections of the file cannot be distinguished.
+        No section has this id; no id is given and there are several sections; or the sections cannot be distinguished.
     """
     found = libraries_of(store)
     if not section_id:
@@ -82,15 +82,15 @@ def chosen_library(store: Store, section_id: str) -> tuple[str, Library]:
             one = (
                 f"name one of them, e.g. {store.path}:{next(iter(found))}"
                 if store.path.exists()
-                else "keep the spots of one"
+                else "keep the spots of one section only"
             )
             raise SourceError(f"{store.path}: {len(found)} sections ({', '.join(found)}); {one}")
         return next(iter(found.items()))
     for name, library in found.items():
         if section_id in (name, library.key, library.value):
             return name, library
-    fix = "choose one" if len(found) > 1 else "choose it, or leave the section out"
-    raise SourceError(f"{store.path}: no section {section_id!r}; it has {', '.join(found)}; {fix}")
+    fix = "choose one" if len(found) > 1 else "choose this one, or name no section"
+    raise SourceError(f"{store.path}: no section {section_id!r}; its sections: {', '.join(found)}; {fix}")
 
 
 def own_entries(data: ad.AnnData, library: Library) -> dict[str, Any]:
@@ -101,7 +101,9 @@ def own_entries(data: ad.AnnData, library: Library) -> dict[str, Any]:
 
 
 def rows_copy(section: str | Path | ad.AnnData, rows: np.ndarray, spatial: Any) -> ad.AnnData:
-    """Return a copy of an AnnData, or of the rows of one of its sections with its own entry of ``uns["spatial"]``.
+    """Return a copy of a section's rows, with ``spatial`` as ``uns["spatial"]``.
+
+    If these are all rows of the AnnData, the complete AnnData is copied and its ``uns["spatial"]`` is kept.
 
     Parameters
     ----------

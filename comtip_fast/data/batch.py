@@ -53,7 +53,10 @@ class Batch:
         return self.panel.numel() - self.padding
 
     def padded(self, size: int, gene: int) -> Batch:
-        """Return the batch, on the host, with its panel padded to ``size`` genes by the index ``gene``, which no spot measured."""
+        """Return the batch with its panel padded to ``size`` genes; the batch must be in host memory.
+
+        The padding repeats the index ``gene``, as a gene that no spot measured.
+        """
         n = size - self.panel.numel()
         if n == 0:
             return self

@@ -40,11 +40,11 @@ from comtip_fast.data.space_ranger_files import MATRIX, array_notes, features_of
 
 log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
-"""Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image. In
-SpatialData, an image has its name in ``uns["spatial"]``."""
+"""Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image. The
+image element has the name that the image has in ``uns["spatial"]``."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
 CORRECT = "correct it in uns['spatial']"
-"""Fix of an invalid scale factor; a conversion has no options for the image and its scale."""
+"""What to do about an invalid scale factor: a conversion has no option that replaces it."""
 
 
 def read_section(spec: str | Path) -> ad.AnnData:
@@ -60,7 +60,7 @@ def read_section(spec: str | Path) -> ad.AnnData:
     ------
     SourceError
         There is no such section, or there are several and none is named; the file cannot be read; a spot has no position; or
-        ``spec`` is a URL or a folder that is no shard set.
+        ``spec`` is a URL or a folder that is not a shard set.
     ShardError
         The shard set is damaged.
     FileNotFoundError
@@ -75,7 +75,7 @@ def read_section(spec: str | Path) -> ad.AnnData:
         return _from_shards(ShardSet(path), section_id)
     if path.is_dir():
         raise SourceError(
-            f"{path}: a folder without manifest.json, so no shard set; give an .h5ad, or build a shard set of this folder first"
+            f"{path}: a folder without manifest.json, so not a shard set; give an .h5ad, or build a shard set of this folder first"
         )
     data = read_h5ad(path)
     store = MemoryStore(data, path)
@@ -118,15 +118,15 @@ class _Library:
 
     name: str
     picture: Picture | None
-    """The image that readers use; None if the section has none."""
+    """Name and scale factor of the image that readers use; None if the section has no image."""
     image: np.ndarray | None
-    """uint8 (H, W, 3)."""
+    """Pixels of this image, uint8 (H, W, 3)."""
     factors: dict[str, float]
     """Valid scale factors by name."""
 
 
 def _library(data: ad.AnnData) -> _Library:
-    """Return the image and scale of the only library of an AnnData, with the image that readers of sections use."""
+    """Return the image that readers of sections use, and the scale factors, of an AnnData with at most one library."""
     spatial = data.uns.get("spatial", {})
     names = library_names(spatial)
     if len(names) > 1:
@@ -151,7 +151,7 @@ def _library(data: ad.AnnData) -> _Library:
 
 
 def _free_key(data: ad.AnnData, wanted: str) -> str:
-    """Return the name of a new column of ``obs``: ``wanted``, or with a number if the table has a column of this name."""
+    """Return ``wanted`` as the name of a new column of ``obs``, with a number appended if a column has this name."""
     taken = {str(name).lower() for name in (*data.obs, data.obs.index.name)}
     names = (wanted, *(f"{wanted}_{i}" for i in range(1, len(taken) + 2)))
     return next(name for name in names if name not in taken)
@@ -171,7 +171,7 @@ def _named_for_spatialdata(data: ad.AnnData, sanitise: Callable[..., Any]) -> ad
         ]
         if changed:
             log.warning(
-                "%s: SpatialData allows letters, digits, '_', '-' and '.' in names, and no two that differ in case only; renamed %s",
+                "%s: SpatialData allows only letters, digits, '_', '-' and '.' in names, and no two that differ only in case; renamed %s",
                 part,
                 ", ".join(changed),
             )
@@ -246,7 +246,7 @@ def _radius(library: _Library) -> float:
 
 
 def write_spatialdata(data: ad.AnnData, target: Path) -> None:
-    """Write the result of :func:`to_spatialdata` to a temporary folder next to ``target`` and rename it; replaces ``target``.
+    """Write the result of :func:`to_spatialdata` to a temporary folder, then rename it to ``target``, which it replaces.
 
     Raises
     ------
@@ -268,7 +268,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ----------
     data
         A section with expression and an image, and unique spot names. Whole numbers are written as int32, other values, such as
-        predictions, as float32. Without both ``array_row`` and ``array_col``, spots are numbered, with a warning.
+        predictions, as float32. If ``array_row`` or ``array_col`` is missing, spots are numbered, with a warning.
     target
         Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``; an existing folder is replaced.
 
@@ -276,7 +276,8 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ------
     SourceError
         There is no expression or no image, several sections have an image, the image or its scale factor is invalid, spot names
-        are not unique or begin as a formula, or ``array_row`` or ``array_col`` has no value for a spot.
+        are not unique or would be evaluated as formulas by a spreadsheet, a spot, gene or gene id has a name that is not ASCII, or
+        ``array_row`` or ``array_col`` has no value for a spot.
     OSError
         ``target`` cannot be written.
     """
@@ -302,8 +303,8 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
         other = next((str(name) for name in names if not str(name).isascii()), None)
         if other is not None:
             raise SourceError(
-                f"the {what} {shown(other)} has characters outside ASCII, at which scanpy and squidpy fail in a matrix of Space "
-                "Ranger; rename it, or write a .zarr (SpatialData)"
+                f"the {what} {shown(other)} has characters outside ASCII, with which scanpy and squidpy cannot read a Space Ranger "
+                "matrix; rename it, or write a .zarr (SpatialData)"
             )
     positions = positions_table(data)
     for note in array_notes(data):
@@ -316,7 +317,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
 
 
 def _write_pictures(data: ad.AnnData, library: _Library, folder: Path) -> None:
-    """Write the hires and the lowres image, and the scale factors; without a lowres image, the other one is written twice."""
+    """Write the image as hires, the lowres image (the same image if there is none), and the scale factors."""
     if library.picture is None or library.image is None:
         return
     small, scale = library.image, library.picture.factor

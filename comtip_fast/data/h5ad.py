@@ -32,7 +32,7 @@ class MatrixRows:
 
 
 def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows] | None = None) -> None:
-    """Write an ``.h5ad`` file to a temporary path next to ``target`` and rename it.
+    """Write an ``.h5ad`` file to a temporary path, then rename it to ``target``.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
     target
         Path of the file; an existing file is replaced.
     matrices
-        Matrices to write in blocks, by their key in the file, e.g. ``X`` or ``layers/log1p_raw``; they replace those of
-        ``data``.
+        Matrices to write in blocks, by their key in the file, e.g. ``X`` or ``layers/log1p_raw``; a matrix of ``data`` with the
+        same key is replaced.
 
     Raises
     ------
@@ -90,7 +90,7 @@ class _DiskFile:
         return len(view)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, with zeros beyond the end of the file; return its size in bytes."""
+        """Fill the buffer, with zeros beyond the end of the file; return the buffer's size in bytes."""
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view):
@@ -108,7 +108,7 @@ class _DiskFile:
         return bytes(buffer)
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the size of the file, by default to the position, and return it; an error is stored."""
+        """Set the size of the file, by default to the current position, and return the size; an error is stored."""
         try:
             return self._raw.truncate(size)
         except OSError as error:

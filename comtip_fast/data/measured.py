@@ -100,7 +100,7 @@ def _mapped(counts: sparse.csr_matrix, ids: list[str], symbols: list[str], speci
     genes = map_genes(ids, species, symbols=symbols if any(symbols) else ())
     if not genes.keys:
         raise SourceError(
-            f"{where}: none of the {len(ids)} gene columns is a {species} gene; set `species` to that of the section, or use "
+            f"{where}: none of the {len(ids)} gene columns is a {species} gene; set `species` to the section's species, or use "
             "symbols or Ensembl ids"
         )
     return MeasuredCounts(genes.sum_columns(counts), genes.keys)

@@ -26,8 +26,8 @@ class EncodedSpots:
     """``.expr`` members, the encoded counts; empty bytes where counts could not be read or decoded. An empty list if counts are
     not read."""
     csr: Csr | None
-    """Decoded counts of all records; None if counts are not read, while a record is damaged, and after a record was replaced,
-    until :meth:`SpotReader.csr` decodes them."""
+    """Decoded counts of all records. None if counts are not read, if a record is damaged, or if a record was replaced and
+    :meth:`SpotReader.csr` has not yet decoded the counts again."""
     faults: dict[int, ShardError]
     """Errors of the damaged records, by index in the batch."""
 
@@ -38,7 +38,7 @@ class DecodedSpots:
 
     encoded: EncodedSpots
     tiles_NSS3: np.ndarray
-    """uint8 (b, S, S, 3), an array or a tensor on the GPU that decoded them; undefined for damaged records."""
+    """uint8 (b, S, S, 3), an array, or a tensor on the GPU that decoded the tiles; undefined for damaged records."""
     replaced: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 
@@ -58,7 +58,7 @@ class DecodedSpots:
             raise self.faults[min(self.faults)]
 
     def replace(self, index: int, spare: DecodedSpots) -> bool:
-        """Replace the damaged record ``index`` by the only record of ``spare``; if that is damaged too, only return False."""
+        """Replace the damaged record ``index`` by the only record of ``spare``; if that one is damaged too, only return False."""
         if spare.faults:
             return False
         self.replaced[int(self.spots[index])] = self.faults.pop(index)

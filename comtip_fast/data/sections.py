@@ -51,7 +51,7 @@ class SectionTiles:
     """``human`` or ``mouse``; empty for an AnnData whose species is unknown."""
     tiles: TileSource
     template: ad.AnnData
-    """AnnData to which results are added: ``obs``, ``obsm["spatial"]`` and, with the image if there is one, ``uns["spatial"]``."""
+    """AnnData to which results are added: ``obs``, ``obsm["spatial"]`` and ``uns["spatial"]``, with the image if there is one."""
     stored_stain: StainStats | None = None
     """Stain statistics that a shard set states; None otherwise."""
     stated: SectionFacts = field(default_factory=SectionFacts)
@@ -59,7 +59,7 @@ class SectionTiles:
     mpp: float = float("nan")
     """um per px of the positions in ``template.obsm["spatial"]``."""
     rows: np.ndarray | None = None
-    """int64, rows of the AnnData that belong to the section; None if the section is no part of an AnnData."""
+    """int64, rows of the AnnData that belong to the section; None if the section is not from an AnnData."""
 
     @cached_property
     def stain(self) -> StainStats:
@@ -133,14 +133,14 @@ def open_section(
 
 
 def recorded_facts(options: SourceOptions) -> SectionFacts:
-    """Return those of the stated facts that are recorded in the result (:data:`RECORDED_FACTS`)."""
+    """Return the stated facts that are recorded in the result (:data:`RECORDED_FACTS`)."""
     return SectionFacts(**{name: getattr(options.facts, name) for name in RECORDED_FACTS})
 
 
 def _refuse_format(fmt: str, what: str, own: str = "") -> None:
     """Raise SourceError if a format other than ``own`` is stated for an input whose format is known."""
     if fmt not in ("auto", own):
-        raise SourceError(f"`fmt` {fmt} has no effect here: {what}, whose format is known; leave it out")
+        raise SourceError(f"`fmt` {fmt} has no effect here: {what}, whose format is known; leave `fmt` out")
 
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
@@ -308,7 +308,7 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
-    """Return an AnnData without expression: names, section and positions in px; array positions and labels if they are known."""
+    """Return an AnnData without expression, with names, section, positions in px and, if known, array positions and labels."""
     obs = pd.DataFrame(
         {"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object)
     )

@@ -72,7 +72,7 @@ def positions_table(data: ad.AnnData) -> pd.DataFrame:
 
 
 def _array(data: ad.AnnData, name: str) -> np.ndarray:
-    """Return a column of array positions, float64 (n,), NaN where it is no number; it may be text or a category."""
+    """Return a column of array positions, which may be text or categories, as float64 (n,); NaN where a value is not a number."""
     return np.asarray(pd.to_numeric(data.obs[name].astype(str), errors="coerce"), np.float64)
 
 

@@ -62,7 +62,7 @@ class PackedTensors:
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on ``device``: the same tensor if it is there already, else a copy.
 
-    A copy from the host to a GPU is asynchronous, from pinned memory; in a worker process of a loader it is neither.
+    A copy from the host to a GPU uses pinned memory and is asynchronous, except in a worker process of a loader.
     """
     if tensor.device.type != "cpu" or not can_pin(device):
         return tensor.to(device)

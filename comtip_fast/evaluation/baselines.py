@@ -1,4 +1,4 @@
-"""Ridge regression from features of spots to expression, for the supervised baselines."""
+"""Ridge regression from spot features to expression, for the supervised baselines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RidgeModel:
     """Cross-validated mean PCC on the training spots, for the chosen alpha; used to choose between inputs."""
 
     def predict(self, x_NF: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return predictions, float64 (N, G), or (N, g) of the genes ``columns``."""
+        """Return the predictions of all genes, float64 (N, G), or only of the genes ``columns``, (N, g)."""
         return ((x_NF - self.mean_F) / self.std_F) @ self.weight_FG[:, columns] + self.intercept_G[columns]
 
 

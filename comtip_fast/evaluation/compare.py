@@ -1,4 +1,4 @@
-"""Join measured to predicted expression in an AnnData, with scores per gene in ``var``."""
+"""Add measured expression to an AnnData of predicted expression, with scores per gene in ``var``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: Ti
     columns, found = measured.select(answer.var["key"].tolist())
     if not found.size:
         raise ValueError(
-            f"the section measured none of the {answer.n_vars} genes to compare; pass `genes` that it measured, or call predict"
+            f"the section measured none of the {answer.n_vars} genes to compare; pass `genes` that it measured, or call "
+            "Model.predict, which compares nothing"
         )
     counts = measured.counts
     values = {

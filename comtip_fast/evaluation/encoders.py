@@ -36,15 +36,16 @@ class TileEncoder(ABC):
     label: str
     """Name in tables of results."""
     facts: dict[str, Any]
-    """Entries of the encoder in the results, e.g. its kind and precision."""
+    """Facts about the encoder for the results, e.g. its kind and precision."""
     geometry: TileGeometry | None = None
-    """Tiles that the encoder needs; None if it resizes tiles of any size."""
+    """Geometry of the tiles that the encoder needs; None if it resizes tiles of any size."""
 
     @abstractmethod
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
         """Return the features of all tiles of a section, float32 (N, F).
 
-        ``stain`` are the section's stain statistics; None computes them from the tiles, if the encoder uses them.
+        ``stain`` holds the section's stain statistics. If it is None, an encoder that uses stain statistics computes them
+        from the tiles.
         """
 
 
@@ -89,7 +90,7 @@ class RunEncoder(TileEncoder):
 
 
 class NetworkEncoder(TileEncoder):
-    """A frozen network; tiles are resized to its input and normalised with its mean and standard deviation."""
+    """A frozen network. Tiles are resized to ``px`` and normalised with ``mean`` and ``std``."""
 
     def __init__(
         self, network: nn.Module, px: int, mean: Any, std: Any, *, label: str, device: torch.device, precision: str
@@ -118,7 +119,7 @@ class NetworkEncoder(TileEncoder):
 
 
 class _Lite0(nn.Module):
-    """The EfficientNet-Lite0 stem, which the model applies to patches, applied to whole tiles."""
+    """The EfficientNet-Lite0 stem on whole tiles; the model itself applies it to patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,14 +131,16 @@ class _Lite0(nn.Module):
 
 
 def timm_encoder(spec: str, device: torch.device, precision: str, seed: int = 0) -> NetworkEncoder:
-    """Return a timm model without classifier, from ``NAME`` (random weights of ``seed``) or ``NAME@FILE``.
+    """Return an encoder with a timm model without its classifier.
+
+    ``spec`` is ``NAME`` for random weights, drawn with ``seed``, or ``NAME@FILE`` for weights from a file.
 
     Raises
     ------
     ValueError
         timm has no such model, or the weights cannot be read or do not fit.
     FileNotFoundError, PermissionError
-        There is no such file of weights, or it may not be read.
+        The file of weights does not exist, or there is no permission to read it.
     """
     name, _, file = spec.partition("@")
     if not timm.is_model(name):
@@ -193,8 +196,8 @@ def _load_weights(network: nn.Module, file: Path, name: str) -> None:
 def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed: int = 0) -> TileEncoder | FeatureFiles:
     """Open an encoder, or files of embeddings, from a specification.
 
-    :data:`comtip_fast.constants.ENCODER_HELP` lists the specifications. ``precision`` is that of networks; a run uses its
-    own. ``seed`` is that of random weights.
+    :data:`comtip_fast.constants.ENCODER_HELP` lists the specifications. A network computes in ``precision``; a
+    run or export uses the precision of its config. ``seed`` is the seed of random weights.
 
     Raises
     ------

@@ -60,17 +60,17 @@ class SectionData:
     keys: list[str]
     """Keys of the G genes."""
     xy: np.ndarray
-    """(N, 2) pixels of the source image."""
+    """(N, 2) positions of the spots, in px of the source image."""
     measured: dict[str, np.ndarray]
-    """log1p expression (N, G) by normalisation."""
+    """{normalisation: measured log1p expression (N, G)}."""
     predicted: dict[str, np.ndarray]
-    """log1p expression (N, G) by normalisation."""
+    """{normalisation: predicted log1p expression (N, G)}."""
     hvg: np.ndarray
-    """Indices into ``keys`` of the (up to) 50 most variable genes, or of the first 50 of a list."""
+    """Indices into ``keys`` of the (up to) 50 most variable genes; with a gene list, of its first 50 genes."""
     panel: np.ndarray
-    """Indices into ``keys`` of the trained genes, or of all genes of a list."""
+    """Indices into ``keys`` of the trained genes; with a gene list, of all its genes."""
     unseen: np.ndarray
-    """Indices into ``keys`` of the held-out genes by decreasing variance, or of the genes of a list that no run trained."""
+    """Indices into ``keys`` of the held-out genes by decreasing variance; with a gene list, of its genes that no run trained."""
     pcc: np.ndarray
     """(G,) zero-shot PCC, CP10K."""
     null_means: np.ndarray
@@ -82,7 +82,7 @@ class SectionData:
     spots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(N,) indices of the spots in the shard set."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
-    """Predictions of the baselines and trained methods for the genes ``hvg``, CP10K (N, HVG)."""
+    """{name of a baseline or trained method: its prediction for the genes ``hvg``, CP10K (N, HVG)}."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Evaluation:
     def gene_table(self) -> pd.DataFrame:
         """Return the scores of every gene in every section, one row each, as in ``genes.csv``.
 
-        The columns are :data:`comtip_fast.evaluation.gene_table.COLUMNS`, and ``pcc_`` and its name for each trained method.
+        The columns are :data:`comtip_fast.evaluation.gene_table.COLUMNS`, plus ``pcc_NAME`` for each trained method.
         """
         return pd.concat([data.gene_table for data in self.sections], ignore_index=True)
 
@@ -124,16 +124,16 @@ def evaluate(
     shards
         A shard set with tiles of the model's size.
     sections
-        Section ids. Default: those whose split is ``test``, or all of a set without that split; those that training used are
-        left out.
+        Section ids. Default: the sections of split ``test``, or all sections of a set without that split, except those that
+        training used.
     train_shards
-        The shard set with the model's training sections, default ``shards``. The baselines are trained on it and the
-        50 most variable genes are chosen on it, not on the evaluated sections. A cohort that was not trained has no
-        ridge baselines, and its 50 genes are chosen on the evaluated section; ``hvg_from`` records which.
+        The shard set with the model's training sections; default: ``shards``. The baselines are trained on the training
+        sections, and the 50 most variable genes are chosen on them. A cohort that was not trained has no ridge baselines,
+        and its 50 genes are chosen on the evaluated section. ``hvg_from`` records where the genes were chosen.
     genes
-        Symbols or Ensembl ids. Scores are then those of these genes alone: the mean over all genes is the mean over the
-        list, and the first 50 of the list replace the 50 most variable genes, so that models with other training
-        genes are compared on the same ones.
+        Symbols or Ensembl ids of the only genes to score. The mean over all genes is then the mean over this list, and its
+        first 50 genes replace the 50 most variable genes, so that models with different training genes are compared on
+        the same genes.
     seed, n_null
         Seed and number of draws of the spatial null.
     train
@@ -189,7 +189,7 @@ def evaluate(
 def _choose_genes(
     predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference, listed: Sequence[str] | None
 ) -> ScoredGenes:
-    """Choose the genes of a section: those of the model, or those of a list; raise ValueError if it measured none of them."""
+    """Choose the genes to score in a section, from the model or from a list; raise ValueError if the section measured none."""
     if listed is not None:
         keys, not_measured = resolve_list(listed, shards, number)
         seen = {symbol_of(k) for k in predictor.trained_genes} | predictor.lineage.genes_of_ancestors()
@@ -314,7 +314,7 @@ def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: S
 
 
 def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Return all scores, and for the null under CP10K the mean of each draw and the PCC of each panel gene."""
+    """Return all scores and, for the null on CP10K values, the mean PCC of each draw and the PCC of the panel genes per draw."""
     out: dict[str, Any] = {name: dict.fromkeys(NORMALISATIONS) for name in PREDICTORS}
     genes, null = v.genes, (np.zeros(0), np.zeros((0, 0), np.float32))
     scored = np.union1d(genes.panel, genes.hvg)  # some of the most variable genes may be held out
@@ -362,7 +362,7 @@ def _ridge_score(
     top: np.ndarray,
     panel: np.ndarray,
 ) -> dict[str, Any]:
-    """Return the score of a baseline that was fitted to the genes ``scored``, ascending, and the facts of its fit."""
+    """Return the scores of a ridge baseline that was fitted to the genes ``scored`` (ascending), with the facts of the fit."""
 
     def predict(columns: np.ndarray) -> np.ndarray:
         return fit.predict(x, len(measured), np.searchsorted(scored, columns))
@@ -371,7 +371,7 @@ def _ridge_score(
 
 
 def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a cohort's entry: mean scores of its sections; sums of spots and undefined genes; the 50 genes of the first section."""
+    """Return the entry of a cohort: mean scores, sums of spots and undefined genes, and the 50 genes of the first section."""
     out: dict[str, Any] = {
         "sections": [s for p in parts for s in p["sections"]],
         "n_spots": sum(p["n_spots"] for p in parts),
@@ -392,7 +392,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def predictors_of(*entries: dict[str, Any]) -> list[str]:
-    """Return the names of the predictors in entries of ``metrics.json``: :data:`PREDICTORS`, and trained methods of any entry."""
+    """Return all :data:`PREDICTORS`, then the trained methods that occur in at least one of the entries of ``metrics.json``."""
     return [*PREDICTORS, *(name for name in METHODS if any(name in e for e in entries))]
 
 
@@ -402,7 +402,7 @@ def write_metrics(metrics: dict[str, Any], path: Path) -> None:
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
-    """Return the mean PCCs of log1p CP10K as a text table, with a line per cohort and predictor that has scores."""
+    """Return the mean PCCs of log1p CP10K as a text table, with one line per cohort and predictor that has scores."""
     lines = [f"{'cohort':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
     for cohort, entry in metrics["cohorts"].items():
         for name in predictors_of(entry):

@@ -28,7 +28,7 @@ class SpotFeatures:
     """float32 (N, F)."""
 
     def rows_of(self, names: Sequence[str], where: str) -> np.ndarray:
-        """Return the features of the spots ``names``, in their order, float32 (n, F).
+        """Return the features of the spots ``names``, in the order of ``names``, float32 (n, F).
 
         Raises
         ------
@@ -39,8 +39,8 @@ class SpotFeatures:
         if len(row) < len(self.names):
             twice = next(name for i, name in enumerate(self.names) if row[name] != i)
             raise ValueError(
-                f"{where}: several rows of a spot (duplicate rows: {len(self.names) - len(row)}, the first of spot {twice}); "
-                "keep one row per spot"
+                f"{where}: spot {twice} has several rows (duplicate rows in all: {len(self.names) - len(row)}); keep one row "
+                "per spot"
             )
         missing = [n for n in names if n not in row]
         if missing:
@@ -64,10 +64,10 @@ class FeatureFiles:
     FileNotFoundError
         The path does not exist.
     PermissionError
-        The table may not be read.
+        There is no permission to read the table.
     ValueError
-        The path is not a folder, ``.csv``, ``.tsv`` or ``.parquet``, or the table cannot be read, lacks ``section``, ``spot`` or
-        features, or has a column of features that are not numbers.
+        The path is neither a folder nor a ``.csv``, ``.tsv`` or ``.parquet`` table, or the table cannot be read, lacks
+        ``section``, ``spot`` or features, or has a column of features that are not numbers.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -115,13 +115,15 @@ def read_embeddings(path: Path) -> SpotFeatures:
     Raises
     ------
     ValueError
-        The file cannot be read, a dataset is missing, the two differ in length, or embeddings are not finite numbers.
+        The file cannot be read, a dataset is missing, the two datasets differ in length, or embeddings are not finite numbers.
     """
     with open_hdf5(path, "an HDF5 file of embeddings", "write it with h5py") as file:
         key = next((k for k in NAME_KEYS if k in file), None)
         if key is None or "embeddings" not in file:
+            missing = "embeddings" if key is not None else "barcodes"
             raise ValueError(
-                f"{path}: has {', '.join(sorted(file)) or 'no data'}; write the datasets embeddings and barcodes"
+                f"{path}: the dataset {missing} is missing (found {', '.join(sorted(file)) or 'none'}); write both embeddings and "
+                "barcodes"
             )
         names = text_of(file[key][:])
         if file["embeddings"].dtype.kind not in "fiu":

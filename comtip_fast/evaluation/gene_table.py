@@ -35,7 +35,7 @@ COLUMNS = (
     "most_variable",
     "validation_pcc",
 )
-"""Columns of ``genes.csv``, see docs/results.md; a trained method adds ``pcc_`` and its name."""
+"""Columns of ``genes.csv``, see docs/results.md; each trained method adds a column ``pcc_NAME``."""
 
 
 @dataclass
@@ -44,11 +44,11 @@ class ScoredGenes:
 
     keys: list[str]
     hvg: np.ndarray
-    """The (up to) 50 most variable genes, or the first 50 of a list."""
+    """The (up to) 50 most variable genes; with a gene list, its first 50 genes."""
     panel: np.ndarray
-    """The trained genes, or all genes of a list."""
+    """The trained genes; with a gene list, all its genes."""
     unseen: np.ndarray
-    """The held-out genes by decreasing variance, or the genes of a list that no run trained, in its order."""
+    """The held-out genes by decreasing variance; with a gene list, its genes that no run trained, in the order of the list."""
     hvg_from: str
     """Data on which the genes ``hvg`` were chosen: ``training sections``, ``evaluated section`` or ``gene list``."""
     not_measured: list[str]
@@ -57,15 +57,17 @@ class ScoredGenes:
 
 @dataclass
 class ScoringInputs:
-    """Measured and predicted log1p expression of one section (N, G) by normalisation, covariates, and inputs of baselines and null."""
+    """Inputs of the scores of one section: expression, covariates, and what the baselines and the null need."""
 
     cohort: str
     genes: ScoredGenes
     measured: dict[str, np.ndarray]
+    """{normalisation: measured log1p expression (N, G)}."""
     predicted: dict[str, np.ndarray]
+    """{normalisation: predicted log1p expression (N, G)}."""
     from_levels: dict[str, tuple[np.ndarray, np.ndarray]]
-    """By normalisation: PCC of the G genes, and partial PCC of ``genes.hvg``, of the prediction from level sentences alone,
-    without the linear readout."""
+    """{normalisation: (PCC of the G genes, partial PCC of the genes ``genes.hvg``)} of the prediction from level sentences
+    alone, without the linear readout."""
     covariates: np.ndarray
     """Mean colour and log total counts of each spot, float64 (N, 4)."""
     ridge_inputs: Inputs
@@ -76,11 +78,11 @@ class ScoringInputs:
     trained: dict[str, np.ndarray] = field(default_factory=dict)
     """Predictions of the trained methods, CP10K (N, G)."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
-    """Predictions of baselines and trained methods for ``genes.hvg``, CP10K (N, HVG), filled while they are scored."""
+    """Predictions of baselines and trained methods for ``genes.hvg``, CP10K (N, HVG), filled in during scoring."""
 
 
 def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringInputs) -> pd.DataFrame:
-    """Return one row per gene of a section, with :data:`COLUMNS` and ``pcc_`` and the name of each trained method.
+    """Return one row per gene of a section, with the columns :data:`COLUMNS` and ``pcc_NAME`` for each trained method.
 
     p-values are adjusted over the genes of the section.
     """
@@ -125,7 +127,8 @@ def null_p_values(pcc_G: np.ndarray, null_DG: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray
-        float64 (G,), ``(1 + draws at or above) / (1 + draws)``; NaN where the correlation is undefined, or without draws.
+        float64 (G,), ``(1 + draws at or above the correlation) / (1 + draws)``; NaN where the correlation is undefined or
+        there are no draws.
     """
     defined_DG = np.isfinite(null_DG)
     draws = defined_DG.sum(0)

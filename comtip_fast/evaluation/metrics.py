@@ -11,7 +11,7 @@ import numpy as np
 from comtip_fast.metrics import GENES_AT_ONCE, mean_with_zeros, pcc_per_gene
 
 PredictGenes = Callable[[np.ndarray], np.ndarray]
-"""Returns the prediction (N, g) of some genes, by their columns int64 (g,)."""
+"""Function that returns the prediction (N, g) of the genes in the given columns, int64 (g,)."""
 
 
 def covariate_basis(covariates_NC: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def residuals(values_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
 
 
 def residuals_of_basis(values_NG: np.ndarray, basis_NK: np.ndarray) -> np.ndarray:
-    """Return the residuals of the projection of each column onto an orthonormal basis, float64 (N, G); 0 if it is explained."""
+    """Return each column minus its projection onto an orthonormal basis, float64 (N, G); 0 for a fully explained column."""
     values = np.asarray(values_NG, np.float64)
     residual = values - basis_NK @ (basis_NK.T @ values)
     # A fully explained column leaves rounding noise: set it to 0, so that its PCC is undefined.
@@ -39,7 +39,7 @@ def residuals_of_basis(values_NG: np.ndarray, basis_NK: np.ndarray) -> np.ndarra
 
 
 def partial_pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
-    """Return each gene's correlation of measured and predicted residuals on the covariates, float64 (G,); NaN where undefined."""
+    """Return the PCC of each gene after regressing out the covariates on both sides, float64 (G,); NaN where undefined."""
     basis, columns = covariate_basis(covariates_NC), range(0, measured_NG.shape[1], GENES_AT_ONCE)
     parts = [slice(i, i + GENES_AT_ONCE) for i in columns]
     return np.concatenate(
@@ -53,7 +53,7 @@ def partial_pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray, cova
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one predictor on one section under one normalisation; None without genes."""
+    """Scores of one predictor on one section under one normalisation; a mean without genes is None."""
 
     mean_pcc_50_hvg: float | None
     mean_pcc_all: float | None
@@ -80,7 +80,7 @@ def score(
     hvg
         Columns of the (at most 50) most variable genes.
     panel
-        Columns of the genes of ``mean_pcc_all``; default: all.
+        Columns of the genes that ``mean_pcc_all`` averages; default: all.
     """
     columns = np.arange(measured_NG.shape[1])
     return score_columns(measured_NG, lambda c: predicted_NG[:, c], covariates_NC, columns, hvg, panel)
@@ -94,7 +94,7 @@ def score_columns(
     hvg: np.ndarray,
     panel: np.ndarray | None = None,
 ) -> Score:
-    """Score a prediction that is computed for some genes at a time, as :func:`score` on ``columns`` does.
+    """Score the genes ``columns`` as :func:`score` does, with a prediction that is computed for some genes at a time.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def score_columns(
     columns
         int64, the scored columns.
     hvg, panel
-        As for :func:`score`, indices into ``columns``.
+        As for :func:`score`, but as indices into ``columns``.
     """
     parts = [columns[i : i + GENES_AT_ONCE] for i in range(0, columns.size, GENES_AT_ONCE)]
     pcc = np.concatenate([np.zeros(0)] + [pcc_per_gene(measured_NG[:, c], predict(c)) for c in parts])
@@ -139,8 +139,8 @@ def null_scores(scores: list[Score], observed: float | None) -> tuple[dict[str, 
     Returns
     -------
     summary, draws
-        The mean score with ``p95_mean_pcc_50_hvg``, the 95th percentile, and the one-sided ``p_value`` of ``observed``, both None
-        without draws or genes; and ``mean_pcc_50_hvg`` of each draw.
+        ``summary`` has the mean scores, the 95th percentile of ``mean_pcc_50_hvg`` (``p95_mean_pcc_50_hvg``) and the one-sided
+        ``p_value`` of ``observed``; the last two are None without draws or genes. ``draws`` has ``mean_pcc_50_hvg`` of each draw.
     """
     draws = np.array([s.mean_pcc_50_hvg for s in scores if s.mean_pcc_50_hvg is not None])
     summary = mean_scores([asdict(s) for s in scores]) | {
@@ -153,7 +153,7 @@ def null_scores(scores: list[Score], observed: float | None) -> tuple[dict[str, 
 
 
 def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of each field of :class:`Score` over the scores that are not None; None without any.
+    """Return the mean of each field of :class:`Score` over the scores in which it is not None; None if it is None in all.
 
     ``undefined_genes`` is rounded to an integer, and is 0 without scores.
     """

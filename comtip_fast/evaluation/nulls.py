@@ -18,13 +18,13 @@ from comtip_fast.metrics import EPSILON, pcc_per_gene
 MAX_SHIFT = 0.5
 """Largest shift per axis, relative to the section's radius."""
 MIN_ANGLE = np.pi / 4
-"""Smallest rotation; smaller ones hardly move the map."""
+"""Smallest rotation angle in radians; smaller angles hardly move the map."""
 CHUNK = 128
 """Number of genes processed together, which bounds memory on large sections."""
 
 
 def moved_spots(xy_N2: np.ndarray, n_draws: int, *, seed: int, section: str) -> np.ndarray:
-    """Return the index of the spot whose prediction each spot gets in each draw: int64 (n_draws, N)."""
+    """Return, for each draw, the index of the spot that each spot takes its prediction from, int64 (n_draws, N)."""
     centred = np.asarray(xy_N2, np.float64) - np.mean(xy_N2, axis=0)
     radius = float(np.sqrt((centred**2).sum(1)).max()) or 1.0
     tree = cKDTree(centred)
@@ -43,7 +43,7 @@ def moved_spots(xy_N2: np.ndarray, n_draws: int, *, seed: int, section: str) -> 
 def null_pcc(
     measured_NG: np.ndarray, predicted_NG: np.ndarray, moved_DN: np.ndarray, columns: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the PCC of each gene (by default of all columns) in every draw, float64 (n_draws, G); NaN where undefined.
+    """Return the PCC of each of the genes ``columns`` (default: all) in every draw, float64 (n_draws, G); NaN where undefined.
 
     The result equals ``pcc_per_gene(measured, predicted[draw])`` for every draw, up to rounding, but is faster: the mean and the
     norm of a moved map follow from how often the draw uses each spot.

@@ -44,21 +44,21 @@ def evaluate_run(
     out
         Folder for ``metrics.json``, ``genes.csv`` and ``report.html``; ``None`` writes nothing.
     sections
-        Section ids; default: those whose split is ``test``, or all of a set without that split; those that training used are
-        left out.
+        Section ids. Default: the sections of split ``test``, or all sections of a set without that split, except those that
+        training used.
     train_shards
-        Shard set with the training sections, or several, for the 50 most variable genes, the baselines and the trained methods;
-        default: those that the run's config names.
+        One or several shard sets with the training sections, on which the 50 most variable genes are chosen and the baselines
+        and other methods are trained. Default: the shard sets that the run's config names.
     gene_vectors
         File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
     genes
-        Symbols or Ensembl ids to score, so that models with other training genes are compared on the same ones; default:
-        the model's genes.
+        Symbols or Ensembl ids of the genes to score, so that models with different training genes are compared on the same
+        genes. Default: the model's genes.
     null_draws
         Number of draws of the spatial null; 0 computes none.
     trained
         Methods to train on the training sections and to score: names in :data:`comtip_fast.evaluation.trained.METHODS`. With
-        ``out``, their checkpoints are in ``out/trained``, from which an interrupted call continues.
+        ``out``, their checkpoints are kept in ``out/trained``, and a call after an interruption resumes from them.
     epochs
         Largest number of passes over the training spots, per learning rate of a method.
     seed
@@ -69,17 +69,17 @@ def evaluate_run(
     Returns
     -------
     Evaluation
-        ``metrics`` (the content of ``metrics.json``), ``gene_table()`` (that of ``genes.csv``) and the arrays behind them.
+        ``metrics`` (the content of ``metrics.json``), ``gene_table()`` (the content of ``genes.csv``) and the arrays behind them.
 
     Raises
     ------
     FileNotFoundError
-        There is no export, no file of gene vectors, no shard set, or no file of the weights that a method starts from.
+        The export, the gene vectors, a shard set, or the file of weights that a method starts from does not exist.
     ValueError
-        A section, gene, method or device is unknown, ``null_draws`` is negative, ``epochs`` is below 1, the export, the gene
-        vectors or a shard set cannot be used, all sections were used in training, a section measured none of the genes, tiles
-        have another size, the shard set of the training sections lacks those of an evaluated cohort, or is named only by a URL
-        in the run's config, or a method cannot be trained or was stopped by a signal.
+        A section, gene, method or device is unknown; ``null_draws`` is negative; ``epochs`` is below 1; the export, the gene
+        vectors or a shard set cannot be used; all sections were used in training; a section measured none of the genes; tiles
+        have another size; the training sections of an evaluated cohort are missing; the run's config names the training shard
+        set only by a URL; or a method cannot be trained or was stopped by a signal.
     NotADirectoryError, PermissionError
         ``out`` is a file, or cannot be written.
 

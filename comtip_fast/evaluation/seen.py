@@ -18,9 +18,9 @@ GENE_SEEN = {
     "held out": "held out",
     "never seen": "name only",
 }
-"""Column ``seen`` of ``genes.csv``, by :meth:`comtip_fast.inference.Predictor.training_of`."""
+"""{result of :meth:`comtip_fast.inference.Predictor.training_of`: value in the column ``seen`` of ``genes.csv``}."""
 VECTOR_SEEN = "name and gene vector"
-"""Column ``seen`` of a gene that no run trained or held out, but for which there is a gene vector."""
+"""Value in the column ``seen`` for a gene with a gene vector that no run trained or held out."""
 
 
 def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequence[str] | None) -> list[int]:

@@ -27,11 +27,11 @@ from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
-"""Smallest detection rate; fixed and not the run's setting, so that runs are compared on the same genes."""
+"""Smallest detection rate of a ranked gene; not the setting of the run, so that runs are compared on the same genes."""
 HVG_FROM_TRAINING, HVG_FROM_EVALUATED = "training sections", "evaluated section"
 
 Inputs = dict[str, dict[str, FeatureStore]]
-"""Maps a baseline to its candidate inputs, each (N, F) and read in blocks of spots."""
+"""{baseline: {name of a candidate input: features (N, F), read in blocks of spots}}."""
 
 
 @dataclass
@@ -73,9 +73,9 @@ class _TrainData:
     raw: sparse.csr_matrix
     """log1p of raw counts of all genes."""
     inputs: dict[str, dict[str, np.ndarray]]
-    """As :data:`Inputs`, of all sections and in memory, because a fit needs all spots."""
+    """Like :data:`Inputs`, but for all sections and in memory, because a fit needs all spots."""
     measured: dict[int, np.ndarray]
-    """Maps a section number to bool over the gene table."""
+    """{section number: mask of the measured genes in the gene table}."""
 
 
 def spot_inputs(
@@ -87,7 +87,7 @@ def spot_inputs(
 ) -> Inputs:
     """Return the candidate inputs of each baseline: mean colour and image features.
 
-    Mean colour is that of the stored tiles and, if the model normalises stain, also that of the normalised tiles.
+    Mean colour is computed on the stored tiles and, if the model normalises stain, also on the stain-normalised tiles.
 
     Parameters
     ----------
@@ -117,14 +117,14 @@ def spot_inputs(
 
 
 def training_shards(run: Path, configured: ShardPaths, given: ShardPaths | None) -> ShardSet:
-    """Open the shard set, or several as one, with the training sections: ``given``, or else those that the run's config names.
+    """Open the shard sets with the training sections as one set: ``given``, or else the sets that the run's config names.
 
     Raises
     ------
     ValueError
-        The config names a URL, which is not fetched unless it is ``given``, or the shard set cannot be read.
+        The run's config names a URL, which is fetched only if it is ``given``, or a shard set cannot be read.
     FileNotFoundError
-        There is no shard set.
+        A shard set does not exist.
     """
     if given is None:
         return open_sets(
@@ -134,11 +134,11 @@ def training_shards(run: Path, configured: ShardPaths, given: ShardPaths | None)
 
 
 def _training_set(run: Path, train: str, *, stated: bool) -> str:
-    """Return the path ``train`` of a shard set, which the run's config has ``stated``, or the user; raise if it cannot be opened."""
+    """Return ``train`` if it is a usable path or URL of a shard set, else raise; ``stated``: the run's config names it."""
     if stated and is_url(train):
         raise ValueError(
-            f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
-            "if you trust it, give it with `train_shards`"
+            f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's "
+            "config is not trusted; if you trust the URL, give it with `train_shards`"
         )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():
         if not stated:
@@ -194,8 +194,8 @@ class TrainReference:
     predictor
         The model.
     shards
-        The shard set with its training sections. Training sections of the runs that the model started from are used too,
-        if the set has them: the model has seen them, and so must the baselines.
+        The shard set with the training sections. Training sections of the runs that the model started from are used too,
+        if the set has them, because the baselines must see the same sections as the model.
     """
 
     def __init__(self, predictor: Predictor, shards: ShardSet) -> None:

@@ -2,7 +2,7 @@
 
 Rows of the level table and the identity embedding are matched to genes by their position in ``genes.tsv``. Without these
 checks, a table that was cut, sorted or edited would give wrong predictions instead of an error. Exports contain the
-SHA-256 of every file but the README; older exports do not, and only their shapes and values are checked.
+SHA-256 of every file but the README. Older exports lack these hashes, and only their shapes and values are checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUMS = "SHA256SUMS"
 HASHED = ("config.json", "model.safetensors", "levels.safetensors", "genes.tsv", lineage.FILE)
 """Files of every export that are verified. README.md is not, because users may edit it."""
 FIRST_WITH_LINEAGE = 3
-"""Exports of earlier versions have no ``lineage.json``: their parents are unknown."""
+"""First version of exports with ``lineage.json``; the parents of earlier exports are unknown."""
 READOUT = "readout.safetensors"
 """The linear readout; exports of version 1, and of runs with ``readout.kind: levels``, have none."""
 VECTORS = "gene_vectors.safetensors"
@@ -35,7 +35,7 @@ VECTORS = "gene_vectors.safetensors"
 FILES = (*HASHED, READOUT, VECTORS, "README.md", SUMS)
 GENE_COLUMNS = ("key", "symbol", "ensembl", "name", "trained", "held_out")
 FIX = "copy the export again, or write it from a checkpoint of the run (`comtip export` with the option checkpoint)"
-"""Without this option, the command copies the run's export, which may be the damaged one."""
+"""How to replace a damaged export. Without a checkpoint, ``comtip export`` copies the run's export, which may be damaged."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> dict[st
     """
     for name in files:
         if not (folder / name).is_file():
-            raise ExportError(f"{folder / name}: missing, the export is incomplete; {FIX}")
+            raise ExportError(f"{folder / name}: missing, so the export is incomplete; {FIX}")
     sums = folder / SUMS
     if not sums.is_file():
         if hashed:
-            raise ExportError(f"{sums}: missing, the export is incomplete; {FIX}")
+            raise ExportError(f"{sums}: missing, so the export is incomplete; {FIX}")
         return {}
     lines = sums.read_bytes()[: 1 << 16].decode("utf-8", "replace").splitlines()
     stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -110,8 +110,8 @@ def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.Readou
         raise ExportError(f"{path}: settings are {found!r}, expected {names}; {FIX}")
     if not 1 <= found["views"] <= readout.N_VIEWS or found["vector_dim"] != vector_dim:
         raise ExportError(
-            f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {readout.N_VIEWS} and "
-            f"{vector_dim}; {FIX}"
+            f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {readout.N_VIEWS} "
+            f"views and vector_dim {vector_dim}; {FIX}"
         )
     return readout.ReadoutSettings(**found)
 
@@ -120,7 +120,9 @@ def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: 
     """Raise ExportError if the header of one head is invalid."""
     keys, mix = head.get("keys"), head.get("mix")
     if not isinstance(head.get("cohort"), str) or not isinstance(head.get("facts"), dict):
-        raise ExportError(f"{where}: cohort is {head.get('cohort')!r}, expected text, with facts as an object; {FIX}")
+        raise ExportError(
+            f"{where}: cohort is {head.get('cohort')!r}, expected text, and facts must be an object; {FIX}"
+        )
     if not isinstance(keys, list) or not keys or not all(isinstance(k, str) for k in keys):
         raise ExportError(f"{where}: keys are not a list of genes; {FIX}")
     foreign = set(keys) - trained
@@ -135,4 +137,4 @@ def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: 
     weights = list(mix.values())
     valid = all(type(w) in (int, float) and 0 <= w <= 1 for w in weights)
     if not valid or abs(sum(weights) - 1) > 1e-6 or mix["levels"] == 1:
-        raise ExportError(f"{where}: weights {mix!r} must be 0 to 1 with the sum 1, and not all on levels; {FIX}")
+        raise ExportError(f"{where}: weights {mix!r} must be 0 to 1 with a sum of 1, and not all on levels; {FIX}")

@@ -17,8 +17,8 @@ _GENES = 16
 _TOKENS = 64
 """Padded numbers of tokens are multiples of this."""
 _DEVIATIONS = 4.0
-"""Standard deviations between two padded numbers of tokens of equally many sentences. Most panels have fewer tokens than the mean
-and four standard deviations, so that most numbers of genes occur with one number of tokens only."""
+"""Distance, in standard deviations, between two padded numbers of tokens for the same number of sentences. Most panels have
+fewer tokens than the mean plus four standard deviations, so that most numbers of genes occur with only one number of tokens."""
 
 
 def padded_genes(n: int, per_doubling: int, most: int) -> int:
@@ -54,7 +54,7 @@ class TokenSizes:
 
     @classmethod
     def of(cls, length_G: np.ndarray, longest: int) -> TokenSizes:
-        """Return the sizes for panels of genes with ``length_G`` tokens, (G,), of which ``longest`` is an upper bound."""
+        """Return the sizes for panels of genes with ``length_G`` tokens, (G,), of which none has more than ``longest``."""
         return cls(float(length_G.mean()), float(length_G.std()), longest)
 
     def padded(self, sentences: int, n_levels: int, most: int) -> int:

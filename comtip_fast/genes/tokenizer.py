@@ -26,7 +26,7 @@ class GeneTokenizer:
     Parameters
     ----------
     text
-        Content of a tokenizer file of the library tokenizers (JSON).
+        Content of a JSON file of the library ``tokenizers``.
     """
 
     def __init__(self, text: str) -> None:
@@ -37,7 +37,7 @@ class GeneTokenizer:
     @staticmethod
     @cache
     def load() -> GeneTokenizer:
-        """Return the tokenizer of the package; loaded once per process."""
+        """Return the tokenizer of the package; it is loaded once per process."""
         return GeneTokenizer(files("comtip_fast.genes").joinpath(FILE).read_text(encoding="utf-8"))
 
     @property

@@ -16,7 +16,7 @@ from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
 
 _NAMES = 64
-"""Multiple to which the number of distinct (token, position) pairs of names is rounded up."""
+"""Multiple to which the number of names, distinct (token, position) pairs, is rounded up."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class HostTokens:
     """Numbers of tokens to which the sentences of a panel are padded; None pads nothing."""
 
     def take(self, rows: np.ndarray) -> HostTokens:
-        """Return the genes in ``rows``, cut to the longest of these genes; at full width if :attr:`padded` is set."""
+        """Return the genes ``rows``; ids are cut to the longest of these genes, or keep their width if :attr:`padded` is set."""
         length = self.length_G[rows]
         width = int(length.max(initial=2)) if self.padded is None else self.ids_GT.shape[1]
         return HostTokens(self.ids_GT[rows, :width], length, self.padded)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
-        """Return the sizes of a slice of the sentence table, in gene-major order; the number of names is rounded up.
+        """Return the sizes of a slice of the sentence table in gene-major order, with the number of names rounded up.
 
         Parameters
         ----------
@@ -59,7 +59,7 @@ class HostTokens:
         return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
     def tokens_of_ranks(self, n_levels: int, counts: Sequence[int]) -> np.ndarray:
-        """Return the number of tokens of every rank, int64 (ranks,); rank r has the next ``counts[r]`` sentences in gene-major order."""
+        """Return the tokens per rank, int64 (ranks,); rank r has the next ``counts[r]`` sentences in gene-major order."""
         bound = np.concatenate([[0], np.cumsum(counts)])
         gene, rest = bound // n_levels, bound % n_levels
         start = np.concatenate([[0], np.cumsum(self.length_G)]) * n_levels
@@ -68,14 +68,14 @@ class HostTokens:
     def padded_sizes(
         self, n_levels: int, vocabulary: int, sentences: slice, counts: Sequence[int]
     ) -> tuple[SentenceSizes, int]:
-        """Return the sizes of a slice after padding to :attr:`padded`, and the number of sentences to add, of which some may stay empty.
+        """Return the sizes of a slice padded to :attr:`padded`, and the number of sentences to add, some of which may stay empty.
 
         Parameters
         ----------
         n_levels, vocabulary, sentences
             As in :meth:`sizes`.
         counts
-            Number of sentences of every rank; the padded number of tokens is the same on all of them.
+            Number of sentences of every rank; the padded number of tokens is the same on all ranks.
         """
         assert self.padded is not None
         most = int(self.tokens_of_ranks(n_levels, counts).max())
@@ -112,7 +112,7 @@ class GeneTokens:
         )
 
     def with_padding(self) -> GeneTokens:
-        """Return the tokens with one more gene, without name and identity, which pads panels, and with :attr:`HostTokens.padded` set."""
+        """Return the tokens plus a gene without name and identity, which pads panels, and with :attr:`HostTokens.padded` set."""
         assert self.host is not None
         ids = self.ids_GT.new_zeros(1, self.ids_GT.shape[1])
         ids[0, 0], ids[0, 1] = GENE_ID, VALUE_ID
@@ -156,8 +156,8 @@ def gene_tokens(
     config
         ``max_tokens`` and ``full_name`` are read.
     vector_GK
-        Gene vectors, from :func:`vector_rows`; None for none. A gene with a vector and neither symbol nor name has no name
-        tokens.
+        Gene vectors, from :func:`vector_rows`; None for a model without gene vectors. A gene with a vector and
+        neither symbol nor name has no name tokens.
     """
     T = config.max_tokens + 2
     ids = np.zeros((len(names), T), np.int64)
@@ -187,10 +187,10 @@ def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
 
 
 def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
-    """Drop the vectors of some genes, the names of others, and the identities of both, as unseen genes have no identity.
+    """Drop the vectors of some genes, the names of others, and the identities of both, because unseen genes have none.
 
-    A gene without a vector keeps its name and identity. The result has no :attr:`GeneTokens.host`, because which names are
-    dropped, and therefore the lengths of sentences, is determined on the device.
+    A gene without a vector keeps its name and identity. The result has no :attr:`GeneTokens.host`, because the dropped
+    names, and therefore the lengths of the sentences, are determined on the device.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
 
 
 def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = None) -> GeneTokens:
-    """Return the genes in ``rows``, cut to the longest of these genes; at full width if their host copy pads panels.
+    """Return the genes ``rows``; ids are cut to the longest of these genes, or keep their width if the host copy pads panels.
 
     Parameters
     ----------
@@ -226,7 +226,7 @@ def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = N
     rows
         int64 (G,), on the device of the tokens.
     host_rows
-        The same rows in host memory; None, or tokens without a host copy, reads the longest length from the device.
+        The same rows in host memory. If they are None, or ``genes`` has no host copy, the longest length is read from the device.
     """
     length = genes.length_G[rows]
     vector = None if genes.vector_GK is None else genes.vector_GK[rows]

@@ -23,7 +23,7 @@ from comtip_fast.config.schema import TextConfig
 
 FORMAT, VERSION = "comtip-gene-vectors", 1
 AXES_TOLERANCE = 1e-3
-"""Largest difference between vectors of common genes at which two files have the same axes, relative to the largest component."""
+"""Two files have the same axes if the vectors of common genes differ by at most this, relative to the largest component."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class GeneVectors:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file is not one of gene vectors, has another version or invalid arrays, or does not match its hash.
+            The file is not a file of gene vectors, has another version or invalid arrays, or does not match its hash.
         """
         path = Path(path)
         if not path.is_file():
@@ -179,7 +179,7 @@ class GeneVectors:
 
 
 def load_vectors(text: TextConfig) -> GeneVectors | None:
-    """Load the gene vectors that ``text.gene_vectors`` names; return None if it is empty.
+    """Load the gene vectors that ``text.gene_vectors`` names; return None if this setting is empty.
 
     Raises
     ------

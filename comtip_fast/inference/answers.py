@@ -21,7 +21,7 @@ log = logging.getLogger("comtip_fast")
 
 
 def species_of(model: Predictor, known: str, what: str) -> str:
-    """Return the species of a section; if it is not stated, that of the model, which must have been trained on one species only.
+    """Return the stated species of a section or, if none is stated, the only species that the model was trained on.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def _resolve(gene: str, species: str) -> _Asked:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Return the names; raise ValueError if one occurs twice."""
+    """Return the names; raise ValueError if a name occurs twice."""
     duplicates = sorted(name for name, n in Counter(names).items() if n > 1)
     if duplicates:
         raise ValueError(f"duplicate genes: {', '.join(duplicates[:5])}; name each gene once")

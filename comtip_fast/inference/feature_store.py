@@ -1,4 +1,4 @@
-"""Features of all tiles of a section: in memory, in a temporary file, or some columns of others."""
+"""Storage of the features of all tiles of a section, in memory or in a temporary file, and access to some of their columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class FeatureStore(Protocol):
     """Features of all tiles of a section."""
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return float32 (n, W) of the tiles ``rows``, int64 ascending."""
+        """Return the features of the tiles ``rows`` (int64, ascending), float32 (n, W)."""
 
 
 class SpooledFeatures:
@@ -41,7 +41,7 @@ class SpooledFeatures:
             self._file.write(values[order[run]].tobytes())
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return float32 (n, W) of the tiles ``rows``, int64 ascending."""
+        """Return the features of the tiles ``rows`` (int64, ascending), float32 (n, W)."""
         out = np.empty((rows.size, self._width), np.float32)
         for run in _runs(rows):
             self._file.seek(int(rows[run.start]) * self._width * 4)
@@ -77,7 +77,7 @@ class FeatureColumns:
         self._store, self._columns = store, columns
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return (n, W) of the tiles ``rows``, int64 ascending."""
+        """Return the selected columns (n, W) of the tiles ``rows`` (int64, ascending)."""
         values = self._store[rows] if isinstance(self._store, np.ndarray) else self._store.read(rows)
         return values[:, self._columns]
 

@@ -40,7 +40,7 @@ class ImageFeatures:
     pooled_Nd: np.ndarray
     """float32 (N, d), mean patch feature before projection."""
     readout_NF: np.ndarray | None = None
-    """float32 (N, F), input of the linear readout; None if the model has none, if it was not requested, or without tiles."""
+    """float32 (N, F), input of the linear readout; None without a readout, without tiles, or if it was not requested."""
     xy_N2: np.ndarray | None = None
     """Positions of the spots, if known."""
 
@@ -52,11 +52,11 @@ class EncodedTiles:
     vector_nD: np.ndarray
     pooled_nd: np.ndarray
     views_nF: np.ndarray | None
-    """Features averaged over the readout's views; None if the model has no readout or they were not requested."""
+    """Features averaged over the readout's views; None if the model has no readout, or if these features were not requested."""
 
 
 def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
-    """Return the vectors for the gene encoder, and those with which the linear readout predicts genes that were not trained.
+    """Return the vectors for the gene encoder, and the vectors with which the linear readout predicts genes that were not trained.
 
     Raise ValueError if the model cannot use the given vectors.
     """
@@ -72,7 +72,7 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
             "model's own vectors with the same values"
         )
     if own is not None and given is not None and further is None:
-        log.warning("%s: the linear readout uses the given vectors, gene sentences do not", _OTHER_AXES)
+        log.warning("%s: the linear readout uses the given vectors, but gene sentences do not", _OTHER_AXES)
     return further or own, further or given or own
 
 
@@ -86,8 +86,8 @@ class Predictor:
     device
         Device of the model.
     vectors
-        Gene vectors, which allow the readout to predict genes that were not trained. If the export holds gene vectors of
-        its own, these add genes to them; if they do not extend those of the export, only the readout uses them, with a warning.
+        Gene vectors, which allow the readout to predict genes that were not trained. If the export has gene vectors too, the given
+        vectors add genes to them; if that is not possible, only the readout uses the given vectors, and a warning is logged.
 
     Raises
     ------
@@ -175,7 +175,7 @@ class Predictor:
         stain
             Stain statistics of the section, used if the model normalises stain; None leaves the tiles unchanged.
         readout
-            Whether to compute the features of the readout, if there is one, which encodes each tile under ``readout.views`` views.
+            Whether to compute the features of a linear readout; each tile is then encoded under ``readout.views`` views.
         """
         if self.normalises_stain and stain is not None:
             tiles_NSS3 = normalise_stain(tiles_NSS3, stain)
@@ -237,9 +237,9 @@ class Predictor:
     ) -> dict[str, np.ndarray]:
         """Predict expression of one section.
 
-        Genes of the linear readout are predicted by it, mixed with the prediction from level sentences. Other genes are predicted by
-        the readout with gene vectors if these contain the gene. All further genes, and all genes without a readout or without its
-        features, are predicted from level sentences alone.
+        For genes of the linear readout, the predictions of the readout and from level sentences are mixed. Other genes are
+        predicted by the readout with gene vectors if these contain the gene. All remaining genes, and all genes if there is no
+        readout or its features were not computed, are predicted from level sentences alone.
 
         Parameters
         ----------
@@ -298,7 +298,8 @@ class Predictor:
     ) -> dict[str, np.ndarray]:
         """Predict from level sentences with vectors averaged over views.
 
-        If neighbours are used (``readout.context``, and positions are known), half of the result is the mean of the neighbours.
+        If neighbours are used (``readout.context``, and positions are known), the result is the average of a spot's own prediction
+        and the mean of its neighbours' predictions.
         """
         assert self.bundle.readout is not None
         values = self.predict_levels(self.averaged_views(features), genes, chunk)

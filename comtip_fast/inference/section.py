@@ -1,7 +1,8 @@
 """Prediction of a complete section in bounded memory.
 
 Tiles are encoded in chunks. Their features are stored, because the linear readout needs statistics of the whole section and the
-neighbours of each spot; large ones go to a temporary file. Expression is then predicted for blocks of spots and genes.
+neighbours of each spot; if they are large, they are stored in a temporary file. Expression is then predicted for blocks of
+spots and genes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MIN_BLOCK, MAX_BLOCK = 256, 4096
 
 
 class SectionFeatures:
-    """Features of all tiles of a section, encoded once; a context manager. Large ones are kept in temporary files.
+    """Features of all tiles of a section, encoded once; a context manager. Large features are kept in temporary files.
 
     Parameters
     ----------
@@ -94,14 +95,14 @@ def stored_width(predictor: Predictor) -> int:
 
 
 def to_store(encoded: EncodedTiles) -> np.ndarray:
-    """Return the features to store, float32 (n, W): the vector of each tile and, with a readout, its features over views."""
+    """Return the features to store, float32 (n, W): each tile's vector and, with a readout, its features averaged over views."""
     if encoded.views_nF is None:
         return encoded.vector_nD
     return np.concatenate([encoded.vector_nD, encoded.views_nF], axis=1)
 
 
 def row_blocks(n: int) -> Iterator[np.ndarray]:
-    """Yield the indices below ``n`` in blocks of :data:`MAX_BLOCK`; one empty block if there are none."""
+    """Yield the indices below ``n`` in blocks of :data:`MAX_BLOCK`; if ``n`` is 0, yield one empty block."""
     for start in range(0, max(n, 1), MAX_BLOCK):
         yield np.arange(start, min(start + MAX_BLOCK, n))
 
@@ -160,7 +161,7 @@ class _Around:
     """bool (n, k): which candidates are neighbours; None without neighbours."""
 
     def mean(self, values_mF: np.ndarray) -> np.ndarray:
-        """Return the mean of ``values_mF`` over the neighbours of each spot of the block; a spot without any keeps its own values."""
+        """Return the mean of ``values_mF`` over each spot's neighbours; a spot without neighbours keeps its own values."""
         own: np.ndarray = values_mF[self.own]
         return own if self.index is None or self.near is None else mean_over(own, values_mF, self.index, self.near)
 
@@ -241,7 +242,7 @@ class SectionPrediction:
             yield PredictedBlock(rows, chunk.columns, self._predict(chunk, around, head, whole.moments))
 
     def _chunk(self, genes: Sequence[GeneQuery], columns: slice, cohort: str | None) -> _GeneChunk:
-        """Encode the sentences of some genes, and choose what predicts each of them."""
+        """Encode the sentences of some genes, and choose for each gene whether the readout, level sentences or both predict it."""
         part = list(genes[columns])
         keys = [g.key or "" for g in part]
         if self.readout is None:
@@ -255,7 +256,7 @@ class SectionPrediction:
         return _GeneChunk(columns, decoder, weight, mixed, rest, *tables)
 
     def _blocks(self, n: int, xy_N2: np.ndarray | None, neighbours: Neighbours | None) -> Iterator[np.ndarray]:
-        """Yield the spots in blocks, each ascending; if neighbours are used, most of them are in the same block."""
+        """Yield the spots in blocks, each ascending; if neighbours are used, most neighbours of a spot are in its block."""
         order = np.arange(n)
         if neighbours is not None and xy_N2 is not None:
             order = reading_order(np.asarray(xy_N2, np.float64), neighbours.spacing)

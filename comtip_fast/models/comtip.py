@@ -216,7 +216,10 @@ class CoMTIP(nn.Module):
     def _rows_and_scores(
         self, genes: GeneTokens, sentences: slice, counts: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return projected rows (N, D) and pooling scores (N,) of a slice of the sentences, of ``counts`` on every rank."""
+        """Return projected rows (N, D) and pooling scores (N,) of a slice of the sentences.
+
+        ``counts`` has the number of sentences of each rank.
+        """
         h_Nd = self.genes(genes, sentences, counts)
         return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 

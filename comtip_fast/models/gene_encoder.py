@@ -54,7 +54,7 @@ class SentenceBlock(nn.Module):
         x_Sd
             Input of the S tokens.
         length_N, longest
-            Number of tokens of each sentence, and an upper bound of it.
+            Number of tokens of each sentence, and an upper bound of these numbers.
         first_N
             Indices of the ``[GENE]`` tokens, to compute only their rows; None computes all rows.
         first_S
@@ -127,7 +127,7 @@ class GeneEncoder(nn.Module):
         sentences
             Slice of the G * Q rows; None returns all rows.
         counts
-            Number of rows of every rank, from which padded sizes are computed; None is one rank with all of them.
+            Number of rows of every rank, from which padded sizes are computed; None if one rank has all rows.
         """
         G, Q, device = genes.length_G.shape[0], self.n_levels, genes.ids_GT.device
         first, stop, _ = (sentences or slice(None)).indices(G * Q)
@@ -159,8 +159,8 @@ class GeneEncoder(nn.Module):
         genes
             Tokens of each sentence.
         level_lo_N, level_hi_N, mix_N
-            Level of each sentence, int64. With the last two, the embeddings of the levels ``level_lo_N`` and ``level_hi_N`` are
-            interpolated linearly, with the weight ``mix_N`` in [0, 1] of the latter.
+            Level of each sentence, int64. If ``level_hi_N`` and ``mix_N`` are given, the embeddings of both levels are interpolated
+            linearly; ``mix_N``, in [0, 1], is the weight of ``level_hi_N``.
         panel
             Gene of each sentence, int64 (N,), and sizes in host memory, with which no size is read from the device.
         added
@@ -217,7 +217,7 @@ def _with_padding(length_N: Tensor, order_N: Tensor, tokens: int, added: int, lo
     tokens
         Number of tokens of all sentences and copies.
     added
-        Number of copies. Those that no token is left for have length 0.
+        Number of copies; if no tokens are left for the last copies, these have length 0.
     longest
         Largest length of a copy.
     """

@@ -100,7 +100,7 @@ class VisionEncoder(nn.Module):
         Raises
         ------
         ValueError
-            The width of the tiles is not the one that the encoder was built for.
+            The width of the tiles is not the width that the encoder was built for.
         """
         B, _, S, _ = tiles_B3SS.shape
         if self.grid * self.patch_px != S:
@@ -151,13 +151,13 @@ class VisionEncoder(nn.Module):
     def in_one_pass(self) -> bool:
         """Whether :meth:`encode_both` takes one pass over the blocks.
 
-        It takes two if a block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`), and with activation
-        checkpointing, which exists to save memory: recomputing both together would need more of it.
+        It takes two passes if a block is of an unknown kind (:func:`comtip_fast.models.vit_blocks.take_parts`), and with activation
+        checkpointing, because recomputing both parts together would need more memory.
         """
         return self.takes_parts and not self.recompute
 
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """Encode all patches, and those of ``visible_BV`` without the others; return both.
+        """Encode all patches and, separately, only those of ``visible_BV``; return both outputs.
 
         In one pass over the blocks (:attr:`in_one_pass`), weights are read once and have one gradient, except those of the norms
         and the output projection inside attention.
@@ -168,7 +168,7 @@ class VisionEncoder(nn.Module):
         return self(features_BP), self(features_BP, visible_BV)
 
     def _both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """Return the tokens of all patches and of ``visible_BV``, which attend to tokens of their own part only."""
+        """Return the outputs for all patches and for the patches ``visible_BV``; tokens attend only to tokens of their own part."""
         x_BTd = self._embedded(features_BP, None)
         (B, T, d), n, V = x_BTd.shape, self.n_prefix, visible_BV.shape[1]
         rows_Bn = torch.arange(B * T, device=visible_BV.device).view(B, T)[:, : n + 1]
@@ -182,7 +182,7 @@ class VisionEncoder(nn.Module):
         return self._tokens(full.view(B, T, d)), self._tokens(visible.view(B, n + V, d))
 
     def _embedded(self, features_BV: Tensor, visible_BV: Tensor | None) -> Tensor:
-        """Return class, distillation and register tokens and embedded patches, with their positions, (B, n + V, d)."""
+        """Return class, distillation and register tokens, then embedded patches, (B, n + V, d), all with positions added."""
         B, V = features_BV.shape[:2]
         if self.stem is not None:
             x_BVd = self.patch_embed(features_BV)
@@ -208,7 +208,7 @@ class VisionEncoder(nn.Module):
         }
 
     def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:
-        """Return the position embeddings (B, V, d) of all patches, or of those of ``visible_BV``."""
+        """Return the position embeddings (B, V, d) of all patches, or of the patches ``visible_BV`` only."""
         rows_Pd = self.pos_embed[0] if self.no_embed_class else self.pos_embed[0, self.n_prefix :]
         if visible_BV is None:
             return rows_Pd.expand(batch, -1, -1)
@@ -339,7 +339,7 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 
 def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
-    """Return the arguments of timm's constructor for the settings that are not None; without class token also average pooling."""
+    """Return timm's constructor arguments for the settings that are not None and, without a class token, for average pooling."""
     named: dict[str, Any] = {
         "patch_size": config.patch_px,
         "embed_dim": config.width,

@@ -106,8 +106,8 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     Raises
     ------
     ValueError
-        The ``config.json`` next to the weights is not one of timm, or a mean or standard deviation is taken from it, or from timm, and
-        cannot be used.
+        The ``config.json`` next to the weights is not a timm config, or its mean or standard deviation, or that of timm, cannot
+        be used.
     """
     mean: Channels = PIXEL_MEAN
     std: Channels = PIXEL_STD
@@ -125,13 +125,17 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     if config.pretrained and config.backbone != "small":
         of_mean, of_std = (origin if own is None else "the config" for own in (config.pixel_mean, config.pixel_std))
         log.info(
-            "tiles are normalised with mean %s (of %s) and standard deviation %s (of %s)", mean, of_mean, std, of_std
+            "tiles are normalised with mean %s (from %s) and standard deviation %s (from %s)",
+            mean,
+            of_mean,
+            std,
+            of_std,
         )
     return mean, std
 
 
 def _of_facts(facts: dict[str, Any], origin: str, config: VisionConfig) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation of the config or, where it has none, of a model description; ImageNet's if both lack them."""
+    """Return the mean and standard deviation that the config states, else those of a model description, else those of ImageNet."""
     out: list[Channels] = []
     for key, stated, default in (("mean", config.pixel_mean, PIXEL_MEAN), ("std", config.pixel_std, PIXEL_STD)):
         value = facts.get(key, default) if stated is None else stated
@@ -161,7 +165,7 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
     named = facts.get("architecture")
     if isinstance(named, str) and named != config.backbone:
         log.warning(
-            "%s describes %s, but vision.backbone=%s; check that the weights are those of this backbone",
+            "%s describes %s, but vision.backbone=%s; check that the weights belong to this backbone",
             path,
             named,
             config.backbone,
@@ -216,7 +220,7 @@ def _misfit(path: Path, problem: str, state: dict[str, Tensor]) -> str:
     return (
         f"vision.pretrained={path}: the weights do not fit vision.backbone: the file {problem.splitlines()[0]}"
         + (f"; it holds {facts}" if facts else "")
-        + "; give the weights of that model, or set vision.backbone and vision.vit.* to those of the file"
+        + "; give weights of vision.backbone, or set vision.backbone and vision.vit.* to the model of the file"
     )
 
 
@@ -239,7 +243,7 @@ def describe(state: dict[str, Tensor]) -> str:
 
 
 def fill_normalisation(state: dict[str, Tensor], prefix: str) -> None:
-    """Add ImageNet's mean and standard deviation to the weights of an encoder of an earlier version, which lack them.
+    """Add ImageNet's mean and standard deviation to the weights of an encoder from a version that did not store them.
 
     Parameters
     ----------

@@ -34,7 +34,7 @@ NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
 N_VIEWS = 8
 VECTOR_RIDGE = 1.0
 VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
-"""Order in which orientations are used: the tile, mirrored and turned by 180 degrees, turned, mirrored, then the others."""
+"""Order in which orientations are used: unchanged, turned by 180 degrees and mirrored, turned, mirrored, then the others."""
 
 
 # -- features -----------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class ReadoutSettings:
     context: bool = True
     """Whether features are concatenated with their mean over neighbouring spots."""
     vector_dim: int = 0
-    """Number of leading tile features that are the shared-space vector; the others are those of the frozen stem."""
+    """Number of leading tile features that are the shared-space vector; the other features come from the frozen stem."""
 
     def columns(self, block: str, n_features: int) -> np.ndarray:
         """Return the int64 columns of a block among F features, including its means over neighbours."""
@@ -162,7 +162,7 @@ class LinearReadout:
     heads: list[CohortHead]
 
     def head_features(self, x_NF: np.ndarray, xy_N2: np.ndarray | None) -> np.ndarray:
-        """Return tile features (N, F') concatenated with their mean over neighbours, or with themselves without positions.
+        """Return tile features (N, F') concatenated with their mean over neighbours, or with themselves if ``xy_N2`` is None.
 
         If ``settings.context`` is False, ``x_NF`` is returned unchanged.
         """
@@ -179,7 +179,7 @@ class LinearReadout:
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
         """Return the weight of the level-sentence prediction in the mixture, float64 (G,).
 
-        It is the mean over those heads used by :meth:`predict` whose ``keys`` contain the gene, and 0 if there is none.
+        For each gene, it is the mean over the heads of :meth:`predict` whose ``keys`` contain the gene, or 0 if no head has it.
         """
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
@@ -210,7 +210,7 @@ class LinearReadout:
         Raises
         ------
         ValueError
-            A gene is to be decoded with ``vectors``, which have fewer than 2 genes of the head.
+            A gene needs ``vectors``, but these contain fewer than 2 genes of the head.
         """
         decoder = self.decoder(keys, cohort, vectors)
         return decoder.predict(x_NF), decoder.known
@@ -226,7 +226,7 @@ class LinearReadout:
         return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
-        """Return the head of a cohort in a list; all heads if it has none, or for None."""
+        """Return a list with the head of the cohort; if the cohort has no head or is None, return all heads."""
         own = [h for h in self.heads if h.cohort == cohort]
         return own or self.heads
 
@@ -291,7 +291,7 @@ class ReadoutDecoder:
         x_NF
             Features from :meth:`LinearReadout.head_features`.
         section
-            Moments of the section if ``x_NF`` is a part of it; None if it is complete.
+            Moments of the section if ``x_NF`` is a part of it; None if ``x_NF`` is the complete section.
         """
         values = {norm: np.zeros((len(x_NF), len(self._count))) for norm in NORMS}
         for head, decoders in self._heads:
@@ -323,7 +323,7 @@ class _Decoders:
 
     @classmethod
     def of(cls, head: CohortHead, keys: Sequence[str], vectors: GeneVectors | None) -> _Decoders:
-        """Find the genes that ``head`` decodes: its own and, with gene vectors, those of its species that have a vector."""
+        """Find the genes that ``head`` decodes: its own and, with gene vectors, genes of its species that have a vector."""
         index = {k: i for i, k in enumerate(head.keys)}
         rows = np.array([index.get(k, -1) for k in keys], np.int64)
         trained, unseen = np.flatnonzero(rows >= 0), np.zeros(0, np.int64)

@@ -27,7 +27,7 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
 
 
 def _mark_sizes(args: tuple[Any, ...]) -> None:
-    """Declare every dimension but the last of each tensor as dynamic, or the only one of a vector.
+    """Declare all dimensions of each tensor except the last as dynamic, and the only dimension of a vector.
 
     Otherwise PyTorch compiles a variant for the first size, and one for any size when it meets a second size, in each gradient
     mode. Sizes differ between all patches, visible patches and pieces of a batch.

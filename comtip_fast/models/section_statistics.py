@@ -39,13 +39,13 @@ class Neighbours:
         """Median distance to the nearest spot."""
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for the n spots ``rows``, candidates int64 (n, k) and bool (n, k): which candidates are neighbours."""
+        """Return candidates for the n spots ``rows``, int64 (n, k), and which of the candidates are neighbours, bool (n, k)."""
         distance, index = self._tree.query(self._xy[rows], k=self._k)
         return index, (distance <= MAX_DISTANCE * self.spacing) & (index != rows[:, None])
 
 
 def mean_over(own_nF: np.ndarray, all_MF: np.ndarray, index_nk: np.ndarray, near_nk: np.ndarray) -> np.ndarray:
-    """Return the mean of ``all_MF[index_nk]`` over the neighbours (``near_nk``); a spot without any keeps its row of ``own_nF``."""
+    """Return the mean of ``all_MF[index_nk]`` over neighbours (``near_nk``); a spot without neighbours keeps its ``own_nF`` row."""
     count = near_nk.sum(1, keepdims=True)
     mean = np.zeros(own_nF.shape, np.float64)
     for j in range(near_nk.shape[1]):

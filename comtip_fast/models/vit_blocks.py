@@ -1,9 +1,9 @@
-"""Blocks of timm's Vision Transformer for all patches and for the visible patches of a batch in one call.
+"""Blocks of timm's Vision Transformer that process all patches and, separately, the visible patches of a batch in one call.
 
 The rows of both parts are concatenated. Norms, linear layers and residual sums process all rows together. Attention computes q, k
-and v of all rows together, and then processes each part separately, with its own norms and its output projection. All weights but
-those of this separate part are read once, and have one gradient. This is the only module that depends on what a block of timm
-computes; parameters keep timm's names.
+and v of all rows together, and then processes each part separately, with its own norms and its output projection. All other weights
+are read once, and have one gradient. This is the only module that depends on what a block of timm computes; parameters keep timm's
+names.
 
 Shapes: B tiles, T tokens of a part per tile, N = B * (sum of T) rows, d the width, H heads of E channels.
 """
@@ -29,12 +29,12 @@ _NORMS = (nn.LayerNorm, LayerNorm, RmsNorm, nn.Identity)
 
 
 class PartsAttention(Attention):
-    """Attention of timm within each of several parts of the rows."""
+    """Attention of timm, computed separately within each part of the rows."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
     ) -> Tensor:
-        """Return the attention of sequences (B, T, d), or of the rows (N, d) of parts of ``tokens`` tokens per tile."""
+        """Return the attention of sequences (B, T, d) or, if ``tokens`` states each part's tokens per tile, of rows (N, d)."""
         if tokens is None:
             out: Tensor = super().forward(x, **options)  # timm's block passes options
             return out
@@ -59,12 +59,12 @@ class PartsAttention(Attention):
 
 
 class PartsBlock(Block):
-    """Pre-norm block of timm, with attention within each of several parts of the rows."""
+    """Pre-norm block of timm whose attention is computed separately within each part of the rows."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
     ) -> Tensor:
-        """Return the output for sequences (B, T, d), or for the rows (N, d) of parts of ``tokens`` tokens per tile."""
+        """Return the output for sequences (B, T, d) or, if ``tokens`` states each part's tokens per tile, for rows (N, d)."""
         if tokens is None:
             out: Tensor = super().forward(x, **options)  # such as a mask
             return out
@@ -73,9 +73,10 @@ class PartsBlock(Block):
 
 
 def take_parts(blocks: Sequence[nn.Module]) -> bool:
-    """Let the blocks accept rows of several parts, in place; return False, and change nothing, if one of them is not known.
+    """Change the blocks in place to accept rows of several parts, and return True.
 
-    Known are plain pre-norm blocks without dropout, of a tested release of timm.
+    If a block is not a plain pre-norm block without dropout, or the release of timm is newer than the tested one, change nothing
+    and return False.
     """
     if release(timm.__version__) > TESTED or not all(map(_known, blocks)):
         return False
@@ -97,7 +98,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def _known(block: nn.Module) -> bool:
-    """Return whether the parts of a block are those that :class:`PartsBlock` calls, each of which processes rows one by one."""
+    """Return whether a block has only modules that :class:`PartsBlock` can call with rows of several parts."""
     attn = getattr(block, "attn", None)
     if type(block) is not Block or type(attn) is not Attention or not attn.fused_attn:
         return False

@@ -77,7 +77,7 @@ class PairMetadata:
     negatives: str = "all"
     """``align.negatives`` of the config."""
     excluded_m: Tensor | None = None
-    """bool (m,): whether a mispaired text is not used as a negative; False for the first b. None excludes no text."""
+    """bool (m,): True excludes a mispaired text as a negative; False for the first b columns. None excludes no text."""
 
 
 def global_infonce(
@@ -166,7 +166,7 @@ class _RowMetadata:
 
 @dataclass
 class _LossContext:
-    """Inputs of one evaluation of the loss other than the vectors."""
+    """Inputs of the loss other than the vectors and the scale."""
 
     group: Group
     counts: list[int]
@@ -245,7 +245,7 @@ Columns = tuple[Tensor, Tensor]
 
 
 def _gather_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return all images, and the log-sum-exp over negatives of this rank's images and of its columns."""
+    """Return all images, and the log-sum-exp over negatives for each of this rank's images and columns."""
     all_x = context.group.gather_rows(x, context.counts)
     row, column = block_lse(all_x, y, s, context.ids(slice(None)), dtype=context.dtype)
     top = context.group.max(row).clamp_min(-1e30)  # a row without negatives is -inf on all ranks: avoid inf - inf
@@ -256,7 +256,7 @@ def _gather_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> t
 def _gather_backward(
     all_x: Tensor, y: Tensor, s: Tensor, context: _LossContext, row_lse: Tensor, columns: Columns
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of this rank's images and columns from negatives."""
+    """Return the part of the gradients of this rank's images and columns that comes from negatives."""
     rows = context.group.gather_rows(row_lse, context.counts)
     weight, ids = context.row_weight(all_x), context.ids(slice(None))
     dx, dy = block_gradients(all_x, y, s, ids, weight, rows, *columns, dtype=context.dtype)
@@ -264,7 +264,7 @@ def _gather_backward(
 
 
 def _ring_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the results of :func:`_gather_forward` (None for all images); image blocks are passed round the ring."""
+    """Return the results of :func:`_gather_forward`, but None instead of all images; image blocks are passed round the ring."""
     column = y.new_full((y.shape[0],), -torch.inf)
 
     def block_forward(block: Tensor, owner: int) -> Tensor:
@@ -303,7 +303,7 @@ def _ring_reduce(
     """Apply ``compute`` to this rank's block on every rank and return the reduced result.
 
     Blocks are passed round the ring. At step k, a rank computes on the block of rank - k while it receives the next block. The
-    partial result of a block follows one step later and is reduced on every rank. It reaches the block's owner in the last step,
+    partial result of a block follows one step later and is reduced on every rank. In the last step it reaches the block's owner,
     which adds its own result. Each rank sends W - 1 blocks and W - 1 partial results.
     """
     group, W = context.group, context.group.size

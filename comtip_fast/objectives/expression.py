@@ -26,7 +26,7 @@ def masked_mse(predicted_BG: Tensor, target_BG: Tensor, known_BG: Tensor) -> Ten
 def soft_contrastive(image_BD: Tensor, other_BD: Tensor) -> Tensor:
     """Return BLEEP's contrastive loss, a scalar: cross-entropy in both directions against soft targets.
 
-    The targets are the softmax of the mean of the similarities within each modality. The temperature is 1.
+    The targets are the softmax of the mean of two similarity matrices, one within each modality. The temperature is 1.
 
     Parameters
     ----------

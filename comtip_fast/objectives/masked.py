@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HEALTH = ("patch_variance", "patch_rank")
-"""Names of the numbers of :func:`feature_health`."""
+"""Keys of the dict that :func:`feature_health` returns."""
 
 
 def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str = "smooth_l1") -> Tensor:
@@ -41,12 +41,12 @@ def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str
 
 @torch.no_grad()
 def feature_health(patches_BPd: Tensor) -> dict[str, float]:
-    """Measure whether the encoder's features differ between patches.
+    """Return two measures of how much the encoder's features differ between patches.
 
     Returns
     -------
     dict
-        ``patch_variance``: variance of the layer-normalised features over the patches of a tile, mean over tiles and
+        ``patch_variance``: variance of the layer-normalised features over the patches of a tile, averaged over tiles and
         channels; 0 if all patches are equal. ``patch_rank``: effective rank of the features of up to 1024 patches, the
         exponential of the entropy of their normalised singular values; 1 means collapse. Both are NaN without tiles, and for
         features that are not finite, for which the singular value decomposition would raise.

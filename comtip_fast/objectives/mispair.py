@@ -1,4 +1,4 @@
-"""Mispairing: genes of a spot are paired with wrong levels, the negatives of pair-aware adversarial training (PAAT).
+"""Mispairing: genes of a spot are paired with wrong levels to give the negatives of pair-aware adversarial training (PAAT).
 
 The functions draw no random numbers: callers pass uniform numbers.
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, v_CBG: Tensor) -> Tensor:
-    """Permute each spot's levels among the genes of the same stratum, and return the levels (C, B, G).
+    """Return C random permutations (C, B, G) of each spot's levels among the genes of the same stratum.
 
     Two independent random orders of the genes, both sorted by stratum, are matched element by element. This gives a uniform
     permutation within each stratum, so the set of a spot's levels does not change.
@@ -21,7 +21,7 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
     Parameters
     ----------
     levels_BG, stratum_BG
-        Level and stratum of each gene, integers.
+        Level and stratum of each gene in each spot, integers.
     u_CBG, v_CBG
         Independent uniform numbers in [0, 1), which define the two orders.
     """
@@ -69,8 +69,8 @@ def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, 
 def choose_hardest(logits_CBG: Tensor, counted_CBG: Tensor) -> Tensor:
     """Return, for each spot, the index of the candidate whose counted swaps have the largest mean logit, int64 (B,).
 
-    Candidates are selected as a whole, not gene by gene, so that a permutation remains one. A candidate without counted swaps is
-    selected only if no candidate has any.
+    Candidates are selected as a whole, not gene by gene, so that a permutation remains a permutation. A candidate
+    without counted swaps is selected only if no candidate has counted swaps.
 
     Parameters
     ----------

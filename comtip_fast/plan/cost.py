@@ -35,12 +35,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per element."""
+    """Bytes per element in the forward and backward pass."""
 
     stream: int
-    """In the residual stream, norms and losses."""
+    """Bytes per element of the residual stream, norms and losses."""
     operand: int
-    """In the operands of matrix products."""
+    """Bytes per element of the operands of matrix products."""
     weight_copies: bool = False
     """Whether autocast keeps a copy of the weights in the operands' precision."""
 
@@ -60,14 +60,14 @@ def total(costs: Iterable[Cost], field: str) -> float:
 
 
 def forward_only(costs: Iterable[Cost]) -> list[Cost]:
-    """Return the same operations without gradients: nothing is saved and there is no backward pass."""
+    """Return the costs of the same operations without gradients: nothing is saved and there is no backward pass."""
     return [Cost(c.name, c.flops, 0.0, c.moved) for c in costs]
 
 
 def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]:
-    """Return the same operations under activation checkpointing: only the input is saved.
+    """Return the costs of the same operations under activation checkpointing: only the input is saved.
 
-    The backward pass recomputes them up to the last tensor that it needs.
+    The backward pass recomputes the operations up to the last tensor that it needs.
     """
     last = max(i for i, c in enumerate(costs) if c.saved)
     recomputed = [
@@ -78,7 +78,7 @@ def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]
 
 
 def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, keep: bool = True) -> Cost:
-    """Return the cost of a linear layer on n vectors; with ``keep`` False, another operation saves the input."""
+    """Return the cost of an ``i`` x ``o`` linear layer on n vectors; if ``keep`` is False, another operation saves its input."""
     product, e = 2.0 * n * i * o, p.operand
     return Cost(
         f"linear {i}x{o}",
@@ -97,9 +97,9 @@ def norm(n: float, d: int, p: Precision) -> Cost:
 
 
 def pointwise(n: float, d: int, e: int, *, reads: int = 1, keep: float = 1.0, name: str = "pointwise") -> Cost:
-    """Return the cost of an elementwise operation with ``reads`` operands of n x d elements of ``e`` bytes.
+    """Return the cost of an elementwise operation on ``reads`` operands, each with n x d elements of ``e`` bytes.
 
-    ``keep`` is the number of tensors of that size that are saved.
+    ``keep`` is the number of saved tensors of this size.
     """
     tensor = n * d * e
     return Cost(name, 0, 0, (reads + 1) * tensor, (reads + 1) * tensor, keep * tensor)
@@ -118,7 +118,7 @@ def attention(n: float, length: float, d: int, heads: int, p: Precision) -> Cost
 def block(n: float, length: float, d: int, hidden: int, heads: int, p: Precision) -> list[Cost]:
     """Return the costs of a pre-norm transformer block on n tokens in sequences of ``length``.
 
-    Per token it saves 2 d elements of the residual stream and (6 d + 2 hidden) operands.
+    Per token, the block saves 2 d elements of the residual stream and (6 d + 2 hidden) operands.
     """
     return [
         norm(n, d, p),

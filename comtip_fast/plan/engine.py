@@ -41,7 +41,7 @@ class EngineSpec:
         return AUTOCAST if self.bf16 else FP32
 
     def shares_table(self, sentences: int, ranks: int) -> bool:
-        """Return whether the sentence table is sharded; with one rank or fewer sentences than ranks, every rank encodes all."""
+        """Return whether the sentence table is sharded; it is not with one rank or with fewer sentences than ranks."""
         return self.shard_table and 1 < ranks <= sentences
 
     @property

@@ -54,7 +54,7 @@ class Efficiency:
     cores: int = 12
     """CPU cores per device that load tiles."""
     tile_ms: float = 1.0
-    """CPU milliseconds to read, check, decode and augment one tile of 224 px; other widths in proportion to their area."""
+    """CPU milliseconds to read, check, decode and augment one tile of 224 px; for other widths, in proportion to the area."""
 
 
 LINKS = {
@@ -152,7 +152,8 @@ class Cluster:
         """
         if self.per_node < 1 or self.nodes < 1:
             raise ValueError(
-                f"{self.per_node} devices per node, {self.nodes} nodes: not a cluster; give at least one device per node and one node"
+                f"{self.per_node} devices per node, {self.nodes} nodes: not a cluster; give at least one "
+                "device per node and one node"
             )
         for name in ("compute", "memory", "link"):
             share = getattr(self.efficiency, name)

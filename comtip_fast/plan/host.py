@@ -12,22 +12,23 @@ from comtip_fast.plan.sizes import Sizes
 # Operators of a transformer block: forward and backward, forward alone, and recomputation under activation checkpointing.
 VISION_BLOCK, VISION_FORWARD, VISION_AGAIN = 43, 19, 18
 VISION_BOTH = 48
-"""Operators of a block for all and the visible patches in one pass, forward and backward."""
+"""Operators of a block, forward and backward, if all patches and the visible patches take one pass."""
 TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 35, 14, 17
 PREFIX, PREFIX_FORWARD, PREFIX_BOTH = 8, 4, 11
-"""Operators of class and register tokens, per call of the image encoder."""
+"""Operators of class and register tokens per call of the image encoder: forward and backward, forward alone, and if all
+patches and the visible patches take one pass."""
 EMBEDDED_ONCE = 8
-"""Operators before and after the blocks that are not issued a second time if all and the visible patches take one pass."""
+"""Operators before and after the blocks that are issued only once if all patches and the visible patches take one pass."""
 FIXED = 808
 """All other operators of a step without micro-batches: embeddings, heads, pooling, losses, draws, optimizer."""
 FIXED_PIECES, PER_PIECE = 663, 313
-"""The same with micro-batches: once, and per micro-batch."""
+"""All other operators of a step with micro-batches: once per step, and per micro-batch."""
 DDP, ZERO_PIECE, RING_HOP = 59, 268, 43
-"""Further operators of DDP, of ZeRO per micro-batch, and of the ring per other rank."""
+"""Further operators of DDP, of ZeRO per micro-batch, and of the ring loss per other rank."""
 
 
 def operators(s: Sizes, e: EngineSpec, ranks: int) -> int:
-    """Return the number of operators of a step of a rank, with the losses of the default config."""
+    """Return the number of operators in one rank's step with the losses of the default config."""
     n, branches = e.micro_batches, 2 if s.has_mfm else 1
     if s.has_mfm and s.one_pass and not e.activation_checkpointing:
         image = VISION_BOTH * s.depth + PREFIX_BOTH * (s.prefix > 0) - EMBEDDED_ONCE

@@ -26,7 +26,7 @@ class MemoryRow:
     where: str = "device"
     """``device``, ``host`` or ``nvme``."""
     lasts: bool = False
-    """Whether it persists between steps."""
+    """Whether this memory persists between steps."""
     note: str = ""
 
 
@@ -77,7 +77,7 @@ def _optimizer(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
 
 
 def _buckets(s: Sizes, e: EngineSpec) -> list[MemoryRow]:
-    """Return the row of DeepSpeed's gradient bucket; none without ZeRO, and DDP's gradients are views of its buckets."""
+    """Return the row of DeepSpeed's gradient bucket; empty without ZeRO, also for DDP, whose gradients are views of its buckets."""
     if e.kind != "deepspeed" or e.zero_stage == 0:
         return []
     bucket = e.bucket_bytes if e.zero_stage == 3 else min(e.bucket_bytes, s.trained * ELEMENT)
@@ -115,7 +115,7 @@ def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], 
 
 
 def _loss(s: Sizes, e: EngineSpec, w: RankShare, ranks: int) -> list[MemoryRow]:
-    """Return the row of vectors that InfoNCE exchanges; none for one rank or without InfoNCE."""
+    """Return the row of vectors that InfoNCE exchanges; empty for one rank or without InfoNCE."""
     if not s.has_nce or ranks == 1:
         return []
     own = ceil(s.B / ranks)
@@ -127,7 +127,7 @@ def _loss(s: Sizes, e: EngineSpec, w: RankShare, ranks: int) -> list[MemoryRow]:
 
 
 def _pairs(s: Sizes, ranks: int) -> list[MemoryRow]:
-    """Return the rows of drawing mispaired spots: about eight int64 or fp64 tensors per candidate, and levels of other ranks."""
+    """Return the rows of drawing mispaired spots: eight int64 or fp64 tensors per candidate (estimate), levels of other ranks."""
     if not s.mispairs:
         return []
     rows = [MemoryRow("adversary's candidates", 8 * INDEX * s.candidates * ceil(s.B / ranks) * s.G, note="estimate")]
@@ -137,7 +137,7 @@ def _pairs(s: Sizes, ranks: int) -> list[MemoryRow]:
 
 
 def _batch(s: Sizes, w: RankShare, ranks: int) -> list[MemoryRow]:
-    """Return the rows of the current batch and of prefetched ones."""
+    """Return the rows of the current batch and of the prefetched batches."""
     own = ceil(s.B / ranks)
     tiles = 0 if s.has_stem else own * 3 * s.S**2
     features = w.micro_batch_spots * s.P * s.patch_inputs * 4

@@ -37,7 +37,7 @@ class StepPart:
     """Number of executions per step."""
 
     def sum(self, field: str) -> float:
-        """Return FLOPs or bytes moved per step."""
+        """Return the sum of a field of :class:`Cost` per step: FLOPs or bytes moved."""
         return self.times * total(self.costs, field)
 
     @property
@@ -53,7 +53,7 @@ class RankShare:
     spots: int
     """Number of spots b of the rank."""
     micro_batches: int = 1
-    """Number of micro-batches. If there are several, each is embedded twice; the losses read all of them together."""
+    """Number of micro-batches. If there are several, each is embedded twice, and the losses read all micro-batches together."""
     images: int
     """Number of images that the rank's text columns are compared with."""
     columns: int
@@ -129,7 +129,7 @@ def in_one_pass(s: Sizes, w: RankShare) -> bool:
 
 
 def largest_block(s: Sizes, w: RankShare) -> float:
-    """Return the bytes that a recomputed block saves under checkpointing: the larger of a block of the image and text encoder."""
+    """Return the bytes that a recomputed block saves under checkpointing, for the larger of the image and the text block."""
     image = block(w.micro_batch_spots * (s.P + s.prefix), s.P + s.prefix, s.d, s.mlp, s.heads, w.precision)
     text = block(w.table_rows * s.tokens, s.attended, s.width, 4 * s.width, s.text_heads, w.precision)
     return max(total(image, "saved"), total(text, "saved"))
@@ -146,7 +146,7 @@ def image_head(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 def projection(n: float, width: int, D: int, p: Precision) -> list[Cost]:
-    """Return the costs of the projection head; its skip layer and norm share one saved input if it needs no cast."""
+    """Return the costs of the projection head; its skip layer and norm share one saved input if the input needs no cast."""
     return [
         linear(n, width, D, p, keep=p.operand != p.stream),
         norm(n, width, p),
@@ -190,7 +190,7 @@ def generator(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
-    """Return the costs of encoding and projecting ``w.table_rows`` sentences, and of normalisation and pair head on all."""
+    """Return the costs of encoding and projecting ``w.table_rows`` sentences, and of normalisation and pair head on all rows."""
     p, d, N, rows = w.precision, s.width, w.table_rows, s.G * s.Q
     n = N * s.tokens
     keep_cast = p.operand != p.stream
@@ -250,8 +250,8 @@ POOL_SAVED = 3 * INDEX + 2 * 4 + 1
 def infonce(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of InfoNCE between all images and the rank's text columns.
 
-    The backward pass recomputes the logits; a GPU stores their derivatives and multiplies them with both sides. A single CPU
-    process saves the exponentials of its first tiles.
+    The backward pass recomputes the logits. A GPU stores the derivatives of the logits and multiplies them with images and
+    texts. A single CPU process saves the exponentials of its first tiles.
     """
     pairs = w.images * w.columns
     vectors = (w.images + w.columns) * s.D * w.precision.operand
@@ -276,9 +276,9 @@ def level(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 def pair(s: Sizes, w: RankShare) -> list[Cost]:
-    """Return the costs of L_pair and of the adversary, which scores every candidate.
+    """Return the costs of L_pair and of the adversary, which scores all candidates.
 
-    With the text vector as context, the scored gene is removed from it.
+    If a text vector is the context, the scored gene is removed from the text.
     """
     p, pairs, issued = w.precision, w.spots * s.G, flops.pair_scores(w.spots, s.G, s.Q, s.D)
     moved = s.G * s.Q * s.D * p.operand + w.spots * s.D * p.operand + pairs * (INDEX + 4)

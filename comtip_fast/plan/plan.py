@@ -21,17 +21,17 @@ from comtip_fast.plan.traffic import Collective, step_traffic
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderRate:
-    """Loading rate that the step requires, and the available one, per node."""
+    """Loading rates per node: the rate that the step requires, and the available rate."""
 
     tiles_per_s: float
     """Required tiles per second."""
     bytes_per_s: float
     """Required bytes of encoded tiles per second."""
     available_tiles_per_s: float | None
-    """Measured tiles per second, or what the assumed cores decode; None on a CPU without a measured rate, where loading shares
-    the cores with the step and does not limit it."""
+    """Measured tiles per second, or the rate of the assumed cores. None on a CPU without a measured rate: loading then shares
+    the cores with the step and does not limit the step."""
     measured: bool
-    """Whether the available rate was given."""
+    """Whether a measured rate was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def host_seconds(self) -> float:
-        """Seconds in which the host issues the operators of a step, without compilation."""
+        """Seconds that the host needs to issue the operators of a step without compilation."""
         return self.operators * self.cluster.efficiency.launch_s
 
     @property
@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def utilisation(self) -> float:
-        """Share of the device's peak FLOP/s over the step."""
+        """Share of the device's peak FLOP/s that the step reaches."""
         peak = self.cluster.device.bf16 if self.engine.precision.is_bf16 else self.cluster.device.fp32
         return self.flops / self.step_seconds / peak
 
@@ -133,7 +133,7 @@ def make_plan(
         Measured rate of the loader per node; None assumes the cores and the time per tile of ``cluster.efficiency`` or, on a
         CPU, that loading does not limit the step.
     validation_spots
-        Spots that a validation scores; None assumes one section of ``train.validate_spots``.
+        Number of spots that a validation scores; None assumes one section with ``train.validate_spots`` spots.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def make_plan(
     s = sizes or sizes_of(config, inputs)
     if s.B < W:
         raise ValueError(
-            f"data.batch_size={s.B}: at least one spot per rank is needed, for {W} ranks; raise it or plan for fewer ranks"
+            f"data.batch_size={s.B}: too small for {W} ranks, which need at least one spot each; raise it or plan for fewer ranks"
         )
     e = engine or engine_of(config, W, cluster.device.name != "cpu")
     w = rank_share(s, e, cluster)
@@ -196,7 +196,7 @@ def _total(times: Sequence[PartTime]) -> float:
 
 
 def _deficit(name: str, needed: float, times: Sequence[PartTime]) -> list[PartTime]:
-    """Return the wait for the host or the loader, which needs ``needed`` seconds per step; empty if the step takes as long."""
+    """Return the wait for the host or the loader, which needs ``needed`` seconds per step; empty if the step is not faster."""
     wait = needed - _total(times)
     return [PartTime(f"wait: {name}", wait, name)] if wait > 0 else []
 
@@ -214,7 +214,7 @@ def _validation(
 ) -> ValidationTime | None:
     """Return the time of a validation; None without validation.
 
-    It is that of the image encoder on every spot and of the sentences of all trained genes, or that of the loader if it is longer.
+    A validation encodes every spot and the sentences of all trained genes, or waits for the loader if that takes longer.
     """
     if config.train.validate_every == 0:
         return None
@@ -244,7 +244,7 @@ def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
 
 
 def rank_share(s: Sizes, e: EngineSpec, c: Cluster) -> RankShare:
-    """Return the share of a step of the rank with the most spots."""
+    """Return the share of the rank with the most spots."""
     own = ceil(s.B / c.ranks)
     rows = s.G * s.Q
     if e.shares_table(rows, c.ranks):
@@ -270,7 +270,7 @@ def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> PartTime:
 
 
 def _overlap(parts: Sequence[StepPart], c: Cluster, e: EngineSpec) -> dict[str, float]:
-    """Return the seconds of computation that communication can overlap with: forward, backward, and of InfoNCE."""
+    """Return the seconds of computation that communication can overlap with: in forward pass, backward pass and InfoNCE."""
     times = {part.name: compute_time(part.costs, c, e.precision, part.times) for part in parts}
     overlap = {"forward": sum(t.forward for t in times.values()), "backward": sum(t.backward for t in times.values())}
     if "InfoNCE" in times:

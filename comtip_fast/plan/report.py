@@ -44,7 +44,7 @@ def render(plan: Plan, mean: Plan | None = None) -> str:
 
 
 def summary(plan: Plan, mean: Plan | None = None) -> list[str]:
-    """Return the summary in the header of ``configs/*.yaml``; without times for a CPU, whose peak is assumed."""
+    """Return the lines of the summary in ``configs/*.yaml``; a CPU has no times there, because its peak rate is assumed."""
     c, e, s = plan.cluster, plan.engine, plan.sizes
     devices = f"{c.nodes} x {c.per_node} x {c.device.name}" if c.nodes > 1 else f"{c.per_node} x {c.device.name}"
     lines = [
@@ -147,7 +147,7 @@ def _times(plan: Plan, mean: Plan | None) -> list[str]:
 
 
 def _host(plan: Plan) -> list[str]:
-    """Return the line on the host's time; none for a CPU, where it is part of each operation's."""
+    """Return the line on the host's time; empty for a CPU, where this time is part of each operation."""
     if plan.cluster.device.name == "cpu":
         return []
     issued = f"  host: {plan.operators:,} operators in {seconds(plan.host_seconds)}"
@@ -159,7 +159,7 @@ def _host(plan: Plan) -> list[str]:
 
 
 def _loader(plan: Plan) -> list[str]:
-    """Return the line on what the loader delivers; none on a CPU without a measured rate."""
+    """Return the line on the rate of the loader; empty on a CPU without a measured rate."""
     available = plan.loader.available_tiles_per_s
     if available is None:
         return []
@@ -170,7 +170,7 @@ def _loader(plan: Plan) -> list[str]:
 
 
 def _validation(plan: Plan) -> list[str]:
-    """Return the line on validation; none without validation."""
+    """Return the line on validation; empty without validation."""
     v = plan.validation
     if v is None:
         return []

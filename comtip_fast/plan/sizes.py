@@ -1,6 +1,6 @@
-"""Sizes of a step, derived from the config: the model is built on the meta device, without allocating memory.
+"""Numbers of spots, genes, tokens, parameters and bytes of a training step, from a config and a model on the meta device.
 
-Symbols as in docs/method.md and docs/scaling.md.
+The symbols are those of docs/method.md and docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GENE_STRIDE = 23
 DEFAULT_GENES = 10_000
 """Number of trained genes if ``genes.per_cohort`` is 0 and none is given."""
 PLAIN_BLOCK = [Block, Mlp, Attention]
-"""Types of a block, its MLP and its attention that have formulas."""
+"""Types of a transformer block, of its MLP and of its attention for which there are formulas."""
 
 
 class UnknownBlocksError(ValueError):
@@ -37,18 +37,18 @@ class UnknownBlocksError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Properties of the shard set, which the config does not contain; options of ``comtip plan``."""
+    """Properties of the shard set, which the config does not contain; each is an option of ``comtip plan``."""
 
     tile_px: int = 224
     """Side of a tile in pixels, S."""
     tile_bytes: float = 30e3
     """Mean bytes of an encoded tile."""
     trained_genes: int | None = None
-    """Number of trained genes; None means ``genes.per_cohort``, or :data:`DEFAULT_GENES` if it is 0."""
+    """Number of trained genes; None means ``genes.per_cohort``, or :data:`DEFAULT_GENES` if that setting is 0."""
     panel: int | None = None
     """Panel size G; None means the largest: ``panel.max_genes``, or all trained genes if they are fewer."""
     sentence_tokens: float | None = None
-    """Mean tokens per sentence; None estimates it on the gene names that ship with the package."""
+    """Mean tokens per sentence; None estimates the mean on the gene names that ship with the package."""
 
     def __post_init__(self) -> None:
         """Validate the fields.
@@ -171,7 +171,7 @@ class Sizes:
 
 @cache
 def sentence_lengths(max_tokens: int, full_name: bool) -> tuple[float, float]:
-    """Return E[T] and E[T^2] / E[T] of sentence lengths, estimated on a sample of the protein-coding genes of ``comtip_shards``."""
+    """Return E[T] and E[T^2] / E[T] of sentence lengths T, estimated on a sample of protein-coding genes of ``comtip_shards``."""
     tokenizer = GeneTokenizer.load()
     proteins = [r for r in GeneResource.load().rows if r.kind == "protein"]
     lengths = [
@@ -287,7 +287,7 @@ PARTS: Sequence[tuple[str, tuple[str, ...]]] = (
 
 
 def always_frozen(config: RunConfig, model: nn.Module) -> set[str]:
-    """Return the names of the parameters that ``optim.freeze`` freezes in all steps; later thaws are planned as trained."""
+    """Return the names of the parameters that ``optim.freeze`` freezes in all steps; the plan counts later thaws as trained."""
     names = [name for name, _ in model.named_parameters()]
     return {name for name, last in last_frozen_steps(names, config.optim.freeze).items() if last == 0}
 

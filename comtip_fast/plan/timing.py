@@ -36,7 +36,7 @@ class ComputeTime:
     forward: float = 0.0
     backward: float = 0.0
     by_bound: dict[str, float] = field(default_factory=dict)
-    """The seconds by the limit of each operation."""
+    """{limit: seconds of the operations with this limit}."""
 
     @property
     def bound(self) -> str:

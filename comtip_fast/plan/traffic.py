@@ -31,7 +31,7 @@ class Collective:
     times: float = 1.0
     """Number of executions per step."""
     hidden_by: str = ""
-    """Computation that it overlaps with: ``forward``, ``backward`` or a part's name; empty if it is exposed."""
+    """Computation that hides the collective: ``forward``, ``backward`` or a part's name; empty if none does."""
 
     def sent(self, ranks: int) -> float:
         """Return the bytes that each rank sends per step."""
@@ -69,7 +69,7 @@ class Collective:
 
 
 def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
-    """Return the collectives of InfoNCE, if it is used; only images are sent, so mispaired columns add nothing."""
+    """Return the collectives of InfoNCE, empty without it. Only images are sent, so mispaired columns add nothing."""
     if not s.has_nce:
         return []
     vectors, numbers = s.B * s.D * FP32, s.B * FP32
@@ -95,7 +95,7 @@ def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
 def pair_traffic(s: Sizes) -> list[Collective]:
     """Return the gather of all levels, one byte each: a mispaired spot may get a level from a spot of another rank.
 
-    There is none if no spots are mispaired, or their levels come from other genes of the same spot.
+    The result is empty if no spots are mispaired, or if mispaired levels come from other genes of the same spot.
     """
     if not s.mispairs or not s.other_spots:
         return []
@@ -103,7 +103,7 @@ def pair_traffic(s: Sizes) -> list[Collective]:
 
 
 def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
-    """Return the collectives of a sharded table: gather the rows of all ranks, reduce-scatter their gradients; none if it is whole."""
+    """Return the gather of a sharded table's rows and the reduce-scatter of their gradients; empty if the table is not sharded."""
     if not e.shares_table(s.G * s.Q, ranks):
         return []
     rows = s.G * s.Q * (s.D + 1) * e.precision.operand
@@ -116,7 +116,8 @@ def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
 def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
     """Return the gradient reduction and, under ZeRO, the parameter gathering, as DDP and DeepSpeed perform them.
 
-    Each of n micro-batches uses the parameters of the image side; the last one also uses those of the text side.
+    Each of n micro-batches uses the parameters of the image side; the last micro-batch also uses the
+    parameters of the text side.
     """
     full, n = s.trained * ELEMENT, e.micro_batches
     per_micro_batch = (s.image_side * n + s.trained - s.image_side) * ELEMENT
@@ -137,11 +138,11 @@ def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
 def _gathered_for_micro_batches(s: Sizes, e: EngineSpec) -> int:
     """Return the bytes of parameters that ZeRO 3 gathers for n micro-batches, as measured with DeepSpeed 0.19.
 
-    A module is gathered whenever it is called, the image encoder once per pass over its blocks. It stays gathered between its
-    forward and backward pass only if the previous pass used the same modules, which holds from the third micro-batch on. The
-    first pass follows the trace of the previous step and gathers everything. If all and the visible patches take one pass, the
-    blocks are gathered twice more for the backward pass, and the output projections of attention, called for each part, once
-    more per micro-batch.
+    A module is gathered whenever it is called; the image encoder is called once per pass over its blocks. A module stays
+    gathered between its forward and backward pass only if the previous pass used the same modules, which holds from the third
+    micro-batch on. The first pass follows the trace of the previous step and gathers everything. If all patches and the visible
+    patches take one pass, the blocks are gathered twice more for the backward pass. The output projections of attention, which
+    are called for each of the two sets of patches, are then gathered once more per micro-batch.
     """
     n, full = e.micro_batches, s.trained_in("image encoder", "image head")
     encoder = s.trained_in("image encoder")
@@ -157,7 +158,7 @@ def _gathered_for_micro_batches(s: Sizes, e: EngineSpec) -> int:
 
 
 def step_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
-    """Return all collectives of a step; none for one rank."""
+    """Return all collectives of a step; empty for one rank."""
     if ranks == 1:
         return []
     return [*loss_traffic(s, e), *pair_traffic(s), *table_traffic(s, e, ranks), *gradient_traffic(s, e)]

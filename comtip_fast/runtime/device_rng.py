@@ -38,7 +38,7 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
 
 
 def uniforms_of(*draws: tuple[Sequence[int], Tensor]) -> list[Tensor]:
-    """Return several draws, computed together with the operators of one.
+    """Return several draws, computed together in as many operations as one draw needs.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def _scaled(index: Tensor) -> Tensor:
 
 
 def _offset(value: int) -> int:
-    """Return the key plus SplitMix64's increment, as a signed integer: the state of the index 0."""
+    """Return the key plus SplitMix64's increment, as a signed integer: the state at index 0."""
     return _signed((value + _GOLDEN) % 2**64)
 
 

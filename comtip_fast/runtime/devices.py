@@ -18,7 +18,7 @@ def reads_are_free(device: torch.device) -> bool:
 
 
 def pick_device(requested: str | torch.device) -> torch.device:
-    """Return the device for ``auto``, ``cpu``, ``cuda`` or a device such as ``cuda:1``.
+    """Return the requested device: ``auto`` (a GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:NUMBER``.
 
     Raises
     ------
@@ -36,7 +36,8 @@ def pick_device(requested: str | torch.device) -> torch.device:
         raise ValueError(f"device {name}: PyTorch finds no GPU; use auto or cpu, and see `comtip doctor`")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name}: PyTorch finds {torch.cuda.device_count()} GPUs; use a number below that, or cuda"
+            f"device {name}: no such GPU; PyTorch numbers its GPUs from 0 to {torch.cuda.device_count() - 1}, so use one of these "
+            "numbers, or cuda"
         )
     return device
 
@@ -47,8 +48,8 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context of a forward pass with ``precision`` (``train.precision``): bf16 autocast, or none in fp32.
+    """Return the context of a forward pass with ``precision`` (``train.precision``): bf16 autocast, or a null context for fp32.
 
-    Parameters stay fp32 in both.
+    Parameters stay fp32 in both cases.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16) if in_bf16(precision, device) else nullcontext()

@@ -69,7 +69,7 @@ class Guarded:
 
 @contextmanager
 def guarded_stderr() -> Iterator[None]:
-    """Replace ``sys.stderr`` by a :class:`Guarded` stream inside the block; if it is None, do nothing."""
+    """Replace ``sys.stderr`` by a :class:`Guarded` stream inside the block; if ``sys.stderr`` is None, do nothing."""
     plain = sys.stderr
     if plain is None:
         yield

@@ -69,7 +69,7 @@ def call_after_backward(callback: Callable[[], None]) -> None:
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of each tensor, (n,), in one call, as PyTorch's ``get_total_norm`` computes them."""
+    """Return the 2-norm of each tensor, (n,), in one call, as PyTorch's ``get_total_norm`` computes it."""
     if not tensors:
         return torch.zeros(0)
     return torch.stack(torch._foreach_norm(list(tensors)))
@@ -106,7 +106,7 @@ def call_uncompiled(module: nn.Module, *args: Any) -> Any:
 
 
 def mark_dynamic(tensor: Tensor, dims: list[int]) -> None:
-    """Let compiled code accept any size of these dimensions; a size that the code needs as a constant remains one."""
+    """Let compiled code accept any size of these dimensions; a size that the code needs as a constant remains constant."""
     from torch._dynamo.decorators import maybe_mark_dynamic  # imported here: it takes seconds, and few runs compile
 
     maybe_mark_dynamic(tensor, dims)

@@ -37,8 +37,8 @@ def cast_together(groups: Sequence[ParameterNames]) -> Iterator[None]:
     Parameters
     ----------
     groups
-        Parameters that are cast in one call. The gradients of a group are available, e.g. to DDP, when the backward pass
-        through all its layers is complete.
+        Groups of parameters; each group is cast in one call. The gradients of a group are available, e.g. to DDP, when the
+        backward pass through all layers of the group is complete.
     """
     before = [(module, name, parameters_of(module)[name]) for group in groups for module, name in group]
     try:

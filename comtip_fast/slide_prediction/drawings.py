@@ -31,7 +31,7 @@ OPACITY = 0.6
 MAX_GENE_NAME = 100
 """Maximum length of a gene's name in the name of its overlay, in characters."""
 MAX_MEASUREMENTS = 50
-"""Maximum number of genes in a GeoJSON file for which the genes need not be named."""
+"""Maximum number of genes in a GeoJSON file if the genes to write are not named."""
 
 
 class Answer:
@@ -85,12 +85,12 @@ class Answer:
 
 
 def check_genes(predicted: Sequence[str], genes: Sequence[str], where: str) -> None:
-    """Raise ValueError if one of ``genes`` is not among the predicted ones; the message starts with ``where``."""
+    """Raise ValueError if one of ``genes`` is not among the predicted genes; the message starts with ``where``."""
     known = set(predicted)
     missing = [g for g in genes if g not in known]
     if missing:
         raise ValueError(
-            f"{where}: not predicted: {', '.join(missing[:5])}; name all genes to predict in `genes`, these included"
+            f"{where}: not predicted: {', '.join(missing[:5])}; name all genes to predict in `genes`, including these"
         )
 
 
@@ -129,7 +129,7 @@ def overlay_names(genes: Sequence[str]) -> dict[str, str]:
     """Return {gene: file name of its overlay}.
 
     Characters that are not allowed in a file name are replaced by ``_``. A hash of the gene's name is appended if the result is
-    too long, is no valid name on every system, or is that of another gene (on a file system that ignores case, too).
+    too long, is not valid on every operating system, or equals the result of another gene, ignoring case.
     """
     replaced = {gene: re.sub(r"[^A-Za-z0-9._-]", "_", gene) for gene in genes}
     uses = Counter(name.casefold() for name in replaced.values())
@@ -143,7 +143,7 @@ def overlay_names(genes: Sequence[str]) -> dict[str, str]:
 
 
 def _owner(answer: Answer) -> np.ndarray:
-    """Return the index of the tile that covers each pixel of the overview, int32 (H, W); -1 for none, the last of several."""
+    """Return the index of the tile that covers each pixel of the overview, int32 (H, W): -1 for no tile, the last of several."""
     owner = np.full(answer.image.shape[:2], -1, np.int32)
     half = answer.tile_px / 2
     low = np.floor((answer.xy_N2 - half) * answer.scale).astype(int).clip(0)

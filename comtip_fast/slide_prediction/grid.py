@@ -19,13 +19,13 @@ class GridOptions:
     Raises
     ------
     ValueError
-        There is no such lattice, or a number is out of bounds.
+        ``shape`` is not a known lattice, or a number is out of bounds.
     """
 
     shape: Literal["square", "hexagonal"] = "square"
     """Lattice of the tiles."""
     step_um: float | None = None
-    """Distance between tile centres in um; None is the width of a tile."""
+    """Distance between tile centres in um; None uses the width of a tile."""
     min_tissue: float = 0.2
     """Smallest share of tissue in a tile; 0 predicts the complete image."""
 
@@ -58,8 +58,8 @@ def tissue_grid(
 ) -> TileGrid:
     """Return the tiles of a lattice with at least ``options.min_tissue`` tissue.
 
-    The lattice begins half a step from the left and upper edges; along a side shorter than a step, its tile is in the middle. Every
-    second row of a hexagonal lattice is shifted by half a step.
+    The lattice begins half a step from the left and upper edges; along a side of the slide that is shorter than a step, the only
+    tile is in the middle. Every second row of a hexagonal lattice is shifted by half a step.
 
     Parameters
     ----------
@@ -85,8 +85,8 @@ def tissue_grid(
     n_tiles = size[0] * size[1] / (step * row_step)
     if n_tiles > MAX_TILES:
         raise ValueError(
-            f"tiles every {step * mpp:g} um at {mpp:g} um per px are {math.ceil(n_tiles):,}, but at most {MAX_TILES:,} are allowed; "
-            "set a larger `step_um`, or check `mpp`"
+            f"tiles every {step * mpp:g} um at {mpp:g} um per px would be {math.ceil(n_tiles):,} tiles, but at most "
+            f"{MAX_TILES:,} are allowed; set a larger `step_um`, or check `mpp`"
         )
     height, width = mask_HW.shape
     total = np.zeros((height + 1, width + 1))
@@ -106,7 +106,7 @@ def tissue_grid(
 
 
 def _share(total: np.ndarray, x: np.ndarray, y: float, half: float, scale: tuple[float, float]) -> np.ndarray:
-    """Return the share of tissue in squares around (x, y), from the summed-area table; the area outside the image has none."""
+    """Return the share of tissue in squares around (x, y), from the summed-area table; the area outside the image has no tissue."""
     height, width = total.shape[0] - 1, total.shape[1] - 1
     x0, x1 = (_inner(x + side, scale[0], width) for side in (-half, half))
     y0, y1 = (_inner(np.array([y + side]), scale[1], height) for side in (-half, half))

@@ -76,7 +76,7 @@ class Pieces:
         os.close(self._lock)
 
     def _clear(self, *, known: bool) -> None:
-        """Empty the folder; raise FileExistsError if it contains files and is not known to be one of pieces."""
+        """Empty the folder; raise FileExistsError if it contains files and is not known to be a folder of pieces."""
         others = [p for p in self.folder.iterdir() if p.name != PLAN and not p.name.startswith(".")]
         if others and not known:
             raise FileExistsError(
@@ -87,7 +87,7 @@ class Pieces:
         self.discarded = bool(others)
 
     def has(self, name: str) -> bool:
-        """Return whether a piece has been written; it is complete then."""
+        """Return whether a piece has been written; a written piece is complete."""
         return (self.folder / f"{name}.npy").is_file()
 
     def write(self, name: str, values: np.ndarray) -> None:
@@ -115,7 +115,7 @@ class PieceFeatures:
         self._keep = max(2, CACHED_BYTES // (4 * width * size))
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return float32 (n, W) of the tiles ``rows``, int64 ascending."""
+        """Return the features of the tiles ``rows`` (int64, ascending), float32 (n, W)."""
         out = np.empty((rows.size, self._width), np.float32)
         number = rows // self._size
         for piece in np.unique(number).tolist():

@@ -46,7 +46,7 @@ STAIN_TILES = 512
 """Tiles, evenly spaced over the tissue, from which stain statistics are computed."""
 LOG_EVERY_S = 30.0
 HASHED_BYTES, HASHED_BLOCK = 64 << 20, 64 << 10
-"""Number of bytes of a slide by which a change of the file is recognised, and of a block of them."""
+"""Number of bytes that are hashed of a large file, to detect a changed slide, and number of bytes per block."""
 FORMAT = 1
 
 
@@ -57,7 +57,7 @@ class SlideRequest:
     queries: list[GeneQuery]
     """The G genes."""
     var: pd.DataFrame
-    """Their annotation, ``var`` of the output."""
+    """Annotation of the genes, ``var`` of the output."""
     provenance: dict[str, str]
     """Record of the model and of stated facts, ``uns["comtip"]`` of the output."""
     mpp: float | None = None

@@ -12,16 +12,16 @@ from comtip_shards.qc.tissue import otsu
 from scipy import ndimage
 
 BLACK = 1.3
-"""Maximum mean optical density of tissue; higher is a border of the scan, a missing tile or ink."""
+"""Maximum mean optical density of tissue; darker pixels are a border of the scan, a missing tile or ink."""
 GLASS_SATURATION, GLASS_TEXTURE = 0.10, 6.0
 """Maximum saturation (0 to 1) and local standard deviation (0 to 255) of glass."""
 GLASS_BELOW_BRIGHTEST, MIN_GLASS = 25.0, 0.002
-"""Glass is at most this much darker than the brightest areas; less than this share of the image is no reference."""
+"""Glass is at most this much darker than the brightest areas, and is used only if it covers at least this share of the image."""
 BLANK = np.full(3, 0.02, np.float32)
 """Optical density of the glass of a typical scan, used where an image shows none."""
 DISTANCE_RANGE = (0.02, 0.04)
-"""Bounds of the threshold of the distance from glass, in optical density. The threshold of Otsu is clipped to them,
-because it separates dark from pale tissue where both are far from glass. The lower one is used in an image without glass."""
+"""Bounds of the threshold of the distance from glass, in optical density. Otsu's threshold is clipped to these bounds, because
+it separates dark from pale tissue where both are far from glass. The lower bound is used for an image without glass."""
 MIN_COLOUR = 0.15
 """Minimum difference between channels relative to the distance from glass; frames, dust and black ink are grey."""
 SMOOTH_UM = 25.0

@@ -19,7 +19,7 @@ GENE_BITS = 20
 
 
 def masked_patches(seed: int, step: int, spot_index: Tensor, n_patches: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Draw the patches to hide from each tile: floor(ratio P) of P.
+    """Draw which floor(ratio P) of the P patches of each tile are hidden.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def masked_patches(seed: int, step: int, spot_index: Tensor, n_patches: int, rat
     spot_index
         int64 (B,).
     n_patches
-        P.
+        Number of patches of a tile, P.
     ratio
         Share of patches to hide.
 
@@ -57,7 +57,7 @@ def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
 def mispairings(
     seed: int, step: int, n: int, spot_index: Tensor, genes: Tensor, purposes: Sequence[str], *, choose: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Draw the numbers of all mispairings of a step together.
+    """Draw the uniform numbers for all mispairings of a step.
 
     Parameters
     ----------
@@ -70,13 +70,13 @@ def mispairings(
     purposes
         What the numbers are for: ``from`` and ``to`` (orders of the genes of a stratum), ``spot`` (other spots).
     choose
-        Whether to choose between levels within strata and those of other spots.
+        Whether each spot chooses between permuting levels within strata and taking levels of other spots.
 
     Returns
     -------
     tuple
-        Uniform numbers in [0, 1), float64 (n, B, G), of each purpose, independent of each other; and bool (B,): whether a spot
-        permutes levels within strata (probability 0.5) instead of taking those of other spots, None unless ``choose``.
+        ``{purpose: independent uniform numbers in [0, 1)}``, float64 (n, B, G); and, if ``choose``, bool (B,): True (probability
+        0.5) for spots that permute levels within strata, False for spots that take levels of other spots; otherwise None.
     """
     index = spot_index[:, None] * (1 << GENE_BITS) + genes
     keys = [key(seed, f"mispair-{purpose}", step, i) for purpose in purposes for i in range(n)]

@@ -36,8 +36,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
     out
         Folder of the export.
     shards
-        Shard set that the run was trained on, or all of its sets; None searches for those of the run's config with
-        :func:`comtip_fast.shards.shards_of_run`.
+        Shard set that the run was trained on, or a sequence of all its sets; None searches for the sets that the run's config
+        names (:func:`comtip_fast.shards.shards_of_run`).
 
     Raises
     ------
@@ -49,8 +49,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
     FileExistsError
         ``out`` contains a file that is not part of an export.
     CheckpointError
-        The run has no such checkpoint, it is damaged, or the shard set, tokenizer, gene vectors or trained genes are not those of
-        the run.
+        The run has no such checkpoint, the checkpoint is damaged, or the shard set, tokenizer, gene vectors or trained genes are
+        not those of the run.
     """
     step, loaded = _read(run_dir, which)
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
@@ -78,7 +78,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
 
 
 def _fix_of(changed: list[str]) -> str:
-    """Return the fix, for an error message, for inputs that differ (``changed``, from :func:`changed_inputs`)."""
+    """Return the fix to state in the error about inputs that differ; ``changed`` is the result of :func:`changed_inputs`."""
     if "tokenizer" in changed:
         return "use the release that trained the run"
     if "shards" not in changed and "gene vectors" in changed:
@@ -123,6 +123,10 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
             f"{root}: no checkpoint has a validation score yet, so none is the best; choose newest or a step of {available}"
         )
     if step not in checkpoints.steps_of(root):
+        if found is not None:
+            raise CheckpointError(
+                f"{root}: the best checkpoint, that of step {step}, is gone or not complete; choose newest or a step of {available}"
+            )
         raise CheckpointError(f"{root}: no complete checkpoint {which!r}; choose newest, best or a step of {available}")
     try:
         return step, checkpoints.load(checkpoints.folder_of(root, step), moments=False)
@@ -147,5 +151,5 @@ def _stated_set(run_dir: Path, stated: str) -> str:
 
 
 def _step(which: str) -> int:
-    """Return the step that ``which`` states; -1, which no checkpoint has, for other text."""
+    """Return ``which`` as a step; -1, which no checkpoint has, if it is not a number."""
     return int(which) if which.isdigit() else -1

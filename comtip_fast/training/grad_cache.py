@@ -27,7 +27,7 @@ class PieceableTask(Protocol):
     """A task with the methods that gradient caching needs in addition to :class:`TrainingTask`."""
 
     def pieces(self, batch: Any, n: int) -> list[Any]:
-        """Split this rank's share into at most ``n`` pieces; the same number on every rank."""
+        """Split this rank's share of a batch into at most ``n`` pieces; every rank gets the same number of pieces."""
         ...
 
     def embed(self, module: nn.Module, piece: Any, table: bool) -> Tensors:
@@ -39,7 +39,7 @@ class PieceableTask(Protocol):
         ...
 
     def losses_of(self, batch: Any, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the losses from joined tensors, as :meth:`TrainingTask.losses` does; reads no parameter."""
+        """Return what :meth:`TrainingTask.losses` does, computed from the result of :meth:`join` without reading a parameter."""
         ...
 
     def replay(
@@ -49,7 +49,7 @@ class PieceableTask(Protocol):
         ...
 
     def cut(self, gradients: Tensors, pieces: list[Any]) -> list[Tensors]:
-        """Split the gradients of joined tensors into those of each piece."""
+        """Return, for each piece, its part of the gradients of the joined tensors."""
         ...
 
 

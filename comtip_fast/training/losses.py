@@ -92,7 +92,7 @@ class LossPart:
     value: Tensor
     """This rank's share, a scalar."""
     reads: frozenset[str] = frozenset()
-    """Names of :meth:`LossInputs.tensors`; instead of ``unit``, which is a function of ``rows``, ``rows`` is listed."""
+    """Names, as in :meth:`LossInputs.tensors`, of the inputs with a gradient; ``rows`` also stands for ``unit``, its function."""
 
 
 class StepLosses:
@@ -188,13 +188,13 @@ class StepLosses:
         return parts, numbers
 
     def _tokens(self, batch: Batch) -> float:
-        """Return the number of tokens of the panel's genes, read from host memory if the panel is there too."""
+        """Return the number of tokens of the panel's genes, without a device read if panel and lengths are in host memory."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host[: batch.n_genes]].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
-        """Return the share of L_mfm of the tiles in ``out``, of ``n_all`` tiles of the global batch; None without the masked branch."""
+        """Return what the tiles in ``out`` add to L_mfm of a global batch of ``n_all`` tiles; None without the masked branch."""
         if self.config.loss.mfm <= 0 or out.predicted_BKd is None or out.target_BKd is None:
             return None
         n = out.predicted_BKd.shape[0]
@@ -254,7 +254,7 @@ class StepLosses:
         return candidates[best, rows], counted[best, rows]
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
-        """Draw C mispairings, levels (C, b, G): within strata, from other spots, or per spot either with equal probability."""
+        """Draw C mispairings, levels (C, b, G): within strata, from other spots, or per spot either with probability 0.5."""
         paat, panel, section = self.config.loss.paat, batch.panel.long(), batch.section.long()
         purposes = {"strata": ("from", "to"), "spots": ("spot",), "mixed": ("from", "to", "spot")}[paat.mode]
         u, use_stratum = draws.mispairings(
@@ -323,7 +323,7 @@ class StepLosses:
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
     def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
-        """Return L_pair, the mean over this rank's counted swaps, and in logged steps the numbers of the pair head."""
+        """Return L_pair, the mean over this rank's counted swaps, and in logged steps the numbers of the pair head (else empty)."""
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}

@@ -15,8 +15,8 @@ from comtip_fast.training.freezing import last_frozen_steps
 def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; weight decay applies to tensors of two or more dimensions.
 
-    Of the parameters that decay, and of those that do not, parameters with equal weight decay, factor on the learning rate and
-    last frozen step form a group. The group holds the factor as ``lr_scale``.
+    Parameters with the same weight decay, learning-rate factor and last frozen step form a group; tensors to which weight decay
+    does not apply are in separate groups. A group holds its learning-rate factor as ``lr_scale``.
 
     Parameters
     ----------
@@ -25,9 +25,9 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
     config
         Settings of the optimizer (``optim``).
     fused
-        Whether a few kernels update all parameters; they can also skip the update (:func:`mask_steps`). Results differ from
-        the other implementation in the last bits. Runs on a CPU do not use it, because their loss curves must be
-        bit-identical.
+        Whether to use PyTorch's fused implementation: a few kernels update all parameters, and can also skip the update
+        (:func:`mask_steps`). Its results differ from those of the default implementation in the last bits. Runs on a CPU do
+        not use it, because their loss curves must be bit-identical.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     scales = layer_scales(module, config.vision.layer_decay)
@@ -54,7 +54,7 @@ def part_of(name: str, config: OptimConfig) -> PartConfig | VisionPartConfig:
 
 
 def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
-    """Return timm's factor on the learning rate of each trainable parameter of ``module.vision``, by name in ``module``.
+    """Return the learning-rate factor (timm's layer decay) of each trainable parameter of ``module.vision``, by name in ``module``.
 
     The dict is empty for a decay of 1 and for a module without ``vision``.
     """
@@ -105,7 +105,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the state that :func:`optimizer_tensors` returned, except that of parameters that are frozen now."""
+    """Load the state that :func:`optimizer_tensors` returned, except for parameters that are frozen now."""
     parameters = dict(module.named_parameters())
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)

@@ -107,7 +107,7 @@ def build_task(
 
 
 def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool) -> CoMTIP:
-    """Build the model on the CPU, with the weights of ``vision.pretrained`` if ``initialise``, and with those of a frozen stem."""
+    """Build the model on the CPU, and load the weights of a frozen stem and, if ``initialise``, of ``vision.pretrained``."""
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
     check_vision(config, model.vision.n_patches)
@@ -149,7 +149,7 @@ def check_attention(config: RunConfig, device: torch.device, longest: int) -> st
 
 
 def _in_settings(message: str, choice: str) -> str:
-    """Return a message of the kernels' attention with settings of the config instead of arguments of the kernels."""
+    """Return an error message of the attention kernels, reworded to name settings of the config instead of kernel arguments."""
     problem, _, fix = message.removeprefix("packed_attention: ").partition("; ")
     problem = re.sub(r"impl='(\w+)'", r"\1", problem)
     fix = re.sub(r"(^|,? or )use impl='\w+'", "", fix)
@@ -228,7 +228,7 @@ class CoMTIPTask:
         return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:
-        """Compute the features of all training tiles, if the loader keeps those of a frozen stem in memory."""
+        """Compute the frozen-stem features of all training tiles, if the loader keeps such features in memory."""
         self.loader.prepare()
 
     def close(self) -> None:
@@ -298,7 +298,7 @@ class CoMTIPTask:
     ) -> tuple[Tensor, Parts, Numbers]:
         """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, this piece's shares of losses, and numbers to log.
 
-        The shares are ``mfm`` and its part of ``loss``; without L_mfm, there are none.
+        The shares are ``mfm`` and the part of ``loss`` due to L_mfm; without L_mfm, there are none.
         """
         out = self.step.encode(_as_model(module), piece, table=table)
         again = LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
@@ -323,7 +323,7 @@ class CoMTIPTask:
         return self.validation.score()
 
     def is_validated(self, name: str) -> bool:
-        """Return whether a validation reads the parameter; it reads none of the EMA teacher and of the mask feature generator."""
+        """Return whether a validation reads the parameter: False for the EMA teacher and the mask feature generator."""
         return name.partition(".")[0] not in ("teacher", "generator")
 
     def validation_share(self, progress: Callable[[str], None]) -> list[SectionScore]:

@@ -65,7 +65,7 @@ class FitResult:
     best_step: int
     """Step with the best validation score; 0 if no validation had a score."""
     best_score: float
-    """Best validation score; minus infinity if no validation had one."""
+    """Best validation score; minus infinity if no validation had a score."""
     stopped: str
     """Why training stopped: ``steps``, ``patience`` or ``sigterm`` (any stop signal)."""
 
@@ -288,7 +288,7 @@ class Trainer:
         self._reporter.after_step(p, time.monotonic() - began, len(spots), numbers)
 
     def _after_step(self, step: int, good: Tensor) -> None:
-        """Call the task's ``after_step`` and update the moving average; neither changes after a step without an update."""
+        """Call the task's ``after_step`` and update the moving average; a step that did not update the weights changes neither."""
         masked = not devices.reads_are_free(self.device)
         if not masked and not bool(good):
             return
@@ -315,9 +315,9 @@ class Trainer:
             p.epoch, p.position = p.epoch + 1, 0
 
     def _exchange_flags(self, caught: Signals) -> None:
-        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or still writes its part of one.
+        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or is still writing its part.
 
-        A checkpoint in parts is published once no rank writes or has failed.
+        A checkpoint in parts is published once all ranks have written their parts without an error.
         """
         flags = [bool(caught.received), self._saver.writer.failed, self._saver.writing]
         stop, self._write_failed, writing = self.group.any(flags)
@@ -408,7 +408,7 @@ class Trainer:
             self.engine.shards.restore(reader)
 
     def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
-        """Build the engine for the current weights, and start their moving average, with ``averages`` of a checkpoint if given."""
+        """Build the engine for the current weights, and start their moving average, from ``averages`` of a checkpoint if given."""
         self.engine = make_engine(self.task.module, self.config, self.group)
         self._train_mode = False
         self._average.attach(self.engine.module, averages)

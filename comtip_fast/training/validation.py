@@ -198,7 +198,10 @@ class Validation:
     def _expression(
         self, section: int, rows: np.ndarray, progress: Callable[[], None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return those of ``train.validate_spots`` spots of a section with undamaged counts, and their log1p CP10K (N, genes)."""
+        """Return up to ``train.validate_spots`` evenly spaced spots of a section, and log1p CP10K of the genes ``rows``, (N, genes).
+
+        Spots whose record of counts is damaged are left out.
+        """
         meta = self.shards.manifest.sections[section]
         all_spots = meta.first_spot + evenly(meta.n_spots, self.config.train.validate_spots)
         spots, values = [], []

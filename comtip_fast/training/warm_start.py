@@ -55,7 +55,7 @@ def start_from(
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export in ``source``, it is damaged or has another format version, or none of its tensors fits.
+        The export in ``source`` is missing, damaged or of another format version, or none of its tensors fits.
     """
     folder = Path(source)
     bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
@@ -131,7 +131,7 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
         Config of the run; without ``train.start_from`` there are no parents.
     run_dir
         Folder of a run that has already started; its ``lineage.json`` is used if it exists, because the parent may have been
-        moved or replaced. Otherwise, and for None, the parent is read.
+        moved or replaced. Otherwise, and for None, the lineage is read from the parent.
     required
         Whether a missing parent is an error; otherwise the parents are recorded as unknown.
 
@@ -172,7 +172,7 @@ def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> 
     messages = []
     if not parents.parents_known:
         messages.append(
-            "the lineage of the parent is not known, so neither is what else its weights were trained on; evaluate on donors that no "
+            "the lineage of the parent is not known: its weights may have been trained on further data; evaluate on donors that no "
             "earlier run can have used"
         )
     held_out = [LineageSection.of(s) for s in shards.manifest.sections if s.split in ("val", "test")]

@@ -29,7 +29,7 @@ def register_copy(copy: Path, origin: Path) -> None:
 
 
 def name_origins(text: str) -> str:
-    """Return a message with the user's files instead of their temporary copies; a member of an archive is ``ARCHIVE/MEMBER``."""
+    """Return a message in which the user's files replace temporary copies; a member of an archive is named ``ARCHIVE/MEMBER``."""
     for copy in sorted(_ORIGINS, key=len, reverse=True):  # the name of a copy may begin with that of another
         text = text.replace(copy, _ORIGINS[copy])
     return text
@@ -38,7 +38,7 @@ def name_origins(text: str) -> str:
 class SourceError(ValueError):
     """A source (table, image, counts, request) cannot be used; the message names the file and the fix.
 
-    If it names a temporary copy of a packed file, the packed file is named instead.
+    Where the message names a temporary copy of a packed file, the packed file is named instead.
     """
 
     def __init__(self, message: str) -> None:
@@ -54,7 +54,7 @@ class UnknownSection(SourceError):
 
 
 class ShardError(ValueError):
-    """A shard set cannot be read or written; the message names the file, for a record also its key.
+    """A shard set cannot be read or written; the message names the file and, for a record, its key.
 
     ``kind`` is the category under which the error is counted; FORMAT.md lists all of them.
     """
@@ -64,7 +64,7 @@ class ShardError(ValueError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        """Pickle with the kind, so that a worker process can return the error."""
+        """Pickle the message and the kind, so that a worker process can return the error."""
         return _shard_error, (str(self), self.kind)
 
 

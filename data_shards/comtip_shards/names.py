@@ -100,7 +100,7 @@ def check_section_id(section_id: str, where: str, error: Callable[[str], Excepti
     Raises
     ------
     Exception
-        The one of ``error``: the id is not allowed; the message states ``where``, the id, the problem and ``fix``.
+        The exception of ``error``, if the id is not allowed; its message states ``where``, the id, the problem and ``fix``.
     """
     problem = problem_with(section_id, MAX_SECTION_ID)
     if problem:

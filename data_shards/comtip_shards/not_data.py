@@ -1,4 +1,4 @@
-"""Detection by their first bytes of files that are not data (Git LFS pointers, web pages, empty files), and of archives."""
+"""Detection of archives and of files that are not data (Git LFS pointers, web pages, empty files), by their first bytes."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def is_zarr_folder(path: Path) -> bool:
 
 
 def text_encoding(start: bytes) -> str:
-    """Return the encoding of a text by its first bytes: UTF-16 with its mark (Excel's "Unicode text"), or UTF-8 with or without one."""
+    """Return a text's encoding: UTF-16 if it starts with the byte order mark of UTF-16 (Excel's "Unicode text"), else UTF-8."""
     return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def not_data(path: Path) -> str | None:
-    """Return what a file is and what to do, if it is a pipe or a device, or its first bytes show no data; otherwise None."""
+    """Return what a file is and what to do if it is a pipe or a device or its first bytes are not data; otherwise None."""
     if path.exists() and not path.is_file():  # opening a pipe waits for a writer
-        return None if path.is_dir() else "this is a pipe or a device, not a file; put a copy of the file there"
+        return None if path.is_dir() else "this is a pipe or a device, not a file; copy its content to a regular file"
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)

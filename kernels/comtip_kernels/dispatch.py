@@ -2,7 +2,7 @@
 
 Each operation registers its implementations by name: ``reference`` (readable PyTorch), ``cpu`` (fast on a CPU) and
 ``triton`` (GPU). ``impl="auto"`` selects the fastest one that supports the operands and logs the choice once; inside
-:func:`prefer`, ``"auto"`` means the name given there. A name selects that implementation or raises.
+:func:`prefer`, ``"auto"`` stands for the name passed to it. Any other name selects that implementation or raises.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def prefer(impl: Impl) -> Iterator[None]:
     Raises
     ------
     ValueError
-        When an operation is called that has no such implementation, or whose operands it does not support.
+        When an operation is called that has no implementation of this name, or one that does not support the operands.
     """
     global _preferred
     before, _preferred = _preferred, impl
@@ -85,7 +85,7 @@ def choose(
     implementations
         Implementations of this operation by name; must contain ``reference``, which ``"auto"`` selects if no other fits.
     order
-        Names that ``"auto"`` tries, in order; by default this depends on the device alone.
+        Names that ``"auto"`` tries, in order; by default they depend on the device alone.
 
     Raises
     ------

@@ -16,19 +16,19 @@ KEPT_BYTES = 16 << 20
 """Bytes of exponentials that the CPU path of InfoNCE keeps from its forward pass instead of computing them again."""
 
 CHUNK_BYTES = 256 << 20
-"""Most bytes of derivatives that the backward passes of InfoNCE and L_level store at a time on a GPU. A chunk has at
-least 128 rows or 64 genes; these take more bytes if there are more than 1 M columns (M) or 2 M scores per gene (B Q) in bf16, or half as
-many in fp32. A constant: the order of a sum must not depend on the GPU."""
+"""Most bytes of derivatives that the backward passes of InfoNCE and L_level store at once on a GPU. A chunk has at least 128 rows
+(InfoNCE) or 64 genes (L_level), even if they take more bytes: beyond 1 M columns (M) or 2 M scores per gene (B Q) in bf16, or half
+as many in fp32. A constant: the order of a sum must not depend on the GPU."""
 
 ROW_GROUP = 8
-"""Rows of tiles that the forward pass of InfoNCE works through together, so that each column is read from memory once for all."""
+"""Rows of tiles that the forward pass of InfoNCE processes together, so that they share one read of each column from memory."""
 
 FULL_GPU = 512
 """Programs that occupy a GPU well: 3.9 waves on an H100 (132 multiprocessors), 4.7 on an A100 (108).
 A constant: the order of a sum must not depend on the GPU."""
 
 PART_GENES, MAX_PARTS = 64, 16
-"""Fewest genes of a part of the panel, and most parts (:func:`panel_parts`)."""
+"""Minimum number of genes in a part of the panel, and maximum number of parts (:func:`panel_parts`)."""
 
 ATTENTION_TILES = (32, 64)
 """Tokens of a tile of the packed attention kernel in bf16."""
@@ -82,7 +82,7 @@ def infonce_chunk(columns: int, element: int) -> int:
 
 
 def level_chunk(spots: int, levels: int, element: int) -> int:
-    """Return for how many genes L_level stores the scores' derivatives at a time: a multiple of 64, the genes of the widest tile.
+    """Return for how many genes L_level stores score derivatives at once, a multiple of 64 (the genes of the widest tile).
 
     Parameters
     ----------
@@ -115,18 +115,18 @@ def panel_parts(blocks: int, genes: int, tile_genes: int) -> tuple[int, int]:
 
 
 def infonce_chunk_bytes(rows: int, columns: int, element: int) -> int:
-    """Return the bytes of the buffer for one chunk of the derivatives of ``rows`` x ``columns`` logits of ``element`` bytes each."""
+    """Return the bytes of the buffer for one chunk of derivatives of ``rows`` x ``columns`` logits, ``element`` bytes each."""
     length = padded(columns)
     return min(rows, infonce_chunk(length, element)) * length * element
 
 
 def level_chunk_bytes(spots: int, genes: int, levels: int, element: int) -> int:
-    """Return the bytes of the buffer for one chunk of the scores' derivatives of ``genes`` genes; others as in :func:`level_chunk`."""
+    """Return the bytes of the buffer that holds a chunk of score derivatives for a panel of ``genes``; see :func:`level_chunk`."""
     return spots * padded(min(genes, level_chunk(spots, levels, element)) * levels) * element
 
 
 def padded(columns: int) -> int:
-    """Return the length of a stored row of ``columns`` derivatives, a multiple of 64: library products need aligned rows to be fast."""
+    """Return the length of a stored row: ``columns`` rounded up to a multiple of 64, because aligned rows make products fast."""
     return 64 * ceil(columns / 64)
 
 
@@ -149,7 +149,7 @@ def level_cross_entropy(spots: float, genes: float, levels: float, width: float,
 
 
 def table_pool(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
-    """Return the operations of pooling: a one-hot product with the table in Triton, an embedding bag on a CPU."""
+    """Return the operations of pooling: a one-hot product with the table in Triton, an embedding bag (not counted) on a CPU."""
     u = table_product(spots, genes, levels, width) if gpu else 0.0
     return Flops(u, 2 * u)
 
@@ -161,7 +161,7 @@ def pair_scores(spots: float, genes: float, levels: float, width: float) -> Flop
 
 
 def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> int:
-    """Return the tile (in tokens) with the fewest products per token that it owns, for sentences of at most ``longest`` tokens.
+    """Return the tile size in tokens with the fewest products per owned token, for sentences of at most ``longest`` tokens.
 
     Raises
     ------

@@ -119,8 +119,8 @@ class GeneSentenceEmbedding(nn.Module):
     ) -> Tensor:
         """Return the embedded tokens (S, D) of the concatenated sentences.
 
-        Arguments and errors are those of :func:`comtip_kernels.gene_sentence_embedding`. Identities are added only if ``identity_N``
-        is given and the module has a table of them.
+        Arguments and errors are those of :func:`comtip_kernels.gene_sentence_embedding`. Identities are added only if
+        ``identity_N`` is given and the module has an identity table.
         """
         identity_ID = None if identity_N is None else self.identity_ID
         return gene_sentence_embedding(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """Write ``a @ b`` to ``out``, or add it there; products of bf16 operands are not rounded to bf16.
+    """Write ``a @ b`` to ``out``, or add it to ``out``; products of bf16 operands are not rounded to bf16.
 
     Parameters
     ----------

@@ -62,7 +62,7 @@ def operand_dtype(*operands: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result
 def _matmul_precision() -> str:
-    """Return the setting; torch.compile reads it while tracing, where the call itself would break the graph."""
+    """Return PyTorch's fp32 matmul precision, which torch.compile reads while tracing: the call would break the graph."""
     return torch.get_float32_matmul_precision()
 
 

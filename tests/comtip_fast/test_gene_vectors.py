@@ -201,7 +201,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path / "a.tsv.gz", make_counts(10))
     with pytest.raises(ValueError, match=r"no gene has an Ensembl id of human or mouse.*set `species`"):
         gene_vectors([table])
-    with pytest.raises(ValueError, match=r"0 genes vary .* at least 2 are needed; give more cells$"):
+    with pytest.raises(ValueError, match=r"at least 2 genes must vary.*, but of .* genes only 0 do; give more cells$"):
         gene_vectors([write_table(tmp_path / "flat.tsv.gz", np.ones((4, len(SYMBOLS)), int))], species="human")
     ensembl = write_table(tmp_path / "e.tsv.gz", make_counts(5, genes=2), ["ENSG00000999991", "ENSG00000999992"])
     with pytest.raises(ValueError, match=r"known for human, e.g. 'ENSG00000999991'; correct the identifiers"):

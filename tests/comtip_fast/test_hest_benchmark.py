@@ -303,7 +303,7 @@ def test_errors_name_the_file_and_the_fix(tmp_path: Path, damage, message: str):
 
 
 def test_unknown_names_are_refused(folder: Path):
-    with pytest.raises(FileNotFoundError, match="no task NONE; it has: HCC, IDC, READ"):
+    with pytest.raises(FileNotFoundError, match="no task NONE; its tasks: HCC, IDC, READ"):
         benchmark_hest(folder, ["colour"], tasks=["NONE"])
     with pytest.raises(ValueError, match="`variants` nope: no such variant"):
         benchmark_hest(folder, ["colour"], variants=["nope"])

@@ -35,12 +35,12 @@ def test_what_a_section_needs_is_named(tiny_shards: ShardSet, tmp_path: Path):
         open_section(f"{tiny_shards.path}:x1", TileGeometry(32, 224.0000001, 5.0))
     data = adata()
     data.write_h5ad(tmp_path / "one.h5ad")
-    with pytest.raises(SourceError, match="no section 'zz'; it has one; choose it, or leave the section out"):
+    with pytest.raises(SourceError, match="no section 'zz'; its sections: one; choose this one, or name no section"):
         open_section(f"{tmp_path / 'one.h5ad'}:zz", TILE)
     data.obs["library_id"] = ["lib"] * 30 + ["other"] * 30
     data.uns["spatial"]["other"] = data.uns["spatial"]["lib"]
     data.write_h5ad(tmp_path / "two.h5ad")
-    with pytest.raises(SourceError, match=r"no section 'zz'; it has lib, other; choose one$"):
+    with pytest.raises(SourceError, match=r"no section 'zz'; its sections: lib, other; choose one$"):
         open_section(f"{tmp_path / 'two.h5ad'}:zz", TILE)
 
 
@@ -209,7 +209,7 @@ def test_one_section_of_several_is_read_by_its_name(tmp_path: Path):
         np.testing.assert_array_equal(counts.counts[:, 0].toarray().ravel(), 2 + number * N + np.arange(N))
         copied = rows_copy(f"{path}:{name}", opened.rows, opened.template.uns["spatial"])
         np.testing.assert_array_equal(copied.X[:, 0], 2 + number * N + np.arange(N))
-    with pytest.raises(SourceError, match="no section 'C'; it has A, B"):
+    with pytest.raises(SourceError, match="no section 'C'; its sections: A, B"):
         open_section(f"{path}:C", TILE, options)
 
 

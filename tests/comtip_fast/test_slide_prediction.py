@@ -145,7 +145,7 @@ def test_the_grid_has_the_step_the_shape_and_the_share_of_tissue_that_were_asked
     every = tissue_grid(mask, (2000, 1000), 0.5, 50.0, GridOptions(min_tissue=0))
     assert len(every.xy_N2) == 200
     with pytest.raises(
-        ValueError, match=r"tiles every 1 um at 0\.5 um per px are .* at most 20,000,000 .*set a larger `step_um`"
+        ValueError, match=r"tiles every 1 um at 0\.5 um per px would be .* at most 20,000,000 .*set a larger `step_um`"
     ):
         tissue_grid(mask, (10**6, 10**6), 0.5, 50.0, GridOptions(step_um=1.0))
     for wrong in (-1, "100"):
@@ -329,7 +329,7 @@ def test_overlays_and_geojson(quick: Path, slide: Path, tmp_path: Path, capsys: 
         np.testing.assert_allclose([values[g] for g in GENES], answer.X[i], atol=1e-5)
     capsys.readouterr()
     assert predict(quick, slide, out, "--overlays", "CD74") == 2
-    assert "not predicted: CD74; name all genes to predict in --genes, these included" in capsys.readouterr().err
+    assert "not predicted: CD74; name all genes to predict in --genes, including these" in capsys.readouterr().err
 
 
 def test_every_gene_has_an_overlay_of_its_own_on_every_file_system():
@@ -375,7 +375,7 @@ def test_genes_to_draw_are_checked_before_the_prediction(
 ):
     assert predict(quick, slide, tmp_path / "x.h5ad", drawing, "ERBB2,CD74") == 2
     assert (
-        f"{drawing}: not predicted: CD74; name all genes to predict in --genes, these included"
+        f"{drawing}: not predicted: CD74; name all genes to predict in --genes, including these"
         in capsys.readouterr().err
     )
     assert not list(tmp_path.glob("*.h5ad")) + list(tmp_path.glob(".*.parts"))

@@ -175,7 +175,7 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1").index == 1
-    with pytest.raises(ValueError, match="device cuda:2: PyTorch finds 2 GPUs; use a number below that"):
+    with pytest.raises(ValueError, match="device cuda:2: no such GPU; PyTorch numbers its GPUs from 0 to 1"):
         pick_device("cuda:2")
 
 

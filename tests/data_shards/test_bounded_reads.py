@@ -143,13 +143,13 @@ def test_inner_pages_whose_offsets_are_in_the_tag_itself_are_checked(tmp_path: P
 
 def test_the_case_of_the_fuzzer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = hole(tmp_path / "S1_HE.jpg", encoded("JPEG")[:200])
-    with pytest.raises(SourceError, match=r"S1_HE\.jpg: a file of 1,099,511,627,776 bytes in which no image ends"):
+    with pytest.raises(SourceError, match=r"S1_HE\.jpg: the image has no end, .* in a file of 1,099,511,627,776 bytes"):
         image_size(path)
     monkeypatch.setattr(bounded_file, "HEADER_BYTES", 10_000)
     (tmp_path / "b.jpg").write_bytes(encoded("JPEG"))
     with BoundedFile(tmp_path / "b.jpg") as file:
         file.read(5000)
-        with pytest.raises(SourceError, match=r"b\.jpg: .*or whose header states a block of 6,000 bytes"):
+        with pytest.raises(SourceError, match=r"b\.jpg: .*or its header states a block of 6,000 bytes"):
             file.read(6000)
 
 
@@ -259,9 +259,7 @@ def test_an_error_of_a_library_names_the_packed_file(tmp_path: Path, kind: str):
 def test_a_file_with_a_large_hole_is_not_hashed(tmp_path: Path):
     """1 TB of zeros take an hour; a reader may accept the file, because HDF5 ignores what follows its data."""
     path = hole(tmp_path / "counts.h5ad", b"x" * 300)
-    with pytest.raises(
-        SourceError, match=r"counts.h5ad: a file of 1,099,511,627,776 bytes, to 1,099,511,\d{3},\d{3} of which"
-    ):
+    with pytest.raises(SourceError, match=r"counts.h5ad: 1,099,511,\d{3},\d{3} of its 1,099,511,627,776 bytes were"):
         input_sha256(path)
 
 
@@ -270,7 +268,7 @@ def test_a_build_does_not_hash_an_image_of_a_terabyte(tmp_path: Path):
     image = next(p for p in sorted(source.rglob("*")) if is_image(p))
     with image.open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(SourceError, match=f"{image.name}: a file of 1,099,511,627,776 bytes"):
+    with pytest.raises(SourceError, match=f"{image.name}: .*1,099,511,627,776 bytes"):
         build_shards(open_source(source), tmp_path / "set", tile_px=32, tile_um=224.0, min_mpp=5.0)
 
 
@@ -279,7 +277,7 @@ def test_a_small_hole_is_hashed(tmp_path: Path):
     assert input_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "MAX_HOLE", 1 << 19)
-        with pytest.raises(SourceError, match="nothing was ever written"):
+        with pytest.raises(SourceError, match="were never written"):
             input_sha256(path)
         path.write_bytes(bytes(1 << 20))  # the same content, written
         assert input_sha256(path) == hashlib.sha256(bytes(1 << 20)).hexdigest()

@@ -172,7 +172,7 @@ def test_no_section_is_too_odd_to_report_on(tiny: Section, tmp_path: Path, colou
         meta=replace(tiny.meta, spot_diameter_um=float("nan"), spot_pitch_um=float("nan")),
     )
     report = check_section(section)
-    assert len(report.findings) == 12
+    assert len(report.findings) == 13
     json.loads(report.to_json())
 
 

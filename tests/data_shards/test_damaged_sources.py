@@ -114,6 +114,36 @@ def test_lengths_of_a_10x_matrix_are_compared_before_they_are_read(
     assert max(read, default=0) < 100
 
 
+def zeros_in_one_row(group: h5py.Group, n: int) -> None:
+    """Replace a sparse matrix by one of as many zeros in its last row or column, as a file of a few MB can hold by the billion."""
+    pointer = np.zeros_like(group["indptr"][()])
+    pointer[-1] = n
+    for name, values in (("data", np.zeros(n, int)), ("indices", np.zeros(n, int)), ("indptr", pointer)):
+        del group[name]
+        group.create_dataset(name, data=values, compression="gzip")
+
+
+def test_a_row_with_more_entries_than_elements_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, n = tmp_path / "m.h5", 1000
+    write_h5(path, np.ones((3, 4), int), list("abcd"), ["E1", "E2", "E3"], ["A", "B", "C"])
+    with h5py.File(path, "r+") as file:
+        zeros_in_one_row(file["matrix"], n)
+    source = anndata(tmp_path / "a")
+    with h5py.File(source, "r+") as file:
+        zeros_in_one_row(file["X"], n)
+    read: list[int] = []
+    plain = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda s, key: (read.append(s.size), plain(s, key))[1])
+    matrix = TenxMatrix(path, (path,))
+    with pytest.raises(SourceError, match=r"m\.h5: 1,000 entries in row or column 3 of 3 elements"):
+        matrix.read(matrix.features())
+    with pytest.raises(SourceError, match=r"a\.h5ad: X: 1,000 entries in row or column \d+ of \d+ elements"):
+        open_source(source, overrides=SPATIAL_FACTS)[0].read()
+    assert max(read) < n
+
+
 def test_a_matrix_market_header_that_claims_more_than_the_file_holds(tmp_path: Path):
     path = visium_mex(tmp_path / "v") / "filtered_feature_bc_matrix/matrix.mtx.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
@@ -150,7 +180,7 @@ def test_damaged_and_endless_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(SourceError, match=r"a\.tsv\.gz: cannot be read as gzip"):
             read(path)
     path.write_bytes(gzip.compress(text.replace("s20\t6", f"s20\t{-(2**63)}").encode()))
-    with pytest.raises(SourceError, match=r"a\.tsv\.gz: 1 negative values"):
+    with pytest.raises(SourceError, match=r"a\.tsv\.gz: 1 values that are not counts, the first is .*negative"):
         read_counts_table(path)
     monkeypatch.setattr(table_size, "ALWAYS_UNPACKED", 1000)
     path.write_bytes(gzip.compress(b"\tA\n" + b"s\t0\n" * 10**6))

@@ -223,7 +223,7 @@ def test_layers_that_might_be_counts_are_named(tmp_path: Path):
     a.X = np.log1p(a.X)
     path = write(tmp_path, a)
     with pytest.raises(
-        SourceError, match=r"values that are not integers, first \d\.\d+ .*`layer` .*\(spliced, unspliced\)"
+        SourceError, match=r"values that are not counts, the first is \d\.\d+ .*`layer` .*\(spliced, unspliced\)"
     ):
         read(path)
     is_the_data(read(path, layer="unspliced"), COUNTS + 2)
@@ -247,7 +247,7 @@ def test_fractional_counts_are_rounded_by_option_only(tmp_path: Path):
     a.X = a.X + 0.1387 * (a.X > 0)
     path = write(tmp_path, a)
     with pytest.raises(
-        SourceError, match=r"X has \d+ values that are not integers, first \d\.1387 .*set `round_counts` to yes"
+        SourceError, match=r"X has \d+ values that are not counts, the first is \d\.1387 .*set `round_counts` to yes"
     ):
         read(path)
     section = read(path, round_counts="yes")

@@ -23,7 +23,7 @@ from tests.data_shards.test_reader_cases_anndata_libraries import concatenated
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TILE = TileGeometry(16, 64.0, 2.0)
-ALIKE = r"have the same section id {}, in which other characters .* rename one"
+ALIKE = r"have the same section id {}, in which characters other than .* rename one"
 
 
 def test_names_with_one_section_id_are_refused():

@@ -159,7 +159,7 @@ def symbols_only(data: ad.AnnData):
 
 
 BAD = {
-    "normalised": (normalised, "not integers.*raw counts are needed"),
+    "normalised": (normalised, "not an integer.*raw counts are needed"),
     "no positions": (lambda d: d.obsm.clear(), r"no obsm\['spatial'\]"),
     "no image": (lambda d: d.uns.clear(), r"no image in uns\['spatial'\].*`image`"),
     "no picture": (

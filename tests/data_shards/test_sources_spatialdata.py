@@ -145,7 +145,7 @@ def test_counts_may_be_a_layer(tmp_path: Path):
     section = open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
     np.testing.assert_array_equal(section.counts.toarray(), COUNTS[1:])
     del data.tables["table"].layers["counts"]
-    with pytest.raises(SourceError, match=r"b\.zarr: .*not integers"):
+    with pytest.raises(SourceError, match=r"b\.zarr: .*not an integer"):
         open_source(write(data, tmp_path / "b.zarr"), overrides=FACTS)[0].read()
 
 

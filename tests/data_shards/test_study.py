@@ -321,7 +321,7 @@ def test_a_dry_run_reads_headers_and_names_what_is_missing(sources: Path, tmp_pa
     assert re.search(
         r"sb: manifest, \? breast.*, split test; 49 spots, 30 genes; image sb\.png 320x320, scale missing", out
     )
-    assert "https://example.org/x.h5ad: not examined: the files of a URL are downloaded when it is built" in out
+    assert "https://example.org/x.h5ad: not examined: the files of a URL are downloaded when the set is built" in out
     assert re.search(
         r"1 of 4 sections can be built, 1 at a URL are not examined: about \S+ kB in .* are free\), about \d+ s with 2 processes",
         out,
@@ -405,7 +405,11 @@ def test_headers_give_the_size_of_a_section(tmp_path: Path, tiny_source: Path):
     (tmp_path / "matrix.mtx").write_text("%%MatrixMarket matrix\n%\n36601 40 9\n")
     (tmp_path / "damaged.h5").write_bytes(b"no")
     pd.DataFrame({"barcode": range(40)}).to_parquet(tmp_path / "t.parquet")
+    np.savetxt(tmp_path / "alignment.csv", np.eye(3), delimiter=",")  # of Xenium, no table of 3 spots
+    (tmp_path / "keypoints.csv").write_text("fixedX,fixedY,alignmentX,alignmentY\n1,2,3,4\n")
     for name, want in (
+        ("alignment.csv", (None, None)),
+        ("keypoints.csv", (None, None)),
         ("m.h5", (40, 36601)),
         ("matrix.mtx", (40, 36601)),
         ("damaged.h5", (None, None)),
@@ -436,7 +440,7 @@ def test_names_of_options_are_read_in_any_case(sources: Path, tmp_path: Path):
     (row,) = read_study(study)
     assert (row.split, row.format, row.options.pooling.pool_from) == ("train", "manifest", "bins")
     assert row.options.facts.trust_mpp is True
-    (sources / "Hires").mkdir()  # beside the table; the word names the image of the run all the same
+    (sources / "Hires").mkdir()  # next to the table; the word names the image of the run all the same
     (sources / "hires").mkdir()
     assert _located(row.options, sources).facts.image == "Hires"
     assert picture_word(" HiRes") == "hires"
@@ -484,7 +488,7 @@ def test_a_dry_run_of_an_anndata_agrees_with_the_build(kind: str, tmp_path: Path
     if kind in ("normalised", "unclear"):
         with pytest.raises(SourceError):
             source.read()
-        assert ("X has values that are no counts, such as" in out) == (kind == "normalised")
+        assert ("X has values that are not counts, such as" in out) == (kind == "normalised")
         return
     section = source.read()
     assert (len(section.spot_ids), str(len(section.gene_ids))) == (spots, found[1])

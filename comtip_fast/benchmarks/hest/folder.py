@@ -94,7 +94,7 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
     missing = [t for t in tasks or [] if t not in found]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: no task {', '.join(missing)}; it has: {', '.join(found)}; name tasks that it has with `tasks`"
+            f"{folder}: no task {', '.join(missing)}; its tasks: {', '.join(found)}; name only these with `tasks`"
         )
     return [_read_task(folder / name) for name in (tasks or found)]
 
@@ -212,7 +212,7 @@ def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_b
     """Raise ValueError unless ``img`` holds one square uint8 RGB patch of plausible resolution per barcode."""
     if len(shape) != 4 or shape[0] != n_barcodes or 0 in shape:
         raise ValueError(
-            f"{path}: img of shape {shape} for {n_barcodes} barcodes; expected one patch each; download the file again"
+            f"{path}: img of shape {shape} for {n_barcodes} barcodes; expected one patch per barcode; download the file again"
         )
     if dtype != np.uint8 or shape[1] != shape[2] or shape[3] != 3:
         raise ValueError(
@@ -220,7 +220,7 @@ def _check_patches(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], n_b
         )
     if not MPP_RANGE[0] <= PATCH_UM / shape[1] <= MPP_RANGE[1]:
         raise ValueError(
-            f"{path}: patches of {shape[1]} px cannot be {PATCH_UM:g} um wide, as those of the benchmark are; download the file again"
+            f"{path}: patches of {shape[1]} px cannot be {PATCH_UM:g} um wide, as in the benchmark; download the file again"
         )
 
 
@@ -234,7 +234,8 @@ class H5Patches(TileSource):
     geometry
         Tiles of the encoder; None passes patches on as they are.
     whole
-        Resize the complete patch to the encoder's size in px, whatever the encoder's width in um; no effect without ``geometry``.
+        Whether to resize the complete patch to the encoder's size in px, even if the encoder's tiles have another width in um; no
+        effect without ``geometry``.
 
     Raises
     ------

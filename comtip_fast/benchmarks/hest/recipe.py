@@ -41,9 +41,9 @@ class FoldScore:
     """Scores of one fold under one variant."""
 
     pcc_G: np.ndarray
-    """Per gene; NaN where undefined (for ``per_section``: the mean over sections in which it is defined)."""
+    """Correlation of each gene, NaN where undefined; for ``per_section``, the mean over the sections in which it is defined."""
     mean: float
-    """NaN if a correlation is undefined and the variant does not count it as 0."""
+    """Mean correlation; NaN if a correlation is undefined and the variant does not count it as 0."""
     n_undefined: int
     """Number of undefined correlations, over genes and (for ``per_section``) sections."""
     alpha: float
@@ -69,7 +69,7 @@ def score_fold(train: FoldData, test: FoldData, variant: Variant = RECIPE) -> Fo
 
 
 def reduce(train_NF: np.ndarray, test_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise and project to principal components, both fitted on the training spots; float32.
+    """Return both feature matrices standardised and projected to principal components, fitted on the training spots, as float32.
 
     The benchmark converts the components to float32 before the regression.
     """

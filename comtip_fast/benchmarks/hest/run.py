@@ -137,7 +137,7 @@ def benchmark_hest(
     variants
         Names in :data:`comtip_fast.benchmarks.hest.variants.VARIANTS`; default: all.
     whole_patch
-        Give a run whose tiles have another width than 112 um the complete patch, resized to its size in px.
+        Whether a run whose tiles are not 112 um wide gets the complete patch, resized to the run's tile size in px.
     precision
         ``auto`` (bf16 on a GPU), ``bf16`` or ``fp32``, for timm models and ``lite0``; a run uses its own.
     device
@@ -248,7 +248,7 @@ def encoder_facts(
     seen = seen_in_training(encoder.predictor.lineage, tasks)
     if seen:
         log.warning(
-            "training or early stopping of %s used sections or donors of the benchmark: %s; its scores are not those of unseen data",
+            "training or early stopping of %s used sections or donors of the benchmark: %s; its scores are not on unseen data",
             encoder.label,
             ", ".join(seen),
         )

@@ -14,7 +14,7 @@ class Variant:
     pca: bool = True
     """False also leaves out the standardisation, as the benchmark's code does without ``dimreduce``."""
     cross_validated: bool = False
-    """Choose the penalty by leaving training sections out, instead of by the rule."""
+    """Choose the penalty by leaving training sections out, instead of by the recipe's formula."""
     cp10k: bool = False
     """Predict log1p of counts per 10,000 instead of log1p of counts."""
     per_section: bool = False

@@ -34,7 +34,8 @@ class PartClock:
     """Attributes the time of a step to its parts.
 
     The forward pass enters a part as a context. Results of a part are marked: the gradient of a mark arrives when the backward
-    pass of its part begins, and the part then runs until the next mark. While the clock is not ``running``, both do nothing.
+    pass of its part begins, and the part then runs until the next mark. While the clock is not ``running``, parts and marks do
+    nothing.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
@@ -52,7 +53,7 @@ class PartClock:
         self.running = False
 
     def end_backward(self) -> None:
-        """Leave the part in which the backward pass ended; the time until the next part is that of :data:`OTHER`."""
+        """Leave the part in which the backward pass ended; the time until the next part counts as :data:`OTHER`."""
         if self.running:
             self.switch(OTHER)
 
@@ -64,7 +65,7 @@ class PartClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Attribute the block to a part; blocks nest."""
+        """Attribute the time of the ``with`` block to a part; blocks can be nested."""
         if not self.running:
             yield
             return
@@ -76,7 +77,7 @@ class PartClock:
             self.switch(before)
 
     def wrap(self, function: Callable[..., Any], name: Callable[..., str] | str) -> Callable[..., Any]:
-        """Return ``function`` as a part, with its results marked; ``name`` may depend on the arguments."""
+        """Return a function that runs ``function`` as a part and marks its results; ``name`` may be computed from the arguments."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.running:

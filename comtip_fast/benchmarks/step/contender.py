@@ -46,7 +46,7 @@ class StepContender(ABC):
         """Stop worker processes."""
 
     def timed(self) -> AbstractContextManager[Any]:
-        """Return the context in which parts are timed; empty for contenders that enter the parts of their clock in their own code."""
+        """Return the context in which parts are timed; by default an empty one, for contenders whose own code enters the parts."""
         return nullcontext()
 
     def scheduled(self) -> Iterator[tuple[np.ndarray, int, int]]:

@@ -23,7 +23,7 @@ from comtip_fast.runtime.torch_internals import CPU_ATTENTION, CPU_ATTENTION_BAC
 
 log = logging.getLogger("comtip_fast")
 RATE_WIDTH = {"cpu": 1024, "cuda": 8192}
-"""Side of the square product whose rate is measured."""
+"""Side of the square matrices whose product is timed, by type of device."""
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Measured:
     samples_per_s: list[float] = field(default_factory=list)
     """One value per round."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds per step by part, mean over the steps timed by part."""
+    """Mean seconds per step of each part."""
     gflop: float = 0.0
-    """Counted GFLOP of products in one step, recomputation included."""
+    """GFLOP of the matrix products in one step, recomputation included; counted, not measured."""
     peak_mb: float = 0.0
-    """The most memory that one step adds to what is allocated before it."""
+    """Peak memory of one step in MB, above what was allocated before the step."""
     share: list[float] = field(default_factory=list)
-    """Counted FLOP/s over the product rate of the same round."""
+    """Counted FLOP/s, divided by the FLOP/s of large matrix products that were timed in the same round; one value per round."""
 
 
 def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out: Path) -> list[Measured]:
@@ -49,9 +49,9 @@ def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out
     Parameters
     ----------
     contenders
-        The steps. Samples are counted; the products of every step are taken to be those of the first step.
+        The steps. Samples are counted in every step, products in the first step only.
     rounds, steps
-        Number of rounds, and of the steps that every contender trains in a round.
+        Number of rounds, and number of steps that every contender trains in a round.
     out
         Folder for the profile of each contender, ``profile_<name>.txt``.
     """
@@ -73,7 +73,7 @@ def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out
 
 
 def _run(contender: StepContender, steps: int) -> tuple[float, int]:
-    """Run ``steps`` steps; return their seconds, loading included, and the number of samples, as a batch may be smaller."""
+    """Run ``steps`` steps, and return the elapsed seconds, including loading, and the number of samples in their batches."""
     began, samples = time.perf_counter(), 0
     for _ in range(steps):
         batch = contender.load()
@@ -89,7 +89,7 @@ def _wait(device: torch.device) -> None:
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """Return the FLOP/s of a large square product in the precision of the run, best of six, on the threads of the run."""
+    """Return the highest FLOP/s of six large square matrix products, in the precision and on the threads of the run."""
     n = RATE_WIDTH.get(device.type, 1024)
     dtype = torch.bfloat16 if devices.in_bf16(precision, device) else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -110,7 +110,7 @@ def counted_gflop(contender: StepContender) -> float:
 
 
 class _FlopCount(TorchDispatchMode):
-    """Sums FLOPs without tracking modules; under ``FlopCounterMode`` a step of checkpointed chunks needs a multiple of its memory."""
+    """Sums FLOPs without tracking modules; ``FlopCounterMode`` would multiply the memory of a step of checkpointed chunks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _FlopCount(TorchDispatchMode):
 
 
 def seconds_by_part(contender: StepContender, steps: int) -> dict[str, float]:
-    """Return the seconds per step of every part, forward and backward, over ``steps`` steps of their own."""
+    """Train ``steps`` more steps, and return the mean seconds per step of every part, forward and backward."""
     clock = contender.clock
     clock.seconds.clear()
     with contender.timed():
@@ -161,7 +161,7 @@ def _profile(contender: StepContender, path: Path) -> float:
 
 
 def _peak_mb(run: torch.profiler.profile) -> float:
-    """Return the highest sum of allocations minus frees, as the profiler records them."""
+    """Return the highest sum of allocations minus frees that the profiler recorded, in MB."""
     events: list[Any] = run.profiler.kineto_results.events()  # type: ignore[union-attr]
     live = top = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -174,13 +174,13 @@ def _peak_mb(run: torch.profiler.profile) -> float:
 
 
 def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
-    """Return median, lowest and highest over rounds of the samples per second of ``of``, divided by those of ``to``."""
+    """Return the median, minimum and maximum over rounds of the ratio of two contenders' samples per second (``of`` / ``to``)."""
     paired = [a / b for a, b in zip(of.samples_per_s, to.samples_per_s, strict=True)]
     return median(paired), min(paired), max(paired)
 
 
 def rows_of(found: Sequence[Measured]) -> list[dict[str, str]]:
-    """Return one row per contender, as text; a ratio is that of the first contender's samples per second to the contender's."""
+    """Return one row per contender, as text; ratios are the first contender's samples per second divided by those of the row."""
     rows = []
     for m in found:
         middle, low, high = ratio(found[0], m)
@@ -208,7 +208,7 @@ def table_of(found: Sequence[Measured]) -> list[str]:
 
 
 def write_results(folder: Path, found: Sequence[Measured], setting: str) -> Path:
-    """Write ``step.csv`` to ``folder`` and return its path; its first lines name the machine and the setting."""
+    """Write ``step.csv`` to ``folder`` and return the path; the first lines of the file name the machine and the setting."""
     folder.mkdir(parents=True, exist_ok=True)
     path, rows = folder / "step.csv", rows_of(found)
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -26,7 +26,7 @@ from comtip_fast.runtime import devices
 from comtip_fast.training.task import CoMTIPTask
 
 CAPTION_GENES = 50
-"""Genes that a caption names; open_clip cuts it at 77 tokens."""
+"""Genes that a caption names; open_clip truncates a caption to 77 tokens."""
 
 
 def open_clip_is_installed() -> bool:
@@ -64,7 +64,7 @@ class _Peer(StepContender):
         """Return the contrastive loss."""
 
     def _prepare(self, batch: Batch) -> Any:
-        """Return the inputs of the other encoder that the batch lacks, by default None; counts as loading."""
+        """Return inputs of the other encoder that the batch lacks, by default None; this time counts as loading."""
 
     def load(self) -> tuple[Batch, Any]:
         """See :meth:`StepContender.load`."""

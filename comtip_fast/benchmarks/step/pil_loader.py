@@ -35,13 +35,13 @@ class PilTiles(Dataset[Tensor]):
 class PilLoader:
     """Batches of :class:`PilTiles` with panel and levels, for the spots of a schedule.
 
-    Worker processes start here and not with the first batch: a fork after another loader has started its threads may inherit a
-    lock that one of them holds.
+    Worker processes are started by the constructor and not with the first batch: a process that is forked after another loader has
+    started its threads may inherit a lock that one of these threads holds.
 
     Parameters
     ----------
     task
-        Its shard set, tables and settings are used; levels come from the table in memory.
+        The task whose shard set, tables and settings are used; levels come from its table in memory.
     scheduled
         Spots, step and epoch of every batch.
     """

@@ -1,6 +1,6 @@
 """CoMTIP's step in straightforward PyTorch, with the same weights, draws and losses.
 
-Every spot's sentences are encoded, true and mispaired ones, padded to the longest; the table of all (gene, level) sentences is
+For every spot, true and mispaired sentences are encoded, padded to the longest; the table of all (gene, level) sentences is
 encoded for L_level, and the adversary's candidates are scored from it. Logits and scores are stored. The masked branch runs over
 all patches with the hidden ones masked in attention. Four optimisations are included: attention is PyTorch's fused
 kernel, chunks of sentences are checkpointed so that they fit into memory, lookups use ``F.embedding``, and candidates are not encoded.
@@ -117,7 +117,7 @@ class Plain(StepContender):
         return patches, F.normalize(self.model.project_image(patches.mean(1)), dim=-1)
 
     def _masked_branch(self, batch: Batch, full: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Return L_mfm from a pass over all patches whose attention masks the hidden ones."""
+        """Return L_mfm from a pass over all patches whose attention masks the hidden patches."""
         v = self.model.vision
         x = self._embedded(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: str) -> RunConfig:
     """Return a run's config for ``shards``.
 
-    It has pixels instead of a frozen stem, levels in memory, panels of one size, and no logged step. Raises like
+    It uses pixels instead of a frozen stem, keeps levels in memory, draws panels of one size and logs no steps. Raises like
     :func:`comtip_fast.config.io.load_config`.
     """
     config = load_config(path, [*overrides, f"train.device={device}"])
@@ -48,7 +48,7 @@ def benchmark_step(
 ) -> list[Measured]:
     """Measure the steps named in ``steps`` (keys of :data:`STEPS`) on the shard set of ``config``.
 
-    Ours is always measured, and comes first. ``open_clip`` is left out, with a warning, if it is not installed.
+    ``ours`` is always measured, as the first. ``open_clip`` is left out, with a warning, if it is not installed.
 
     Raises
     ------
@@ -60,7 +60,9 @@ def benchmark_step(
     if unknown:
         raise ValueError(f"`steps` {', '.join(unknown)}: no such step; choose from {', '.join(STEPS)}")
     if "open_clip" in steps and not open_clip_is_installed():
-        log.warning("open_clip is not installed, its step is left out; pip install 'comtip-fast[peers]'")
+        log.warning(
+            "open_clip is not installed, so its step is left out; to measure it, run pip install 'comtip-fast[peers]'"
+        )
         steps = [name for name in steps if name != "open_clip"]
     device = pick_device(config.train.device)
     if config.train.threads:
@@ -85,7 +87,7 @@ def benchmark_step(
 
 
 def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:
-    """Check that both steps have the same loss at one batch and equal weights, and return their relative difference.
+    """Check that both steps compute the same loss for one batch and equal weights, and return the relative difference.
 
     Raises
     ------
@@ -103,6 +105,6 @@ def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:
     if not difference <= TOLERANCE * (100 if in_bf16 else 1):
         raise ValueError(
             f"comtip bench step: the plain step's loss is {other:.6f}, ours {own:.6f}, on the same batch and weights; with this "
-            "config the steps are not comparable: leave plain out of `steps`, and report it"
+            "config the steps are not comparable: leave plain out of `steps`, and report this difference"
         )
     return difference

@@ -1,7 +1,8 @@
 """Application of views to decoded tiles: batched tensor operations on a GPU, a loop over tiles on a CPU.
 
 On a CPU, numba compiles the loop if it is installed. All implementations return the values of the reference,
-:func:`comtip_fast.data.augment.views.make_views`; only a zoom may round some pixel values differently by 1, before they are mapped.
+:func:`comtip_fast.data.augment.views.make_views`, with one exception: some pixel values of zoomed tiles may be rounded differently,
+by 1, before the look-up tables map them.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def plan_views(
     config
         ``stain``, ``flips``, ``jitter`` and ``zoom`` are read.
     tile_px
-        S, which scales the margins of the zoom.
+        S, side of a tile in pixels, to which the margins of a zoom are proportional.
     seed
         The run's seed.
     """
@@ -107,7 +107,7 @@ def make_views(tiles_NSS3: np.ndarray, plan: ViewPlan) -> np.ndarray:
 def rotate_flip(tile: np.ndarray, orientation: int, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
     """Return a tile rotated by ``orientation % 4`` quarter turns, and mirrored left to right if ``orientation >= 4``.
 
-    ``axes`` are the rows and columns of the array. The result is a view of the array.
+    ``axes`` are the array's row axis and column axis. The result is a view of the array.
     """
     rotated = np.rot90(tile, orientation % 4, axes)
     return np.flip(rotated, axes[1]) if orientation >= 4 else rotated
@@ -160,7 +160,8 @@ def stain_table(stain: StainStats | None) -> np.ndarray:
 def jitter_tables(u_N6: np.ndarray, strength: float) -> np.ndarray:
     """Return the look-up tables of stain jitter, uint8 (N, 3, 256).
 
-    Each channel's optical density is scaled by 1 +- ``strength`` and shifted by +- 0.2 ``strength``, both uniform.
+    Each channel's optical density is multiplied by a factor in 1 +- ``strength``, then shifted by an amount in +- 0.2 ``strength``;
+    both are uniform.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ class CountSource:
     genes
         Identifiers of the columns.
     symbols
-        Second identifiers of the columns, used where the first is unknown; empty strings if there are none.
+        Alternative identifiers of the columns, used where the one in ``genes`` is unknown; empty strings if there are none.
     """
 
     path: Path
@@ -96,7 +96,7 @@ def open_counts(path: str | Path) -> CountSource:
 
 
 def species_of(genes: list[str]) -> str | None:
-    """Return the species of most Ensembl gene identifiers in ``genes``; None if there are none of human or mouse."""
+    """Return the species, human or mouse, to which most Ensembl identifiers in ``genes`` belong; None if there are none."""
     votes = {
         "mouse": sum(g.upper().startswith("ENSMUSG") for g in genes),
         "human": sum(g.upper().startswith("ENSG0") for g in genes),
@@ -235,7 +235,7 @@ class _AnnData:
 
     @staticmethod
     def _key(file: h5py.File, path: Path) -> str:
-        """Return the key of the first matrix with raw counts; that of the first matrix if none has."""
+        """Return the key of the first matrix with raw counts; if no matrix has raw counts, the key of the first one."""
         found = [key for key in COUNTS if key in file]
         if not found:
             raise SourceError(f"{path}: no layers['counts'], X or raw.X; add raw counts to the file")

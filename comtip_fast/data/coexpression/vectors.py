@@ -189,7 +189,7 @@ class _Spool:
                 yield number, sparse.csr_matrix(sparse.load_npz(file) @ spread)
 
     def keys_of(self, kept: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Return the gene keys of the result, and the index in ``kept`` of the gene of each key."""
+        """Return the gene keys of the result and, for each key, the index of its gene in ``kept``."""
         if not self.orthologues:
             return [self.names[i] for i in kept], np.arange(kept.size)
         index = {self.names[i]: row for row, i in enumerate(kept)}
@@ -213,10 +213,10 @@ class _Standard:
     kept: np.ndarray
     """Indices of the genes that vary and are detected often enough."""
     moments_G4: np.ndarray
-    """Of all genes, not only the kept ones: mean and standard deviation of log1p CP10K, then of log1p raw counts, over the cells of
-    the sources that measured the gene."""
+    """For all genes, not only the kept ones: mean and standard deviation of log1p CP10K, then of log1p raw counts, over the cells
+    of the sources that measured the gene."""
     detection_G: np.ndarray
-    """Share of these cells in which each gene, of all genes, is detected."""
+    """For all genes: share of cells in which the gene is detected, among the cells of the sources that measured it."""
 
     @classmethod
     def fit(cls, spool: _Spool, weigh: str, min_detection: float) -> _Standard:
@@ -241,9 +241,9 @@ class _Standard:
         kept = np.flatnonzero(varies.any(0) & (detection >= min_detection))
         if kept.size < 2:
             fix = "give more cells, or lower `min_detection`" if min_detection else "give more cells"
+            often = f" and be detected in a share of at least {min_detection:g} of the cells" if min_detection else ""
             raise ValueError(
-                f"{kept.size} genes vary and are detected in a share of at least {min_detection:g} of the cells, but at least 2 are "
-                f"needed; {fix}"
+                f"at least 2 genes must vary{often}, but of {G:,} genes only {kept.size} {'does' if kept.size else 'do'}; {fix}"
             )
         weight = 1 / cells / S if weigh == "sources" else np.full(S, 1 / cells.sum())
         coverage = ((weight * cells)[:, None] * varies)[:, kept].sum(0)

@@ -67,7 +67,7 @@ class CountSample:
         return sum(s.size for s in self._scale)
 
     def add(self, counts: sparse.csr_matrix, genes: np.ndarray) -> None:
-        """Add the counts (n, genes of the set) of up to ``CHUNK`` spots, of which the columns ``genes`` (G,) are kept."""
+        """Add the counts, (n, genes of the set), of up to ``CHUNK`` spots; only the columns ``genes`` (G,) are kept."""
         own = counts[:, genes].tocsc()
         own.sort_indices()
         self.nnz += own.nnz
@@ -104,7 +104,7 @@ class CountSample:
     def level_means(self, table: LevelTable, section_N: np.ndarray, n_sections: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean level and the detection rate of each gene in each section, float64 (S, G) each.
 
-        Both are means over the spots of the sample, and 0 for a section without any.
+        Both are means over the spots of the sample, and 0 for a section without spots.
 
         Parameters
         ----------
@@ -167,7 +167,7 @@ def fit_levels(columns: GeneColumns, n_measured_G: np.ndarray, config: LevelsCon
 
 
 def _fit_global(table: LevelTable, columns: GeneColumns, n_zero: int) -> None:
-    """Fill the last row, that of all genes together; at most one array of all positive values is in memory at a time."""
+    """Fill the last row, which describes all genes together; at most one array of all positive values is in memory at a time."""
     Q, G = table.n_levels, columns.n_genes
     values = np.empty(columns.nnz, np.float32)
     end = 0
@@ -217,7 +217,7 @@ def _level(positive: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def _set_prior(table: LevelTable, row: int, n_level: np.ndarray, n_zero: int) -> None:
     """Set the log frequencies of a row, smoothed by half a value per level.
 
-    ``n_level`` (Q,) has the number of values of each level from 1; ``n_zero`` is that of level 0.
+    ``n_level`` (Q,) has the number of values of each level; ``n_zero``, the number of zeros, replaces the first entry.
     """
     count = n_level.astype(np.float64)
     count[0] = n_zero

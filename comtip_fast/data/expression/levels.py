@@ -33,10 +33,11 @@ class LevelTable:
     value_cp10k: FloatArray
     """float32 (R, Q), value of each level in log1p CP10K; 0 for level 0, and for a level without any training value.
 
-    A value is the median of the level's training values; a level of a gene with fewer than 3 has the value of the global row.
+    A value is the median of the level's training values; if a gene has fewer than 3 values in a level, the value of the global row
+    is used.
     """
     value_raw: FloatArray
-    """float32 (R, Q), value of each level in log1p raw counts, of the same training values."""
+    """float32 (R, Q), value of each level in log1p raw counts, computed from the same training values as ``value_cp10k``."""
     log_prior: FloatArray
     """float32 (R, Q), log of the smoothed frequency of each level."""
 
@@ -54,9 +55,9 @@ class LevelTable:
         return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:
-        """Return (lower level, upper level, weight of the upper level), which interpolate to a log1p CP10K value in ``row``.
+        """Return the two levels of table row ``row`` between which a log1p CP10K value lies, and the weight of the upper one.
 
-        The weight is clipped to [0, 1], so that a value above all levels has the highest one.
+        The weight is clipped to [0, 1]: a value above all levels is represented by the highest level.
         """
         values = self.value_cp10k[row]
         hi = int(np.clip(np.searchsorted(values, value), 1, self.n_levels - 1))

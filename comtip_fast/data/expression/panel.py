@@ -145,7 +145,7 @@ def choose_genes(
     config
         Settings of the selection (``genes``).
     eligible
-        Rows of the genes that may be trained for each cohort, by decreasing variance; None for ``ranked``.
+        Rows of the genes that may be trained for each cohort, by decreasing variance; None: the same as ``ranked``.
     """
     names = np.array([s.upper() for s in symbols])
     out = {s.upper() for s in config.held_out}
@@ -166,7 +166,7 @@ def choose_genes(
 
 
 def assay_balance(measured_SG: np.ndarray, n_spots_S: np.ndarray, sections_per_batch: int | None) -> np.ndarray:
-    """Return weights with which all genes are drawn equally often if sections have gene lists of different sizes.
+    """Return weights with which all genes are drawn equally often even if sections have gene lists of different sizes.
 
     Genes that were measured in the same training sections have the same weight. Weights are fitted to the draws of 512 simulated
     batches. Equal frequencies are impossible if a batch can have only sections with small lists; they are then as similar as
@@ -241,8 +241,8 @@ def draw_panel(
     balance
         Result of :func:`assay_balance` (G,); None for equal weights.
     measured
-        bool (sections of the batch, G): whether the section measured the gene. If given, the panel contains at
-        least one gene of every section, if it is large enough; None does not ensure that.
+        bool (sections of the batch, G): whether the section measured the gene. If given, a panel that is large enough contains, for
+        each section, at least one gene that it measured.
     """
     rng = generator(seed, "panel", step)
     candidates = np.flatnonzero(available)
@@ -270,7 +270,7 @@ def draw_panel(
 
 
 def _with_every_section(panel: np.ndarray, measured: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replace genes of the panel so that every section measured one of them, if the panel is large enough.
+    """Return the panel with genes replaced so that every section measured at least one of its genes, if it is large enough.
 
     A gene is replaced only if each section that measured it also measured another gene of the panel.
     """

@@ -49,7 +49,7 @@ class TrainingTables:
     strata: Tensor
     """int64 (S, G), strata within which mispairing permutes levels."""
     balance: np.ndarray | None = None
-    """float64 (G,), weights of the panel draw from gene lists (``panel.balance``); None for equal weights."""
+    """float64 (G,), weights in the panel draw that balance unequal gene lists (``panel.balance``); None for equal weights."""
 
 
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
@@ -63,8 +63,8 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     ValueError
         There is no training section, or fewer than 2 genes can be trained.
     ShardError
-        A record is damaged and ``data.faults`` is ``stop``, more than ``data.max_faults`` records are damaged, or a table of the
-        shard set is.
+        A record is damaged and ``data.faults`` is ``stop``; more than ``data.max_faults`` records are damaged; or a table of the
+        shard set is damaged.
     """
     train = shards.select(split="train")
     if train.size == 0:
@@ -105,7 +105,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
 
 
 def _more_genes(genes: GeneChoice, config: GenesConfig) -> str:
-    """Return the fix for too few trained genes: the setting that leaves too few."""
+    """Return what to do if fewer than 2 genes can be trained: which setting to change."""
     if genes.trained.size + genes.held_out.size >= 2:
         return (
             f"hold out fewer genes (genes.held_out_every={config.held_out_every}, "
@@ -151,7 +151,9 @@ def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
 
 
 def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
-    """Return the spots to fit on, ascending: all, or about ``most`` of them, the same fraction of every section (at least 1 spot).
+    """Return the spots to fit on, ascending: all if there are at most ``most``, otherwise about ``most``.
+
+    The same fraction of every section is used, but at least 1 spot.
 
     The first records of each section are used. They are a random sample of the section, because sections are stored shuffled,
     and they are in few shard files.
@@ -187,7 +189,7 @@ def _read_counts(
 ) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
     """Return the readable spots, their counts and the damaged spots; raise or log a damaged record (``data.faults``).
 
-    ``damaged_before`` damaged records count towards ``data.max_faults``, in addition to those of ``spots``.
+    ``damaged_before`` is the number of damaged records found earlier, which count towards ``data.max_faults`` too.
     """
     counts, faults = SpotReader(shards, with_counts=True).counts(spots)
     for i, error in sorted(faults.items()):

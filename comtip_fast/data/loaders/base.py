@@ -135,8 +135,8 @@ class BaseLoader(ABC):
         Raises
         ------
         ShardError
-            A record is damaged and ``data.faults`` is ``stop``, more than ``data.max_faults`` records are damaged, or all
-            records of the batch are.
+            A record is damaged and ``data.faults`` is ``stop``; more than ``data.max_faults`` records are damaged; or all
+            records of the batch are damaged.
         """
         start = time.perf_counter()
         prepared = self._next_prepared(np.asarray(spot_index, np.int64), step, epoch)
@@ -147,7 +147,7 @@ class BaseLoader(ABC):
     def iterate(self, epoch: int = 0, position: int = 0, step: int = 1) -> Generator[Batch, None, None]:
         """Yield this rank's batches without end, beginning with batch ``position`` of ``epoch`` as optimizer step ``step``.
 
-        The batches have tiles, also with a frozen stem. Closing the iterator stops its workers. Raises like :meth:`batch`.
+        The batches have tiles, even with a frozen stem. Closing the iterator stops its workers. Raises like :meth:`batch`.
         """
         stream = self._stream(self.schedule.iterate(epoch, position, step))
         try:
@@ -159,7 +159,7 @@ class BaseLoader(ABC):
     def metrics(self) -> dict[str, float]:
         """Return values to log: ``loader_wait_s``, the seconds waited since the last call, and numbers of damaged records.
 
-        ``faults`` counts all damaged records so far, ``faults_KIND`` those of a kind.
+        ``faults`` counts all damaged records so far, ``faults_KIND`` the damaged records of one kind.
         """
         kinds = Counter(error.kind for error in self.faults.values())
         out = {"loader_wait_s": self._wait_s, "faults": float(len(self.faults))}
@@ -199,7 +199,7 @@ class BaseLoader(ABC):
         return decoded.spots[readable], apply_views(torch.from_numpy(decoded.tiles_NSS3[readable]), plan)
 
     def counts(self, spot_index: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
-        """Read the raw counts of any spots; return the spots, int64 (n,), and int32 CSR (n, genes).
+        """Read the raw counts of any spots; return the spots, int64 (n,), and their counts, int32 CSR (n, genes).
 
         Damaged spots are left out or raise ShardError, as in :meth:`tiles`.
         """
@@ -252,7 +252,7 @@ class BaseLoader(ABC):
         return self._assemble(scheduled, self._read(scheduled, self.records.read))
 
     def _read(self, scheduled: ScheduledBatch, read: Callable[[np.ndarray], DecodedSpots]) -> DecodedSpots:
-        """Read this rank's records; a damaged one raises or is replaced by another spot of the batch."""
+        """Read this rank's records; ``data.faults`` decides whether a damaged record raises or another spot replaces it."""
         own = share_of(scheduled.spots.size, self.rank, self.world)
         decoded = read(scheduled.spots[own])
         if self.config.data.faults == "stop":

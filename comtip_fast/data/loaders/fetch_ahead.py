@@ -18,7 +18,7 @@ AT_ONCE = 4
 def fetched_ahead(
     batches: Iterator[ScheduledBatch], shards: ShardSet, depth: int, *, rank: int, world: int
 ) -> Iterator[ScheduledBatch]:
-    """Yield the batches, and fetch in the background the shards that this rank needs for the ``depth`` batches after each.
+    """Yield the batches, and fetch in the background the shards that this rank needs for the next ``depth`` batches.
 
     For a set in a folder, or one that is read by ranges, nothing is fetched. Ranks of a node share a cache: one rank fetches a
     shard, and the others wait for it.

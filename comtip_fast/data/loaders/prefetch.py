@@ -13,7 +13,7 @@ _POLL_S = 0.1
 
 
 class Prefetcher(Generic[Item]):
-    """Iterator over the items of ``source``, which runs in a background thread; its exception is raised by the iteration.
+    """Iterator over the items of ``source``, which runs in a background thread; the iteration raises its exceptions.
 
     Parameters
     ----------

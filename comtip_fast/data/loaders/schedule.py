@@ -19,7 +19,7 @@ from comtip_shards.sampling.slots import slot_batches
 from comtip_fast.config.schema import DataConfig
 
 COMPUTED_AHEAD = 100_000
-"""Number of spots from which the order of the next epoch is computed in the background; for fewer it takes less than 0.1 s."""
+"""Smallest number of spots for which the next epoch's order is computed in the background; for fewer, it takes < 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class EpochSchedule:
         return np.searchsorted(self._first_spot, spots, side="right") - 1
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one.
+        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one batch.
 
         The results of two epochs are cached; a second thread that requests an epoch waits for the first.
         """
@@ -82,7 +82,7 @@ class EpochSchedule:
             return self._epochs[epoch]
 
     def iterate(self, epoch: int, position: int, step: int) -> Iterator[ScheduledBatch]:
-        """Yield batches without end, beginning at ``position`` of ``epoch`` with the number ``step``; none without spots."""
+        """Yield batches without end, from batch ``position`` of ``epoch``, which is step ``step``; yield nothing without spots."""
         while True:
             batches = self.batches(epoch)
             if not batches:
@@ -124,7 +124,7 @@ class EpochSchedule:
     def _batches_of(
         self, spots: np.ndarray, entries: np.ndarray, epoch: int, run: int | np.ndarray
     ) -> list[np.ndarray]:
-        """Return batches of ``entries``, whose spots are ``spots``; both (n,)."""
+        """Return batches of ``entries`` (n,), where entry i belongs to the spot ``spots[i]``."""
         data, section = self.config, self.section_of(spots)
         size, k = data.batch_size, data.sections_per_batch
         if data.slots is None:
@@ -134,7 +134,10 @@ class EpochSchedule:
 
 
 def balance_groups(shards: ShardSet, balance: str) -> list[str]:
-    """Return the group of each section: its set, cohort or platform in lower case, as ``balance`` is ``set``, ``organ`` or another."""
+    """Return the group of each section under ``data.balance``.
+
+    For ``set``, the group is the section's shard set; for ``organ``, its cohort; otherwise, its platform in lower case.
+    """
     sections = shards.manifest.sections
     if balance == "set":
         return [f"{shards.set_of_section(i):06d}" for i in range(len(sections))]

@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG, which takes its colours from the page and so follows its light or dark theme."""
+"""Charts of the report as inline SVG; the page's style sheet colours them, also in its dark theme."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
 
 
 def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Markup:
-    """Draw a cohort's mean PCC and partial PCC (pale) over the 50 genes, for the predictors in :data:`NAMES` with scores.
+    """Draw a cohort's mean PCC and mean partial PCC (pale) over the 50 genes, for each predictor of :data:`NAMES` with scores.
 
     Whiskers are 95 % intervals of the mean PCC, from the columns ``predictor``, ``low`` and ``high`` of ``intervals``, which may
     be empty.
@@ -149,7 +149,7 @@ def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Ma
 
 
 def gene_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Markup:
-    """Draw histograms of the PCC per gene for the model (G,) and the null (draws, G); undefined counts as 0."""
+    """Draw histograms of the PCC per gene for the model (G,) and the null (draws, G); undefined correlations count as 0."""
     edges = np.linspace(-0.6, 1, 41)
     shares = {}
     for name, x in (("c0", np.nan_to_num(null_DG.ravel())), ("c1", np.nan_to_num(pcc_G))):
@@ -191,7 +191,7 @@ def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
 
 
 def loss_curves(path: Path) -> list[tuple[str, Markup]]:
-    """Draw losses and validation scores from ``metrics.jsonl``; return a title and a chart for each, none without training rows."""
+    """Return (title, chart) for each loss and for the validation scores in ``metrics.jsonl``; empty without training rows."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # a run that was killed may have left part of a line
@@ -239,7 +239,7 @@ def _steps_chart(x: np.ndarray, y: np.ndarray, label: str = "loss") -> Chart:
 
 
 def _smooth(y: np.ndarray, share: float = 0.08) -> np.ndarray:
-    """Return a centred running mean; the window is shorter at the ends."""
+    """Return a centred running mean over ``share`` of the points; the window is shorter at the ends."""
     half = max(1, int(len(y) * share / 2))
     total = np.concatenate([[0.0], np.cumsum(y)])
     lo, hi = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))

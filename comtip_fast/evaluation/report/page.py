@@ -33,13 +33,13 @@ LABELS = {
     "bleep": "BLEEP-like: mean of the nearest training spots (supervised)",
 }
 BASELINES = ("ridge_colour", "ridge_features", "ridge_frozen", "supervised", "bleep")
-"""Methods of which a card shows the best one: all that are supervised and are not this model's predictions."""
+"""Supervised methods other than this model; a card of the page shows the best of them."""
 SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
 SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"
 RANKED = 8
 """Number of genes in each of the lists of best, median and worst genes."""
 STATIC_BYTES = 3 << 19
-"""Size of the images for print and for readers without JavaScript, 1.5 MiB; once it is reached, no section gets more of them."""
+"""Budget for the images for print and for readers without JavaScript, 1.5 MiB; once it is used, no section gets more images."""
 
 
 def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
@@ -52,7 +52,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
     result
         From :func:`comtip_fast.evaluation.evaluate.evaluate`.
     out
-        The file to write. The folder also gets ``scores.csv``, ``intervals.csv``, ``calibration.csv`` and, if a section has
+        The file to write. Its folder also gets ``scores.csv``, ``intervals.csv``, ``calibration.csv`` and, if a section has
         enough labelled spots, ``clusters.csv``.
     """
     env = Environment(
@@ -91,7 +91,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
 
 
 def _number(value: float | None) -> str:
-    """Format a score with three digits; a dash for an undefined one."""
+    """Return a score with three decimals, or a dash if the score is undefined."""
     if value is None or not np.isfinite(value):
         return "–"
     return f"{value + 0.0:.3f}".replace("-0.000", "0.000")
@@ -157,7 +157,7 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
 
 
 def best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
-    """Return label and mean PCC over the 50 genes of the best of :data:`BASELINES` for a cohort; None if none was scored."""
+    """Return (label, mean PCC over the 50 genes) of a cohort's best method of :data:`BASELINES`; None if none was scored."""
     scores = {name: (entry.get(name) or {}).get("cp10k") for name in BASELINES}
     found = [(s["mean_pcc_50_hvg"], LABELS[name]) for name, s in scores.items() if s]
     if not found:
@@ -167,7 +167,7 @@ def best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def _input_of(scores: dict[str, Any]) -> str | None:
-    """Return the input that the baseline chose; None if no baseline was fitted."""
+    """Return the input that was chosen for a ridge baseline; None if the baseline was not fitted."""
     return scores["cp10k"]["input"] if scores.get("cp10k") else None
 
 
@@ -178,7 +178,7 @@ class _StaticImages:
         self.left = budget
 
     def draw(self, result: Evaluation, data: SectionData, indices: list[int]) -> list[tuple[str, str]]:
-        """Return (symbol, data URI) of all genes ``indices``; nothing if earlier calls have used the budget."""
+        """Return (symbol, data URI) of each of the genes ``indices``; an empty list if earlier calls have used up the budget."""
         number = result.shards.section_number(data.section_id)
         meta = result.shards.manifest.sections[number]
         overview, mpp = result.shards.overview(number)
@@ -219,7 +219,7 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
 
 
 def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return titled lists of genes by PCC (best, median, worst; or all if they are few): rows of ``genes.csv`` with their index."""
+    """Return (title, rows of ``genes.csv`` with their index) for the best, median and worst genes by PCC, or all if few."""
     table = data.gene_table.assign(index=np.arange(len(data.keys)), order=np.nan_to_num(data.pcc))
     rows: list[dict[str, Any]] = table.sort_values("order", ascending=False, kind="stable").to_dict("records")  # type: ignore[assignment]
     if len(rows) <= 3 * RANKED:

@@ -26,7 +26,7 @@ IMAGE_BYTES = 1 << 20
 """Intended size of the H&E images of all sections, encoded."""
 IMAGE_PX, MIN_IMAGE_PX = 900, 160
 LEVELS = (255, 63, 15)
-"""Numbers of quantisation steps that are tried, before spots are left out."""
+"""Numbers of quantisation steps to try in this order, before spots are left out."""
 SUB_PX = 32
 """Positions are stored in 1/32 px of the image."""
 
@@ -82,7 +82,7 @@ def section_payload(
 
 
 def page_json(payloads: list[SectionPayload]) -> Markup:
-    """Return the JSON of the page, which cannot end the script element that contains it."""
+    """Return the page's data as JSON, escaped so that no value can end the script element that contains it."""
     found = {
         "sections": [p.data for p in payloads],
         "expression": colour_table(EXPRESSION_MAP),
@@ -96,7 +96,7 @@ def page_json(payloads: list[SectionPayload]) -> Markup:
 def _values(data: SectionData, budget: int, seed: int) -> tuple[np.ndarray, bytes, np.ndarray]:
     """Return (rows of the drawn spots, compressed uint8 values, range of each gene (2, G)).
 
-    The first of :func:`_candidates` whose values fit ``budget`` bytes when encoded is used, or the last if none does.
+    Of :func:`_candidates`, the first whose encoded values fit ``budget`` bytes is used, or the last if none fits.
     """
     measured, predicted = data.measured["cp10k"], data.predicted["cp10k"]
     low = np.minimum(measured.min(0), predicted.min(0))
@@ -125,7 +125,7 @@ def _candidates(n: int, section: str, seed: int) -> Iterator[tuple[np.ndarray, i
 
 
 def _genes(data: SectionData, ranges: np.ndarray) -> list[list[Any]]:
-    """Return a row per gene: symbol, scores, how it was seen in training, and the range and the drawn range of its values."""
+    """Return a row per gene: symbol, scores, how it was seen in training, and the full and the drawn range of its values."""
     table = data.gene_table
     both = np.concatenate([data.measured["cp10k"], data.predicted["cp10k"]])
     low, high = np.percentile(both, [1, 99], axis=0) if both.size else (ranges[0], ranges[1])
@@ -143,7 +143,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _labels(labels: pd.DataFrame, rows: np.ndarray, n: int) -> dict[str, Any]:
-    """Return names and encoded codes of labels and matched clusters of the drawn spots; 255 for spots without a label."""
+    """Return the label names and, for the drawn spots, encoded codes of label and matched clusters; code 255 means no label."""
     names, code = np.unique(labels["label"].to_numpy(str), return_inverse=True)
     out: dict[str, Any] = {"names": [plain(name) for name in names.tolist()]}
     columns = (("label", code), ("measured", labels["measured"] - 1), ("predicted", labels["predicted"] - 1))
@@ -155,7 +155,7 @@ def _labels(labels: pd.DataFrame, rows: np.ndarray, n: int) -> dict[str, Any]:
 
 
 def _crop(overview: np.ndarray, spots: np.ndarray, pad: float, budget: int) -> tuple[Image.Image, np.ndarray, float]:
-    """Return the image around the spots, its offset in the overview, and its px per px of the overview.
+    """Return the image around the spots, its offset in the overview in px, and its scale relative to the overview.
 
     The image is reduced until it fits ``budget`` bytes or its longer side is at most :data:`MIN_IMAGE_PX`.
     """

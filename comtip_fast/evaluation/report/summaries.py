@@ -29,9 +29,9 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row for the model (``zero_shot``) and each baseline and trained method: ``section``, ``predictor``, ``mean_pcc``, ``low``,
-        ``high``, ``difference`` (mean PCC of the model minus that of the predictor), ``difference_low``, ``difference_high`` and
-        ``blocks``. The ends of the intervals are NaN with fewer than 5 blocks.
+        One row for the model (``zero_shot``) and each baseline and trained method: ``section``, ``predictor``, ``mean_pcc``,
+        ``low``, ``high``, ``difference`` (mean PCC of the model minus mean PCC of the predictor), ``difference_low``,
+        ``difference_high`` and ``blocks``. The ends of the intervals are NaN with fewer than 5 blocks.
     """
     measured = data.measured["cp10k"][:, data.hvg]
     block = spatial_blocks(data.xy, BLOCKS_PER_SIDE)
@@ -49,7 +49,7 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
 
 
 def _means(measured: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the mean PCC over genes, and that of each draw; undefined correlations count as 0."""
+    """Return the mean PCC over genes, of all spots and of each draw; undefined correlations count as 0."""
     if not measured.shape[1]:
         return 0.0, np.zeros(len(weight))
     point = float(np.nan_to_num(pcc_per_gene(measured, predicted)).mean())
@@ -105,7 +105,7 @@ def clusters(
 
 
 def _matched(label: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """Return the cluster of each spot as the number of its label, from 1, so that the colours of maps agree.
+    """Return for each spot the number, from 1, of the label matched to its cluster, so that the colours of the maps agree.
 
     Clusters and labels are matched one to one, with the largest total overlap.
     """

@@ -16,7 +16,7 @@ SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calib
 def score_table(result: Evaluation) -> pd.DataFrame:
     """Return one row per ``cohort``, ``predictor`` and ``normalisation`` that has scores, with the fields of :class:`Score`.
 
-    Scores are means over the cohort's sections; ``undefined_genes`` is the sum over them.
+    Scores are means over the cohort's sections; ``undefined_genes`` is a sum over the sections.
     """
     rows = [
         {"cohort": cohort, "predictor": name, "normalisation": norm, **entry[name][norm]}

@@ -13,4 +13,4 @@ TASKS = {
     "pathways": "measured and predicted scores of gene sets",
     **METHODS,
 }
-"""Tasks by name."""
+"""{task: description}."""

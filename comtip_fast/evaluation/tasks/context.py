@@ -31,7 +31,7 @@ ENCODER, VECTOR, COLOUR = "comtip encoder", "comtip vector", "colour"
 PROBE_GENES = 50
 """Number of most variable genes that expression is scored on."""
 MAX_SPOTS = 10_000
-"""Default of ``max_spots``: features and bootstrap weights of a section are kept in memory, and retrieval compares all pairs."""
+"""Default of ``max_spots``, limited because a section is kept in memory and retrieval compares all pairs of spots."""
 Encoders = dict[str, TileEncoder | FeatureFiles]
 
 
@@ -50,11 +50,11 @@ class TaskOptions:
     """Draws of the shuffled controls."""
     seed: int = 0
     train: TrainOptions = field(default_factory=TrainOptions)
-    """Training of the methods that are not in ``trained``."""
+    """Options for training the methods that are not in ``trained``."""
     trained: dict[str, TrainedMethod] = field(default_factory=dict)
-    """Methods that were trained already, by name."""
+    """{name: method that was trained already}."""
     max_spots: int = MAX_SPOTS
-    """Largest number of spots of a section; a larger one is represented by as many neighbouring spots."""
+    """Largest number of spots per section; of a larger section, this many neighbouring spots are used."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class SectionInputs:
     """Positions in px of the source image."""
     spot_ids: list[str]
     cp10k: sparse.csr_matrix
-    """log1p of counts per 10,000, all genes of the gene table."""
+    """log1p of counts per 10,000, for all genes of the shard set's gene table."""
     image: ImageFeatures
     features: dict[str, np.ndarray]
     """float (N, F) by name of the encoder."""
@@ -79,7 +79,7 @@ class SectionInputs:
 
 
 class TaskContext:
-    """Sections of one model and shard set, read on first use and kept.
+    """Inputs of the tasks for one model and shard set; sections are read on first use and kept.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ class TaskContext:
         return [self._section(self.shards, n, train=False) for n in self.numbers]
 
     def train_sections(self, cohort: str) -> list[SectionInputs]:
-        """Return the training sections of a cohort in the shard set of the training sections; empty if there are none."""
+        """Return the sections of ``train_shards`` on which a cohort was trained; empty if there are none."""
         own = [n for n in self.reference.numbers if self._train_shards.cohort_of_section(n) == cohort]
         return [self._section(self._train_shards, n, train=True) for n in own]
 
@@ -133,7 +133,7 @@ class TaskContext:
         return {g.key for g, m in zip(self.shards.genes, self.shards.measured(number), strict=True) if m}
 
     def trained_and_measured(self, cohort: str, numbers: Sequence[int]) -> list[str]:
-        """Return the trained genes that all the sections measured, by decreasing variance; genes without a rank follow by key."""
+        """Return the trained genes that all the sections measured, by decreasing variance; unranked genes follow, sorted by key."""
         common = set(self.predictor.trained_genes).intersection(*(self.measured(n) for n in numbers))
         ranked = [k for k in self.ranked(cohort, numbers[0]) if k in common]
         return list(dict.fromkeys([*ranked, *sorted(common)]))
@@ -143,7 +143,7 @@ class TaskContext:
         return section.cp10k[:, [self.row_of[k] for k in keys]].toarray().astype(np.float64)
 
     def train_values(self, section: SectionInputs, keys: Sequence[str]) -> np.ndarray:
-        """Return log1p CP10K of genes of a training section, float64 (N, G); 0 for a gene that its set does not have."""
+        """Return log1p CP10K of genes of a training section, float64 (N, G); 0 for a gene that ``train_shards`` lacks."""
         row = {g.key: i for i, g in enumerate(self._train_shards.genes)}
         out = np.zeros((len(section.spot_ids), len(keys)))
         known = [j for j, k in enumerate(keys) if k in row]
@@ -157,7 +157,7 @@ class TaskContext:
         return np.array([[bool(measured.get(k, False)) for k in keys] for measured in found], bool)
 
     def trained(self, name: str) -> TrainedMethod:
-        """Return a method of :data:`comtip_fast.evaluation.trained.METHODS`; it is trained at the first call, unless it was given."""
+        """Return a method of :data:`comtip_fast.evaluation.trained.METHODS`; the first call trains it, unless it was given."""
         if name not in self._trained:
             train = replace(self.options.train, methods=(name,))
             targets = {k for n in self.numbers for k in self.most_variable(self.shards.cohort_of_section(n), n)}
@@ -185,7 +185,7 @@ class TaskContext:
         return [GeneQuery(g.symbol, g.name, g.key) for g in facts]
 
     def labels(self, section: SectionInputs) -> np.ndarray:
-        """Return the labels of a scored section's spots, str (N,); empty where there is none."""
+        """Return the labels of a scored section's spots, str (N,); empty text for a spot without a label."""
         if self.options.labels is not None:
             return self.options.labels.of(section.section_id, section.spot_ids)
         return self.shards.spots.loc[section.spots, "label"].fillna("").to_numpy(str)
@@ -196,7 +196,7 @@ class TaskContext:
         return self._read[train, number]
 
     def _spots(self, shards: ShardSet, number: int) -> np.ndarray:
-        """Return the spots of a section, or ``max_spots`` neighbouring ones of a larger section."""
+        """Return the spots of a section, or ``max_spots`` neighbouring spots if the section has more."""
         spots, most = shards.select(sections=[number]), self.options.max_spots
         if spots.size > most:
             name = shards.manifest.sections[number].section_id

@@ -1,4 +1,4 @@
-"""Spatial domains: clusters of spot features against labels. Shapes: N spots, F features."""
+"""Spatial domains: clusters of spot features compared with labels. Shapes: N spots, F features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_labelled(labels: np.ndarray) -> np.ndarray:
 
 
 def cluster(features_NF: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    """Return k-means clusters of standardised features, reduced to at most 20 principal components; int64 (N,)."""
+    """Return the k-means cluster of each spot, int64 (N,), from at most 20 principal components of the standardised features."""
     x = np.asarray(features_NF, np.float64)
     std = x.std(0)
     x = (x - x.mean(0)) / np.where(std > 1e-12, std, 1.0)

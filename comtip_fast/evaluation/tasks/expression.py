@@ -20,29 +20,30 @@ from comtip_fast.metrics import mean_pcc, pcc_per_gene
 
 ZERO_SHOT, MEAN = "comtip zero-shot", "mean of training"
 COMPARED = (ZERO_SHOT, MEAN, f"ridge, {ENCODER}", f"ridge, {COLOUR}")
-"""Methods of the task ``probe`` that the rows of a trained method are listed with."""
+"""Methods of the task ``probe`` whose rows are listed together with those of a trained method."""
 VARIABLE, UNSEEN = "50", "unseen"
-"""Ends of the names of metrics: most variable genes, and genes that were held out from training."""
+"""Suffixes of metric names: for the most variable genes, and for genes that were held out from training."""
 MIN_SPOTS = 10
-"""Fewest training spots of a ridge regression."""
+"""Smallest number of training spots for a ridge regression."""
 
 
 def probe_rows(context: TaskContext) -> list[TaskRow]:
-    """Score ridge regression on the features of each encoder, the zero-shot prediction and the mean of training.
+    """Score ridge regression on the features of each encoder, the zero-shot prediction and the mean of the training spots.
 
     Targets are the 50 most variable genes, log1p CP10K. Scores are the mean PCC, with undefined correlations as 0, and the mean
-    squared error. Up to 50 genes that the model held out are scored too (``pcc_unseen``), next to ridge regressions that were trained
-    on them. The control of a probe is the same regression on training features that are shuffled within sections; that
-    of the zero-shot prediction is the spatial null. Cohorts with fewer than 10 training spots have zero-shot scores only.
+    squared error. Up to 50 genes that were held out from training the model are scored too (``pcc_unseen``), next to ridge
+    regressions that are trained on these genes. The control of a ridge regression is the same regression on training features
+    that are shuffled within sections; the control of the zero-shot prediction is the spatial null. Cohorts with fewer than 10
+    training spots have zero-shot scores only.
     """
     rows = [row for section in context.sections for row in _probe_of(context, section)]
     return [*rows, *mean_rows(rows, context)]
 
 
 def trained_rows(context: TaskContext, name: str) -> list[TaskRow]:
-    """Score a trained method on the same genes as :func:`probe_rows`, with the rows of :data:`COMPARED` from there.
+    """Score a trained method on the genes of :func:`probe_rows`, and add the rows of :data:`COMPARED` for comparison.
 
-    The control is the spatial null of its predictions. A cohort without training sections has no row.
+    The control is the spatial null of the predictions. A cohort without training sections has no row.
     """
     rows = []
     for section in context.sections:
@@ -60,7 +61,7 @@ def trained_rows(context: TaskContext, name: str) -> list[TaskRow]:
 
 
 def _probe_of(context: TaskContext, section: SectionInputs) -> list[TaskRow]:
-    """Return the rows of a section, computed once for all tasks."""
+    """Return the rows of ``probe`` for a section, computed once for all tasks."""
     if section.number not in context.probes:
         keys, unseen = context.most_variable(section.cohort, section.number), context.unseen(section)
         rows = _probe_section(context, section, keys, tuple(section.features)) if keys else []
@@ -73,7 +74,7 @@ def _probe_of(context: TaskContext, section: SectionInputs) -> list[TaskRow]:
 def _probe_section(
     context: TaskContext, section: SectionInputs, keys: list[str], encoders: Sequence[str], genes: str = VARIABLE
 ) -> list[TaskRow]:
-    """Return the rows of zero-shot prediction and, with at least 10 training spots, of training mean and ridge on each encoder."""
+    """Return rows of the zero-shot prediction and, with 10 or more training spots, of the training mean and ridge per encoder."""
     measured = context.values(section, keys)
     zero_shot = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     null = _null(context, section, measured, zero_shot)
@@ -130,7 +131,7 @@ def _ridge_by_section(
 
 
 def _null(context: TaskContext, section: SectionInputs, measured: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the mean over draws of the mean PCC of predicted maps that are rotated and shifted; NaN without draws."""
+    """Return the mean PCC of rotated and shifted predictions, averaged over draws; NaN without draws."""
     draws = moved_spots(section.xy_N2, context.options.n_null, seed=context.options.seed, section=section.section_id)
     return float(np.mean([mean_pcc(measured, predicted[d]) for d in draws])) if len(draws) else NAN
 
@@ -165,7 +166,7 @@ def _expression_rows(
 
 
 def mean_rows(rows: list[TaskRow], context: TaskContext) -> list[TaskRow]:
-    """Return, per method and metric scored in several sections, the mean over sections with an interval over sections."""
+    """Return a row for each task, method and metric with several sections: the mean over sections, with an interval."""
     groups: dict[tuple[str, str, str], list[TaskRow]] = {}
     for row in rows:
         groups.setdefault((row.task, row.method, row.metric), []).append(row)
@@ -181,7 +182,7 @@ def mean_rows(rows: list[TaskRow], context: TaskContext) -> list[TaskRow]:
 
 
 def pathway_rows(context: TaskContext) -> list[TaskRow]:
-    """Score predicted against measured scores of gene sets, per set and over the sets.
+    """Compare predicted with measured scores of gene sets, for each set and averaged over the sets.
 
     The score of a set in a spot is the mean of its genes, each standardised over the section's spots. Baselines are ridge
     regressions from features to the scores of the training sections, if these have at least 10 spots.
@@ -200,7 +201,7 @@ def pathway_rows(context: TaskContext) -> list[TaskRow]:
 def _pathway_section(
     context: TaskContext, section: SectionInputs, keys: list[str], sets: dict[str, np.ndarray]
 ) -> list[TaskRow]:
-    """Return the rows of zero-shot prediction and ridge baselines for the gene sets of one section."""
+    """Return the rows of the zero-shot prediction and the ridge baselines for the gene sets of one section."""
     names, members_of = list(sets), list(sets.values())
     measured = set_scores(context.values(section, keys), members_of)
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]

@@ -98,12 +98,12 @@ class SetCloseness:
     """Similarity of two genes of one set, compared with that of two genes without a common set."""
 
     auc: float
-    """Probability that a pair within a set is more alike than a pair without a common set, mean over sets; 0.5 is
+    """Probability that a pair within a set is more alike than a pair without a common set, averaged over sets; 0.5 is
     chance. NaN if every sampled pair has a common set."""
     set_auc_S: np.ndarray
-    """The same, for the pairs of each set."""
+    """This probability for each set."""
     shuffled: float
-    """The AUC with genes assigned to sets at random."""
+    """``auc`` with genes assigned to sets at random."""
 
 
 def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int) -> SetCloseness:
@@ -160,7 +160,7 @@ def _share_a_set(rows: Sequence[np.ndarray], n_genes: int, left_P: np.ndarray, r
 
 
 def set_scores(values_NG: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean over the genes of each set, each gene standardised over the spots: float64 (N, S)."""
+    """Return the score of each set in each spot, float64 (N, S): the mean of its genes, each standardised over the spots."""
     x = np.asarray(values_NG, np.float64)
     std = x.std(0)
     z = (x - x.mean(0)) / np.where(std > 1e-12, std, 1.0)

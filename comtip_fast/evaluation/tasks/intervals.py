@@ -20,7 +20,7 @@ NO_INTERVAL: Interval = (float("nan"), float("nan"))
 
 
 def spatial_blocks(xy_N2: np.ndarray, per_side: int = BLOCKS_PER_SIDE) -> np.ndarray:
-    """Return the block of each spot, int64 (N,), numbered from 0; squares, ``per_side`` along the longer side."""
+    """Return the number, from 0, of each spot's block, int64 (N,); blocks are squares, ``per_side`` along the longer side."""
     xy = np.asarray(xy_N2, np.float64)
     low, span = xy.min(0), float(np.ptp(xy, axis=0).max()) or 1.0
     cell = np.minimum((xy - low) / span * per_side, per_side - 1).astype(np.int64)
@@ -29,7 +29,7 @@ def spatial_blocks(xy_N2: np.ndarray, per_side: int = BLOCKS_PER_SIDE) -> np.nda
 
 
 def block_weights(block_N: np.ndarray, n_draws: int, *, seed: int, section: str) -> np.ndarray:
-    """Return the number of uses of each spot by each draw, float64 (D, N); no draws with fewer than :data:`MIN_BLOCKS` blocks."""
+    """Return how often each draw uses each spot, float64 (D, N); D is 0 with fewer than :data:`MIN_BLOCKS` blocks."""
     n = int(block_N.max()) + 1
     if n < MIN_BLOCKS:
         return np.zeros((0, block_N.size))
@@ -54,7 +54,7 @@ def mean_interval(values_N: np.ndarray, weights_DN: np.ndarray) -> Interval:
 
 
 def weighted_pcc(a_NG: np.ndarray, b_NG: np.ndarray, weights_DN: np.ndarray) -> np.ndarray:
-    """Return Pearson correlations under weights of the spots, float64 (D, G); 0 where undefined."""
+    """Return Pearson correlations with the spots weighted by each draw, float64 (D, G); 0 where undefined."""
     a, b = (np.asarray(v, np.float64) - np.mean(v, axis=0) for v in (a_NG, b_NG))
     w = weights_DN / weights_DN.sum(1, keepdims=True)
     mean_a, mean_b = w @ a, w @ b
@@ -73,7 +73,7 @@ def resampled(statistic: Callable[[np.ndarray], float], weights_DN: np.ndarray) 
 
 
 def section_interval(values_S: np.ndarray, n_draws: int, *, seed: int) -> Interval:
-    """Return the interval of a mean over sections, drawn with replacement; NaN with fewer than two sections.
+    """Return the interval of a mean over sections, which are drawn with replacement; NaN with fewer than two sections.
 
     With few sections the interval is too narrow.
     """

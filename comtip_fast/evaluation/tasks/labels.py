@@ -23,9 +23,9 @@ class LabelFile:
     Parameters
     ----------
     spec
-        A table (``.csv``, ``.tsv``, optionally ``.gz``) with the columns ``section`` or ``section_id`` (may be missing, if spot ids
-        are unique to a section), ``spot``, ``spot_id`` or ``barcode``, and ``label``; or ``FILE.h5ad:COLUMN``, an ``obs`` column
-        of an AnnData whose names are spot ids.
+        A table (``.csv``, ``.tsv``, optionally ``.gz``) with a column ``label``, a column of spot ids (``spot``, ``spot_id`` or
+        ``barcode``) and, unless every spot id occurs in one section only, a column of section ids (``section`` or
+        ``section_id``). Or ``FILE.h5ad:COLUMN``, an ``obs`` column of an AnnData whose ``obs_names`` are spot ids.
 
     Raises
     ------
@@ -47,7 +47,7 @@ class LabelFile:
             log.warning("labels %s: %d of %d rows name no section and are left out", spec, lost, len(self._table))
 
     def of(self, section: str, spots: Sequence[str]) -> np.ndarray:
-        """Return the labels of spots, str (N,); empty for a spot without a label.
+        """Return the labels of spots, str (N,); empty text for a spot without a label.
 
         Raises
         ------
@@ -92,7 +92,7 @@ def _text(column: pd.Series) -> pd.Series:
 
 
 def _from_table(path: Path) -> pd.DataFrame:
-    """Read section, spot and label from a table; section is "" if it has no column of sections."""
+    """Read section, spot and label from a table; section is "" if the table has no column of sections."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a table of labels or FILE.h5ad:COLUMN")
     sep = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","

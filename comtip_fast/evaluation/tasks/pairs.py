@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of M true and M mispaired sentences, and the spot of each."""
+    """Scores of M true and M mispaired sentences, and the spot of each pair."""
 
     true_M: np.ndarray
     false_M: np.ndarray
@@ -33,7 +33,7 @@ class RankedPairs:
         self._n = int(rank.max(initial=-1)) + 1
 
     def auc(self, weight_N: np.ndarray) -> float:
-        """Return the AUC; 0.5 is chance, ties count half, NaN without weight."""
+        """Return the AUC; 0.5 is chance, and ties count half. NaN if all weights are 0."""
         weight = weight_N[self._spot]
         true = np.bincount(self._true, weight, self._n)
         false = np.bincount(self._false, weight, self._n)
@@ -42,5 +42,5 @@ class RankedPairs:
 
 
 def gain(own: RankedPairs, elsewhere: RankedPairs, weight_N: np.ndarray) -> float:
-    """Return the AUC in the true context minus that in the context of other spots."""
+    """Return the AUC in the true context minus the AUC in the context of other spots."""
     return own.auc(weight_N) - elsewhere.auc(weight_N)

@@ -6,7 +6,7 @@ import numpy as np
 
 KS = (1, 5, 10)
 MAX_SIMILARITIES = 1 << 24
-"""Similarities that are computed at once, which bounds memory to 128 MiB, however many sections there are."""
+"""Number of similarities that are computed at once; it bounds memory to 128 MiB for any number of sections."""
 
 
 def ranks(query_ND: np.ndarray, key_ND: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def ranks(query_ND: np.ndarray, key_ND: np.ndarray) -> np.ndarray:
 
 
 def recall_at(rank_N: np.ndarray, k: int) -> np.ndarray:
-    """Return whether each query finds its key among the first k, float64 (N,)."""
+    """Return 1 for each query whose own key is among the first k, otherwise 0, float64 (N,)."""
     return (rank_N <= k).astype(np.float64)
 
 

@@ -25,7 +25,7 @@ class TaskRow:
 
     task: str
     section: str
-    """Section id, or ``mean of n sections``, or empty where no section is involved."""
+    """Section id, ``mean of N sections``, ``all of COHORT``, or empty if no section is involved."""
     method: str
     metric: str
     value: float
@@ -37,11 +37,11 @@ class TaskRow:
     shuffled: float = NAN
     """Score of the task's control, e.g. shuffled pairs or a rotated map (docs/evaluation.md); NaN without one."""
     n: int = 0
-    """Spots, genes or sets behind the score."""
+    """Number of spots, genes, gene sets, pairs or sections behind the score."""
 
 
 def write_rows(rows: Sequence[TaskRow], facts: dict[str, Any], folder: Path) -> None:
-    """Write ``tasks.json`` and ``tasks.csv``; numbers that are not finite become null, or empty."""
+    """Write ``tasks.json`` and ``tasks.csv``; numbers that are not finite become null in JSON and empty in CSV."""
     content = {"format": FORMAT, "version": VERSION, **facts, "rows": [asdict(r) for r in rows]}
     write_atomic(folder / "tasks.json", json.dumps(finite_or_none(content), indent=1, allow_nan=False) + "\n")
     frame = pd.DataFrame([asdict(r) for r in rows], columns=[f.name for f in fields(TaskRow)])

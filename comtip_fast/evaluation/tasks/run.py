@@ -65,9 +65,9 @@ def task_options(
         own = (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
         if geometry is not None and (geometry.px, geometry.um, geometry.min_mpp) != own:
             raise ValueError(
-                f"`encoders` {spec}: reads tiles of {geometry.um:.12g} um in {geometry.px} px with min_mpp {geometry.min_mpp:.12g}, but "
-                f"the model reads {own[1]:.12g} um in {own[0]} px with min_mpp {own[2]:.12g}; leave it out, and compare runs with the "
-                "same tiles"
+                f"`encoders` {spec}: reads tiles of {geometry.um:.12g} um in {geometry.px} px with min_mpp "
+                f"{geometry.min_mpp:.12g}, but the model reads {own[1]:.12g} um in {own[0]} px with min_mpp {own[2]:.12g}; "
+                "leave it out, because only encoders that read the same tiles can be compared"
             )
         opened[label] = encoder
     return TaskOptions(
@@ -125,7 +125,7 @@ def run_tasks(
         embeddings of a spot, all sections were used in training, ``train_shards`` lacks the training sections of a scored cohort,
         or a method cannot be trained.
     FileNotFoundError
-        There are no embeddings of a section, or no file of the weights that a method starts from.
+        A section has no embeddings, or the file of weights that a method starts from does not exist.
     """
     check_tasks(tasks, options)
     check_tiles(predictor, shards, train_shards)
@@ -186,11 +186,12 @@ def evaluate_tasks(
     gene_sets
         GMT file, for ``pathways`` and ``genes``.
     labels
-        Labels for ``domains``, see :class:`comtip_fast.evaluation.tasks.labels.LabelFile`; None uses those of the shards.
+        Labels for ``domains``, see :class:`comtip_fast.evaluation.tasks.labels.LabelFile`; None uses the labels of the
+        shard set.
     n_bootstrap
-        Draws of the bootstrap behind the intervals.
+        Number of bootstrap draws for the intervals.
     epochs
-        Largest number of passes over the training spots, per learning rate, of the methods that are trained.
+        Largest number of passes over the training spots per learning rate, for the methods that are trained.
 
     Returns
     -------
@@ -226,7 +227,7 @@ def evaluate_tasks(
 
 
 def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
-    """Check the names of tasks, and that gene sets are given for those that need them.
+    """Check the names of the tasks, the gene sets that they need, and the training options.
 
     Raises
     ------

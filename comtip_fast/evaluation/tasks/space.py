@@ -27,7 +27,7 @@ from comtip_fast.objectives import counted_swaps, permute_within_strata, take_fr
 
 log = logging.getLogger("comtip_fast")
 TEXT_GENES = 256
-"""Genes whose sentences form the text of a spot."""
+"""Largest number of genes whose sentences form the text of a spot."""
 MIN_PER_LABEL = 3
 
 
@@ -104,9 +104,10 @@ def _across_rows(
 def domain_rows(context: TaskContext) -> list[TaskRow]:
     """Score clusters of features against labels, by adjusted Rand index and normalised mutual information.
 
-    There are as many clusters as labels; spots without a label, and those of labels with fewer than three spots, are left out. Each kind of
-    features is clustered unchanged, and once more averaged with the mean over neighbouring spots. Measured expression (50 most variable genes)
-    is a reference. The control is the cluster map after a rotation and a shift. A section with fewer than two labels has no rows.
+    There are as many clusters as labels. Spots without a label, and spots whose label has fewer than three spots, are left
+    out. Each kind of features is clustered twice: unchanged, and averaged with the mean over neighbouring spots. Measured
+    expression (50 most variable genes) is a reference. The control is the cluster map after a rotation and a shift. A
+    section with fewer than two labels has no rows.
     """
     rows = []
     for section in context.sections:
@@ -145,7 +146,7 @@ def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, 
 def _agreement_rows(
     context: TaskContext, section: SectionInputs, method: str, labels: np.ndarray, x: np.ndarray, known: np.ndarray
 ) -> list[TaskRow]:
-    """Return the rows of both agreement scores of one kind of features with the labels."""
+    """Return the rows of both agreement scores between the labels and the clusters of one kind of features."""
     options, found = context.options, cluster(x, np.unique(labels).size, context.options.seed)
     moved = moved_spots(section.xy_N2[known], options.n_null, seed=options.seed, section=section.section_id)
     null = [agreement(labels, found[d]) for d in moved]
@@ -188,7 +189,7 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
         keys = context.trained_and_measured(section.cohort, [section.number])[:TEXT_GENES]
         if len(keys) < 2 or len(section.spot_ids) < 2:
             log.warning(
-                "pairs: section %s is left out: %d trained genes that it measured and %d spots, but at least two of each are needed",
+                "pairs: section %s is left out: it measured %d trained genes in %d spots, but at least two of each are needed",
                 section.section_id,
                 len(keys),
                 len(section.spot_ids),
@@ -201,7 +202,7 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotSentences, mode: str) -> list[TaskRow]:
-    """Return the AUC and its gain for one section and one way of mispairing; none if no swap counts."""
+    """Return the rows of the AUC and its gain for one section and one way of mispairing; empty if no pair can be scored."""
     rng = generator(context.options.seed, "pairs", mode, section.section_id)
     levels, paat = sentences.levels_NG, context.predictor.config.loss.paat
     wrong = _mispaired(levels, mode, paat.strata, rng)
@@ -210,7 +211,8 @@ def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotS
     )
     if not counted.any():
         log.warning(
-            "pairs: section %s is left out for levels mispaired by %s: none differs from the true level by loss.paat.min_level_shift=%d",
+            "pairs: section %s is left out for levels mispaired by %s: none differs from the true level by at "
+            "least loss.paat.min_level_shift=%d",
             section.section_id,
             mode,
             paat.min_level_shift,
@@ -245,7 +247,7 @@ def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotS
 
 
 def _mispaired(levels_NG: torch.Tensor, mode: str, n_strata: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return levels, int64 (N, G), from other spots (``spots``) or from genes of similar detection in the same spot (``strata``)."""
+    """Return wrong levels, int64 (N, G): of other spots (``spots``), or of similarly detected genes of the spot (``strata``)."""
     shape, device = (1, *levels_NG.shape), levels_NG.device
     u, v = (upload(torch.from_numpy(rng.random(shape, np.float32)), device) for _ in range(2))
     n, G = levels_NG.shape
@@ -267,10 +269,11 @@ def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def gene_rows(context: TaskContext) -> list[TaskRow]:
-    """Score how close the genes of a family or gene set are, and how often a gene's nearest orthologue is its own.
+    """Score how close the genes of a family or gene set are, and how often a gene's own orthologue is the nearest.
 
-    Genes are the trained ones; their vectors are mean sentence vectors over the positive levels. Names alone are a baseline,
-    because families and orthologues share tokens; gene vectors from counts are another, if the model has them.
+    All trained genes are used. The vector of a gene is its mean sentence vector over the positive levels. Counts of name
+    tokens are a baseline, because families and orthologues share tokens. Gene vectors from counts are another baseline, if
+    the model has gene vectors.
     """
     predictor = context.predictor
     facts = {g.key: g for g in predictor.bundle.genes}
@@ -302,7 +305,7 @@ def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys
 
 
 def _orthologue_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
-    """Return the row of the share of genes whose own orthologue is the nearest of all; none with fewer than three pairs."""
+    """Return one row: the share of genes whose own orthologue is the nearest of all. Empty with fewer than three pairs."""
     index = {k: i for i, k in enumerate(keys)}
     pairs = orthologues(keys)
     if len(pairs) < MIN_PER_LABEL:

@@ -27,7 +27,7 @@ class SpotSentences:
     predictor
         The trained model.
     genes
-        The G genes; measured in every spot.
+        The G genes, all measured in every spot.
     values_NG
         log1p of counts per 10,000.
     """
@@ -53,7 +53,8 @@ class SpotSentences:
         image_ND
             Image vectors of the spots.
         context_N
-            int64 (N,), the spot whose image, or text with ``loss.paat.context=text``, is the context of each spot.
+            int64 (N,), for each spot the index of the spot that gives its context: an image, or with
+            ``loss.paat.context=text`` a text.
         """
         image = upload(torch.from_numpy(image_ND[context_N]), self.table.pair_GQD.device).to(self.table.pair_GQD.dtype)
         out = []
@@ -67,7 +68,7 @@ class SpotSentences:
         return torch.cat(out).cpu().numpy()
 
     def _in_text(self, levels: Tensor, true: Tensor) -> Tensor:
-        """Return logits in the context of texts, from which the scored gene is removed."""
+        """Return logits with texts as context; the scored gene is removed from the text."""
         table, everything = self.table, torch.ones_like(true, dtype=torch.bool)
         return pair_scores(
             self._pooled(table.unit_GQD, true),
@@ -85,7 +86,7 @@ class SpotSentences:
 
 @torch.no_grad()
 def sentence_table(predictor: Predictor, genes: Sequence[GeneQuery]) -> tuple[SentenceTable, np.ndarray]:
-    """Return the sentence table of G genes, fp32, and their rows in the level table, int64 (G,)."""
+    """Return the sentence table of G genes, fp32, and the rows of the genes in the level table, int64 (G,)."""
     tables, rows = [], []
     for start in range(0, len(genes), GENES_PER_PASS):
         tokens, row = predictor.tokens(genes[start : start + GENES_PER_PASS])

@@ -25,7 +25,7 @@ class TrainOptions:
     epochs: int = EPOCHS
     """Largest number of passes over the training spots, per learning rate."""
     folder: Path | None = None
-    """Folder of the checkpoints, from which an interrupted training continues; None trains in a temporary folder."""
+    """Folder of the checkpoints, from which an interrupted training resumes; None trains in a temporary folder."""
     seed: int = 0
 
     def check(self) -> None:

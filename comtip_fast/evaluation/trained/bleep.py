@@ -27,9 +27,9 @@ from comtip_fast.training.validation import evenly
 NEIGHBOURS = (10, 25, 50, 100)
 """Numbers of neighbours that validation chooses from."""
 DEFAULT_NEIGHBOURS = 50
-"""Used without validation sections."""
+"""Number of neighbours without validation sections."""
 MAX_KEYS = 50_000
-"""Largest number of training spots among which neighbours are found, evenly spaced over those of the cohort."""
+"""Largest number of training spots to search for neighbours; of a larger cohort, evenly spaced spots are taken."""
 QUERIES_AT_ONCE = 256
 KEYS_AT_ONCE = 4096
 
@@ -44,14 +44,14 @@ def nearest_average(
     query_ND, key_MD
         Vectors on one device; need not be normalised.
     values_MG, known_MG
-        Values of the M keys, and which of them are known; unknown ones are left out of the average.
+        Values of the M keys, and a mask of the known values; unknown values are left out of the average.
     counts
-        Numbers of neighbours; one above M averages all keys.
+        Numbers of neighbours; a number above M averages all keys.
 
     Returns
     -------
     dict
-        float32 (N, G) by number of neighbours; 0 where none of the neighbours is known.
+        float32 (N, G) by number of neighbours; 0 where no neighbour has a known value.
     """
     wanted = sorted(set(counts))
     most = min(wanted[-1], len(key_MD))

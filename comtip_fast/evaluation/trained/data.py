@@ -1,4 +1,4 @@
-"""Training and validation spots of the trained methods: tiles by the loader of pretraining, and expression targets."""
+"""Training and validation spots of the trained methods: tiles from the loader of pretraining, and expression targets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("comtip_fast")
 COUNTS_AT_ONCE = 4096
 TILES_AT_ONCE = 256
 SCORED_GENES = 50
-"""Most variable genes by which a validation section is scored."""
+"""Number of most variable genes on which a validation section is scored."""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class ValidationSection:
     columns: np.ndarray
     """int64 (H,), columns of the targets."""
     measured_nH: np.ndarray
-    """log1p CP10K."""
+    """Measured log1p CP10K of the n spots and H genes."""
     kept: list[Tensor] = field(default_factory=list)
-    """Inputs of the encoder by chunk, on the CPU; empty before the first use, and if those of all sections exceed ``KEPT_BYTES``."""
+    """Encoder inputs by chunk, on the CPU; empty before the first use, or if all sections would exceed ``KEPT_BYTES``."""
 
 
 class TrainingData:
@@ -55,11 +55,11 @@ class TrainingData:
     predictor
         The model, whose tiles, stain, views and frozen stem are used.
     reference
-        The training sections; those of split ``train`` in their shard set are trained on.
+        The training sections; methods are trained on those whose split in the shard set is ``train``.
     keys
         Gene keys to predict.
     config
-        Config of the run, with the seed of the order and of the views.
+        Config of the run; its seed determines the order of the spots and the views.
 
     Raises
     ------
@@ -106,7 +106,7 @@ class TrainingData:
         return [self.shards.manifest.sections[n].section_id for n in self.numbers]
 
     def batch_targets(self, spot_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return targets (B, G) of training spots and which of them are known, on the device."""
+        """Return the targets of training spots and a mask of the known targets, both (B, G) on the device."""
         z, known = self.targets.of_spots(np.searchsorted(self.spots, spot_index.cpu().numpy()))
         return torch.from_numpy(z).to(self.device), torch.from_numpy(known).to(self.device)
 
@@ -169,7 +169,7 @@ class TrainingData:
         )
 
     def _validation(self, number: int, reference: TrainReference) -> list[ValidationSection]:
-        """Return a list with a validation section; empty if its cohort has no training sections, or it has no gene to score."""
+        """Return a list of one validation section; empty if its cohort has no training sections or no gene can be scored."""
         cohort = self.shards.cohort_of_section(number)
         if cohort not in self.cohorts:
             return []

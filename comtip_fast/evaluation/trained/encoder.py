@@ -19,7 +19,7 @@ def pretrained_encoder(predictor: Predictor) -> VisionEncoder:
 
 
 def initial_weights(predictor: Predictor) -> str:
-    """Return the file of the weights that the model's image encoder was initialised with; empty for random weights.
+    """Return the path of the weights that the model's image encoder was initialised with; empty for random weights.
 
     Raises
     ------
@@ -46,12 +46,12 @@ def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
     """Return the image encoder of the model's config with the weights that its pretraining started from.
 
     These are the weights of the file ``vision.pretrained``, or random weights of ``seed``; ``train.start_from`` is ignored. A
-    frozen stem is the model's: its weights are not trained in pretraining either.
+    frozen stem is copied from the model, because pretraining does not change it.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        The initial weights are not in a local file, or it cannot be used.
+        The initial weights are not in a local file, or the file cannot be used.
     """
     config = predictor.config.vision
     config = replace(config, pretrained=initial_weights(predictor), lora=replace(config.lora, rank=0))
@@ -66,7 +66,7 @@ def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
 
 
 def _trainable(vision: VisionEncoder) -> VisionEncoder:
-    """Return the encoder with gradients for all parameters but those of a frozen stem."""
+    """Return the encoder with all parameters trainable, except those of a frozen stem."""
     vision.requires_grad_(True)
     if vision.stem is not None:
         vision.stem.requires_grad_(False)

@@ -30,9 +30,9 @@ from comtip_fast.training.trainer import Trainer
 
 log = logging.getLogger("comtip_fast")
 RATES = (1.0, 0.1)
-"""Learning rates to try, as factors of ``optim.lr``; without validation sections the first is used."""
+"""Learning rates to try, as factors of ``optim.lr``; without validation sections only the first is used."""
 VALIDATIONS, PATIENCE = 40, 10
-"""Largest number of validations, and validations without improvement before training stops."""
+"""Largest number of validations, and number of validations without improvement before training stops."""
 BUILD: dict[str, Callable[[TrainingData, RunConfig], ExpressionTask]] = {
     "finetune": lambda data, config: RegressionTask(data, config, pretrained=True),
     "supervised": lambda data, config: RegressionTask(data, config, pretrained=False),
@@ -100,7 +100,7 @@ def fit_methods(
     FileNotFoundError
         The file of the weights that a method starts from does not exist.
     TrainingError
-        A loss is not finite, or a signal stopped the training, which the same call continues if ``options`` has a folder.
+        A loss is not finite, or a signal stopped the training. If ``options`` has a folder, the same call then resumes it.
     """
     options.check()
     if not options.methods:
@@ -123,7 +123,7 @@ def fit_methods(
 
 
 def _config(predictor: Predictor, reference: TrainReference, options: TrainOptions) -> RunConfig:
-    """Return the config of the run with what concerns its own training replaced."""
+    """Return the run's config with the settings of its own training replaced by those of the methods."""
     config = predictor.config
     train = replace(
         config.train,
@@ -151,25 +151,26 @@ class _Checkpoints:
 
     path: Path
     kept: bool
-    """False for a temporary folder, from which a later call cannot continue."""
+    """False for a temporary folder, from which a later call cannot resume."""
 
 
 @dataclass
 class _Candidate:
-    """Result of one training, or the weights that training starts from."""
+    """A task after one training, or with the weights that training starts from."""
 
     task: ExpressionTask
     score: float
     """Validation score; minus infinity without one."""
     lr: float | None
-    """None for the weights that training starts from."""
+    """Learning rate; None for the weights that training starts from."""
     facts: dict[str, Any]
 
 
 def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: _Checkpoints) -> TrainedMethod:
-    """Train a method with each learning rate, and return the training with the best validation score.
+    """Train a method with each learning rate, and return the one with the best validation score.
 
-    Without validation sections, only the first learning rate is used. The first weights of ``finetune`` are scored too.
+    Without validation sections, only the first learning rate is used. The weights that ``finetune`` starts from are
+    a candidate too.
     """
     steps = epochs * len(data.loader.batches(0))
     rates = [config.optim.lr * factor for factor in (RATES if data.validation else RATES[:1])]
@@ -196,7 +197,7 @@ def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: 
 
 
 def _at_rate(config: RunConfig, name: str, rate: float, steps: int, data: TrainingData) -> RunConfig:
-    """Return the config of one training: the learning rate ``rate``, ``steps`` steps, and its validations."""
+    """Return the config of one training with learning rate ``rate``, ``steps`` steps, and a schedule of validations."""
     every = max(1, steps // VALIDATIONS) if data.validation else 0
     warmup = min(config.optim.warmup_steps, steps // 10)
     checkpoint_every = every or max(1, steps // 10)
@@ -220,7 +221,7 @@ def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder
         fitted = Trainer(task, config, run_dir).fit(resume=True)
     if fitted.stopped == "sigterm":
         again = (
-            "its checkpoint is written, run the same command to continue"
+            "its checkpoint is written; run the same command to continue"
             if folder.kept
             else "its checkpoint was temporary; give `out` to keep checkpoints, and start again"
         )
@@ -230,7 +231,7 @@ def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder
 
 
 def _digest(task: ExpressionTask, config: RunConfig, epochs: int, initial: str) -> str:
-    """Return a hash of data, model, targets, epochs, learning rate, seed and initial weights, which names a training's checkpoints."""
+    """Return a hash of data, model, targets, epochs, learning rate, seed and initial weights, to name the checkpoint folder."""
     parts = task.fingerprint() | {"epochs": epochs, "lr": config.optim.lr, "seed": config.train.seed}
     if initial:
         parts |= {"initial_weights": initial}

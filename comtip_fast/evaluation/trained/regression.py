@@ -18,7 +18,7 @@ from comtip_fast.models import VisionEncoder
 from comtip_fast.objectives import masked_mse
 
 MIN_SPOTS = 10
-"""Fewest training spots of a gene to fit the head's first weights."""
+"""Smallest number of training spots for fitting the initial weights of the head."""
 
 
 class Regressor(nn.Module):
@@ -45,8 +45,8 @@ class RegressionTask(ExpressionTask):
     data, config
         As for :class:`ExpressionTask`.
     pretrained
-        Start from the model's weights, with the linear probe as head (Kumar et al. 2022: a random head distorts pretrained
-        features); otherwise from initial weights.
+        True starts from the model's weights, with the linear probe as head (Kumar et al. 2022: a random head distorts
+        pretrained features). False starts from initial weights.
     """
 
     def __init__(self, data: TrainingData, config: RunConfig, *, pretrained: bool) -> None:
@@ -73,7 +73,7 @@ class RegressionTask(ExpressionTask):
     def _start_from_probe(self) -> None:
         """Set the head to ridge regression on the encoder's features, one fit per group of genes that the same sections measured.
 
-        Genes of sections with fewer than :data:`MIN_SPOTS` training spots keep their random weights.
+        Genes that fewer than :data:`MIN_SPOTS` training spots measured keep random weights.
         """
         regressor, targets, x = self.module, self.data.targets, self.data.pooled_Nd
         assert isinstance(regressor, Regressor)

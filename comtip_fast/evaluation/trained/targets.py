@@ -15,13 +15,13 @@ MIN_STD = 1e-6
 class Targets:
     """Targets of N spots and G genes, in units of the standard deviation within sections.
 
-    Sections differ in level for technical reasons, and the scores do not depend on the level, so it is not learnt; ridge
-    baselines are fitted in the same way.
+    The level of a section is not learnt, because sections differ in level for technical reasons and the scores do not depend
+    on the level. Ridge baselines are fitted in the same way.
     """
 
     keys: list[str]
     section_N: np.ndarray
-    """int64, row of ``known_SG`` of each spot."""
+    """int64, for each spot the row of its section in ``known_SG``."""
     values_NG: sparse.csr_matrix
     """log1p CP10K."""
     known_SG: np.ndarray
@@ -29,7 +29,7 @@ class Targets:
     mean_SG: np.ndarray
     """Mean of each gene in each section."""
     level_G: np.ndarray
-    """Mean over all spots that measured the gene, which predictions are centred on; 0 where there are none."""
+    """Mean of each gene over all spots that measured it, added to predictions; 0 if no spot measured it."""
     std_G: np.ndarray
     """Standard deviation within sections; 1 for a gene that does not vary."""
 
@@ -37,7 +37,7 @@ class Targets:
     def of(
         cls, keys: Sequence[str], section_N: np.ndarray, values_NG: sparse.csr_matrix, known_SG: np.ndarray
     ) -> Targets:
-        """Compute means and standard deviations; parameters as the fields of the class."""
+        """Compute means and standard deviations; the parameters are fields of the class."""
         n_S = np.array([(section_N == s).sum() for s in range(len(known_SG))], np.float64)
         mean_SG, square_SG = np.zeros(known_SG.shape), np.zeros(known_SG.shape)
         for s in np.flatnonzero(n_S):
@@ -53,12 +53,12 @@ class Targets:
 
     @property
     def learnt_G(self) -> np.ndarray:
-        """Which genes a section with spots measured, bool (G,)."""
+        """Mask, bool (G,), of the genes that at least one section with spots measured."""
         learnt: np.ndarray = self.known_SG[np.unique(self.section_N)].any(0)
         return learnt
 
     def of_spots(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return targets, float32 (n, G), 0 where unknown, and which of them are known, bool (n, G)."""
+        """Return the targets, float32 (n, G), 0 where unknown, and a mask of the known targets, bool (n, G)."""
         section = self.section_N[rows]
         known = self.known_SG[section]
         z = (self.values_NG[rows].toarray() - self.mean_SG[section]) / self.std_G

@@ -47,7 +47,7 @@ class ExpressionTask(ABC):
     config
         Config of this training.
     module
-        The module; its part ``vision`` is the image encoder.
+        The module; its attribute ``vision`` is the image encoder.
     """
 
     def __init__(self, data: TrainingData, config: RunConfig, module: nn.Module) -> None:
@@ -69,7 +69,7 @@ class ExpressionTask(ABC):
     def predicted(self, features: Iterable[Tensor], cohort: str) -> dict[str, np.ndarray]:
         """Return predicted targets (N, G) by setting; ``features`` yields the encoder's inputs of N tiles in chunks.
 
-        Of several settings, validation chooses one, see :meth:`choose`; later calls return that one only.
+        If there are several settings, validation chooses one with :meth:`choose`, and later calls return only this one.
         """
 
     def choose(self, setting: str) -> None:  # noqa: B027 - most methods have one setting
@@ -130,9 +130,9 @@ class ExpressionTask(ABC):
         return out
 
     def validation_result(self, shares: list[Share]) -> ValidationResult:
-        """Return the score of the best setting, its scores by cohort and, if there are several settings, the score of each.
+        """Return the score of the best setting, its scores by cohort and, if there are several settings, the score of each setting.
 
-        Scores are means over cohorts of the means over their sections. Without sections, the score is NaN and the others empty.
+        Scores are means over cohorts of the means over their sections. Without sections, the score is NaN and the others are empty.
         """
         means = self._means([one for share in shares for one in share])
         if not means:
@@ -156,7 +156,7 @@ class ExpressionTask(ABC):
 
     @torch.no_grad()
     def predict_tiles(self, tiles: TileSource, stain: StainStats | None, cohort: str) -> dict[str, np.ndarray]:
-        """Return predicted targets (N, G) of N tiles, which are read in chunks, by setting."""
+        """Return the predicted targets (N, G) of N tiles by setting; the tiles are read in chunks."""
         out: dict[str, np.ndarray] = {}
         order: list[np.ndarray] = []
 

@@ -1,4 +1,4 @@
-"""Figures of a sweep, speed and memory against the number of devices, and its files."""
+"""Write the table of a sweep, and figures of speed and memory against the number of devices."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _speed_panel(result: Sweep, axes: Any, growth: Growth) -> None:
 
 
 def draw_memory(result: Sweep, path: Path) -> None:
-    """Plot memory under weak scaling: model state by ZeRO stage, loss buffers by loss form, total of DDP designs."""
+    """Plot memory under weak scaling: model state by ZeRO stage, loss buffers by loss form, and the total of DDP designs."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(11.4, 3.7), layout="constrained")
         _state_panel(result, panels[0])
@@ -150,7 +150,7 @@ def _state_panel(result: Sweep, axes: Any) -> None:
 
 
 def _is_state(name: str) -> bool:
-    """Return whether a row of the memory table is model state: trained parameters, gradients or moments, but not gathered ones."""
+    """Return whether a row of the memory table is model state: trained parameters (not gathered), gradients or moments."""
     return name.startswith(("parameters", "gradients", "AdamW")) and "gathered" not in name
 
 

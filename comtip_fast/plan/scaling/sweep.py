@@ -1,7 +1,7 @@
 """Plan one config on 1 to 1,024 devices in every design, and find where each stops scaling.
 
 *Strong* scaling keeps the global batch, and so the result of the run. *Weak* scaling keeps the spots per device, so the
-batch and the number of negatives grow with the devices. Speeds are for the mean panel, memory is for the largest.
+batch and the number of negatives grow with the number of devices. Speeds are for the mean panel, memory is for the largest.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Sweep:
 
 
 def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024) -> Sweep:
-    """Plan every design on 1, 2, 4, ... up to ``most`` devices of the kind of ``base``, eight per node.
+    """Plan every design on 1, 2, 4, ... up to ``most`` devices of the same kind as in ``base``, eight per node.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024)
     per_device = config.data.batch_size // base.ranks
     if per_device < 1:
         raise ValueError(
-            f"data.batch_size={config.data.batch_size}: at least one spot per device is needed, for {base.ranks} devices; "
-            "raise it or plan for fewer devices"
+            f"data.batch_size={config.data.batch_size}: too small for {base.ranks} devices, which need at least one "
+            "spot each; raise it or plan for fewer devices"
         )
     sizes = sizes_of(config, inputs)
     at_mean = sizes.at_panel(mean_panel(min(config.panel.min_genes, sizes.G), sizes.G))
@@ -178,8 +178,8 @@ def table(result: Sweep) -> str:
     c = result.cluster
     lines = [
         (
-            f"{result.name} on {c.device.name}, {PER_NODE} per node, {c.link.name} inside, {c.fabric.name} between nodes; all PREDICTED. "
-            f"Scaling stops where twice the devices give less than {MIN_SPEEDUP:g} times the spots/s."
+            f"{result.name} on {c.device.name}, {PER_NODE} per node, {c.link.name} inside, {c.fabric.name} between nodes; all "
+            f"PREDICTED. Scaling stops where twice the devices give less than {MIN_SPEEDUP:g} times the spots/s."
         ),
         "",
         "| design | growth | scales to | spots/s there | takes most of the step there | fits from | memory there |",

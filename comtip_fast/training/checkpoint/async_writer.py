@@ -11,7 +11,7 @@ from comtip_fast.training.checkpoint.content import Checkpoint
 
 
 class Writer:
-    """Runs one job at a time in a thread; the next :meth:`submit`, :meth:`check` or :meth:`drain` raises its exception."""
+    """Runs one job at a time in a thread; the next :meth:`submit`, :meth:`check` or :meth:`drain` raises an error of the job."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -42,7 +42,7 @@ class Writer:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the exception of the last job, once."""
+        """Raise the exception of the last job, if it failed; a second call does not raise it again."""
         error, self._error = self._error, None
         if error is not None:
             raise error

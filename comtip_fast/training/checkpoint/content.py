@@ -16,10 +16,10 @@ SUMS = "SHA256SUMS"
 """File with one line per file of the checkpoint, in the format of ``sha256sum -c``."""
 STATE = "state.json"
 MAX_TEXT_BYTES = 1 << 26
-"""Maximum size of the file of hashes and of the state."""
+"""Maximum size in bytes of the file of hashes and of the state file."""
 DELETE = "delete the folder to use an older checkpoint (if there is none, the run starts from step 0)"
 MISFIT = f"restore the config and the release of the run, or {DELETE}"
-"""Fix of weights that do not fit the model."""
+"""Fix for errors about weights that do not fit the model."""
 
 
 class CheckpointError(ValueError):
@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 def problem_of(error: Exception) -> str:
-    """Return the message of a checkpoint's error without the fix :data:`DELETE`, for a caller that continues without it."""
+    """Return the message of a checkpoint's error without the fix :data:`DELETE`, for callers that skip the checkpoint."""
     return str(error).removesuffix(f"; {DELETE}")
 
 
@@ -54,12 +54,12 @@ def sha256_of(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> bytes:
-    """Return the content of the file of hashes or of the state.
+    """Return the content of the file of hashes or of the state file.
 
     Raises
     ------
     CheckpointError
-        The file is not regular or too large. Other errors of the system are raised unchanged.
+        The path is not a regular file, or the file is too large. Other errors of the system are raised unchanged.
     """
     try:
         return read_regular(path, MAX_TEXT_BYTES)
@@ -70,7 +70,7 @@ def read_text_file(path: Path) -> bytes:
 
 
 def stated_sums(path: Path) -> dict[str, str]:
-    """Return ``{file: hash}`` of a file of hashes; raises as :func:`read_text_file`."""
+    """Return ``{file: hash}`` from a file of hashes; raises the same errors as :func:`read_text_file`."""
     lines = read_text_file(path).decode("utf-8", "replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
@@ -81,7 +81,7 @@ def check_hashes(folder: Path, names: Iterable[str]) -> None:
     Raises
     ------
     CheckpointError
-        A file is missing, has no hash in the file of hashes, or does not match it.
+        A file is missing, has no hash in the file of hashes, or does not match its hash.
     """
     sums = folder / SUMS
     if not sums.is_file():

@@ -107,8 +107,9 @@ def prepare_run_folder(
 ) -> tuple[int, Checkpoint] | None:
     """Load the newest valid checkpoint and clean the run folder; called on rank 0.
 
-    Incomplete folders of killed processes are removed, checkpoints of later steps renamed, and those that are not kept deleted.
-    Rows of later steps are dropped from ``nonfinite.jsonl`` and ``spikes.jsonl``. Without a checkpoint, both files are deleted.
+    Incomplete folders of killed processes are removed, and checkpoints of later steps are renamed. Checkpoints that
+    ``train.keep_checkpoints`` does not keep are deleted. Rows of later steps are dropped from ``nonfinite.jsonl`` and
+    ``spikes.jsonl``. Without a checkpoint, both files are deleted.
 
     Parameters
     ----------

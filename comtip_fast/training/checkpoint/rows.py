@@ -16,7 +16,7 @@ SPIKES = "spikes.jsonl"
 def keep_rows_up_to(path: Path, step: int, *, validated: bool = True) -> None:
     """Drop rows after ``step`` from a JSONL file, and everything from the first incomplete line on, which a killed run left.
 
-    Unless ``validated``, the row of the validation of ``step`` is dropped too.
+    If ``validated`` is False, the validation row of ``step`` is dropped too.
     """
     if not path.exists():
         return

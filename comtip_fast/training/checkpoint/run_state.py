@@ -77,9 +77,9 @@ SCHEDULE_KEYS = {
     for key in FREE_KEYS
     if key.startswith("optim.") or key in ("train.steps", "train.validate_every", "train.patience")
 }
-"""Those of :data:`FREE_KEYS` that change the run after the resumed step; a change is logged."""
+"""Keys in :data:`FREE_KEYS` that change the run after the resumed step; a change is logged."""
 EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
-"""Values, by group and key, of runs whose checkpoints were written before these keys existed."""
+"""Values that hold for checkpoints written before these keys existed, by group and key."""
 GENES = "trained genes"
 """Key of the fingerprint that checkpoints of earlier versions lack."""
 
@@ -113,13 +113,13 @@ class RunState:
     bad_validations: int = 0
     """Number of validations with a score since the best one."""
     skips: int = 0
-    """Number of skipped updates: of steps whose loss or gradient was not finite and, if they are skipped, of spikes."""
+    """Number of steps whose update was skipped because of a non-finite loss or gradient, or because of a spike."""
     spikes: int = 0
     """Number of spikes of the gradient norm, skipped or clipped."""
     norms: list[float] = field(default_factory=list)
     """Gradient norms of the last steps, oldest first, as of the checkpoint; empty without ``optim.spike``."""
     validated: int = 0
-    """Last step after which a validation was completed, 0 before; in a checkpoint of an earlier version, its step."""
+    """Last step after which a validation was completed; 0 if none was. Checkpoints of earlier versions count as validated."""
     stopped: str = ""
     """``steps`` or ``patience`` once training has finished, empty before."""
 
@@ -138,7 +138,7 @@ class RunState:
 
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> RunState:
-        """Return the state from the dict of :meth:`as_plain`; ignores further keys."""
+        """Return the state from the dict of :meth:`as_plain`; further keys are ignored."""
         # Checkpoints of earlier versions were written after the validation of their step, and have no entries for spikes.
         state = {"validated": state["step"], "spikes": 0, "norms": []} | state
         own = {f.name: state[f.name] for f in fields(cls)}
@@ -155,8 +155,8 @@ def check_same_run(
 ) -> None:
     """Check that a run may resume from a checkpoint.
 
-    Warnings are logged if the schedule has changed, if results may differ by rounding, and if an earlier version, which may
-    have fitted levels on other spots, wrote the checkpoint.
+    Warnings are logged if the schedule has changed, if results may differ by rounding, and if the checkpoint was written by an
+    earlier version, which may have fitted levels on other spots.
 
     Parameters
     ----------
@@ -230,7 +230,7 @@ def random_state(device: torch.device) -> dict[str, str]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore the state that :func:`random_state` returned; that of the GPU only if both runs are on one."""
+    """Restore the state that :func:`random_state` returned; the GPU's state is restored only if both runs are on a GPU."""
     torch.set_rng_state(_unhex(state["torch_rng"]))
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(_unhex(state["cuda_rng"]), device)

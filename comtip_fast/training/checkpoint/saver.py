@@ -40,7 +40,7 @@ def in_parts(config: RunConfig, size: int) -> bool:
 
 
 class CheckpointSaver:
-    """Writes checkpoints: rank 0 writes all of them, or each rank its part; in a thread if ``train.async_checkpoint`` is set.
+    """Writes checkpoints, whole by rank 0 or in parts by every rank; a thread writes if ``train.async_checkpoint`` is set.
 
     Methods are collective calls, except :meth:`load_best`.
 
@@ -77,7 +77,7 @@ class CheckpointSaver:
     def save(self, progress: RunState, engine: Engine, ema: dict[str, Tensor]) -> None:
         """Write a full checkpoint of weights, optimizer state and averaged weights, then delete old ones.
 
-        If a thread writes, only a copy is complete on return, and errors of the writing are raised by a later call.
+        If a thread writes, this method returns when the tensors are copied, and a later call raises errors of the writing.
 
         Raises
         ------
@@ -99,11 +99,11 @@ class CheckpointSaver:
         self._parts.complete()
 
     def check(self) -> None:
-        """Raise the exception of the last write of any rank, once; on the other ranks, an error with its message."""
+        """If the last write failed on a rank, raise an error with its message on every rank; a second call does not repeat it."""
         on_every_rank(self.writer.check, lambda _: None, self.group, self._pause)
 
     def drain(self) -> None:
-        """Wait until the checkpoint in flight is complete, and raise the exception of a failed one."""
+        """Wait until the checkpoint in flight is complete, and raise an exception if it failed."""
         self._parts.complete()
         on_rank_zero(self.writer.drain, self.group, self._pause)
 
@@ -127,7 +127,7 @@ class CheckpointSaver:
             write(checkpoint)
 
     def save_state(self, progress: RunState, engine: Engine) -> None:
-        """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors.
+        """Rewrite the state of the current step's checkpoint after a validation, which does not change the tensors.
 
         Then checkpoints that are not kept are deleted, because the best step may have changed.
         """

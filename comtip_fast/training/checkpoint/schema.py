@@ -99,12 +99,16 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None
     parameters = dict(module.named_parameters())
     for name, tensor in checkpoint.ema.items():
         if name not in parameters or tensor.shape != parameters[name].shape:
-            raise CheckpointError(f"{where}: the average of {name!r} does not fit a parameter of the model; {DELETE}")
+            raise CheckpointError(
+                f"{where}: the moving average {name!r} does not fit a parameter of the model, by name or shape; {DELETE}"
+            )
     keys: dict[str, set[str]] = {}
     for full, tensor in checkpoint.optim.items():
         name, _, key = full.rpartition("/")
         if name not in parameters or tuple(tensor.shape) not in ((), (1,), tuple(parameters[name].shape)):
-            raise CheckpointError(f"{where}: optimizer state {full!r} does not fit a parameter of the model; {DELETE}")
+            raise CheckpointError(
+                f"{where}: optimizer state {full!r} does not fit a parameter of the model, by name or shape; {DELETE}"
+            )
         keys.setdefault(name, set()).add(key)
     for name, found in keys.items():
         if found != set.union(*keys.values()):

@@ -70,7 +70,7 @@ class ShardSaver:
         step
             Step of the checkpoint.
         engine
-            Engine with ``shards``.
+            Engine whose ``shards`` is not None.
         state
             Content of ``state.json``.
         prune
@@ -95,10 +95,10 @@ class ShardSaver:
         self.complete(lambda: self._write(job, part))
 
     def complete(self, write: Callable[[], None] = lambda: None) -> None:
-        """Wait until the parts of all ranks are written, and publish the checkpoint; without one in flight, do nothing.
+        """Wait until the parts of all ranks are written, and publish the checkpoint; do nothing if no checkpoint is in flight.
 
         ``write`` is called first. The checkpoint is published in the thread of rank 0, if it was written in the background.
-        Raises as :meth:`start`.
+        Raises the same errors as :meth:`start`.
         """
         job, self._in_flight = self._in_flight, None
         if job is None:

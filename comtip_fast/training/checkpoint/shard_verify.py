@@ -14,7 +14,8 @@ from comtip_fast.training.distributed.process_group import Pause, on_every_rank,
 def damage_of_parts(root: Path, group: Group, pause: Pause) -> dict[int, str]:
     """Verify checkpoints in parts, newest first, until a good one is found; a collective call.
 
-    Stops at a checkpoint of whole tensors, which rank 0 verifies when it reads it. Leftovers of killed processes are removed.
+    The search stops at a checkpoint of whole tensors, which rank 0 verifies when reading. Leftovers of killed processes are
+    removed.
 
     Parameters
     ----------

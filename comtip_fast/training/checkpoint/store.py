@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
-A checkpoint of a sharded model can have one file per rank instead of the first two, and an index: :mod:`.parts.index`.
+A checkpoint of a sharded model can have one file per rank and an index instead of the first two files: :mod:`.parts.index`.
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
 process. When a run resumes, checkpoints newer than the newest valid one are renamed to ``damaged_step_*`` and kept for inspection.
@@ -66,7 +66,7 @@ def is_in_parts(folder: Path) -> bool:
     Raises
     ------
     CheckpointError
-        There is no index, and the file of hashes is not a regular file or too large.
+        There is no index, and the file of hashes is not a regular file or is too large.
     """
     return (folder / INDEX).exists() or ((folder / SUMS).is_file() and INDEX in stated_sums(folder / SUMS))
 
@@ -150,7 +150,7 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
 
 @contextmanager
 def cannot_write(root: Path, step: int, size: int) -> Iterator[None]:
-    """Turn errors of the disk while a checkpoint of ``size`` bytes (0 if unknown) is written into a :class:`RestartError`."""
+    """Raise :class:`RestartError` for a disk error in the block, which writes a checkpoint of ``size`` bytes (0 if unknown)."""
     try:
         yield
     except Exception as error:
@@ -209,7 +209,7 @@ def _bytes(checkpoint: Checkpoint) -> int:
 
 
 def load(folder: Path, *, moments: bool = True) -> Checkpoint:
-    """Verify and read one checkpoint; of a checkpoint in parts, whole tensors are assembled.
+    """Verify and read one checkpoint; the parts of a checkpoint in parts are joined into whole tensors.
 
     Parameters
     ----------
@@ -304,15 +304,15 @@ def verify_head(folder: Path) -> list[str]:
 def newest_good(
     root: Path, damage: Mapping[int, str] | None = None, *, in_parts: bool = False, moments: bool = True
 ) -> tuple[int, Checkpoint] | None:
-    """Return the newest valid checkpoint and its step, or None; log a warning for each damaged one.
+    """Return the step and content of the newest valid checkpoint, or None if there is none; log a warning for each damaged one.
 
     Parameters
     ----------
     root
         Folder of the checkpoints.
     damage
-        Result of :func:`.shard_verify.damage_of_parts`: the error of each verified checkpoint in parts, by step, or an empty text if
-        it is valid. Others are verified here.
+        Result of :func:`.shard_verify.damage_of_parts`: the error of each verified checkpoint in parts, by step, or an empty
+        text if it is valid. Checkpoints that it does not list are verified here.
     in_parts
         Whether the tensors of a checkpoint in parts are left on disk.
     moments
@@ -336,7 +336,7 @@ def newest_good(
 
 
 def quarantine_newer(root: Path, step: int) -> None:
-    """Rename checkpoints newer than ``step`` to ``damaged_step_*``; they failed verification, as ``step`` is the newest valid one."""
+    """Rename checkpoints newer than ``step`` to ``damaged_step_*``: they failed verification, since ``step`` is the newest valid."""
     for newer in steps_of(root):
         if newer > step:
             folder = folder_of(root, newer)
@@ -359,7 +359,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def prune(root: Path, keep: int, best: int | None) -> None:
-    """Delete all checkpoints except the ``keep`` newest ones (at least one) and that of step ``best``."""
+    """Delete all checkpoints except the ``keep`` newest (at least one) and the checkpoint of step ``best``."""
     steps = steps_of(root)
     kept = set(steps[-max(1, keep) :]) | {best}
     for step in steps:

@@ -64,7 +64,7 @@ class CommClock:
 
     @contextmanager
     def after_backward(self, loss: Tensor) -> Iterator[None]:
-        """Count the wait at the end of the block's backward pass from ``loss``, after its own computation.
+        """Count the time for which the backward pass from ``loss``, run inside the block, waits for DDP at its end.
 
         PyTorch runs callbacks at the end of a backward pass in the order in which they were queued. DDP queues its wait
         with its last bucket, after this callback, which is queued with the first gradient.
@@ -81,7 +81,7 @@ class CommClock:
             self._count(began[-1])
 
     def clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a wrapper of ``call`` that counts its time and the time spent waiting for the work it returns."""
+        """Return a wrapper of ``call`` that counts the time of the call and of waiting for the work that the call returns."""
 
         @functools.wraps(call)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ class CommClock:
         return counted
 
     def discard(self) -> None:
-        """Discard the time measured since the last :meth:`keep`, such as that of collectives between steps."""
+        """Discard the time measured since the last :meth:`keep`, such as the time of collectives between steps."""
         self._seconds, self._pairs = 0.0, []
 
     def keep(self) -> None:

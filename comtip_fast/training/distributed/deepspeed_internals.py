@@ -35,7 +35,7 @@ def gradient_norm(zero_optimizer: Any, like: Tensor) -> Tensor:
 
 
 class NormLimit:
-    """Makes a ZeRO optimizer skip updates whose gradient norm exceeds a limit, as it skips those that are not finite.
+    """Makes a ZeRO optimizer skip updates whose gradient norm exceeds a limit, as it skips updates whose norm is not finite.
 
     ZeRO computes the norm inside its step, so the limit has to be applied there.
 
@@ -62,7 +62,7 @@ class NormLimit:
         self._limit, self._norm = limit, None
 
     def norm(self, otherwise: Tensor) -> Tensor:
-        """Return the norm of the last step, or ``otherwise`` if ZeRO found it not finite before it computed one."""
+        """Return the norm of the last step, or ``otherwise`` if ZeRO found the step not finite and computed no norm."""
         return otherwise if self._norm is None else self._norm.to(otherwise)
 
     def _limited(self, norms: list[Any]) -> list[Any]:

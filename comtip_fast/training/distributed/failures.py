@@ -1,4 +1,4 @@
-"""Failures that a restart can fix: they end within a bounded time, with one message per rank and a separate exit code.
+"""Failures that a restart can fix: each ends the run within a bounded time, with one message per rank and a separate exit code.
 
 If a rank dies, its connections close, and the next collective of the other ranks fails with an error of the transport.
 :func:`explain_failures` turns that error into a message with the cause, the location and the fix.
@@ -73,7 +73,7 @@ def explain_failures(
             raise
         late = any(word in str(error).lower() for word in ("timed out", "timeout", "time out"))
         what = (
-            f"a rank did not reach a collective within {key}={timeout_s:g} s (see the logs of the other ranks; if one was only slow, raise {key})"
+            f"a rank did not reach a collective within {key}={timeout_s:g} s (see the logs of the other ranks; if a rank was only slow, raise {key})"
             if late
             else "the connection to another rank is lost: its process or node failed (see its log)"
         )

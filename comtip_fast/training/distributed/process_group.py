@@ -50,7 +50,7 @@ class DistributedEnv:
 
 
 def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
-    """Return rank and address from the launcher's environment; without a launcher, those of a single process.
+    """Return rank and address from the launcher's environment; without a launcher, return the defaults of a single process.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
 
 
 def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
-    """Return an integer of the environment, or ``default`` if it is not set; raise TrainingError for other text."""
+    """Return an integer of the environment, or ``default`` if it is not set; raise TrainingError for text that is no integer."""
     text = environ.get(name)
     if text is None:
         return default
@@ -153,7 +153,7 @@ class ProcessGroup:
         return out
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return, for each flag, whether any rank set it; communicates in host memory."""
+        """Return, for each flag, whether any rank set it; flags are exchanged in host memory."""
         raised = torch.tensor(list(map(bool, flags)), dtype=torch.uint8)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._hosts)
         return [bool(value) for value in raised.tolist()]
@@ -207,10 +207,10 @@ def init_distributed(
     Raises
     ------
     TrainingError
-        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or the block of one of
-        several ranks cannot write a path.
+        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or, with several
+        ranks, the block cannot write a path.
     RestartError
-        A rank is lost or late, or in the block of one of several ranks a disk is full or fails.
+        With several ranks: a rank is lost or late, or a disk is full or fails in the block.
     """
     env = distributed_env() if env is None else env
     if env.size == 1:
@@ -246,8 +246,8 @@ def init_distributed(
 def _store(env: DistributedEnv, timeout: timedelta) -> dist.Store:
     """Return the rendezvous store.
 
-    The store of torchrun's agent outlives the workers and keeps the addresses of dead ones, so each restart uses its own
-    key prefix. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each restart has its own store instead; this is needed if an
+    The store of torchrun's agent outlives the workers and keeps the addresses of dead workers, so each restart uses its
+    own key prefix. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each restart has its own store instead; this is needed if an
     agent may be replaced, because agents then count restarts differently.
     """
     store = next(iter(dist.rendezvous("env://", env.rank, env.size, timeout=timeout)))[0]
@@ -316,8 +316,8 @@ def on_every_rank(
 ) -> R:
     """Call ``work`` on every rank and return ``combine`` of the results, in rank order, on every rank; a collective call.
 
-    Results must be picklable. If a rank raises, every rank raises: that rank its own error, the others
-    :class:`RestartError` or :class:`TrainingError` with its message.
+    Results must be picklable. If the call fails on a rank, that rank raises its own error, and the others raise
+    :class:`RestartError` or :class:`TrainingError` with the message of that error.
 
     Parameters
     ----------
@@ -372,7 +372,7 @@ class _Outcome:
             return cls(message=str(error), restartable=restartable, error=error)
 
     def value_or_raise(self, rank: int) -> Any:
-        """Return the result, or raise the error of ``rank`` with its message."""
+        """Return the result; if the work failed, raise an error with its message and ``rank``, the rank that failed."""
         if self.message is not None:
             raise (RestartError if self.restartable else TrainingError)(f"rank {rank}: {self.message}")
         return self.value

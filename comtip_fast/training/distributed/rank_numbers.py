@@ -104,7 +104,7 @@ class RankNumbers:
         )
 
     def _agree(self, sums: Mapping[str, float], means: Mapping[str, float]) -> None:
-        """Extend the agreed names by those of all ranks."""
+        """Add the names of all ranks to the agreed names; a collective call."""
         own = json.dumps([sorted(sums), sorted(means)]).encode()
         every = [json.loads(text) for text in _gather_bytes(own, self.group, self.device)]
         old_sums, old_means = self._names

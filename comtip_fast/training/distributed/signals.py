@@ -71,7 +71,7 @@ def refuse_links(run_dir: Path) -> None:
             path = Path(root, name)
             if path.is_symlink():
                 raise TrainingError(
-                    f"{path}: symbolic links are not allowed in a run folder; replace it with the file or folder, or "
+                    f"{path}: symbolic links are not allowed in a run folder; replace the link with its target, or "
                     "give a new folder"
                 )
         if "wandb" in folders and Path(root) == run_dir:
@@ -90,7 +90,7 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     run_dir
         An existing folder.
     patience_s
-        Seconds to wait for the lock: after a node failure, it can be released later than its process ended.
+        Seconds to wait for the lock: after a node failure, the lock can be released some time after its process ended.
 
     Raises
     ------

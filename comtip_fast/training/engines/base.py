@@ -54,7 +54,8 @@ class ParameterPart:
     start: int
     """Index of the first own element in the flattened parameter."""
     tensors: dict[str, Tensor]
-    """``weight`` and, of a trained parameter, the moments; 1-D, of equal length, without padding. They may be the live state."""
+    """``weight`` and, for a trained parameter, the moments; 1-D, of equal length, without padding. They may be live tensors of the
+    engine."""
     step: float | None = None
     """Number of optimizer steps; None for a frozen parameter."""
 
@@ -97,8 +98,8 @@ class Engine(Protocol):
     module: nn.Module
     """The trained module."""
     table_first: bool
-    """Which piece computes the sentence table with gradient caching, and therefore uses every parameter: the first (True) or the
-    last (False)."""
+    """With gradient caching: whether the first piece (True) or the last (False) computes the sentence table, and therefore uses
+    every parameter."""
     rebuilds: bool
     """Whether another engine can be built for the same module in this process, as when parameters thaw."""
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -126,14 +127,14 @@ class Engine(Protocol):
         """Clip the gradients and update the weights.
 
         The weights do not change if the loss (``finite``) or the gradient norm is not finite, or if the step is a spike to skip.
-        On a GPU, the update is masked on the device without a synchronization, except by ZeRO, which reads the norm on the host.
+        On a GPU, the update is masked on the device without a synchronization, except under ZeRO, which reads the norm on the host.
         """
         ...
 
     def elementwise(self) -> AbstractContextManager[Any]:
         """Return a context in which frozen parameters can be updated in place from parameters of the same shape.
 
-        The update must treat every element alike, because the data of a parameter may be the elements that this rank owns.
+        The update must treat every element alike, because the data of a parameter may be only the elements that this rank owns.
         """
         ...
 
@@ -142,7 +143,7 @@ class Engine(Protocol):
     ) -> AbstractContextManager[Any]:
         """Return a context in which rank 0, or every rank, can read the weights in the task's module; a collective call.
 
-        If the engine divides parameters over ranks, only those whose name is ``wanted`` are gathered.
+        If the engine divides parameters over ranks, only parameters whose name ``wanted`` accepts are gathered.
         """
         ...
 
@@ -212,13 +213,13 @@ def clip(
     finite: Tensor | bool,
     spikes: SpikeLimit | None = None,
 ) -> Update:
-    """Clip the global gradient norm in place; a norm that is not finite clips nothing.
+    """Clip the gradients in place by their global norm; if the norm is not finite, they are not changed.
 
     Parameters
     ----------
     parameters
-        Names and parameters of the module, those without a gradient included. A list is passed because a walk through the module
-        takes the host about as long as a third of the optimizer's step.
+        Names and parameters of the module, including those without a gradient. A list is passed because a walk through the module
+        takes the host about a third of the time of the optimizer's step.
     limit
         Maximum norm; 0 disables clipping.
     finite
@@ -229,7 +230,7 @@ def clip(
     Returns
     -------
     Update
-        ``good`` says whether the caller is to update the weights.
+        ``good`` tells the caller whether to update the weights.
     """
     named = [(name, q) for name, q in parameters if q.grad is not None]
     trained = [q for _, q in named]

@@ -272,7 +272,7 @@ class DeepSpeedEngine:
         return [(group, self.optimizer.state[shard]) for group, shard in shards]
 
     def _steps(self) -> dict[int, float]:
-        """Return the number of optimizer steps of each parameter group; its parameters all have a gradient in every step."""
+        """Return the number of optimizer steps of each parameter group; all parameters of a group have a gradient in every step."""
         return {group: float(state["step"]) for group, state in self._states() if "step" in state}
 
     def _steps_by_name(self) -> dict[str, float]:
@@ -281,7 +281,7 @@ class DeepSpeedEngine:
         return {name: steps[group] for name, group in self._group_of.items() if group in steps}
 
     def _set_steps(self, by_name: dict[str, float]) -> None:
-        """Set the number of optimizer steps of each parameter (0 if it was frozen so far); raise if those of a group differ."""
+        """Set the number of optimizer steps of each parameter (0 if it was frozen so far); raise if they differ in a group."""
         for index, state in self._states():
             names = [name for name, group in self._group_of.items() if group == index]
             steps = {by_name[name] for name in names}
@@ -343,7 +343,7 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
 
 
 def _moved(module: nn.Module) -> nn.Module:
-    """Return a copy of ``module`` that takes over its trained weights; the weights of ``module`` become empty."""
+    """Return a copy of ``module`` that takes over its trained weights, which become empty in ``module``."""
     taken: dict[int, Any] = {id(q): nn.Parameter(q.data) for q in module.parameters() if q.requires_grad}
     moved = copy.deepcopy(module, taken)
     _empty(module)

@@ -13,7 +13,7 @@ from comtip_fast.training.protocol import TrainingError
 
 
 def check_engine(config: RunConfig, device: torch.device) -> None:
-    """Check, before any slow work, that this machine has what DeepSpeed needs, if the config selects it.
+    """If the config selects DeepSpeed, check before any slow work that this machine has what DeepSpeed needs.
 
     Raises
     ------

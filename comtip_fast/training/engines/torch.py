@@ -1,4 +1,4 @@
-"""Engine for one process, and for several with PyTorch's DistributedDataParallel (DDP)."""
+"""Engine for one process, and for several processes with PyTorch's DistributedDataParallel (DDP)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A rank's part of parameters and optimizer state under ZeRO 3, read and written without gathering large parameters.
 
-ZeRO 3 divides the n elements of a flattened parameter over W ranks: rank r owns up to ceil(n/W) elements from r ceil(n/W) on, and
-the shards of the last ranks are padded to ceil(n/W) elements.
+ZeRO 3 divides the n elements of a flattened parameter over W ranks: rank r owns up to ceil(n/W) elements, the first at index
+r ceil(n/W), and the shards of the last ranks are padded to ceil(n/W) elements.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Zero3Shards:
     rank
         Rank of this process.
     moments
-        Names of the optimizer state of a parameter.
+        Names of the moments in the optimizer state of a parameter.
     steps
-        Returns the number of optimizer steps by name of a trained parameter.
+        Returns the number of optimizer steps of each trained parameter, by name.
     set_steps
         Sets these numbers.
     """
@@ -110,7 +110,7 @@ class Zero3Shards:
         return start, min(size, int(parameter.ds_numel) - start)
 
     def _own(self, parameter: Any) -> dict[str, Tensor | None]:
-        """Return the padded shard of the weights and moments of a parameter; of a frozen one, the weights only."""
+        """Return the padded shards of the weights and moments of a parameter; only the weights if the parameter is frozen."""
         if not parameter.requires_grad:
             return {WEIGHT: parameter.ds_tensor}
         moments = {key: self._utils.safe_get_local_optimizer_state(parameter, key) for key in self._moments}

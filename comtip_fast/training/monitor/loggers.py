@@ -57,7 +57,7 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """Writes events for TensorBoard (extra ``log``); raises ValueError if it is not installed."""
+    """Writes events for TensorBoard (extra ``log``); raises ValueError if TensorBoard is not installed."""
 
     def __init__(self, folder: Path, start: int) -> None:
         try:
@@ -169,7 +169,7 @@ class Progress:
         self._print(f"step {step}/{self.total}  {losses}  {speed}  {eta} left")
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def _print(self, text: str) -> None:
         write_line(text, self.stream)
@@ -210,7 +210,7 @@ def make_loggers(
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row; those of nested dicts are named ``group/name``."""
+    """Return the numbers of a row; numbers of nested dicts are named ``group/name``."""
     out: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):

@@ -37,7 +37,7 @@ class ThroughputMeter:
 
     device: torch.device
     comm: CommClock | None = None
-    """Clock of the collectives; None measures none."""
+    """Clock of the collectives; if None, their time counts as 0."""
     cost: StepCost | None = None
     """Estimated cost of a step; None gives no FLOP rate."""
     _seconds: float = 0.0
@@ -46,7 +46,7 @@ class ThroughputMeter:
     _flops: float = 0.0
 
     def begin(self) -> None:
-        """Start a step: discard the time of collectives since the last step, such as those of validation and checkpoints."""
+        """Start a step: discard the time of collectives since the last step, for example of collectives in a validation."""
         if self.comm is not None:
             self.comm.discard()
 
@@ -100,7 +100,7 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass
 class SpikeDetector:
-    """Detects jumps: a loss or gradient norm above a multiple (``watch``) of the median of the last 50 finite values."""
+    """Detects jumps: a loss or gradient norm above a multiple (``watch.*_jump``) of the median of the last 50 finite values."""
 
     config: WatchConfig
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
@@ -213,7 +213,7 @@ class Profiler:
     Parameters
     ----------
     steps
-        First and last step; None profiles none.
+        First and last step; None profiles no step.
     folder
         Folder of the traces.
     rank, device

@@ -73,6 +73,6 @@ def nonfinite_message(path: Path, step: int, spots: np.ndarray, parts: dict[str,
             if len(named) == 1
             else f"loss parts {', '.join(named)} are not finite"
         )
-    first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
+    first = f" (non-finite gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
     some = ", ".join(str(i) for i in spots[:5].tolist())
     return f"step {step}: {what}{first}; spots {some} ...; the full batch is in {path}"

@@ -83,11 +83,11 @@ class StepReporter:
         self._report(progress, finished)
 
     def report(self, progress: RunState) -> None:
-        """Read and report all pending steps; called before a checkpoint or a validation. Raises as :meth:`after_step`."""
+        """Read and report all pending steps; called before a checkpoint or a validation. Errors are those of :meth:`after_step`."""
         self._report(progress, read_steps(self._pending))
 
     def discard(self) -> None:
-        """Drop the pending steps without reading them, for benchmarks, whose host must not wait for the device."""
+        """Drop the pending steps without reading them; for benchmarks, where the host must not wait for the device."""
         self._pending.clear()
 
     def log(self, row: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class StepReporter:
                 self.log(row | rates | data)
 
     def _over_ranks(self, done: FinishedStep) -> tuple[dict[str, float], dict[str, float]]:
-        """Sum losses and average numbers over ranks; a collective call, for which every rank has the same steps."""
+        """Sum losses and average numbers over ranks; a collective call, which all ranks must issue for the same steps."""
         losses, numbers = as_floats(done.pending.shares), as_floats(done.pending.numbers)
         if self.group.size == 1:
             return losses, numbers

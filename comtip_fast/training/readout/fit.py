@@ -22,7 +22,7 @@ from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_coh
 
 log = logging.getLogger("comtip_fast")
 SCORE_GENES = 50
-"""Number of most variable genes by which candidates are compared."""
+"""Number of genes, the most variable ones, on which candidates are compared."""
 MIN_SPOTS = 10
 """Cohorts with fewer training spots have no head."""
 BATCH = 128
@@ -34,7 +34,7 @@ def fit_readout(
 ) -> LinearReadout | None:
     """Fit one linear readout per cohort on the sections of split ``train``.
 
-    Split ``val`` selects the number of programmes and the ridge penalty; without it, see :func:`.solve.fit_cohort`. Held-out
+    Split ``val`` selects the number of programmes and the ridge penalty; if it is empty, see :func:`.solve.fit_cohort`. Held-out
     genes and split ``test`` are not used. Called on one rank, with a model that holds all parameters.
 
     Returns

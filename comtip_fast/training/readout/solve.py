@@ -89,8 +89,9 @@ class ReadoutGrid:
 def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
     """Return the weight of the head on each block of features, and of the prediction from level sentences (``levels``).
 
-    Weights are equal and sum to 1, except that the head on z (``vector``) has weight 0 with fewer than ``min_donors`` training
-    donors, unless z is the only block: z was trained on the expression of the same spots, so this head overfits.
+    Weights are equal and sum to 1, except that the head on the image vector z (block ``vector``) has weight 0 with fewer than
+    ``min_donors`` training donors, unless z is the only block: z was trained on the expression of the same spots, so this head
+    overfits.
     """
     used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
     weight = 1 / (len(used) + 1)
@@ -107,11 +108,11 @@ class CohortData:
     train: list[SectionTable]
     valid: list[SectionTable]
     mean_F: np.ndarray
-    """Mean of the training features, which standardises sections with few spots."""
+    """Mean of the training features, used to standardise sections with few spots."""
     std_F: np.ndarray
     """Standard deviation of the training features, for the same purpose."""
     score_genes: np.ndarray
-    """Indices of the genes by which candidates are compared."""
+    """Indices of the genes on which candidates are compared."""
     n_donors: int = 1
     """Number of donors of the training sections."""
 
@@ -134,7 +135,7 @@ def fit_cohort(
     min_donors
         Number of training donors that the head on z requires, see :func:`mixture`.
     grid
-        The candidates; None is the default grid.
+        The candidates; None uses the default grid.
     """
     grid = grid or ReadoutGrid()
     n_features = data.train[0].x_NF.shape[1]

@@ -22,7 +22,7 @@ class WeightAverage:
     """Exponential moving average of the trained parameters, in their own precision (fp32) and on their device.
 
     Every rank holds the full average, computed from weights that are equal on all ranks. Parameters that have always been frozen
-    have no average; that of a parameter that thaws starts with its value.
+    have no average; the average of a parameter that thaws starts with the parameter's value.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ class WeightAverage:
         module
             The trained module, with its current weights.
         stored
-            Averages of a checkpoint, by parameter name; other averages start with the current weights.
+            Averages of a checkpoint, by parameter name, which replace those of an earlier call. A parameter that has neither
+            starts with its current weights.
         """
         if self.decay is None:
             return

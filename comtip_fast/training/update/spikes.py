@@ -17,7 +17,7 @@ from comtip_fast.config.optim import SpikeConfig
 
 WINDOW = 64
 """Number of steps over which the median of the norms is taken. A lasting change of the norm stops being a spike after half of
-them."""
+these steps."""
 LEAST = 20
 """Number of norms that must be known before a step can be a spike."""
 
@@ -36,8 +36,8 @@ class SpikeLimit:
 class NormHistory:
     """The gradient norms of the last :data:`WINDOW` steps, on the device.
 
-    Single spikes hardly change the median. It is taken over all norms, including those of spikes, so that after a lasting change
-    steps are no longer spikes. Norms that are not finite are left out.
+    Single spikes hardly change the median of the norms. The median includes the norms of spikes, so that steps stop being spikes
+    after a lasting change. Norms that are not finite are left out.
 
     Parameters
     ----------

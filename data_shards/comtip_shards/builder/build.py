@@ -95,17 +95,17 @@ def build_shards(
         A new folder, or one with an unfinished build. If it already holds the complete set, nothing is built.
     tile_px, tile_um, min_mpp
         Tile width S in px, tile width in um, and the um per px to which finer images are downsampled. By default 112 um in
-        224 px at 0.5 um per px, or the nearest that all images have
-        (:func:`comtip_shards.builder.tile_choice.choose_tile`); the report states what this costs each section.
+        224 px at 0.5 um per px, or the nearest resolution that all images have
+        (:func:`comtip_shards.builder.tile_choice.choose_tile`); the report states what this choice costs each section.
     codec, quality
-        ``jpeg``, ``png`` (lossless) or ``webp``; 1 to 100, for ``jpeg`` and ``webp``.
+        Codec of the tiles, ``jpeg``, ``png`` (lossless) or ``webp``; quality, 1 to 100, ignored for ``png``.
     splits
         ``{section_id: "train" | "val" | "test"}``; takes precedence over the splits of the sources.
     max_records
         Maximum number of records per tar file.
     strict
-        Raise if a section fails a check (with ``on_error="skip"``, leave it out); otherwise failures are only reported, in
-        ``report/`` and in the manifest.
+        If True, a section that fails a check raises, or is left out with ``on_error="skip"``. If False, the failure is only
+        reported, in ``report/`` and in the manifest.
     allow_benchmark, benchmark_ids, auto_split, seed
         See :func:`comtip_shards.sections.leakage.enforce_split_policy`.
     jobs
@@ -208,7 +208,7 @@ class _Build:
         return replace(report, skipped={f.section_id: f.reason for f in failures})
 
     def _accepted(self, results: Sequence[StagedSection | Failure], failures: list[Failure]) -> list[StagedSection]:
-        """Return the staged sections; failures, and with ``strict`` failed checks, are appended to ``failures``."""
+        """Return the usable sections; append the others, with ``strict`` also those that fail a check, to ``failures``."""
         staged = []
         for result in results:
             found = result if isinstance(result, Failure) else self._checked(result)

@@ -50,9 +50,9 @@ def built_already(
 ) -> Manifest | None:
     """Return the manifest if ``out`` already holds this set completely, None if ``out`` may be written.
 
-    Call it before :func:`writing`, so that a finished set may be read-only, and again inside, because another process may
-    have finished in between. ``replaceable`` is the fingerprint of a set that was written without some of its sections and
-    may be replaced by the complete one.
+    Call it before :func:`writing`, so that a finished set may be read-only, and again inside that block, because another
+    process may have finished the set in between. ``replaceable`` is the fingerprint of a set that was written without some
+    of its sections and may be replaced by the complete one.
 
     Raises
     ------

@@ -13,7 +13,7 @@ from comtip_shards.storage.disk import disk_trouble, unwritable
 
 OnError = Literal["stop", "skip"]
 INCOMPLETE = "incomplete.json"
-"""File in the staging folder of a set without some of its sections, which the same command may complete."""
+"""File in the staging folder that marks a set without some of its sections; the same command may complete the set."""
 _T = TypeVar("_T")
 
 

@@ -87,7 +87,7 @@ def stage_section(
     source
         The section to read.
     meta
-        Its metadata, with the donor and the split that the set will state.
+        Metadata of the section, with the donor and the split that the set will state.
     tile
         Settings of the tiles.
     fingerprint

@@ -17,7 +17,7 @@ from comtip_shards.format.manifest import TileSpec
 from comtip_shards.slides.tiles import FIELD_PX, FIELD_UM
 
 PX_STEP = 32
-"""A default width in px is a multiple of this, which the usual patch sizes (8, 16, 32) divide."""
+"""A default width in px is a multiple of this, and so of the usual patch sizes (8, 16, 32)."""
 ALIKE = 1.05
 """Largest ratio of um per px of sections that count as equally scaled."""
 CHANGE = "`tile_um`, `tile_px` and `min_mpp` change this; a section of another scale can be built into another set"
@@ -32,7 +32,7 @@ class Scaled(Protocol):
 
     @property
     def mpp(self) -> float:
-        """Scale of its image in um per px."""
+        """Scale of the section's image in um per px."""
 
 
 def choose_tile(
@@ -44,7 +44,7 @@ def choose_tile(
     codec: str = "jpeg",
     quality: int = 95,
 ) -> TileSpec:
-    """Return the tile of a set; arguments that are None are derived from the scales of its images.
+    """Return the tile of a set; arguments that are None are derived from the scales of the sections' images.
 
     Parameters
     ----------
@@ -54,8 +54,9 @@ def choose_tile(
         Width in px and in um. Default: 112 um, in the smallest multiple of 32 px whose um per px is at most that of the
         coarsest image (within 5 %), but at most 224 px.
     min_mpp
-        Finer images are downsampled to this many um per px. Default: the tile's own um per px, at which no detail of the
-        tile is lost, or that of the images if they are coarser; if they differ by more than 5 %, that of the coarsest.
+        Finer images are downsampled to this many um per px. For the default, each image counts with its own um per px or
+        that of the tile, whichever is coarser. If these values differ by more than 5 %, the default is the coarsest of them,
+        otherwise the finest.
     codec, quality
         Encoding of the tiles.
 
@@ -98,7 +99,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
 
 
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
-    """Return the cost of the tile for a section: resolution that its image has and the set does not, or the reverse.
+    """Return what the tile costs a section: resolution that the image has and the set loses, or tiles that are upsampled.
 
     ``None`` if the tile keeps the image's resolution within 5 %, or if the image is only downsampled to the tile's own um per
     px, and this is at most that of the default tile (0.5, within 5 %).

@@ -78,7 +78,7 @@ class SectionHead:
     source: dict[str, Any]
     """:attr:`comtip_shards.format.manifest.ManifestSection.source`."""
     pages: Pages = field(default_factory=dict)
-    """Report pages of its checks: ``{"json": text, "html": text}``."""
+    """Report pages of the section's checks: ``{"json": text, "html": text}``."""
 
 
 @dataclass
@@ -137,7 +137,7 @@ Runner = Callable[[Callable[..., "WrittenSection"], Sequence[tuple[object, ...]]
 
 @dataclass
 class WrittenSection:
-    """Result of :func:`write_section`; spot rows and gene statistics are in files of ``spots`` until all sections are written."""
+    """Result of :func:`write_section`; spot rows and gene statistics are in files in ``spots/`` until all sections are written."""
 
     section: ManifestSection
     shards: list[ShardEntry]
@@ -196,7 +196,7 @@ def write_set(
 
 
 def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], list[str]]:
-    """Return the gene keys of a set, the first spot of each section and their total, and the sections' fingerprints."""
+    """Return (gene keys of a set, first spot of each section followed by the number of spots, fingerprints of the sections)."""
     union: set[str] = set()
     first, fingerprints = [0], []
     for one in sections:  # one head at a time, to bound memory

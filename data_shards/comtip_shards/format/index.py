@@ -1,4 +1,4 @@
-"""Index of a shard in DALI's text format, so that its reader opens shards without scanning them.
+"""Index of a shard in DALI's text format, with which DALI's reader opens the shard without scanning it.
 
 One line ``v1.2 N``, then one line per record with extension, offset, size and name of each member.
 """
@@ -16,7 +16,7 @@ INDEX_VERSION = "v1.2"
 
 
 MAX_TILE_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
-"""Maximum size in bytes of an encoded tile, to which 8 per pixel are added (raw pixels take 3), and of a ``.json`` member.
+"""Maximum sizes in bytes: of an encoded tile, which may take 8 bytes per pixel more (raw pixels take 3), and of a ``.json`` member.
 Both are below ``MAX_MEMBER_BYTES``, because a batch holds many of them."""
 
 
@@ -48,7 +48,7 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
     text
         Content of the index file.
     shard, codec, px
-        The shard's entry, codec and tile width of the manifest.
+        Entry of the shard, codec, and tile width in px, from the manifest.
     where
         Name of the index for error messages.
 

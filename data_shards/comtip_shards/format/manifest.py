@@ -105,7 +105,7 @@ class ManifestSection:
     source: Annotated[dict[str, Any], AfterValidator(check_source)] = field(default_factory=dict)
     """Spots dropped, genes not mapped or summed, notes, results of the checks, and fingerprint of the content."""
     pooling: Text = ""
-    """How bins, cells or transcripts were pooled to spots; empty if the spots are those of the slide."""
+    """How bins, cells or transcripts were pooled to spots; empty if spots were not pooled."""
 
 
 @strict
@@ -126,7 +126,7 @@ class ShardEntry:
 @strict
 @dataclass(frozen=True)
 class BuildPart:
-    """Part of a larger build that this set holds: ``--part index/of``."""
+    """Which part of a larger build this set is: ``--part index/of``."""
 
     index: Count
     of: Count
@@ -249,7 +249,9 @@ def _check(manifest: Manifest, where: str) -> None:
         start = 0
         for entry in entries:
             if entry.first_spot != start or getattr(entry, size) < 1:
-                raise ShardError(f"{where}: {what} are not contiguous at spot {start}; {FOREIGN}", kind="manifest")
+                raise ShardError(
+                    f"{where}: {what} are empty or not contiguous at spot {start}; {FOREIGN}", kind="manifest"
+                )
             start += getattr(entry, size)
         if start != manifest.n_spots:
             raise ShardError(
@@ -307,7 +309,7 @@ def overview_file(section_id: str) -> str:
 
 
 def _check_names(manifest: Manifest, where: str) -> None:
-    """Check names that become part of a path: section ids, file names and hashes (in merged sets, reports, the cache)."""
+    """Check the section ids, file names and hashes, which become parts of paths in merged sets, reports and the cache."""
     for i, section in enumerate(manifest.sections):
         check_section_id(section.section_id, f"{where}: sections.{i}.section_id", _manifest_error, FOREIGN)
     duplicates = same_file(s.section_id for s in manifest.sections)
@@ -358,7 +360,7 @@ def pack_bits(measured: np.ndarray) -> str:
 
 
 def unpack_bits(text: str, n_genes: int, where: str = "assay_genes") -> np.ndarray:
-    """Decode :func:`pack_bits`: bool (n_genes,).
+    """Decode the text of :func:`pack_bits` to a mask over the gene table, bool (n_genes,).
 
     Raises
     ------

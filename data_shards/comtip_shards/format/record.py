@@ -171,7 +171,7 @@ def _decode_counts(
         wrong = np.flatnonzero(_per_record(bad, n_large))
     if wrong.size:
         raise ShardError(
-            f"{where(int(wrong[0]))}.expr: the counts above 255 do not match the genes, or are not 256 to 2,147,483,647; "
+            f"{where(int(wrong[0]))}.expr: the number of counts above 255 is wrong, or one of them is not 256 to 2,147,483,647; "
             f"{FOREIGN}",
             kind="counts",
         )

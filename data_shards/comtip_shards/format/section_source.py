@@ -58,7 +58,7 @@ def check_source(source: dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        It is not what a build writes; pydantic, which calls this validator, reports it as a ValidationError.
+        ``source`` is not what a build writes; pydantic, which calls this validator, reports it as a ValidationError.
     """
     # Validated as JSON, because strict validation does not accept a dict for a dataclass.
     found = _SOURCE.validate_json(json.dumps(source)).print

@@ -1,4 +1,4 @@
-"""``spots.parquet``: one row per spot with its metadata, so that opening a set decodes no JSON, and the CRC-32 of its members."""
+"""``spots.parquet``: metadata of each spot, so that opening a set decodes no JSON, and CRC-32 of each member of its record."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
 
 
 def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.Table:
-    """Read some columns. Texts stay dictionary-encoded, so that a malicious table cannot unpack to large memory."""
+    """Read the given columns. Texts stay dictionary-encoded, so that a malicious table cannot unpack to large memory."""
     file = _open(data, n_spots, where)
     try:
         table = file.read(columns=list(columns), use_threads=False)
@@ -136,7 +136,7 @@ def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
     Raises
     ------
     ShardError
-        Of kind ``spots``: the table is damaged, or is not that of this set.
+        Of kind ``spots``: the table is damaged or belongs to another set.
     """
     names = [n for n in SCHEMA.names if n not in CRC_COLUMNS]
     table = _read(data, n_spots, where, names)

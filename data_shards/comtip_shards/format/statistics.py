@@ -111,7 +111,7 @@ def write_statistics(
     n_values: int,
     sections: Callable[[], Iterator[SectionStatistics]],
 ) -> None:
-    """Write the file for the set whose manifest has ``digest``, one section at a time; the bytes are those of ``numpy.savez``.
+    """Write the file for the set whose manifest has ``digest``, one section at a time, with the same bytes as ``numpy.savez``.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def write_statistics(
 
 
 def save_section(path: Path, one: SectionStatistics) -> None:
-    """Write the arrays of one section to a file that exists during a build only."""
+    """Write the arrays of one section to a temporary file of a build."""
     np.concatenate(
         [getattr(one, name).astype(dtype, copy=False).view(np.uint32) for name, dtype in _DTYPES.items()]
     ).tofile(path)

@@ -32,7 +32,7 @@ _JOINED = re.compile(
 )
 """An Ensembl id that is joined to a symbol, as count tables of R have it (``ERBB2_ENSG00000141736``)."""
 NAMES_PER_NUMBER = 20
-"""Smallest number of names per number that is taken for a date of a spreadsheet."""
+"""Numbers are taken for dates of a spreadsheet only if the source has at least this many names for each such number."""
 _TAIL = re.compile(r"(?P<stem>.+)[-.]\d{1,2}$")
 _SEPARATOR = re.compile(r"[^A-Za-z0-9]")
 REPAIRED = ("date", "dots", "tail")
@@ -146,7 +146,7 @@ class GeneResource:
         return self._of_dates(serial_dates_of(text), species)
 
     def _of_dates(self, dates: Sequence[tuple[str, int]], species: str) -> set[int]:
-        """Return the rows of symbols that a spreadsheet turns into one of these dates; -1 and -2 if a date has two families."""
+        """Return the rows of symbols that a spreadsheet turns into one of these dates; also -1 and -2 if two gene families fit."""
         out: set[int] = set()
         for month, day in dates:
             found = [row for s in MONTHS[month] if (row := self._find(f"{s}{day}", species)[0]) is not None]
@@ -196,13 +196,13 @@ class GeneMap:
     column_to_key: np.ndarray
     """int64 (n_columns,), index into ``keys``; -1 for unmapped columns."""
     collisions: dict[str, list[str]]
-    """{key: its columns} for keys of more than one column; the counts of these are summed."""
+    """{key: columns} of the keys with more than one column, whose counts are summed."""
     unmapped: list[str]
     """Identifiers of unmapped columns."""
     identifiers: list[str] = field(default_factory=list)
     """Identifiers of all columns, as in the source."""
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
-    """{unmapped identifier: the symbols from which a spreadsheet or R may have produced it}, if it was not repaired."""
+    """{unmapped identifier: symbols that a spreadsheet or R may have changed to it}; these identifiers were not repaired."""
 
     @property
     def counts_by_how(self) -> dict[str, int]:
@@ -308,7 +308,7 @@ def map_genes(
 def _with_serials(
     identifiers: Sequence[str], hits: list[GeneHit], species: str, resource: GeneResource
 ) -> list[GeneHit]:
-    """Resolve numbers of a spreadsheet (44624 for MARCHF4) among names of genes, where exactly one symbol fits.
+    """Resolve gene names that a spreadsheet turned into numbers (44624 for MARCHF4), where exactly one symbol fits.
 
     If more than one name in :data:`NAMES_PER_NUMBER` is such a number, the names may be row numbers or Entrez ids, and none is changed.
     """
@@ -326,7 +326,7 @@ def _with_serials(
 
 
 def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit]:
-    """Resolve unmapped names with a suffix of R's make.unique (TBCE-1, TBCE.1) as the name without it, if that is a mapped column."""
+    """Resolve an unmapped name with a suffix of R's make.unique (TBCE-1) like the name without the suffix, if that is mapped."""
     known = {text: hit for text, hit in zip(identifiers, hits, strict=True) if hit.how != "unmapped"}
     out = []
     for text, hit in zip(identifiers, hits, strict=True):

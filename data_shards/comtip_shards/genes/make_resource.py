@@ -43,8 +43,8 @@ def human(path: Path) -> pd.DataFrame:
 def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
     """Return mouse genes.
 
-    They are those of NCBI that code for a protein, its RNA genes and pseudogenes with an Ensembl id, and those only in the
-    Ensembl table.
+    These are NCBI's protein-coding genes, NCBI's RNA genes and pseudogenes that have an Ensembl id, and genes that only the
+    Ensembl table has.
     """
     table = pd.read_csv(info, sep="\t", dtype=str, keep_default_na=False)
     table = table[table["type_of_gene"].isin({"protein-coding", "ncRNA", "rRNA", "scRNA", "snRNA", "snoRNA", "pseudo"})]

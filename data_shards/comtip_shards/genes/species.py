@@ -9,6 +9,6 @@ _SPECIES = {
 
 
 def species_name(text: str) -> str:
-    """Return ``human`` or ``mouse`` for a common name, a Latin name or a taxonomy id; other texts in lower case."""
+    """Return ``human`` or ``mouse`` for a common name, a Latin name or a taxonomy id, and any other text in lower case."""
     plain = " ".join(text.replace("_", " ").lower().split())
     return next((name for name, words in _SPECIES.items() if plain in words), plain)

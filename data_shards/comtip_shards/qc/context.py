@@ -2,7 +2,7 @@
 
 The *fit* is the share of the variance of expression (total counts and the first principal components over spots) that is
 explained by colour and texture of the image under the spots, adjusted for the number of features. It requires no training
-and no knowledge of organ or genes, and drops to that of a shifted map if positions are wrong by more than a spot.
+and no knowledge of organ or genes, and drops to the fit of a shifted map if positions are wrong by more than a spot.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SectionContext:
     patches_NPP3: np.ndarray
     """uint8 RGB patches around some spots and other points on tissue, at 2 um per px or the image's resolution if that is coarser."""
     patch_xy: np.ndarray
-    """Their centres, px of the downsampled image, float (n, 2)."""
+    """Centres of the patches, px of the downsampled image, float (n, 2)."""
     tile_um: float
     hires: dict[str, float] = field(default_factory=dict)
     """Scale factors from a scalefactors_json.json next to the image or in ``spatial/``, such as ``tissue_hires_scalef``."""
@@ -77,7 +77,7 @@ class SectionContext:
 
     @property
     def spot_um(self) -> float:
-        """Diameter of a spot in um; half the spacing if it is not stated, 100 if neither is."""
+        """Diameter of a spot in um; if it is not stated, half the spacing, and 100 if the spacing is not stated either."""
         for value in (self.section.meta.spot_diameter_um, self.section.meta.spot_pitch_um / 2):
             if np.isfinite(value) and value > 0:
                 return float(value)
@@ -90,7 +90,7 @@ class SectionContext:
 
     @cached_property
     def _cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean optical density, and mean square of the mean over channels, of cells of 2 x 2 px; 0 in black areas.
+        """Mean optical density, and mean square of the density averaged over channels, in cells of 2 x 2 px; 0 in black areas.
 
         Returns
         -------
@@ -138,8 +138,8 @@ class SectionContext:
     def background_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
         """Return the share of background, float (n,), in squares of ``width_um`` around positions.
 
-        It is the larger of the share off tissue and the share of flat px, because the tissue mask closes gaps of
-        ``SMOOTH_UM``, and the gaps between the spots of a dense array may be as narrow.
+        It is the larger of the share off tissue and the share of flat px, because the tissue mask closes gaps up
+        to ``SMOOTH_UM`` wide, and gaps between the spots of a dense array may be that narrow.
         """
         size = max(1, round(width_um / self.mpp))
         flat = ndimage.uniform_filter(self.flat.astype(np.float32), size, mode="constant")

@@ -17,8 +17,8 @@ JOIN_WARN, JOIN_FAIL = 0.01, 0.2
 """Share of spots with only counts or only a position. Some arrays omit spots at the rim; if a fifth is missing, the two
 files belong to different sections or name spots differently."""
 LOST = {NO_COUNTS: "spots", NO_POSITION: "spots", NO_SHAPE: "", NO_ROW: ""}
-"""{reason: its subject} for spots with only counts or only a position. Other reasons, such as "not in tissue", excluded spots with
-both."""
+"""{reason for which spots were dropped: subject of the message}, for spots with only counts or only a position. Spots dropped for
+other reasons, such as "not in tissue", have both."""
 GENES_WARN, GENES_FAIL = 0.05, 0.5
 """Share of counts of genes without a known identifier: clones and control probes are 1 to 3 %; half or more indicates
 another species or another kind of identifier."""
@@ -45,7 +45,7 @@ def join(context: SectionContext) -> Finding:
 
 
 def genes(context: SectionContext) -> Finding:
-    """Check the share of the counts of genes without a known identifier; the message also counts keys of several genes."""
+    """Check the share of counts that are of genes without a known identifier; the message also counts keys of several genes."""
     section = context.section
     mapped = map_genes(section.gene_ids, section.meta.species, symbols=section.gene_symbols)
     total = int(context.totals.sum())
@@ -55,7 +55,7 @@ def genes(context: SectionContext) -> Finding:
     kept = int(summed.sum(dtype=np.int64))
     message = (
         f"{len(mapped.unmapped)} of {len(section.gene_ids)} genes, with {1 - kept / total:.2%} of all counts, have no known "
-        f"identifier; keys that are sums of several genes: {len(mapped.collisions)}"
+        f"identifier; keys that sum several genes: {len(mapped.collisions)}"
     )
     return graded(
         "genes",

@@ -1,8 +1,8 @@
 """Checks of positions: on tissue, at the stated scale, in px of this image, centres rather than corners, orientation.
 
 Three of them compare the *fit* of expression to the image (:mod:`comtip_shards.qc.context`) for the given positions with
-the fit for transformed ones. They report a transformation only if its fit is better by the margin stated here, and better
-than that of shifted maps by chance.
+the fit for transformed ones. They report a transformation only if its fit is better by the margin stated here, and exceeds
+that of shifted maps, which fit by chance only.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ SCALE_WARN, SCALE_FAIL = 0.05, 0.2
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 AGREED_MARGIN, AGREED_SCALE = 0.03, 0.05
-"""The same for a scale that also gives the spots their known spacing, within the second value."""
+"""Minimum gain of fit of a scale that also gives the spots their known spacing; maximum relative error of that spacing."""
 SHIFT_MARGIN = 0.05
-"""Minimum gain of fit of another scale over the best shift, of which far fewer are tried."""
+"""Minimum gain of fit of another scale over the best shift; far fewer shifts than scales are tried."""
 MIN_TISSUE = 0.02
-"""Minimum share of the tissue that lies between the spots: a map that is shrunk to a few px fits any smooth expression."""
+"""Minimum share of the tissue in the bounding box of the spots: a map that is shrunk to a few px fits any smooth expression."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
 """Largest factor searched, and smallest factor reported (or their reciprocals); hires images are 2 to 20 times smaller than full
 resolution."""
 CORNER_MARGIN = 0.02
-"""Minimum gain of fit of a shift. On good sections the best shift gains at most 0.005, and half a spot's width loses 0.03
-to 0.15."""
+"""Minimum gain of fit of a shift. On good sections the best shift gains at most 0.005, and a shift by half a spot's width
+loses 0.03 to 0.15."""
 ORIENTATION_MARGIN = 0.05
 """Minimum gain of fit of another orientation; on good sections every other one loses 0.07 or more."""
 HALF_TILES_UM = (56.0, 112.0)
-"""Half widths of common tiles (112 um: 224 px at 0.5 um per px; 224 um: 224 px at 1), tried in addition to half a tile and half a spot."""
+"""Half widths of common tiles (112 um: 224 px at 0.5 um per px; 224 um: 224 px at 1), tried in addition to half a tile and
+half a spot."""
 
 
 TOO_FEW = "too few spots with counts to decide"
 
 
 def on_tissue(context: SectionContext) -> Finding:
-    """Check the share of spots on tissue, as optical density shows it."""
+    """Check the share of spots on tissue, which is detected by its optical density."""
     off = np.flatnonzero(~context.on_tissue(context.xy))
     figure = 1 - len(off) / len(context.xy)
     return graded(
@@ -63,7 +64,7 @@ def on_tissue(context: SectionContext) -> Finding:
 
 
 def scale(context: SectionContext) -> Finding:
-    """Compare the measured spot spacing, in um by the stated um per px, with the stated spacing and the platform's."""
+    """Compare the spot spacing in um, by the stated um per px, with the stated spacing and that of the platform."""
     known, expected = platform_pitch(context.section.meta.platform), _known_spacing(context)
     if not isfinite(expected) or not isfinite(context.pitch_px):
         return not_applicable(
@@ -71,7 +72,7 @@ def scale(context: SectionContext) -> Finding:
         )
     measured = context.pitch_px * context.mpp
     error = max(measured / expected, expected / measured) - 1
-    message = f"spots are {measured:.1f} um apart by the stated {context.section.meta.mpp:.4g} um per px, {expected:g} expected"
+    message = f"at the stated {context.section.meta.mpp:.4g} um per px, spots are {measured:.1f} um apart, expected {expected:g}"
     if isfinite(known) and abs(known / expected - 1) > SCALE_WARN:
         message += f" ({context.section.meta.platform} has {known:g})"
         error = max(error, abs(known / expected - 1))
@@ -109,13 +110,15 @@ def full_or_hires(context: SectionContext) -> Finding:
         context.chance(context.xy * best),
     )
     if max(best, 1 / best) < RESOLUTION_MIN or fit < rival:
-        message = f"no other scale of the positions fits clearly better (best {best:.3g}: {fit:.2f}, as given {context.as_given:.2f})"
+        message = (
+            f"no other scale fits clearly better (factor {best:.3g}: fit {fit:.2f}, as given {context.as_given:.2f})"
+        )
         return Finding(name=name, status=OK, figure=1.0, threshold=RESOLUTION_MIN, message=message)
     near = [f"1 / {k}" for k, v in context.hires.items() if abs(best * v - 1) < 0.03]
     near += [k for k, v in context.hires.items() if abs(best / v - 1) < 0.03]
     message = (
-        f"expression fits the image with positions times {best:.4g}{f' ({near[0]})' if near else ''}: "
-        f"{fit:.2f} of its variance explained, {context.as_given:.2f} as given"
+        f"expression fits the image better if positions are multiplied by {best:.4g}{f' ({near[0]})' if near else ''}: "
+        f"fit {fit:.2f}, as given {context.as_given:.2f}"
     )
     return Finding(
         name=name,
@@ -137,13 +140,13 @@ def _suspicious(context: SectionContext) -> bool:
 
 
 def _known_spacing(context: SectionContext) -> float:
-    """Return the spacing of the spots in um, as stated or as the platform has it; NaN if neither is known."""
+    """Return the spacing of the spots in um, as stated, or else that of the platform; NaN if neither is known."""
     stated, known = context.section.meta.spot_pitch_um, platform_pitch(context.section.meta.platform)
     return stated if isfinite(stated) and stated > 0 else known
 
 
 def _gives_known_spacing(context: SectionContext, factor: float) -> bool:
-    """Return whether the spots have another spacing than the known one, and have it with positions times ``factor``."""
+    """Return whether the spots have the known spacing only after multiplying their positions by ``factor``."""
     expected, measured = _known_spacing(context), context.pitch_px * context.mpp
     if not isfinite(expected) or not isfinite(measured):
         return False
@@ -158,7 +161,7 @@ def _tissue_between(context: SectionContext, low: np.ndarray, high: np.ndarray) 
 
 
 def _best_scale(context: SectionContext) -> tuple[float, float]:
-    """Return (factor on positions, its fit) of the best scale, from a grid search in 1 % steps that is then refined."""
+    """Return the best scale, (factor on positions, fit with it), from a grid search in 1 % steps that is then refined."""
     steps = int(np.log(RESOLUTION_RANGE) / 0.01)
     limits = np.array([context.picture_HW3.shape[1], context.picture_HW3.shape[0]]) * 1.05
     # Exclude factors that move a position outside the image, or all positions into a small part of the image or of the tissue.
@@ -264,7 +267,7 @@ def orientation(context: SectionContext) -> Finding:
 
 
 def turned(context: SectionContext) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (description, positions) for the seven other orientations, within the image and within the spots' bounding box."""
+    """Yield (description, positions) for the seven other orientations, each within the image and within the spots' bounding box."""
     height, width = context.picture_HW3.shape[:2]
     middle = np.array([width, height]) / 2
     box = (context.xy.min(0) + context.xy.max(0)) / 2

@@ -10,8 +10,8 @@ from comtip_shards.qc.result import FAIL, OK, Finding, graded, not_applicable
 from comtip_shards.slides.appearance import looks_like_he
 
 BLUR_WARN, BLUR_FAIL = 0.4, 0.15
-"""Strength of edges relative to edges twice as wide, see :func:`sharpness`. 1 for a scale-invariant image, 0.0625 for one without
-detail finer than many px; the sections of ``samples/`` have 0.5 to 0.95, and 0.08 to 0.31 after a blur of 4 or 10 um."""
+"""Strength of edges relative to edges twice as wide, see :func:`sharpness`. 1 for a scale-invariant image, 0.0625 for one whose
+finest detail is many px wide; the sections of ``samples/`` have 0.5 to 0.95, and 0.08 to 0.31 after a blur of 4 or 10 um."""
 BACKGROUND_WARN, BACKGROUND_FAIL = 0.4, 0.7
 """Mean share of glass in the tiles of spots on tissue. Tiles of large tissues have less than a tenth, those of a small
 biopsy a quarter; if there is more, the tile is too wide, or the background was masked."""
@@ -65,8 +65,8 @@ def _halved(stack_NPP: np.ndarray) -> np.ndarray:
 def background(context: SectionContext) -> Finding:
     """Check the share of background in tiles, over spots on tissue.
 
-    If the spots are further apart than a tile is wide, squares of that distance are measured instead: if the image shows only
-    a disc of tissue around each spot, that disc fills most of a narrow tile.
+    If the spots are further apart than a tile is wide, squares as wide as that distance are measured instead: where the image
+    shows only a disc of tissue around each spot, the disc would fill most of a narrow tile.
     """
     is_tissue = context.on_tissue(context.xy)
     if not is_tissue.any():

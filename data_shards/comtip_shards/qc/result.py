@@ -114,7 +114,7 @@ def worst(statuses: Iterable[str]) -> str:
 
 
 def explain(findings: Sequence[Finding], causes: Sequence[tuple[str, Sequence[str]]]) -> list[Finding]:
-    """Set findings that follow from another one to ``not applicable``, so that a report names the cause only.
+    """Set findings that follow from another one to ``not applicable``, so that a report names only the cause.
 
     Parameters
     ----------

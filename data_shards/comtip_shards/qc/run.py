@@ -55,7 +55,7 @@ def check_section(section: Section, slide: Slide | None = None, *, tile_um: floa
     section
         The section as returned by a source.
     slide
-        Its opened image; None opens it.
+        The image of the section, already open; None to open it here.
     tile_um
         Width in um of the tiles to be cut; by default that of a build (112).
 
@@ -104,8 +104,8 @@ def build_context(section: Section, slide: Slide, tile_um: float) -> SectionCont
 def _patch_centres(context: SectionContext) -> np.ndarray:
     """Return centres of patches for colour and sharpness, px of the downsampled image.
 
-    Half are spots on tissue, half are anywhere on tissue, because positions may be wrong, and uncovered tissue may have
-    another stain. Without tissue, spots inside the image are used.
+    Half of them are spots on tissue. The other half are anywhere on tissue, because positions may be wrong, and tissue without
+    spots may have another stain. In an image without tissue, spots inside the image are used.
     """
     height, width = context.picture_HW3.shape[:2]
     cells = (np.argwhere(context.tissue)[:, ::-1] + 0.5) * CELL

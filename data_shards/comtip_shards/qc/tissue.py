@@ -11,26 +11,28 @@ import numpy as np
 from scipy import ndimage
 
 GLASS_RANGE = (0.02, 0.03)
-"""Bounds of the density threshold between glass and tissue. Half of Otsu's threshold is clipped to them: Otsu's lies midway
+"""Bounds of the density threshold between glass and tissue. The threshold is half of Otsu's, clipped to them: Otsu's lies midway
 between glass and the mean of tissue, and pale tissue is nearer to glass. Noise of glass is below 0.03 in every section of
 ``samples/``."""
 NO_GLASS = 0.06
-"""Maximum density above the lightest areas of tissue without hue, in an image without glass."""
+"""In an image without glass: maximum density, above that of the lightest areas, at which cells without hue count as tissue."""
 SPREAD, TEXTURE = 0.09, 0.012
 """Maximum difference between channels, and local standard deviation, of the optical density of glass: illumination may be warm
 or cool, but glass is smooth. Tissue without visible structure at 4 um per px is rarer than glass and denser."""
 NEAR, MIN_GLASS = 0.06, 0.005
 """Glass is at most this much denser than the brightest smooth areas nearby, and covers at least this share of the image."""
 MUCH_GLASS = 0.05
-"""Minimum share of the image that such areas must cover to be accepted as glass without further evidence. A smaller share may be
-pale, smooth tissue in an image without glass, and a plane fitted to it does not hold elsewhere."""
+"""Minimum share of the image that bright, smooth areas must cover to be accepted as glass without further evidence. A smaller share
+may be pale, smooth tissue in an image without glass, and a plane fitted to it does not hold elsewhere."""
 MAX_MAGENTA = 0.02
-"""Maximum density of glass in green above the mean of red and blue: eosin and haematoxylin are magenta, illumination is not."""
+"""Maximum excess of the green density of glass over the mean of its red and blue density: eosin and haematoxylin are magenta,
+illumination is not."""
 MAX_TINTED, MUCH_TINTED = 0.045, 0.15
-"""The same where very smooth areas cover at least the second share of the image: glass that eosin has stained. On the sections of
-``samples/`` pink glass covers 0.3 or more of the image, and as smooth and pale tissue at most 0.04, also with half the stain."""
+"""The same maximum for glass that eosin has stained; it applies if very smooth areas cover at least the second share of the image.
+On the sections of ``samples/``, pink glass covers 0.3 or more of the image, and equally smooth and pale tissue at most 0.04, also
+with half the stain."""
 COLOURLESS = 0.1
-"""Maximum share of colourless areas in these: if there are more, they are the glass, and the others pale tissue."""
+"""Maximum share of colourless areas in stained glass: if there are more, they are the glass, and the others pale tissue."""
 MIN_COLOUR = 0.2
 """Minimum difference of green and blue density, relative to the distance from glass. Eosin and haematoxylin absorb green
 most; grey frames printed on the slide, dust and pens do not."""
@@ -107,7 +109,10 @@ def _is_glass(level_HW3: np.ndarray, texture: np.ndarray) -> bool:
 
 
 def lightest(density_HW3: np.ndarray, seen: np.ndarray) -> np.float32:
-    """Return the median, over the lightest 1 % of cells, of the lowest channel's density, which is due to exposure, not stain."""
+    """Return the optical density that exposure, not stain, adds to an image.
+
+    It is the median over the lightest 1 % of cells, of which each counts with its lowest channel.
+    """
     mean = over_channels(density_HW3)
     light = density_HW3[seen & (mean <= np.quantile(mean[seen], 0.01))]
     return np.float32(np.median(light.min(-1)))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import union_categoricals
 from scipy import sparse
 
 from comtip_shards.errors import ShardError
@@ -55,8 +54,9 @@ def open_sets(paths: str | Path | Sequence[str | Path]) -> ShardSet:
 class JoinedSet(ShardSet):
     """Shard sets that are read as one: their sections one after the other, with the union of their genes.
 
-    Spots, sections and genes have the numbers that they would have in the set that ``comtip shards merge`` writes, so training
-    on either is the same. Nothing is copied, and each set may be in a folder or at a URL and may have its own versions of packages.
+    Spots, sections and genes are numbered as in the set that ``comtip shards merge`` would write, so training on the joined set is
+    the same as on the merged one. Nothing is copied. Each set may be in a folder or at a URL, and may have been built
+    with other package versions.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class JoinedSet(ShardSet):
     Raises
     ------
     ShardError
-        Tiles differ, a section is in two sets, or a set is one part of a larger build.
+        The tile settings differ, a section is in two sets, or a set is one part of a larger build.
     SourceError
         A donor in ``test`` is also in ``train`` or ``val``, or duplicate sections are in different splits.
     """
@@ -128,7 +128,11 @@ class JoinedSet(ShardSet):
         return int(np.searchsorted(self._first_section, section, side="right")) - 1
 
     def _by_set(self, index: np.ndarray) -> Iterator[tuple[ShardSet, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield each set that holds some of the spots, with their positions in ``index``, their indices in the set, and its gene rows."""
+        """Yield the sets that hold the spots ``index``.
+
+        Each comes with the positions in ``index`` of the spots that it holds, their indices in the set, and the rows of the
+        set's genes in the union.
+        """
         number = np.searchsorted(self._first_spot, index, side="right") - 1
         for i in np.unique(number).tolist():
             at = np.flatnonzero(number == i)
@@ -143,7 +147,7 @@ class JoinedSet(ShardSet):
 
     @cached_property
     def genes(self) -> list[GeneRow]:
-        """See :attr:`ShardSet.genes`; the union, sorted by key. Of a gene in several sets, the first set states the row."""
+        """See :attr:`ShardSet.genes`; the union, sorted by key. For a gene in several sets, the row of the first set is used."""
         known: dict[str, GeneRow] = {}
         for one in self.sets:
             known |= {gene.key: gene for gene in one.genes if gene.key not in known}
@@ -156,12 +160,12 @@ class JoinedSet(ShardSet):
         out = pd.concat(frames, ignore_index=True)
         out.index = out.index.rename(frames[0].index.name)
         for name in frames[0].select_dtypes("category").columns:
-            out[name] = union_categoricals([frame[name] for frame in frames])
+            out[name] = pd.api.types.union_categoricals([frame[name] for frame in frames])
         out["section"] = self.sections_of(np.arange(len(self)))
         return out
 
     def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
-        """See :meth:`ShardSet.members_of`; ``expr`` members are those of the sets, see :meth:`decode_counts`."""
+        """See :meth:`ShardSet.members_of`; ``expr`` members refer to the genes of their own set, see :meth:`decode_counts`."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         out: list[list[bytes]] = [[b""] * index.size for _ in parts]
@@ -174,7 +178,7 @@ class JoinedSet(ShardSet):
     def decode_counts(
         self, exprs: Sequence[bytes], spot_index: Iterable[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See :meth:`ShardSet.decode_counts`; rows are those of the union of the genes."""
+        """See :meth:`ShardSet.decode_counts`; gene rows refer to the union of the genes."""
         index, n_genes = np.asarray(spot_index, np.int64), self.manifest.n_genes
         positions, matrices = [np.zeros(0, np.int64)], [sparse.csr_matrix((0, n_genes), dtype=np.int32)]
         for one, at, own, rows in self._by_set(index):
@@ -214,7 +218,7 @@ class JoinedSet(ShardSet):
 
     @property
     def fetches_shards(self) -> bool:
-        """See :attr:`ShardSet.fetches_shards`; whether any of the sets does."""
+        """See :attr:`ShardSet.fetches_shards`; True if it is True for any of the sets."""
         return any(one.fetches_shards for one in self.sets)
 
     def read_by_ranges(self, ranges: bool) -> None:

@@ -19,7 +19,7 @@ from comtip_shards.reader.shard_files import SetFiles
 _GAP, _SPAN = 1 << 16, 1 << 23
 """Records at most ``_GAP`` bytes apart are read in one request of at most ``_SPAN`` bytes."""
 _GAP_WITHOUT_TILES = 1 << 11
-"""``_GAP`` if no tile is requested, so that the tile between the counts of two records is skipped."""
+"""Used instead of ``_GAP`` if no tile is requested, so that the tile between the counts of two records is skipped."""
 _SHARDS_AT_ONCE = 4
 """Remote shards that are read at the same time."""
 
@@ -32,7 +32,7 @@ class MemberReader:
     files
         The files of the set.
     manifest
-        Its manifest.
+        Manifest of the set.
     """
 
     def __init__(self, files: SetFiles, manifest: Manifest) -> None:
@@ -60,7 +60,7 @@ class MemberReader:
         return data, manifest.n_spots, f"{self.files.name}/{manifest.spots_file}"
 
     def shard_numbers(self, index: np.ndarray) -> np.ndarray:
-        """Return the index in the manifest of each spot's shard."""
+        """Return, for each spot, the index of its shard in the manifest."""
         return np.searchsorted(self._starts, index, side="right") - 1
 
     def shard_of(self, spot: int) -> ShardEntry:
@@ -87,7 +87,7 @@ class MemberReader:
         index
             int64 (n,), spot indices.
         parts
-            Members to read; those of one record are read in one request.
+            Members to read; the members of one record are read in one request.
 
         Returns
         -------
@@ -118,7 +118,7 @@ class MemberReader:
         return out
 
     def fetch(self, number: int) -> None:
-        """Fetch a remote shard into the cache ahead of its use; errors are ignored, and raised by the read that needs it."""
+        """Fetch a remote shard into the cache ahead of its use. Errors are not raised here, but when the shard is read."""
         shard = self.manifest.shards[number]
         try:
             self.files.path(shard.index, shard.index_sha256)
@@ -193,7 +193,7 @@ class MemberReader:
         into: np.ndarray,
         out: list[list[bytes]],
     ) -> None:
-        """Cut the members of one run out of its bytes, which begin at offset ``base``, and check them."""
+        """Cut the members of one run out of ``data``, the bytes of the run from offset ``base``, and check their CRC-32."""
         for k, column in enumerate(columns):
             lows, ns, crcs = (start[:, k] - base).tolist(), size[:, k].tolist(), self._crcs[index, column].tolist()
             for row, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):

@@ -39,8 +39,8 @@ class SetFiles:
     folder
         A local folder with at least ``manifest.json``; for a URL, :meth:`manifest` sets it.
     ranges
-        Whether parts of a remote shard are requested by byte ranges, unless the cache holds it. False fetches whole shards
-        into the cache.
+        Whether parts of a remote shard that is not in the cache are requested by byte ranges. If False, the whole shard is
+        fetched into the cache.
     """
 
     def __init__(self, path: Path | str, remote: Remote | None = None) -> None:
@@ -55,7 +55,7 @@ class SetFiles:
         self.name = str(self.folder) if self.remote is None else self.remote.url
 
     def manifest(self) -> Manifest:
-        """Read the manifest; that of a remote set is always fetched and stored in :attr:`folder`.
+        """Read the manifest. The manifest of a remote set is fetched at every call and stored in :attr:`folder`.
 
         Raises
         ------
@@ -76,7 +76,7 @@ class SetFiles:
         Raises
         ------
         ShardError
-            The file cannot be fetched, or its name leaves the folder. That a local file exists is not checked.
+            The file cannot be fetched, or its name leaves the folder. Whether a local file exists is not checked.
         """
         return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
@@ -139,7 +139,7 @@ class SetFiles:
         what
             Description of the file for error messages, such as ``the gene table``.
         kind
-            Kind of the error.
+            Kind of the :class:`ShardError`.
 
         Raises
         ------
@@ -168,7 +168,7 @@ class SetFiles:
         )
 
     def forget(self, sha256: str) -> bool:
-        """Remove the cached copy of a remote file, so that it is fetched again; return False for a local set."""
+        """Remove the cached copy of a remote file, so that it is fetched again; return whether the set is remote."""
         if self.remote is None:
             return False
         self.remote.forget(sha256)

@@ -114,7 +114,7 @@ class ShardSet:
         return frame
 
     def sections_of(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return the section number of each spot, int32 (n,), without reading files; raises IndexError out of range."""
+        """Return the section number of each spot, int32 (n,), without reading files; raises IndexError if one is out of range."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return (np.searchsorted(self._section_starts, index, side="right") - 1).astype(np.int32)
@@ -174,7 +174,7 @@ class ShardSet:
         return unpack_bits(meta.assay_genes, self.manifest.n_genes, f"{self.name}: assay_genes of {meta.section_id}")
 
     def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
-        """Return the ascending spot indices, int64, of the sections in ``split`` and with a number in ``sections``; None is all."""
+        """Return the ascending spot indices, int64, of sections in ``split`` whose number is in ``sections``; None means all."""
         parts = [
             np.arange(s.first_spot, s.first_spot + s.n_spots, dtype=np.int64)
             for i, s in enumerate(self.manifest.sections)
@@ -229,13 +229,19 @@ class ShardSet:
         return self._reader.member_ranges(shard)
 
     def shards_of(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return the numbers (indices in the manifest, ascending) of the shards that hold some spots; IndexError out of range."""
+        """Return the numbers (indices in the manifest) of the shards that hold these spots, ascending.
+
+        Raises
+        ------
+        IndexError
+            A spot index is out of range.
+        """
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return np.unique(self._reader.shard_numbers(index))
 
     def fetch(self, shard: int) -> None:
-        """Fetch a shard of a remote set into the cache; an error is raised by the read that needs it."""
+        """Fetch a shard of a remote set into the cache. Errors are not raised here, but when the shard is read."""
         self._reader.fetch(shard)
 
     @property
@@ -244,7 +250,7 @@ class ShardSet:
         return self.files.remote is not None and not self.files.ranges
 
     def read_by_ranges(self, ranges: bool) -> None:
-        """Request parts of remote shards by byte ranges from now on, or fetch whole shards."""
+        """From now on, request parts of remote shards by byte ranges if ``ranges`` is True; otherwise fetch whole shards."""
         self.files.ranges = ranges
 
     def by_ranges(self) -> AbstractContextManager[None]:
@@ -252,7 +258,7 @@ class ShardSet:
         return self.files.by_ranges()
 
     def set_of_section(self, section: int) -> int:
-        """Return which of the sets that were opened together holds a section, from 0."""
+        """Return the number, from 0, of the set that holds a section, among the sets that were opened together."""
         return 0
 
     def _check_range(self, index: np.ndarray) -> None:

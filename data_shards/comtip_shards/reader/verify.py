@@ -65,7 +65,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
 
     Returns
     -------
-    The problems found. Verification stops after about 100 of them, which the last entry then states.
+    The problems found. After about 100 of them, verification stops, and the last entry says so.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def _check_links(shards: ShardSet) -> list[str]:
 
 
 def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
-    """Return the problems of the spot table, for each section that :func:`check_section_spots` refuses."""
+    """Return the problems of the spot table: one message for each section that :func:`check_section_spots` refuses."""
     problems = []
     for number in range(len(shards.manifest.sections)):
         try:
@@ -135,7 +135,8 @@ def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> N
         raise ShardError(f"{shards.name}: duplicate spot id in section {section.section_id}; {FOREIGN}", kind="spots")
     if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
         raise ShardError(
-            f"{shards.name}: source_row of section {section.section_id} is not a permutation of its spots; {FOREIGN}",
+            f"{shards.name}: source_row of section {section.section_id} is not a permutation of 0 to {section.n_spots - 1}; "
+            f"{FOREIGN}",
             kind="spots",
         )
     if not np.isfinite(own[["x_px", "y_px"]].to_numpy()).all():

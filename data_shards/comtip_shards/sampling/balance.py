@@ -15,7 +15,7 @@ def balanced_draw(
     run_of: np.ndarray | None = None,
     temperature: float | None = None,
 ) -> np.ndarray:
-    """Draw an epoch in which groups have the numbers of spots of :func:`group_shares`.
+    """Draw an epoch in which groups have the numbers of spots that :func:`group_shares` returns.
 
     Parameters
     ----------

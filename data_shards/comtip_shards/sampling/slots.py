@@ -76,7 +76,7 @@ def slot_batches(
 
 
 def slots(shard: np.ndarray, n_slots: int, seed: int) -> list[np.ndarray]:
-    """Return the indices of the entries of every slot, ascending; slots differ by at most one entry.
+    """Return the indices of the entries of every slot, ascending; the sizes of slots differ by at most one.
 
     Parameters
     ----------

@@ -97,8 +97,9 @@ def _read_list(path: Path) -> list[BenchmarkSection]:
 def benchmark_of(meta: NamedSection, benchmark: Mapping[str, BenchmarkSection]) -> BenchmarkSection | None:
     """Return the benchmark section with the id of ``meta``, if any.
 
-    A benchmark id matches the complete section id without case. If the section id or the dataset mentions HEST, it also
-    matches a word of the section id (``hest_TENX95``); otherwise ``patient-INT1`` may belong to another study.
+    A benchmark id matches the complete section id, regardless of case. It also matches a word of the section id
+    (``hest_TENX95``), but only if the section id or the dataset mentions HEST: otherwise ``patient-INT1`` may belong to another
+    study.
     """
     whole = benchmark.get(meta.section_id.lower())
     if whole is not None or "hest" not in f"{meta.section_id} {meta.dataset}".lower():

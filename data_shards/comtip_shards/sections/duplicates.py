@@ -65,7 +65,7 @@ def picture_bits(picture_HW3: np.ndarray) -> np.ndarray:
 
 
 def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) -> dict[str, str]:
-    """Refuse duplicate sections in different splits; report duplicates in one split, or of which one has no split.
+    """Refuse duplicate sections in different splits; report duplicates in the same split, or if one of the two has no split.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
 
 
 def duplicate_pairs(prints: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Return the pairs (i, j), i < j, of :func:`section_fingerprint` results that belong to one section."""
+    """Return the pairs of indices (i, j), i < j, of :func:`section_fingerprint` results that show the same section."""
     return [(i, j) for i, j, _ in _alike(prints)] if len(prints) > 1 else []
 
 

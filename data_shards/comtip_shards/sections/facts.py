@@ -59,7 +59,9 @@ class SectionFacts:
     ] = None
     species: Annotated[Species | None, BeforeValidator(_as_species), Field(description="species of the section")] = None
     tissue: Annotated[_Text | None, Field(description="organ, e.g. breast")] = None
-    donor: Annotated[_Text | None, Field(description="patient or animal; no donor is in training and in test")] = None
+    donor: Annotated[
+        _Text | None, Field(description="patient or animal; a donor may not be in both training and test")
+    ] = None
     platform: Annotated[_Text | None, Field(description="assay, e.g. Visium")] = None
     licence: Annotated[_Text | None, Field(description="licence of the data, e.g. CC-BY-4.0")] = None
     attribution: Annotated[_Text | None, Field(description="credit to the authors of the data")] = None
@@ -254,7 +256,7 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
     Raises
     ------
     SourceError
-        A stated option is in neither; the message names it.
+        A stated option is neither in ``used`` nor in :data:`FACT_KEYS`; the message names it.
     """
     for name in options.stated():
         if name not in FACT_KEYS and name not in used:
@@ -262,9 +264,9 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
 
 
 def check_trust(facts: SectionFacts) -> None:
-    """Raise :class:`SourceError` if ``trust_mpp`` is stated without the scale that it is about."""
+    """Raise :class:`SourceError` if ``trust_mpp`` is stated without ``mpp``."""
     if facts.trust_mpp is not None and facts.mpp is None:
-        raise SourceError("`trust_mpp` has no effect here: no `mpp` is stated; state `mpp`, or leave it out")
+        raise SourceError("`trust_mpp` has no effect here: no `mpp` is stated; state `mpp`, or leave `trust_mpp` out")
 
 
 def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:

@@ -1,7 +1,7 @@
 """Pool bins, cells and transcripts to square pseudo-spots of a chosen width.
 
 Measurements finer than a spot (*units*) are summed in the squares of a grid. The result does not depend on the order of the
-units; what squares that are left out contain is counted.
+units. Squares with too few units are left out, and their content is counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Pooled:
-    """Squares with enough units, ordered by row and then by column, and totals of the dropped ones."""
+    """Squares with enough units, ordered by row and then by column, and totals of the dropped squares."""
 
     square_N2: np.ndarray
     """int64 (N, 2), column (x) and row (y) in the grid: square (i, j) covers x from i to i + 1 widths."""
@@ -32,9 +32,9 @@ class Pooled:
     dropped_squares: int
     """Number of squares with too few units."""
     dropped_units: int
-    """Number of units in these."""
+    """Number of units in the dropped squares."""
     dropped_counts: int
-    """Sum of the counts in these."""
+    """Sum of the counts in the dropped squares."""
 
     def ids(self) -> list[str]:
         """Return the name of each square, row and column in at least three digits: ``003x012``."""
@@ -96,7 +96,7 @@ class Pooler:
 
     @property
     def units(self) -> np.ndarray:
-        """Units in each square so far, int64, in no particular order."""
+        """Number of bins or cells added to each square so far, int64; the squares are in no particular order."""
         return self._units
 
     def add_units(self, square_N2: np.ndarray) -> None:
@@ -104,7 +104,7 @@ class Pooler:
         self._count(self._rows(square_N2))
 
     def add_counts(self, square_N2: np.ndarray, counts: sparse.csr_matrix) -> None:
-        """Add row i of ``counts``, integers (N, genes), to square i of ``square_N2``, int64 (N, 2); counts no units."""
+        """Add row i of ``counts``, integers (N, genes), to square i of ``square_N2``, int64 (N, 2); adds no units."""
         rows = self._rows(square_N2)
         coo = counts.tocoo()
         self._add(rows[coo.row], coo.col.astype(np.int64), coo.data.astype(np.int64))

@@ -3,7 +3,7 @@
 Two facts together identify them. Raw totals differ within a section by far more than scaled ones, which are equal up to
 rounding. And where values were scaled up, the genes with one count in a spot all have the same larger value, so the smallest
 value of the spot is its most frequent one and is not 1; in raw counts it is 1. Down-sampled counts also have equal totals, but
-ones. Values that were scaled down and rounded have ones too, and cannot be told from down-sampled counts.
+contain the value 1. Values that were scaled down and rounded also contain it, and cannot be told from down-sampled counts.
 
 Measured on sections of ``data_shards/samples``, whose medians are 4,291 to 10,190 counts:
 
@@ -26,13 +26,13 @@ from scipy import sparse
 MIN_SPOTS, MIN_DETECTED = 10, 20
 """Fewer spots, or spots with fewer detected genes, are not judged."""
 SPREAD_SCALED, SHARE_WITHOUT_ONES = 0.35, 0.05
-"""Scaled counts have totals with less spread, and more spots without a value of 1."""
-SHARE_OF_ONES = 0.25
-"""Smallest share of a spot's values that is taken for its scaled ones. In a panel of 20 to 40 genes with many counts each, no gene
-has one count, and the smallest value may be the most frequent one by chance; with this share it is in at most 3 % of the spots."""
+"""Counts are scaled if the spread of totals is below the first value and the share of spots without a 1 above the second."""
+SHARE_OF_ONES = 0.35
+"""Smallest share of a spot's values that is taken for its scaled ones. In a panel of 20 genes with many counts each, no gene has one
+count, and the smallest value may be the most frequent one by chance; with this share, in at most 2 % of simulated spots."""
 SPREAD_EQUAL, SPREAD_RATIO = 0.25, 0.5
-"""Totals are suspiciously equal with less spread than this, and less than this share of the spread of the numbers of detected
-genes. Raw totals vary more than numbers of detected genes, which saturate."""
+"""Totals are suspiciously equal if their spread is below the first value and below the second times the spread of the numbers of
+detected genes. Raw totals vary more than numbers of detected genes, which saturate."""
 
 
 def totals_of(counts: sparse.csr_matrix) -> np.ndarray:
@@ -41,7 +41,7 @@ def totals_of(counts: sparse.csr_matrix) -> np.ndarray:
 
 
 def spread(values: np.ndarray) -> float:
-    """Return the distance between the 10th and the 90th percentile of values above 0, divided by the median; NaN if too few."""
+    """Return the distance between the 10th and the 90th percentile of values above 0, divided by their median; NaN if too few."""
     values = values[values > 0]
     if len(values) < MIN_SPOTS:
         return float("nan")
@@ -50,9 +50,10 @@ def spread(values: np.ndarray) -> float:
 
 
 def share_without_ones(counts: sparse.csr_matrix) -> float:
-    """Return the share of spots whose smallest value above 0 is larger than 1, their most frequent one and :data:`SHARE_OF_ONES` of all.
+    """Return the share of judged spots whose smallest value above 0 exceeds 1 and is the most frequent value in the spot.
 
-    NaN if too few spots are judged.
+    It must be at least :data:`SHARE_OF_ONES` of the values. Spots with fewer than ``MIN_DETECTED`` genes are not judged; NaN if
+    fewer than ``MIN_SPOTS`` are judged.
     """
     without, judged = 0, 0
     for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
@@ -83,8 +84,8 @@ def scaled_total(counts: sparse.csr_matrix) -> float | None:
 
 
 def not_raw(total: float) -> str:
-    """Return the problem of counts with this :func:`scaled_total`, for messages."""
+    """Return why counts with this :func:`scaled_total` are not raw, for messages."""
     return (
-        f"every spot sums to about {total:,.0f}, and the smallest value of many, which is their most frequent one, is not 1, so these "
-        "are normalised values that were rounded to integers, not raw counts"
+        f"every spot sums to about {total:,.0f}, and in many spots the smallest value is also the most frequent one, but not 1: "
+        "these are normalised values that were rounded to integers, not raw counts"
     )

@@ -54,7 +54,7 @@ class SectionMeta:
     split: str = ""
     """``train``, ``val``, ``test`` or empty."""
     pooling: str = ""
-    """How bins, cells or transcripts were pooled to spots; empty if the spots are those of the slide."""
+    """How bins, cells or transcripts were pooled to spots; empty if spots were not pooled."""
 
     def __post_init__(self) -> None:
         # Checked here for all readers, because the id becomes part of file names in builds and reports.

@@ -23,7 +23,7 @@ def is_stated(donor: str) -> bool:
 
 
 def own_donors(metas: Sequence[SectionMeta]) -> list[SectionMeta]:
-    """Return the sections with a placeholder donor per section that states none, so that they do not share "unknown"."""
+    """Return the sections; a section that states no donor gets a placeholder of its own instead of a shared "unknown"."""
     return [m if is_stated(m.donor) else replace(m, donor=f"{UNSTATED}{m.section_id}") for m in metas]
 
 
@@ -33,7 +33,7 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
     Raises
     ------
     SourceError
-        A donor is in both; the message names the donor and the sections.
+        A donor is in test and in train or val; the message names the donor and the sections.
     """
     for meta in metas:
         if meta.split != "test":
@@ -47,7 +47,7 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
 
 
 def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: int) -> list[SectionMeta]:
-    """Return the sections with splits assigned by hash(seed, donor), so that other donors have no influence.
+    """Return the sections with splits assigned by hash(seed, donor), so that the split of a donor does not depend on other donors.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
     Raises
     ------
     SourceError
-        Invalid shares, or an empty split, which can happen with few donors.
+        The shares are invalid, or a split is left empty, which can happen with few donors.
     """
     if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise SourceError(

@@ -1,8 +1,8 @@
-"""Detect from the colours of its tissue whether an image is a brightfield scan of haematoxylin and eosin.
+"""Detect whether an image is a brightfield scan of haematoxylin and eosin (H&E), from the colours of its tissue.
 
 Optical densities of dyes add up. Haematoxylin absorbs red about as much as green, eosin hardly absorbs red, and neither
-absorbs blue most. The ratio of red to green density therefore separates eosin without haematoxylin from H&E, and that of
-blue to green separates brown (DAB) from H&E. Fluorescence on black has purer colours than any stain.
+absorbs blue most. The ratio of red to green density therefore separates eosin without haematoxylin from H&E, and the
+ratio of blue to green separates brown (DAB) from H&E. Fluorescence on black has purer colours than any stain.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ DENSITY = (0.08, 1.3)
 MIN_COLOURED = 0.02
 """Minimum share of pixels that are coloured tissue in a stained image."""
 RED_TO_GREEN = (0.35, 1.6)
-"""Range of the median over tissue. The sections of ``samples/`` and a 10x heart have 0.63 to 0.97, pure eosin 0.07."""
+"""Range of the median over tissue of red to green density: 0.63 to 0.97 in ``samples/`` and a 10x heart, 0.07 in pure eosin."""
 BLUE_TO_GREEN = (0.2, 0.85)
-"""Range of the median over tissue. The same sections have 0.43 to 0.68."""
+"""Range of the median over tissue of blue to green density: 0.43 to 0.68 in the same sections."""
 MAX_SATURATION = 0.8
 """Maximum of the median over tissue of (largest - smallest channel) / largest. Light that passes stained tissue keeps every colour:
-``samples/`` have 0.15 to 0.3, at 30 % of their exposure 0.6. Fluorescence dyes on black have 0.95."""
+the sections of ``samples/`` have 0.15 to 0.3, and 0.6 at 30 % of their exposure. Fluorescence dyes on black have 0.95."""
 LIT, MAX_GAIN = 230, 4.0
-"""A darker image is brightened until its brightest 1 % reach this level, at most this many times, so that exposure counts little."""
+"""A darker image is brightened until its brightest 1 % reach the first value, at most by the factor of the second."""
 MAX_PX = 250_000
 """Larger images are subsampled to about this many pixels."""
 _DENSITY_OF = -np.log10((np.arange(256) + 1) / 256).astype(np.float32)

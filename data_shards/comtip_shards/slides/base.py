@@ -39,7 +39,7 @@ def whole_limit() -> int:
     Raises
     ------
     SourceError
-        The environment variable is not a positive integer.
+        The environment variable :data:`MAX_WHOLE_ENV` is not a positive integer.
     """
     stated = os.environ.get(MAX_WHOLE_ENV)
     if stated is None:
@@ -99,8 +99,9 @@ def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: i
     trusted = MAX_WHOLE_ENV in os.environ or width * height <= BOMB_PX or file_bytes is None
     if not trusted and 3 * width * height > MAX_EXPANSION * file_bytes:  # type: ignore[operator]
         raise SourceError(
-            f"{path}: claims {width} x {height} px {what} in a file of {file_bytes:,} bytes, more than {MAX_EXPANSION} times "
-            f"its size, as a decompression bomb does; get the file again, or set {MAX_WHOLE_ENV} if its origin is known"
+            f"{path}: claims {width} x {height} px {what}, which decode to more than {MAX_EXPANSION} times the {file_bytes:,} bytes "
+            f"of the file, as a decompression bomb does; get the file again, or set {MAX_WHOLE_ENV} to at least {width * height} "
+            "if its origin is known"
         )
 
 
@@ -117,7 +118,7 @@ class Slide(ABC):
     size: tuple[int, int]
     """(width, height) in px."""
     mpp: float | None = None
-    """um per px from the file's tags, None if it has no plausible one."""
+    """um per px from the file's tags, None if they state no plausible scale."""
     tile_limit_um: float = math.inf
     """Maximum tile width; finite if only precomputed patches around the spots are available."""
     reader: str = ""
@@ -137,7 +138,7 @@ class Slide(ABC):
         Parameters
         ----------
         box
-            (x0, y0, x1, y1), px of the downsampled image, inside it.
+            (x0, y0, x1, y1), in px of the downsampled image and inside it.
         size
             (width, height) of the downsampled image, at most that of the original.
 
@@ -237,7 +238,7 @@ class ArraySlide(Slide):
         self._shrunk: tuple[tuple[int, int], np.ndarray] = (self.size, pixels_HW3)
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window; the image of the last ``size`` is cached."""
+        """Read a window; the downsampled image is cached until another ``size`` is read."""
         if self._shrunk[0] != size:
             small = Image.fromarray(self.pixels).resize(size, Image.Resampling.LANCZOS)
             self._shrunk = (size, self.pixels if size == self.size else np.asarray(small))

@@ -16,7 +16,7 @@ HEADER_BYTES = 512 << 20
 BYTES_PER_PX = 8
 """Further bytes per pixel that may be read: four channels of 16 bits without compression."""
 MAX_READS = 1_000_000
-"""Number of reads; a TIFF of 10,000 pages takes 400,000, and a search byte by byte takes one for each byte."""
+"""Maximum number of reads; a TIFF of 10,000 pages takes 400,000, and a search byte by byte takes one for each byte."""
 
 
 class BoundedFile(io.BufferedReader):
@@ -34,7 +34,7 @@ class BoundedFile(io.BufferedReader):
         self._left_bytes, self._left_reads = HEADER_BYTES, MAX_READS
 
     def allow(self, size: tuple[int, int]) -> None:
-        """Raise the limit on bytes by those of the pixels of an image of ``size``, (width, height)."""
+        """Raise the limit on bytes by what the pixels of an image of ``size``, (width, height), may take."""
         self._left_bytes += BYTES_PER_PX * size[0] * size[1]
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -51,7 +51,7 @@ class BoundedFile(io.BufferedReader):
         self._left_reads -= 1
         if min(self._left_bytes, self._left_reads) < 0:
             raise SourceError(
-                f"{self._path}: a file of {self._end:,} bytes in which no image ends, or whose header states a block of {size:,} "
-                "bytes; it is damaged, so copy or download it again"
+                f"{self._path}: the image has no end, or its header states a block of {size:,} bytes, in a file of {self._end:,} "
+                "bytes; the file is damaged: copy or download it again"
             )
         return super().read(size)

@@ -33,7 +33,8 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premult
     peak
         The value of white, see :func:`peak_of`.
     alpha
-        Whether the last of 2 or 4 channels is opacity; transparent pixels then become white. Otherwise it is dropped.
+        Whether the last of 2 or 4 channels is opacity. If True, transparent pixels become white; if False, that channel is
+        dropped.
     premultiplied
         Whether the colour is already multiplied by the opacity (TIFF: associated alpha).
     """
@@ -66,7 +67,9 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
     if values.dtype == np.bool_:
         return 1.0
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
-        raise SourceError(f"{where}: pixel values of type {values.dtype} are not an image; convert it to 8 or 16 bits")
+        raise SourceError(
+            f"{where}: pixel values of type {values.dtype} are not an image; convert them to 8 or 16 bits"
+        )
     high = float(values.max(initial=0))
     for peak in (1.0, 255.0, 4095.0, 65535.0):
         if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
@@ -77,7 +80,7 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
 
 
 def tiff_decoder(page: Any, where: str) -> Decode | None:
-    """Return the conversion of a TIFF page's stored values to grey or RGB, None if none is needed.
+    """Return the conversion of a TIFF page's stored values to grey or RGB; None if they need no conversion.
 
     Parameters
     ----------
@@ -89,8 +92,8 @@ def tiff_decoder(page: Any, where: str) -> Decode | None:
     Raises
     ------
     SourceError
-        The colour space of the page is not supported. The returned function raises it for an unsupported number of channels or
-        bits.
+        The colour space of the page is not supported. The returned function raises the same error for an unsupported
+        number of channels or bits.
     """
     photometric = int(page.photometric)
     bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
@@ -141,7 +144,7 @@ def _pillow_decoder(mode: str, channels: int, bits: int, where: str) -> Decode:
     def decode(values: np.ndarray) -> np.ndarray:
         if values.shape[2] != channels or bits not in (8, 16):
             raise SourceError(
-                f"{where}: {mode} with {values.shape[2]} channels of {bits} bits is not supported; convert it to RGB"
+                f"{where}: {mode} with {values.shape[2]} channels of {bits} bits is not supported; convert the image to RGB"
             )
         eight = values if bits == 8 else values >> 8
         size = (values.shape[1], values.shape[0])

@@ -29,7 +29,7 @@ X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
 PILLOW_COMPRESSIONS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946}
 """TIFF compressions that every build of Pillow decodes; others depend on how its libtiff was built."""
 PILLOW_FORMATS = ("TIFF", "PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "GIF", "PPM")
-"""Formats that Pillow may decode. It has others that no section is stored in, and one of them (EPS) starts a program."""
+"""Formats that Pillow may decode. No section is stored in the other formats of Pillow, and one of them (EPS) starts a program."""
 IMAGE_SUFFIXES = {".tif", ".tiff", ".btf", ".qptiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp"}
 """Suffixes by which images in a folder are found."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
@@ -155,7 +155,7 @@ def _problem(path: Path, error: Exception) -> str:
 def _is_plain(path: Path) -> bool:
     """Return whether Pillow should decode the image: it is not a TIFF, or one that Pillow decodes like the windowed reader.
 
-    True also for files that Pillow cannot open and that are no TIFF, so that its error is reported.
+    Also True for a file that is no TIFF and that Pillow cannot open, so that Pillow's error is reported.
     """
     try:
         with _pillow(path) as image:
@@ -212,7 +212,7 @@ def _open_plain(path: Path) -> Slide:
 
 
 def _refuse_frames(image: Image.Image, path: Path) -> None:
-    """Refuse animations; further pages are accepted in TIFF (checked before to be smaller) and MPO (previews)."""
+    """Refuse animations; further pages are accepted in a TIFF (where they are smaller) and an MPO (where they are previews)."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in ("TIFF", "MPO"):
         raise SourceError(
@@ -221,7 +221,7 @@ def _refuse_frames(image: Image.Image, path: Path) -> None:
 
 
 def _is_reduced_from_16_bits(image: Image.Image) -> bool:
-    """Return whether Pillow keeps only the upper byte of 16-bit values, as in colour PNGs; valid before decoding only."""
+    """Return whether Pillow keeps only the upper byte of 16-bit values, as in colour PNGs; call it before decoding."""
     parts = getattr(image, "tile", [])
     return image.format == "PNG" and any("16" in str(part[3]) for part in parts) and not image.mode.startswith("I")
 

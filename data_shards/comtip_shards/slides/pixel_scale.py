@@ -26,8 +26,9 @@ PLAUSIBLE_MPP = (0.05, 20.0)
 SQUARE = 1.05
 """Maximum ratio of the scales along x and y for pixels that count as square."""
 DISAGREE, TENFOLD = 1.2, 5.0
-"""Ratio of two scales of an image from which a warning is logged, and from which the stated one is refused. Between them are
-images that were resized without a new tag; a wrong unit or magnification (10x, 40x), or px of another image, is above."""
+"""If the stated scale of an image and its own differ by at least the first factor, a warning is logged; from the second on, the
+stated one is refused. Images that were resized without a new tag are between the two factors; a wrong unit, a wrong magnification
+(10x, 40x) and px of another image are above the second."""
 MAX_SIDE_UM = 150_000.0
 """Maximum longer side of an image in um: the largest slides, of whole organs, have 102 x 127 mm."""
 INCH, CENTIMETER, MILLIMETER, MICROMETER = 2, 3, 4, 5
@@ -43,29 +44,29 @@ def plausible_mpp(mpp: float | None) -> float | None:
 
 
 def square_mpp(x: float | None, y: float | None) -> float | None:
-    """Return um per px from those along x and y; None if x is None, they differ by 5 % or more, or x is not plausible."""
+    """Return ``x``, um per px along x; None if it is None or not plausible, or differs from ``y``, along y, by 5 % or more."""
     if x and y and not 1 / SQUARE < x / y < SQUARE:
         return None
     return plausible_mpp(x)
 
 
 def check_stated_mpp(mpp: float, own: float | None, what: str, where: str, *, trusted: bool) -> None:
-    """Compare the stated scale with the one that a file states.
+    """Compare the scale that the caller states with the scale that a file states.
 
     Parameters
     ----------
     mpp, own
-        Stated um per px, and that of the file, None if it states none.
+        um per px that the caller states, and that the file states; ``own`` is None if the file states none.
     what, where
-        What states ``own``, and the source, for messages.
+        For messages: what states ``own``, and the source.
     trusted
         Whether the caller states that the file is wrong (``trust_mpp``).
 
     Raises
     ------
     SourceError
-        They differ by a factor of :data:`TENFOLD` or more, and ``trusted`` is False. From :data:`DISAGREE` on, a warning is
-        logged instead.
+        The two differ by a factor of :data:`TENFOLD` or more, and ``trusted`` is False. In other cases, a warning is logged from
+        a factor of :data:`DISAGREE` on.
     """
     if own is None or 1 / DISAGREE < mpp / own < DISAGREE:
         return

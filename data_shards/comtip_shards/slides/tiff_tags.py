@@ -17,7 +17,7 @@ SUB_IFDS = 330
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes per value, by type."""
 _CLASSIC, _BIG, _NDPI = ("H", "HHII", "I"), ("Q", "HHQQ", "Q"), ("H", "HHII", "Q")
-"""Codes of :mod:`struct` of the number of tags, of a tag, and of the offset of a page."""
+""":mod:`struct` codes of three fields: number of tags, one tag, and offset of a page."""
 
 
 def check_tiff_tags(path: Path) -> None:

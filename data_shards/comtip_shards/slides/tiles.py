@@ -26,7 +26,7 @@ _DENSITY = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
 
 
 def shrunk_size(size: tuple[int, int], mpp: float, min_mpp: float) -> tuple[tuple[int, int], float, float]:
-    """Return (width, height), um per px and scale factor of an image after downsampling to ``min_mpp``, if it is finer."""
+    """Return ((width, height), um per px, scale factor) of an image downsampled to ``min_mpp``; unchanged if it is not finer."""
     if mpp >= min_mpp:
         return size, mpp, 1.0
     shrink, (width, height) = mpp / min_mpp, size

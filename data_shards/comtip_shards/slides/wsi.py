@@ -187,11 +187,12 @@ class BlockedSlide(PyramidSlide):
         arrays
             The levels, finest first.
         axes
-            Names of the axes: ``y`` for rows, ``x`` for columns, ``c`` or ``s`` for channels, ``z`` and ``t``.
+            Names of the axes: ``y`` for rows, ``x`` for columns, ``c`` or ``s`` for channels, ``z`` for planes, ``t`` for
+            time points.
         alpha
-            Whether the last channel is opacity: :data:`STRAIGHT_ALPHA`, :data:`PREMULTIPLIED_ALPHA` or 0.
+            Kind of opacity in the last channel: :data:`STRAIGHT_ALPHA`, :data:`PREMULTIPLIED_ALPHA`, or 0 without opacity.
         decode
-            Converts stored values to grey or RGB; None if they are already.
+            Converts stored values to grey or RGB; None if they are grey or RGB already.
         smaller
             How to write the image in smaller blocks, for messages.
 

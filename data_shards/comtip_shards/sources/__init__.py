@@ -140,7 +140,10 @@ def detect(path: Path) -> tuple[Reader, str]:
 
 
 def locate(path: Path) -> Path:
-    """Return the path of the data: ``path``, or the nearest ``outs`` or only subfolder (of an unpacked archive) in it."""
+    """Return the path of the data: ``path``, or a folder within it.
+
+    As long as no reader accepts the folder, its ``outs`` or, if there is none, its only entry is entered.
+    """
     for _ in range(MAX_DEPTH):
         if not path.is_dir() or any(r.recognise(path) for r in READERS):
             return path

@@ -68,7 +68,7 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections: one per library (:func:`libraries_of`), or one per file if it has at most one.
+    """Return the sections that :func:`libraries_of` finds in the files.
 
     Raises
     ------
@@ -109,7 +109,7 @@ class LibraryView:
     picture: Picture | None
     """The image in the file, if none is stated."""
     spot_diameter_px: float | None
-    """In px of the positions; None if it is not stated or invalid."""
+    """Spot diameter in px of the positions; None if it is missing or invalid."""
     facts: ObsFacts
     notes: list[str]
 
@@ -148,7 +148,7 @@ def view_library(
     xy = read_centres(store, options.counts, notes)[rows]
     if len(xy) > 1 and 0 <= xy.min() < xy.max() <= 1:
         raise SourceError(
-            f"{path}: the positions lie between 0 and 1, so they are shares of the image or embeddings; store x and y in "
+            f"{path}: the positions lie between 0 and 1, so they are fractions of the image size or embeddings; store x and y in "
             "image px"
         )
     image = stated_image(options.facts, name)
@@ -186,7 +186,7 @@ def view_library(
 
 
 def _own_scale(group: Any, options: SourceOptions, path: Path) -> float | None:
-    """Return the um per px that the file states, None if it states none; an invalid value raises SourceError unless `mpp` is stated."""
+    """Return the um per px that the file states, or None; an invalid value raises SourceError unless `mpp` is stated."""
     try:
         return scale_factor(group, MICRONS_PER_PIXEL, str(path))
     except SourceError:
@@ -255,7 +255,7 @@ def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
 
 
 def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, notes: list[str]) -> float:
-    """Return um per px of the positions from the pitch of Visium, or else from the image's tag; raises SourceError if both are unknown."""
+    """Return um per px of the positions, from the pitch of Visium or else the image's tag; raises SourceError without either."""
     if facts.is_visium:
         mpp = visium_mpp(xy, str(path))
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")

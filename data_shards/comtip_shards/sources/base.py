@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preview:
-    """Size of a section that is known before it is read; None where it is not."""
+    """Size of a section, as far as it is known before the section is read; None for unknown values."""
 
     spots: int | None = None
     """Upper bound on the number of spots."""
     genes: int | None = None
     image: str = ""
-    """Name of an image that is no file of its own; "" otherwise."""
+    """Name of an image that is stored within another file; "" for an image file."""
     image_px: tuple[int, int] | None = None
 
 
@@ -43,9 +43,9 @@ class SectionSource:
     """Options for counts and positions that change the content, but neither the metadata nor the input files."""
 
     preview: Callable[[], Preview] | None = None
-    """Returns the size for a dry run; raises SourceError if a build would refuse the section. None: files' headers are read."""
+    """Returns the size for a dry run; raises SourceError if a build would refuse the section. If None, file headers are read."""
     examine: Callable[[Section], None] | None = None
-    """Raises SourceError if a valid section cannot be right, such as :class:`comtip_shards.sources.geometry.ScaleCheck`."""
+    """A check such as :class:`comtip_shards.sources.geometry.ScaleCheck`: raises SourceError if a valid section is implausible."""
 
     def read(self) -> Section:
         """Read the section and validate it.
@@ -90,7 +90,7 @@ class Reader:
     pools: bool = False
     """Whether the reader pools bins, cells or transcripts; otherwise pooling options are refused."""
     options: tuple[str, ...] = ()
-    """Fields of the options that it uses besides :data:`comtip_shards.sections.facts.FACT_KEYS`; all others are refused."""
+    """Options that the reader uses besides :data:`comtip_shards.sections.facts.FACT_KEYS`; all others are refused."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def stated_file(template: str | None, section_id: str) -> Path | None:
 
 
 def stated_image(facts: SectionFacts, section_id: str) -> Path | None:
-    """Return the image that the caller states for a section, None if none is stated; raises SourceError if it is missing or not data."""
+    """Return the image that the caller states for a section, or None; raises SourceError if the file is missing or not data."""
     image = stated_file(facts.image, section_id)
     return None if image is None else existing(image, "image (`image`)")
 
@@ -187,10 +187,10 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
     Raises
     ------
     SourceError
-        As raised inside; if its message names no file, ``what`` is prepended. Also if memory is exhausted, or in place of an
-        OSError that names a temporary copy: it names the packed file.
+        As raised inside, with ``what`` prepended if the message names no file. It also replaces a MemoryError, and an OSError that
+        names a temporary copy: the new message names the packed file.
     ShardError, OSError
-        As raised inside: they name their file.
+        As raised inside: the messages name the file.
     UnforeseenError
         Replaces any other error.
     """

@@ -23,7 +23,7 @@ PITCH_UM = (0.1, 1000.0)
 """Range of the distance between spots, bins or cells on any platform: Stereo-seq has 0.5 um, legacy ST 200 um."""
 _MIN_SPOTS = 7
 _MANY_SPOTS = 50
-"""Number of spots from which some are neighbours in the array; fewer can be far apart in a correct section."""
+"""From this number of spots on, some are neighbours in the array; fewer can be far apart in a correct section."""
 DENSE_QUANTILE = 0.05
 """Quantile of nearest-neighbour distances that is compared with the pitch: where spots are left out, most distances are longer."""
 PITCH_OF_PLATFORM = (
@@ -75,8 +75,8 @@ class ScaleCheck:
     def __call__(self, section: Section) -> None:
         """Raise :class:`SourceError` if the scale contradicts the pitch or the image by a factor of :data:`TENFOLD` or more.
 
-        Also if a stated scale makes the image larger than any slide, or if all spots of a known pitch have the same position.
-        Smaller differences between a stated scale and that of the image are logged.
+        Also if a stated scale makes the image larger than any slide, or if the pitch is known but all spots have the same position.
+        Smaller differences between a stated scale and the scale of the image are logged.
         """
         meta, where = section.meta, f"section {section.meta.section_id}"
         if not self.trusted and self.pitch_is_stated:
@@ -176,7 +176,7 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     Raises
     ------
     SourceError
-        The scale is not positive, or gives a pitch outside :data:`PITCH_UM` or beyond the limit: it is wrong or that of another image.
+        The scale is not positive, or gives a pitch outside :data:`PITCH_UM` or beyond the limit: it is wrong, or for another image.
     """
     if not np.isfinite(mpp) or mpp <= 0:
         raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set `mpp`")

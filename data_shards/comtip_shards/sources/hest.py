@@ -1,8 +1,8 @@
 """HEST-1k folders, complete or partial: ``st/ID.h5ad``, ``wsis/ID.tif`` or ``patches/ID.h5``, ``metadata/ID.json``.
 
 In WSI px, ``obsm["spatial"]`` holds the centres of spots and ``coords`` the top-left corners of patches. Some spots have no
-patch, so both are joined by barcode. Tiles are cut from the stated image or the WSI; without them, or with ``pixels=patches``,
-from the patches (112 um wide).
+patch, so both are joined by barcode. Tiles are cut from the stated image or the WSI; without either, or with ``pixels=patches``,
+they are cut from the patches (112 um wide).
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def recognise(path: Path) -> str | None:
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the sections in ``st/`` with their metadata, in which ``facts`` take precedence; raises like :func:`read_metadata`."""
+    """List the sections in ``st/`` with their metadata; stated ``facts`` take precedence. Raises like :func:`read_metadata`."""
     ids = [p.stem for p in sorted(find(path / "st", "*.h5ad"))]
     rows = read_metadata(path, ids)
     return [_row(name, rows.get(name, {})).with_facts(facts) for name in ids]
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
-    """List all sections of the newest metadata table, also those without files in the folder; raises SourceError if it is invalid."""
+    """List all sections of the newest metadata table, even those without files; raises SourceError if the table is invalid."""
     return [_row(name, row) for name, row in _read_csv(path).items()]
 
 
 def read_metadata(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return {id: metadata} of the newest table, in which ``metadata/ID.json`` takes precedence for the sections ``ids``.
+    """Return {id: metadata} of the newest table; for the sections ``ids``, values in ``metadata/ID.json`` take precedence.
 
     Raises
     ------

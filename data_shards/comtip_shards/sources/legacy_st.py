@@ -108,7 +108,7 @@ def _source(
 
 
 def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: Path, notes: list[str]) -> float:
-    """Return um per px: the stated scale, or else the one at which the array has its pitch of 200 um.
+    """Return um per px: the stated scale, or else the scale at which the array has its pitch of 200 um.
 
     Raises SourceError if no scale is stated and the pitch in px is unknown, if this pitch is less than 1 px, or if a stated scale
     gives an implausible pitch and the caller does not trust it.
@@ -174,9 +174,9 @@ def _from_array(ids: list[str], image: Path, counts: Path, name: str) -> SpotPos
 
 
 def _pitch_px(spots: SpotPositions | None, image: Path) -> float | None:
-    """Return px per array step from a least-squares fit of positions to array coordinates, or without spots from the image's width.
+    """Return px per array step, by a least-squares fit of positions to array coordinates, or from the image width without spots.
 
-    None if there are fewer than three spots, or one has no position or array coordinates.
+    None if there are fewer than three spots, or if a spot has no position or array coordinates.
     """
     if spots is None:
         return image_size(image)[0] / 32

@@ -54,7 +54,7 @@ def catalogue(folder: Path) -> list[CatalogueRow]:
 
 
 def files_of(folder: Path, section: str) -> tuple[str, ...]:
-    """Return the file names of a section, in the order of :data:`FILES`, relative to the table; raises SourceError if that is invalid."""
+    """Return a section's file names relative to the table, ordered as in :data:`FILES`; raises SourceError for an invalid table."""
     row = _rows(folder / NAME)[section]
     return tuple(str(row[c]) for c in FILES)
 
@@ -81,7 +81,7 @@ def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
 
 
 def _file(root: Path, cell: str) -> Path:
-    """Return the path of a cell; a table from Windows may separate folders by backslashes, which are valid in other names."""
+    """Return the path in a cell; if it does not exist, backslashes are taken for the folder separators of Windows."""
     path = root / cell
     return path if path.exists() else root / cell.replace("\\", "/")
 

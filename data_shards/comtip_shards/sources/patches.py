@@ -40,7 +40,7 @@ class Patches:
     """Whether the file has ``img``."""
 
     def check(self, spot_ids: Sequence[str], xy_N2: np.ndarray) -> list[str]:
-        """Compare the centres of patches with those of their spots, float (N, 2) in WSI px; returns notes.
+        """Check the centres of patches against those of their spots, ``xy_N2`` in WSI px; returns notes.
 
         Raises
         ------
@@ -72,7 +72,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     path
         The h5 file.
     mpp
-        um per px of the WSI; it is compared with that of the file, if the file states one.
+        um per px of the WSI; it is compared with the value in the file, if there is one.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
 
 
 def _positive(attrs: dict[str, Any], name: str, default: float, path: Path) -> float:
-    """Return an attribute, or ``default`` without it; raises SourceError if it is not one positive number."""
+    """Return an attribute, or ``default`` if it is missing; raises SourceError if it is not one positive number."""
     value = attrs.get(name, default)
     try:
         number = float(np.asarray(value).item())
@@ -125,7 +125,7 @@ def _open(path: Path) -> h5py.File:
 
 
 def _slide_of(path: Path) -> str:
-    """Return the whole-slide image of the section of a patch file, as HEST names it."""
+    """Return the path of the whole-slide image for a patch file, as HEST names it."""
     return f"wsis/{path.stem}.tif"
 
 
@@ -177,7 +177,7 @@ class PatchSlide(Slide):
         return self._small.scaled(box, size)
 
     def overview(self, max_px: int) -> tuple[np.ndarray, float]:
-        """Return the overview image with its longer side at most ``max_px``, and the number of WSI px per px."""
+        """Return the overview image with its longer side at most ``max_px``, and WSI px per px of the returned image."""
         small, _ = self._small.overview(max_px)
         return small, self.size[0] / small.shape[1]
 

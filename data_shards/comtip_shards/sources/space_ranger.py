@@ -45,10 +45,10 @@ _ALSO_CALLED = {
     "imagerow": "pxl_row_in_fullres",
     "imagecol": "pxl_col_in_fullres",
 }
-"""Names of the columns in Seurat."""
+"""{name of a column in Seurat: its name in :data:`COLUMNS`}."""
 FACTORS = "scalefactors_json.json"
 _BARCODE = re.compile(r"(?<![A-Za-z])[ACGTN]{14,}(?![A-Za-z])")
-"""A barcode of 10x Genomics, between the affixes of samples that R and GEO add (``S1_AAAC...-1_2``)."""
+"""A barcode of 10x Genomics, between sample affixes that R and GEO add (``S1_AAAC...-1_2``)."""
 
 
 def _head(path: Path) -> bytes:
@@ -136,13 +136,13 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
 
 
 def _renamed(path: Path) -> str:
-    """Return advice on an HDF5 file of another name, such as a second download (``filtered_feature_bc_matrix (1).h5``)."""
+    """Return advice to rename an HDF5 file, such as a second download (``filtered_feature_bc_matrix (1).h5``); "" without one."""
     found = find(path, "*.h5")
     return f", or rename {found[0].name} if it is this matrix" if found else ""
 
 
 def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
-    """Return the first table of positions and its spots; raises SourceError if another table (of another format) differs from it."""
+    """Return the first table of positions and its spots; raises SourceError if a table in another format differs from it."""
     first = read_positions(tables[0])
     for other in tables[1:]:
         spots = read_positions(other)
@@ -197,7 +197,7 @@ def read_positions(path: Path) -> SpotPositions:
 
 
 def _text_table(path: Path) -> pd.DataFrame:
-    """Read a table of positions in text; known names of columns are replaced by those of :data:`COLUMNS`."""
+    """Read a table of positions in text; column names of Seurat are replaced by the names in :data:`COLUMNS`."""
     raw = read_packed(path)
     try:
         text = raw.decode(text_encoding(raw))
@@ -243,7 +243,8 @@ def _scale(
 ) -> float:
     """Return um per full-resolution px: as stated by the caller or the scale factors, or else from the spot pitch of 100 um.
 
-    Raises SourceError if a stated scale differs from that of the pitch by more than 5 %, or the size of spots contradicts the pitch.
+    Raises SourceError if a stated scale differs by more than 5 % from the scale that the pitch gives, or if the spot size
+    contradicts the pitch.
     """
     if len(spots.ids) not in SLIDES:
         notes.append(
@@ -303,7 +304,7 @@ def _pitch_px(spots: SpotPositions, path: Path) -> float:
 
 
 def _align_barcodes(spots: SpotPositions, barcodes: list[str]) -> SpotPositions:
-    """Return the spots with barcodes as in the counts, if the two have other affixes of samples, such as "-1" or "S1_"."""
+    """Return the spots with barcodes spelled as in the counts, if only sample affixes such as "-1" or "S1_" differ."""
     if not barcodes or set(spots.ids) & set(barcodes):
         return spots
     full_name = {_core(b): b for b in barcodes}
@@ -314,6 +315,6 @@ def _align_barcodes(spots: SpotPositions, barcodes: list[str]) -> SpotPositions:
 
 
 def _core(barcode: str) -> str:
-    """Return a barcode without the affixes of samples."""
+    """Return a barcode without sample affixes."""
     found = _BARCODE.search(barcode)
     return found[0] if found else re.sub(r"-\d+$", "", barcode)

@@ -85,7 +85,7 @@ def read_store(path: Path) -> Any:
 
 
 def _regions(data: Any, path: Path) -> dict[str, str]:
-    """Return {region: name of the table that annotates it}; raises SourceError if there is no region, or two tables annotate one."""
+    """Return {region: name of its table}; raises SourceError if no table annotates a region, or two annotate the same one."""
     out: dict[str, str] = {}
     for name, table in data.tables.items():
         regions = table.uns.get("spatialdata_attrs", {}).get("region")
@@ -179,7 +179,8 @@ def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tupl
     Raises
     ------
     SourceError
-        The region or the image does not exist, or no RGB image, or not the one ``wanted``, shares a coordinate system.
+        ``region`` or ``wanted`` does not exist, no RGB image is in a coordinate system of ``region``, or ``wanted`` is not such an
+        image.
     """
     if region not in data:
         raise SourceError(

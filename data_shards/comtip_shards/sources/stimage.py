@@ -1,7 +1,7 @@
 """STimage-1K4M folders, complete or partial: ``TECH/coord``, ``TECH/gene_exp``, ``TECH/image``, and ``meta/``.
 
 The dataset does not state um per px. The scale is derived from the spot pitch (Visium 100 um, legacy ST 200 um) and checked
-against the radius ``r``, whose definition varies between slides. For Visium HD, the caller states it.
+against the radius ``r``, whose definition varies between slides. For Visium HD, the caller states the scale.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def recognise(path: Path) -> str | None:
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the slides of the folder with their metadata, in which ``facts`` take precedence.
+    """List the slides of the folder with their metadata; stated ``facts`` take precedence.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
-    """List all slides of the newest table, also those without files in the folder; raises SourceError if it is invalid."""
+    """List all slides of the newest metadata table, even those without files; raises SourceError if the table is invalid."""
     return [
         CatalogueRow(name, species_name(r.species), r.tissue, r.tech, dataset="STimage-1K4M")
         for name, r in _read_meta(path).items()

@@ -73,7 +73,7 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
         raise SourceError(f"`pool_from={what}` is for Visium HD; use transcripts or cells for Xenium")
     run = open_run(files, options, pooling.pool_um or POOL_UM)
     if what == "cells":
-        refuse(options, ("qv",), "the instrument counted the transcripts of cells with qv of at least 20")
+        refuse(options, ("qv",), "the counts of cells contain only transcripts of qv 20 or more")
         if files.matrix is None:
             also = ", or set `pool_from` to transcripts" if files.transcripts is not None else ""
             raise SourceError(

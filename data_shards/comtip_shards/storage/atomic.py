@@ -1,6 +1,6 @@
 """Atomic writes: after a crash, a file or folder has its former or its new content, never a part of it.
 
-A folder that is replaced is missing between two renames; after a crash there, its former content is in ``.NAME.writing.old``.
+A folder that is replaced is missing between two renames; after a crash between them, its old content is in ``.NAME.writing.old``.
 
 Data is written to a temporary path next to the target, flushed to the device and renamed. The temporary path of a target
 is always the same, so that leftovers of a killed process are overwritten and do not accumulate. Writers that need another
@@ -179,7 +179,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str = "`out`") -> None:
-    """Check that an existing output is not one of the inputs or a file inside one, also through links.
+    """Refuse an existing output that is one of the inputs or lies in one, directly or through links.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def _mode_of(target: Path) -> int | None:
 
 
 def _locked(tmp_path: Path, target: Path) -> int:
-    """Create and lock the temporary file; the kernel releases the lock when the process ends. Some file systems have no locks."""
+    """Create the temporary file, locked if the file system has locks; the kernel releases the lock when the process ends."""
     while True:
         descriptor = os.open(tmp_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:

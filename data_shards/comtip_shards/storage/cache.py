@@ -37,12 +37,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def default_cache() -> Path:
     """Return the cache folder: ``$COMTIP_CACHE`` if it is set, otherwise ``comtip`` in the user's cache folder.
 
-    If that is on a network file system, it is ``comtip-UID`` in the folder for temporary files, which is created.
+    If the latter is on a network file system, ``comtip-UID`` in the folder for temporary files is created and returned instead.
 
     Raises
     ------
     ShardError
-        That folder belongs to another user, or is a symbolic link.
+        The folder ``comtip-UID`` belongs to another user, or is a symbolic link.
     """
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
@@ -171,7 +171,7 @@ class FileCache:
         Raises
         ------
         ShardError
-            Another process still holds it at ``deadline``, or the cache cannot be written; ``where`` names the file.
+            Another process still holds the lock at ``deadline``, or the cache cannot be written; ``where`` names the file.
         """
         folder = self.folder / "locks"
         try:
@@ -198,7 +198,7 @@ class FileCache:
             yield
 
     def _make_room(self, added: int, keep: Path) -> None:
-        """Evict files at the first call, and whenever this process has added ``max_bytes / SLACK``: the cost per file is constant."""
+        """Evict files at the first call and after every ``max_bytes / SLACK`` added bytes: the cost per file is constant."""
         folder = str(self.folder)
         unlisted = _unlisted.get(folder, self.max_bytes) + added
         _unlisted[folder] = 0 if unlisted > self.max_bytes // SLACK else unlisted
@@ -206,9 +206,9 @@ class FileCache:
             self._evict(keep)
 
     def _evict(self, keep: Path) -> None:
-        """Remove least recently used files, except ``keep``, until the limit is met, and leftovers of killed processes.
+        """Remove least recently used files, except ``keep``, until the limit is met.
 
-        Open files stay readable.
+        Leftovers of killed processes are removed too. Open files stay readable.
         """
         files = []
         for path in self.folder.glob("??/*/*"):

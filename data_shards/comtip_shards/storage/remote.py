@@ -98,7 +98,8 @@ class Remote:
         Raises
         ------
         ShardError
-            Of kind ``vanished`` (no such file), ``checksum`` (mismatch or too large) or ``remote``; it names the URL and the fix.
+            Of kind ``vanished`` (no such file), ``checksum`` (mismatch or too large) or ``remote``; the message names the URL
+            and the fix.
         """
         where = self._name(name)
         deadline = time.monotonic() + self.retry.total
@@ -120,7 +121,7 @@ class Remote:
         return files.has(files.path(sha256, name), size)
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return byte ranges of a file, several at a time, bypassing the cache; not checked against a hash.
+        """Return byte ranges of a file, bypassing the cache and without checking a hash; several are requested at a time.
 
         Parameters
         ----------
@@ -167,7 +168,7 @@ class Remote:
         return sorted(self.sizes(pattern))
 
     def sizes(self, pattern: str = "**") -> dict[str, int | None]:
-        """Return {name: size in bytes} of the files of :meth:`names`; None if the server does not report a size."""
+        """Return {name: size in bytes} of the files of :meth:`names`; a size that the server does not report is None."""
         fs, root = self._filesystem()
         deadline = time.monotonic() + self.retry.total
         glob = f"{root}/{pattern}"
@@ -220,7 +221,7 @@ class Remote:
         return self._fs[1], self._fs[2]
 
     def _http_options(self) -> dict[str, Any]:
-        """Replace the client's total timeout of five minutes by a timeout between bytes."""
+        """Return options that replace the client's total timeout of five minutes by a timeout between bytes."""
         if not _is_http(self.url):
             return {}
         from aiohttp import ClientTimeout

@@ -29,7 +29,7 @@ SPOTS_PER_S = 78.0
 DECODED_PER_S = 30e6
 """Bytes of input decoded per second; this dominates for a large image with few spots."""
 JPEG_95, FIXED_BYTES, DETAIL = 0.75, 620, -0.45
-"""Bytes per px of a tile without upsampling at quality 95, its constant part, and the exponent for upsampled tiles; fitted to
+"""Bytes per px of a tile without upsampling at quality 95; constant bytes per tile; exponent of the upsampling factor. Fitted to
 four sections of ``data_shards/samples`` in seven settings."""
 CODEC_SIZE = {"jpeg": 1.0, "webp": 1.0, "png": 3.5}
 """Size of a tile relative to JPEG."""
@@ -68,7 +68,7 @@ def plan_rows(
     Parameters
     ----------
     path
-        The table, to whose folder paths are relative.
+        The table; paths in it are relative to its folder.
     rows
         From :func:`comtip_shards.study.table.read_study`.
     opener, common
@@ -137,7 +137,7 @@ def _probe(
 def plan_splits(
     plans: Sequence[SectionPlan], splits: StatedSplits, auto_split: Sequence[float] | None, **policy: Any
 ) -> tuple[list[SectionPlan], str | None]:
-    """Return (plans with the donors and splits that a build would assign, None), or (plans, error) if it would refuse them.
+    """Return (plans with the donors and splits that a build would assign, None), or (plans, error) if a build would refuse them.
 
     Parameters
     ----------
@@ -235,7 +235,7 @@ def plan_text(
 
 def _section_lines(plan: SectionPlan, tile: TileSpec) -> list[str]:
     if plan.remote:
-        return [f"{plan.name}: not examined: the files of a URL are downloaded when it is built"]
+        return [f"{plan.name}: not examined: the files of a URL are downloaded when the set is built"]
     lines = []
     if plan.source is not None:
         size, meta = plan.size, plan.source.meta

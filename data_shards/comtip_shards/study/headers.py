@@ -39,7 +39,7 @@ _UNREADABLE = (SourceError, OSError, ValueError, KeyError, EOFError, RuntimeErro
 
 @dataclass(frozen=True)
 class SectionSize:
-    """Size of a section according to its headers; None if the headers do not state it."""
+    """Size of a section according to its headers; a value that they do not state is None."""
 
     spots: int | None = None
     """Upper bound on the number of spots; an estimate for pooled sections."""
@@ -75,7 +75,7 @@ def section_size(source: SectionSource) -> SectionSize:
 
 
 def previewed(size: SectionSize, found: Preview) -> SectionSize:
-    """Return the size from headers with what the reader of the format knows better."""
+    """Return ``size``, from headers, with its values replaced by those that the reader of the format states in ``found``."""
     return SectionSize(
         size.spots if found.spots is None else found.spots,
         size.genes if found.genes is None else found.genes,
@@ -157,6 +157,8 @@ def _table(path: Path) -> dict[str, Any]:
             # R omits the name of the id column.
             return {"genes": file.readline(MAX_LINE).count(sep)}
         names = [name.strip().strip(b'"') for name in header.lower().split(sep)]
+        if all(map(_is_number, names)) or b"fixedx" in names:
+            return {}  # matrix or keypoints of an alignment
         tissue = names.index(b"in_tissue") if b"in_tissue" in names else None
         rows = 0 if tissue is not None or not _is_number(names[-1]) else 1
         while line := file.readline(MAX_LINE):

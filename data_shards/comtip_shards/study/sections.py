@@ -25,7 +25,7 @@ _T = TypeVar("_T", SectionFacts, PoolingOptions, CountOptions)
 
 @dataclass(frozen=True)
 class OpenedRow:
-    """A row of a study with its sections, or the error with which they could not be opened."""
+    """A row of a study with its sections, or the error that opening them raised."""
 
     row: StudyRow
     where: str
@@ -60,7 +60,7 @@ def open_study(
     common
         Facts and options for all rows; a cell of the table takes precedence.
     stop
-        Whether the first row that cannot be opened raises; otherwise its error is returned.
+        Whether the first row that cannot be opened raises. If False, errors are returned in :attr:`OpenedRow.error`.
 
     Raises
     ------
@@ -118,7 +118,10 @@ def _open(
 
 
 def _selected(row: StudyRow, opened: Callable[[Sequence[str] | None], list[SectionSource]]) -> list[SectionSource]:
-    """Return the sections of a row: by ``sample``, or by ``id`` if the source has a section of this id, or all."""
+    """Return the section named ``sample`` or, without ``sample``, named ``id``; if the row states neither, all sections.
+
+    If the source has no section named ``id``, it must have a single section, which is returned.
+    """
     if row.sample is not None or row.id is None:
         return opened(None if row.sample is None else [row.sample])
     try:
@@ -128,7 +131,7 @@ def _selected(row: StudyRow, opened: Callable[[Sequence[str] | None], list[Secti
     if len(sources) > 1:
         names = ", ".join(source.meta.section_id for source in sources[:20])
         raise SourceError(
-            f"{row.path}: {len(sources)} sections, but one id ({row.id}); state one of them in column sample: {names}"
+            f"{row.path}: {len(sources)} sections, but one id ({row.id}); state one of these section ids in column sample: {names}"
         )
     return sources
 
@@ -148,7 +151,7 @@ def _stated(source: SectionSource, row: StudyRow) -> SectionSource:
 
 
 def with_meta(source: SectionSource, meta: SectionMeta) -> SectionSource:
-    """Return a section with other metadata, which it also has when it is read."""
+    """Return a source with the metadata ``meta``, which the section also has when it is read."""
     spots = source.load_spots
     return replace(
         source,

@@ -142,7 +142,7 @@ def _is_comment(line: str) -> bool:
 
 
 class _Lines:
-    """Lines of a csv text, of which those that begin with ``#`` are blank, except inside a quoted value."""
+    """Lines of a csv text; a line that begins with ``#`` is returned as a blank one, except inside a quoted value."""
 
     def __init__(self, text: str) -> None:
         self._lines = io.StringIO(text, newline="")
@@ -218,13 +218,13 @@ def _yaml_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
-    """Return the normalised names of the columns; raises SourceError if one is unknown or duplicate, or ``path`` is missing."""
+    """Return the normalised names of the columns; raises SourceError for an unknown or duplicate column, or without a column ``path``."""
     names = [name.strip().lower().replace("-", "_") for name in header]
     for name in names:
         if name not in COLUMNS:
             if name == "sample_id":
                 raise SourceError(
-                    f"{path}{where}: a column sample_id, so this is a table of sections and not of sources; save it separated by "
+                    f"{path}{where}: a column sample_id, as in a table of sections, not of sources; save the table separated by "
                     "tabs as manifest.tsv and give that file"
                 )
             near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)

@@ -73,8 +73,8 @@ def gene_sentence_embedding(
     gain_D, bias_D, eps
         LayerNorm of each token, if a gain is given.
     plan
-        Result of :func:`plan_sentences` or :func:`plan_panel` for these ids, lengths, levels and identities; if None, the
-        implementations other than ``reference``, which needs none, call :func:`plan_sentences`.
+        Result of :func:`plan_sentences` or :func:`plan_panel` for these ids, lengths, levels and identities; if None,
+        ``cpu`` and ``triton`` call :func:`plan_sentences`. ``reference`` needs no plan.
     impl
         Implementation; see :mod:`comtip_kernels.dispatch`.
 

@@ -2,9 +2,9 @@
 
 Sentences are concatenated without padding, S tokens in all. The embedding of a token depends on its id and slot, at slot 0 also
 on the identity, and at the value slot on the level and the slot. A panel of G genes at Q levels repeats each name Q times,
-so S tokens have U << S distinct rows. These are computed (and normalised) once and copied; and because the backward pass of LayerNorm is
-linear in the gradient for a fixed input, the gradient is summed over equal tokens before LayerNorm. One write of S
-rows forward and one read of S rows backward remain, which any embedding needs.
+so S tokens have U << S distinct rows. These are computed (and normalised) once and copied. The backward pass of LayerNorm is
+linear in the gradient for a fixed input, so the gradient is summed over equal tokens before LayerNorm. What remains is what any
+embedding needs: S rows written forward and S rows read backward.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class SentencePlan:
     kind_U: Tensor
     """``GENE_SLOT``, ``NAME_SLOT`` or ``VALUE_SLOT``; ascending."""
     sentence_U: Tensor
-    """A sentence that contains the row, and whose levels, mix and identity it has."""
+    """A sentence that contains the row and determines its levels, mix and identity."""
     slot_U: Tensor
     """Slot of the row in its sentence."""
     token_U: Tensor
     """Token id of the row; not used for ``VALUE_SLOT``."""
     most: int
-    """Number of tokens of the most frequent row, or an upper bound of it."""
+    """Number of tokens of the most frequent row, or an upper bound."""
     genes: int
     """Number of ``GENE_SLOT`` rows, which come first."""
     names: int
-    """Number of ``NAME_SLOT`` rows, which come next."""
+    """Number of ``NAME_SLOT`` rows, which follow the ``GENE_SLOT`` rows."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def plan_panel(ids_NT: Tensor, length_N: Tensor, level_N: Tensor, gene_N: Tensor
     """Plan the sentences of a panel from sizes that the host knows: nothing is read, and no shape depends on data.
 
     There is one row per gene, per (token, slot) of a name and per (level, slot); levels are not mixed. Rows that no sentence has
-    stay unused, and two genes without identity have a row each, where :func:`plan_sentences` finds that they share one.
+    stay unused. Genes without an identity have one row each, whereas :func:`plan_sentences` lets them share one.
 
     Parameters
     ----------

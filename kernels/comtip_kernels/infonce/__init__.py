@@ -33,7 +33,8 @@ def infonce(
 ) -> Tensor:
     """Return the symmetric InfoNCE loss (van den Oord et al. 2018; CLIP, Radford et al. 2021) of B images and M texts.
 
-    The first B texts belong to the images; the others are further negatives. The formula is in :mod:`comtip_kernels.infonce.reference`.
+    The first B texts belong to the images; the others are further negatives. See :mod:`comtip_kernels.infonce.reference` for the
+    formula.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def infonce(
         (B,) and (M,) integers of up to 64 bits, for example hashes: rows and columns of one class are the same text
         and never negatives of each other.
     weight_B
-        Weight of each spot (B,); 0 excludes it, including as a negative.
+        Weight of each spot (B,); a spot of weight 0 is excluded, also as a negative of others.
     excluded_further
         bool (M - B,): columns after the first B that are not negatives. Masking keeps the number of columns fixed; selecting
         columns would make it depend on data that the host has to read.

@@ -58,8 +58,8 @@ def block_lse(
     Parameters
     ----------
     x, y
-        Unit vectors (R, D) and (C, D), rounded to what ``dtype`` operands represent
-        (:func:`comtip_kernels.unit_vectors`) so that positives computed from them match.
+        Unit vectors (R, D) and (C, D), rounded by :func:`comtip_kernels.unit_vectors` for this ``dtype``, so that positives
+        computed from the same vectors match.
     scale
         Inverse temperature, a scalar tensor.
     ids
@@ -103,7 +103,7 @@ def block_gradients(
     x, y, scale, ids, dtype, impl
         As in :func:`block_lse`, with the same output dtypes and errors.
     row_weight, column_weight
-        (R,) and (C,): weight of each softmax in the loss; 0 where there is none (further columns).
+        (R,) and (C,): weight of each softmax in the loss; 0 for further columns, which have no softmax.
     row_lse, column_lse
         (R,) and (C,): log-sum-exp of the *whole* row and column including the positive, so that no exponential exceeds 1.
     """

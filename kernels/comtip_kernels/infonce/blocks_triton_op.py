@@ -122,7 +122,7 @@ def _scale(scale: Tensor, like: Tensor) -> Tensor:
 
 
 def _rows(v: Tensor) -> Tensor:
-    """Return ``v``, copied if only its stride keeps the rows from being aligned: the kernels load aligned rows 128 bits at a time."""
+    """Return ``v``, or a contiguous copy if its stride alone misaligns the rows: kernels load aligned rows 128 bits at a time."""
     misaligned = v.stride(1) == 1 and v.stride(0) % 16 != 0 and v.shape[1] % 16 == 0
     return v.contiguous() if misaligned else v
 

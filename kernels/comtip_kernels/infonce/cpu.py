@@ -6,13 +6,13 @@ row and column log-sum-exp known, the gradient with respect to s_ij is
 
     g_ij = e_ij (a_i + b_j)          a_i = w_i exp(shift - lse_i) / 2W        b_j = w_j exp(shift - lse_j) / 2W
 
-(b_j = 0 for the further columns j >= B), minus w_i / W on the diagonal: a second pass recomputes e_ij and multiplies. That
-is four products of B x M x D in all, and fewer where the first pass keeps its first tiles (``KEPT_BYTES``). Sums that
+(b_j = 0 for the further columns j >= B), minus w_i / W on the diagonal; W is the sum of the weights. A second pass recomputes e_ij
+and multiplies: four products of B x M x D in all, fewer if the first pass keeps its first tiles (``KEPT_BYTES``). Sums that
 underflow (rows whose similarities are all far below the maximum) are detected by their size and recomputed exactly, with a
 shift of their own.
 
-Saved for the backward pass: the inputs, the weight and the two log-sum-exps of each image and its text, and the kept tiles, which
-have at most ``KEPT_BYTES``.
+Saved for the backward pass: the inputs, the weight of each pair, the log-sum-exp of its row and of its column, and the kept tiles
+(at most ``KEPT_BYTES``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TILE = 1024
 """Maximum rows and columns of a tile of logits: its products run at the speed of large ones (long narrow blocks of rows take
 10 % longer), and the elementwise operations between them stay in the cache."""
 HEADROOM = 40.0
-"""Offset of the shift: exp(HEADROOM) times any number of columns does not overflow fp32, and the range below grows by as much."""
+"""Scale minus shift: exp(HEADROOM) times any number of columns does not overflow fp32, and underflow begins this much lower."""
 EPSILON = 1e-12
 """Minimum length in the normalisation, as in torch.nn.functional.normalize."""
 FLOOR = 1e-20
@@ -53,7 +53,7 @@ class Masks:
     excluded_rows: Tensor | None = None
     """bool (B,): images that are not negatives because their weight is 0; None excludes none."""
     excluded_columns: Tensor | None = None
-    """bool (M,): texts that are not negatives: those of these images, and excluded further columns; None excludes none."""
+    """bool (M,): texts that are not negatives: the texts of excluded images, and excluded further columns; None excludes none."""
     own_pairs: ClassVar[bool] = True
     """Whether column i is the positive of row i, which is always allowed."""
 
@@ -113,7 +113,7 @@ class Exponentials:
     masks
         Which pairs are allowed.
     kept
-        Tiles that are known, by first row and column; tiles are added up to ``keep_bytes``.
+        Tiles computed earlier, by first row and column; new tiles are added, up to ``keep_bytes`` in all.
     keep_bytes
         Maximum bytes of tiles to keep.
     """
@@ -274,7 +274,7 @@ def _add_low(
     dx: Tensor,
     dy: Tensor,
 ) -> None:
-    """Add the exact gradient of rows and columns whose sums underflowed to ``dx`` and ``dy``."""
+    """Add to ``dx`` and ``dy`` the exact gradient of the rows and columns whose sums underflowed."""
     for part in row_low.nonzero().squeeze(1).split(TILE):
         logits = masked_logits(x, y, scale, masks, rows=part)
         p = (logits - row_lse[part, None]).exp_().mul_(half[part, None])
@@ -300,7 +300,7 @@ def infonce_cpu(
     weight_B: Tensor | None = None,
     excluded_further: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE; see :func:`comtip_kernels.infonce`. Returns a scalar, at least fp32."""
+    """Return the symmetric InfoNCE loss, a scalar in at least fp32; see :func:`comtip_kernels.infonce`."""
     B, dtype = image_BD.shape[0], wide(image_BD[:0], text_MD[:0])[0].dtype
     weight = image_BD.new_ones(B, dtype=dtype) if weight_B is None else weight_B.detach().to(dtype)
     excluded = weight == 0

@@ -76,9 +76,9 @@ def infonce_reference(
     weight_B: Tensor | None = None,
     excluded_further: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE with further text columns; see the module's formula.
+    """Return the symmetric InfoNCE loss with further text columns, a scalar; see the module's formula.
 
-    It computes in the dtype of the vectors; vectors of two dtypes are promoted to the wider one. Returns a scalar.
+    It is computed in the dtype of the vectors; vectors of two dtypes are promoted to the wider one.
     """
     dtype = torch.promote_types(image_BD.dtype, text_MD.dtype)
     image_BD, text_MD = image_BD.to(dtype), text_MD.to(dtype)

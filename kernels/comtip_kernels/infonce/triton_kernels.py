@@ -6,8 +6,8 @@ whose sum underflowed are recomputed by ``exact_lse``, which returns immediately
 is taken on the device. Backward: ``grad_tiles`` stores the derivatives g of the logits of a chunk of rows (u), which library
 products multiply with both sides (u each). The vectors have length 1; see ``triton_op.py``.
 
-DIAGONAL selects the whole loss, in which pair (i, i) is a positive. Its logits are stored by the same pass, so that positives
-and log-sum-exp share every rounding. Without DIAGONAL the kernels work on a block of rows and columns of a larger
+DIAGONAL selects the whole loss, in which every pair (i, i) is a positive. The same pass stores the logits of these pairs, so that
+positives and log-sum-exp share every rounding. Without DIAGONAL the kernels work on a block of rows and columns of a larger
 matrix, whose rows and columns may have no allowed pair; see ``blocks_triton_op.py``.
 """
 

@@ -41,7 +41,7 @@ class MaskOperands:
     """Group, class and exclusion flag of every row; None where nothing is compared."""
     columns: tuple[Ids, Ids, Ids]
     diagonal: bool
-    """Pair (i, i) is a positive for every row."""
+    """Whether pair (i, i) is the positive of row i."""
 
     def constants(self, x: Tensor) -> dict[str, Any]:
         """Return the constexprs of masks and products for operands like ``x``."""
@@ -56,7 +56,7 @@ class MaskOperands:
         }
 
     def pointers(self, unused: Tensor) -> list[Tensor]:
-        """Return the six mask tensors; ``unused`` replaces those that are None, which no kernel reads."""
+        """Return the six mask tensors, with ``unused`` for each that is None: no kernel reads it."""
         return [unused if i is None else i for both in zip(self.rows, self.columns, strict=True) for i in both]
 
     def swapped(self) -> MaskOperands:
@@ -146,7 +146,7 @@ def _exact(q: Tensor, k: Tensor, sums: Tensor, scale: Tensor, masks: MaskOperand
 
 
 Stats = tuple[Tensor, Tensor]
-"""Of rows or columns, fp32: weight of the softmax in the loss; log-sum-exp, +inf where there is no softmax."""
+"""Weight of each softmax in the loss, and its log-sum-exp (+inf where there is no softmax); of the rows or the columns, fp32."""
 
 
 def compute_gradients(
@@ -204,8 +204,8 @@ def as_operands(bf16: bool, *vectors: Tensor) -> list[Tensor]:
 def _masks(n_columns: int, rule: int, ids: tuple[Ids, ...]) -> MaskOperands:
     """Return the masks of the whole loss, from the groups, classes and exclusion flags ``ids``.
 
-    The flags, if any, are those of the pairs, which row i and column i share, and possibly of the further columns; further columns
-    without a flag are not excluded.
+    Row i and column i share the exclusion flag of pair i. Flags of the further columns may follow; without them, no further column
+    is excluded.
     """
     group_x, group_y, class_x, class_y, excluded_x = ids
     excluded_y = None if excluded_x is None else F.pad(excluded_x, (0, n_columns - excluded_x.shape[0]))
@@ -227,7 +227,7 @@ def infonce_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return row log-sum-exp, log-sum-exp of the first B columns, and logits of the positives, fp32 (B,) each.
 
-    ``bf16`` multiplies in bf16; ``x`` and ``y`` then hold numbers that bf16 represents exactly (:mod:`.unit`).
+    With ``bf16``, products are computed in bf16; ``x`` and ``y`` then hold numbers that bf16 represents exactly (:mod:`.unit`).
     """
     B = x.shape[0]
     if B == 0:
@@ -322,7 +322,7 @@ def infonce_triton(
     weight_B: Ids = None,
     excluded_further: Ids = None,
 ) -> Tensor:
-    """Symmetric InfoNCE; see :func:`comtip_kernels.infonce`. Returns a scalar, fp32."""
+    """Return the symmetric InfoNCE loss, an fp32 scalar; see :func:`comtip_kernels.infonce`."""
     B, device = image_BD.shape[0], image_BD.device
     dtype = operand_dtype(image_BD, text_MD)
     with torch.autocast(device.type, enabled=False):  # the dtype is chosen; normalising and summing stay in fp32

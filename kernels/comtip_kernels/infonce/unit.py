@@ -14,7 +14,7 @@ from comtip_kernels.tl_common import can_launch, product_mode
 
 
 def unit_vectors(*vectors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Normalise vectors to length 1 and round them once, so that products of ``dtype`` operands read exact values.
+    """Return the vectors normalised to length 1 and rounded once, so that converting them to operands of ``dtype`` is exact.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def unit_vectors(*vectors: Tensor, dtype: torch.dtype | None = None) -> tuple[Te
 
 
 def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return fp32 numbers rounded to what products of ``dtype`` operands read: bf16, tf32, or unchanged.
+    """Return fp32 numbers rounded to the precision in which ``dtype`` operands are multiplied: bf16, tf32, or unchanged for tf32x3.
 
     Parameters
     ----------

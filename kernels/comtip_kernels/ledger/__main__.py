@@ -22,7 +22,7 @@ SLACK = 8
 
 
 def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
-    """Return messages on limits that a row exceeds, and on worse counts or other tensor-core instructions than in the row ``before``."""
+    """Return a message for each limit that the row exceeds and for each value that got worse since the committed row ``before``."""
     where = f"{row.op}/{row.name} sm_{row.arch}"
     out = []
     if row.arch in (80, 90) and (row.stack or row.spills):
@@ -62,7 +62,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def write(path: Path, rows: Iterable[LedgerRow], version: str, kept: list[dict[str, str]]) -> None:
-    """Write the rows of the Triton release ``version``, and keep those of other releases among ``kept``."""
+    """Write the rows of the Triton release ``version``, and the rows of other releases in ``kept``."""
     others = [r for r in kept if r["triton"] != version]
     ours = [{"triton": version} | {k: str(v) for k, v in asdict(r).items()} for r in rows]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -130,7 +130,7 @@ def parsed(row: dict[str, str]) -> LedgerRow:
 
 
 def sized_problems(path: Path) -> list[str]:
-    """Return a message for each number of bytes or FLOPs that exceeds the one in the table ``path``, and for each size that it lacks."""
+    """Return a message for each number of bytes or FLOPs above the one in the table ``path``, and for each size missing there."""
     known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
     out = []
     for row in (s.row() for s in sizes()):
@@ -157,8 +157,8 @@ def write_sizes(path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print the ledger, then write the tables, or with ``--check`` only compare them.
 
-    Returns 1 if a row exceeds a limit or is worse than the committed one, whether or not it is written, or with ``--check`` if a named
-    size is worse; otherwise 0. With ``--triton`` of another release, returns the status of the ledger under that release.
+    Returns 1 if a row exceeds a limit or is worse than the committed one (even if it is then written), or if ``--check`` finds a
+    named size that is worse; otherwise 0. If ``--triton`` names another release, returns the exit status of its run.
     """
     other = argparse.ArgumentParser(add_help=False)
     other.add_argument("--triton", help="compile with this release, e.g. 3.6, which pip installs in a cache folder")

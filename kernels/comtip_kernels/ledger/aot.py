@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of a Triton kernel without a GPU, and inspection of the machine code.
 
 ``triton.compile`` with an ``ASTSource`` and a ``GPUTarget`` needs no driver. The hints that the JIT would add (pointers and
-sizes divisible by 16, strides of 1 as constants) are given explicitly: without them another program is compiled. Registers and
+sizes divisible by 16, strides of 1 as constants) are given explicitly: without them a different program is compiled. Registers and
 stack come from ``cuobjdump``, instructions from ``nvdisasm``; both are part of the Triton wheel.
 """
 
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}
-"""Maximum shared memory of a block; a kernel beyond it compiles and fails when it is loaded."""
+"""Maximum shared memory of a block by architecture; a kernel that needs more compiles, but fails when it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LedgerRow:
     special: int = 0
     """Special-function instructions (``MUFU``): exponentials, logarithms, reciprocals, square roots."""
     source: str = ""
-    """:meth:`LedgerEntry.source`: an entry with the same hash need not be compiled again."""
+    """Hash returned by :meth:`LedgerEntry.source`; an entry with the same hash need not be compiled again."""
 
 
 def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:

@@ -15,7 +15,7 @@ class Counted:
     """Bytes and FLOPs of all launches."""
 
     loaded: int = 0
-    """Bytes of all load requests, which the caches serve."""
+    """Bytes of all load requests, most of which caches serve."""
     stored: int = 0
     flops: int = 0
     """FLOPs of ``tl.dot``, including padding."""
@@ -23,18 +23,18 @@ class Counted:
 
     @property
     def distinct(self) -> int:
-        """Bytes of distinct addresses loaded: what memory serves if caches hold the rest."""
+        """Bytes of distinct addresses loaded: what is read from memory if caches serve every repeated load."""
         return int(np.unique(np.concatenate(self._pages)).size) if self._pages else 0
 
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """Count inside the ``with`` block.
+    """Yield the counts of all launches inside the ``with`` block.
 
     Raises
     ------
     RuntimeError
-        If kernels are not interpreted, so that nothing would be counted.
+        If the kernels are not interpreted: nothing would be counted.
     """
     from comtip_kernels.tl_common import INTERPRETING
 

@@ -1,7 +1,7 @@
-"""The kernels in the ledger: with the tiles and options that need most registers and shared memory, and as configs launch them.
+"""The kernels in the ledger: at their largest tiles with every option, and in the variants that the shipped configs launch.
 
 Each entry states what the JIT would know about a launch: argument types, constants, and which arguments are divisible by 16.
-For the largest tiles, the last is derived from the kernels' ``do_not_specialize``; for the others it was recorded.
+At the largest tiles, divisibility is derived from the kernels' ``do_not_specialize``; for launched variants it was recorded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _entry(
 ) -> LedgerEntry:
     """Return an entry; ``operands`` gives the element type of pointers that are neither fp32 nor ids.
 
-    ``unaligned`` are arguments that the JIT specialises, but that are no multiples of 16 in practice.
+    ``unaligned`` names arguments that the JIT specialises but that are not multiples of 16 in practice.
     """
     names = list(kernel.arg_names)
     constants = dict(constants)
@@ -151,9 +151,9 @@ def entries() -> list[LedgerEntry]:
 
 
 def launched(path: Path = LAUNCHES) -> list[LedgerEntry]:
-    """Return the variants recorded in ``path``, none without the file.
+    """Return the variants recorded in ``path``, or none if there is no such file.
 
-    Variants equal to one of the entries with the largest tiles, and those of a kernel that no longer has these arguments, are omitted.
+    Variants that equal an entry at the largest tiles are omitted, and so are variants whose kernel now has other arguments.
     """
     known = {e.signature for e in _largest()}
     out = []

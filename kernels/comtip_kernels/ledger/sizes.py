@@ -17,7 +17,7 @@ from comtip_kernels.sentence_table import triton_kernels as table
 
 
 class Roofs(NamedTuple):
-    """Rates of a GPU; the slowest of the three bounds a kernel. All are assumed, no GPU has been measured."""
+    """Assumed rates of a GPU (no GPU has been measured); a kernel is as slow as the slowest of compute, L2 and memory."""
 
     compute: float
     """bf16 FLOP/s of the datasheet."""
@@ -48,7 +48,7 @@ class Sized:
     floor_flops: int
     """Lower bound of the FLOPs."""
     programs: int
-    """Programs of the kernel of this package that has the fewest."""
+    """Number of programs of the operation's kernel that has the fewest; library kernels do not count."""
 
     def row(self) -> dict[str, str]:
         """Return the row of the table; times are predicted, in microseconds."""
@@ -72,10 +72,10 @@ class Sized:
         return out
 
     def seconds(self, roofs: Roofs) -> dict[str, float]:
-        """Return the seconds under each roof: every load request is served by L2, none by a multiprocessor's own cache.
+        """Return the predicted seconds for each of the three rates, if L2 serves every load request.
 
-        Multiprocessors without a program in the last wave neither compute nor load. All kernels of the operation are assumed to have
-        the waves of the one with the fewest programs, and a multiprocessor one program at a time.
+        Multiprocessors without a program in the last wave neither compute nor load. All kernels of the operation are assumed to run
+        in as many waves as the kernel with the fewest programs, with one program at a time on each multiprocessor.
         """
         busy = self.programs / (ceil(self.programs / roofs.multiprocessors) * roofs.multiprocessors)
         return {

@@ -1,7 +1,7 @@
 """Other releases of Triton: installed in a cache folder of their own, and used by the ledger in a subprocess.
 
-The installed release is the one that PyTorch brings. The ledger also holds rows of the oldest and the newest supported release, which
-are compiled with ``python -m comtip_kernels.ledger --triton 3.6`` (or ``3.9``) and checked by ``make rehearsal-grid``.
+PyTorch brings the installed release. The ledger also holds rows of the oldest and the newest supported release, which are
+compiled with ``python -m comtip_kernels.ledger --triton 3.6`` (or ``3.9``) and checked by ``make rehearsal-grid``.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ LIBRARY_TILE = (128, 256)
 
 
 def library_product(n: int, m: int, k: int, size: int, *, accumulate: bool = False) -> Traffic:
-    """Return the traffic of an (n, k) by (k, m) product with a result in fp32; not a kernel of this package, so an assumption."""
+    """Return the assumed traffic of a library's (n, k) by (k, m) product with a result in fp32."""
     rows, cols = sorted(LIBRARY_TILE) if n <= m else sorted(LIBRARY_TILE, reverse=True)
     added = 4 * n * m if accumulate else 0
     loaded = (ceil(m / cols) * n + ceil(n / rows) * m) * k * size + added
@@ -141,7 +141,7 @@ def attention(S: int, H: int, E: int, size: int, longest: int, tile: int, *, bac
 
 
 def _first_loads(S: int, W: int, tile: int, tiles: int) -> int:
-    """Return the number of first-token indices that all tiles load, owned or not, up to the end."""
+    """Return the number of first-token indices that all tiles load together, for owned and other tokens."""
     full = (S - tile) // W + 1 if tile <= S else 0
     return full * tile + sum(S - i * W for i in range(full, tiles))
 
@@ -158,7 +158,7 @@ def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bo
 
 
 def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the traffic of the derivatives of L_level with respect to the scores of one chunk of G genes, and their sums over spots."""
+    """Return the traffic of the score derivatives of L_level in one chunk of G genes, and of their sums over spots."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     return Traffic(
         loaded=(cols * B + rows * G * Q) * D * size + 2 * B * G + rows * (G * Q * 4) + rows * cols * 8,

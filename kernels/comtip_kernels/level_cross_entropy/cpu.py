@@ -15,7 +15,7 @@ from torch import Tensor
 from comtip_kernels.level_cross_entropy.reference import without_own_gene
 
 BLOCK_BYTES = 4 << 20
-"""Most bytes of one block of scores, unless those of one gene are more."""
+"""Maximum bytes of one block of scores, which only a block of one gene may exceed."""
 
 
 def _blocks(vectors: Tensor, table: Tensor) -> list[slice]:
@@ -71,7 +71,7 @@ class _LevelCrossEntropy(torch.autograd.Function):
 def _add_gradients(
     grads: tuple[Tensor, Tensor, Tensor | None], dscores: Tensor, image: Tensor, table: Tensor, part: slice
 ) -> None:
-    """Add the gradient of one block of scores to those of image, table and prior."""
+    """Add the gradient of the scores of the genes ``part`` to that of image, and write their rows of those of table and prior."""
     dimage, dtable, dprior = grads
     rows, flat = table[part], dscores.flatten(1)
     dimage.addmm_(flat, rows.reshape(-1, rows.shape[-1]))

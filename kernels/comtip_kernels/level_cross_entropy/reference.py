@@ -3,9 +3,10 @@
     s[b, g, q] = scale * <c_b, table[g, q]> + log_prior[g, q]
     L_level    = sum_{b,g measured} (logsumexp_q s[b, g, q] - s[b, g, level[b, g]]) / number of measured (b, g)
 
-``pair_scores`` are the logits of the pair head: bilinear in a sentence and the context of the spot. With the text as context,
-the sentence's own gene is removed from the pooled vector in closed form: for t = sum_g p_g h_g, the vector without g is
-(t - p_g h_g) / (1 - p_g), so the score needs only products of rows of the table. The denominator is at least 0.001.
+c_b is the image vector of spot b. ``pair_scores`` are the logits of the pair head: products of the projected vector of a sentence and
+the context of the spot, its image vector or its text vector t = sum_g p_g h_g (h_g the vector of the sentence of gene g, p_g its
+pooling weight). From a text, the scored sentence's own gene is removed: the context is (t - p_g h_g) / (1 - p_g), so the score needs
+only products of rows of the table. The denominator is at least 0.001.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def without_own_gene(
     projected_GQD: Tensor | None,
     weight_BG: Tensor | None,
 ) -> Tensor:
-    """Return the scores in a pooled text without gene g itself, or ``score_BG`` if one of the last three arguments is None."""
+    """Return the scores with gene g removed from the pooled text, or ``score_BG`` if one of the last three arguments is None."""
     if weight_BG is None or projected_GQD is None or true_levels_BG is None:
         return score_BG
     dtype = torch.promote_types(table_GQD.dtype, projected_GQD.dtype)

@@ -44,7 +44,7 @@ _IMPLEMENTATIONS_QKV["cpu"] = packed_attention_qkv_cpu
 
 
 def _choose(operands: tuple[Tensor, ...], longest: int, impl: str, implementations: Mapping[str, Any]) -> Any:
-    """Return the implementation for a request, the device, the dtype and the longest sentence."""
+    """Return the implementation that ``impl`` selects for these operands and the longest sentence."""
     limit = LONGEST[product_mode(operand_dtype(*operands))]
     if longest <= limit:
         return choose("packed_attention", impl, operands, implementations)
@@ -84,7 +84,7 @@ def packed_attention(
         Implementation (:mod:`comtip_kernels.dispatch`), or one of ``flash`` (flash-attn 2, 3 or 4), ``varlen`` (torch's
         variable-length attention) and ``sdpa`` (torch's, padded). On a GPU, ``auto`` selects the Triton kernel for bf16 and
         fp32 sentences of up to 48 tokens (24 in fp32 without tf32), ``reference`` for other dtypes, and beyond that length the
-        first of these three that is available for the dtype.
+        first of ``flash``, ``varlen`` and ``sdpa`` that is available for the dtype.
 
     Returns
     -------
@@ -143,14 +143,14 @@ def packed_attention_qkv(
 
 
 def attention_name(impl: Attention, device: torch.device, dtype: torch.dtype, longest: int) -> str:
-    """Return the name of the implementation that runs a request, without running it.
+    """Return the name of the implementation that ``impl`` selects for such operands, without running it.
 
     Parameters
     ----------
     impl
-        The request.
+        As in :func:`packed_attention`.
     device, dtype
-        Of queries, keys and values.
+        Device and dtype of queries, keys and values.
     longest
         Tokens of the longest sentence.
 

@@ -75,7 +75,7 @@ def _separator(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
     """Return the additive mask between the sentences of a matrix, of at most 30 x 30 values; None for one sentence."""
     if several == 1:
         return None
-    with torch.inference_mode(False):  # a mask that prediction made is kept for training, too
+    with torch.inference_mode(False):  # training, too, uses the cached mask of a prediction
         own = torch.arange(several, device="cpu").repeat_interleave(length)
         mask = torch.zeros(own.shape[0], own.shape[0], dtype=dtype, device="cpu")
         return mask.masked_fill_(own[:, None] != own, float("-inf"))

@@ -1,7 +1,8 @@
 """Packed attention on external kernels: flash-attn (2, 3 and 4) and torch's own, for sentences longer than a tile.
 
 The backward passes of flash-attn and of torch's variable-length attention are deterministic, so that a run repeats bit for bit. On
-a GPU, that of torch's padded attention (``sdpa``) is deterministic only under :func:`torch.use_deterministic_algorithms`.
+a GPU, the backward pass of torch's padded attention (``sdpa``) is deterministic only under
+:func:`torch.use_deterministic_algorithms`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from comtip_kernels.packed_attention.reference import packed_attention_reference
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Modules of flash-attn 4, 3 and 2 that define ``flash_attn_varlen_func``, newest first."""
 MAX_SENTENCES = 65_535
-"""Size of the grid axis on which their kernels launch sentences (flash-attention issue 1786, pytorch issue 146704)."""
+"""Most sentences that flash-attn and torch can launch on one grid axis (flash-attention issue 1786, pytorch issue 146704)."""
 
 
 @cache
@@ -70,7 +71,7 @@ def _offsets(length_N: Tensor) -> Tensor:
 def _in_chunks(
     attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, length_N: Tensor, longest: int
 ) -> Tensor:
-    """Attend to at most ``MAX_SENTENCES`` at a time; beyond that, one synchronisation finds where to split."""
+    """Call ``attend`` on at most ``MAX_SENTENCES`` sentences at a time; splitting more of them takes one synchronisation."""
     if length_N.shape[0] <= MAX_SENTENCES:
         return attend(q, k, v, length_N, longest)
     lengths = length_N.split(MAX_SENTENCES)
@@ -147,7 +148,7 @@ def require_peer(name: str, like: Tensor) -> None:
 
 
 def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Compute packed attention with flash-attn and ``deterministic=True``, (S, H, E); raise ValueError as :func:`require_peer` does."""
+    """Return packed attention by deterministic flash-attn, (S, H, E); raises ValueError as :func:`require_peer` does."""
     function = _flash()
     _require_16_bits("flash", q_SHE)
 
@@ -161,7 +162,7 @@ def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N
 
 
 def packed_attention_varlen(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Compute packed attention with PyTorch's varlen attention, (S, H, E); raise ValueError as :func:`require_peer` does."""
+    """Return packed attention by PyTorch's varlen attention, (S, H, E); raises ValueError as :func:`require_peer` does."""
     function = _varlen()
     _require_16_bits("varlen", q_SHE)
 
@@ -173,5 +174,5 @@ def packed_attention_varlen(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_
 
 
 def packed_attention_sdpa(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Compute packed attention with PyTorch's SDPA on padded sentences, on any device; return (S, H, E)."""
+    """Return packed attention by PyTorch's SDPA on padded sentences, (S, H, E), on any device."""
     return _in_chunks(packed_attention_reference, q_SHE, k_SHE, v_SHE, length_N, longest)

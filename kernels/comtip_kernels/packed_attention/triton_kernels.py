@@ -185,5 +185,5 @@ def config(mode: str, tile: int, *, backward: bool) -> dict[str, Any]:
 
 
 def best_tile(mode: str, longest: int) -> int:
-    """Return the tile of a mode with the fewest products per owned token; raises ValueError if no tile has ``longest`` tokens."""
+    """Return the tile of a mode with the fewest products per owned token; raises ValueError if ``longest`` exceeds every tile."""
     return attention_tile(longest, tuple(tile for m, tile in LAUNCH if m == mode))

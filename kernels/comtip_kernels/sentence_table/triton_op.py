@@ -1,4 +1,4 @@
-"""The three products as PyTorch operators, the gradients of each being the other two, and L_level.
+"""The three products and L_level as PyTorch operators; the gradients of each product are the other two products.
 
 Every operator takes ``bf16``: whether it multiplies in bf16 (:func:`comtip_kernels.tl_common.operand_dtype`). Operands are
 rounded inside the operator, so that the gradient of an fp32 table is summed and returned in fp32.
@@ -21,11 +21,11 @@ from comtip_kernels.tl_common import INTERPRETING, fit_tiles, input_precision, l
 SMALL = {"BM": 16, "BN": 32, "BK": 32}
 """Tile sizes in the interpreter."""
 MAX_LEVELS = 256
-"""Most levels of a gene: a tile contains all of them."""
+"""Maximum number of levels of a gene: a tile contains all of them."""
 
 
 def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, width: int) -> dict[str, Any]:
-    """Return the tile sizes for operands like ``x``; the number of levels can reduce the width of the output or the spots of a tile.
+    """Return the tile sizes for operands like ``x``; for some numbers of levels, tiles have fewer spots or a narrower output.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def level_loss_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the derivatives of ``level_loss`` with respect to scale * image (B, D), scale * table (G, Q, D) and prior (G, Q).
 
-    All are fp32 and multiplied by ``factor``; without a prior, its derivative has no element.
+    All are fp32 and multiplied by ``factor``; without a prior, the third tensor is empty.
     """
     image, table = _operand(image, bf16), _operand(table, bf16)
     (B, D), (G, Q, _) = image.shape, table.shape
@@ -195,7 +195,7 @@ def level_loss_grads(
 
 
 def _no_prior(image: Tensor, prior: Tensor | None) -> Tensor:
-    """Return the gradient of a prior on an empty batch or panel; without a prior it has no element."""
+    """Return the gradient of the prior on an empty batch or panel: zeros, or an empty tensor if there is no prior."""
     return image.new_zeros((0,) if prior is None else prior.shape, dtype=torch.float32)
 
 

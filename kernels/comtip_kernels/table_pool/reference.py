@@ -24,7 +24,7 @@ def pool_weights(scores_GQ: Tensor, levels_BG: Tensor, mask_BG: Tensor) -> Tenso
     Returns
     -------
     Tensor
-        p (B, G) in the dtype of the scores: softmax of the spot's scores over its measured genes; 0 if it has none.
+        p (B, G) in the dtype of the scores: softmax of the spot's scores over its measured genes; 0 for a spot without any.
     """
     G, Q = scores_GQ.shape
     rows_BG = torch.arange(G, device=levels_BG.device) * Q + levels_BG.long()

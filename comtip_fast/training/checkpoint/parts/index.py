@@ -59,7 +59,7 @@ class Slice:
 @_CHECKS
 @dataclass(frozen=True)
 class IndexedParameter:
-    """One parameter, and the slice of every file, in the order of the ranks."""
+    """One parameter, and its slice in every file, in the order of the ranks."""
 
     name: Name
     shape: Shape
@@ -146,7 +146,7 @@ def _problem(index: ShardIndex) -> str:
         end = 0
         for rank, part in enumerate(parameter.slices):
             if part.offset != end:
-                return f"parameter {parameter.name!r}: its slices do not cover it without gaps and overlaps"
+                return f"parameter {parameter.name!r}: its slices have gaps or overlaps"
             end += part.length
             needed[rank] += part.length * ITEM_BYTES[parameter.dtype] * len(parameter.keys)
         if end != math.prod(parameter.shape):
@@ -160,7 +160,7 @@ def _problem(index: ShardIndex) -> str:
 
 
 def _wrong_size(index: ShardIndex, folder: Path) -> str:
-    """Return what is wrong with the first file that is missing or has another size than stated; empty if there is none."""
+    """Return what is wrong with the first file that is missing or does not have the stated size; empty if there is none."""
     for file in index.files:
         path = folder / file.name
         if not path.is_file():

@@ -21,7 +21,7 @@ _OF_NAME = {name: dtype for dtype, name in TYPES.items()}
 
 
 class ShardReader:
-    """Reads slices of parameters; a context manager that keeps the files that were read open.
+    """Reads slices of parameters; a context manager that closes the opened files on exit.
 
     The hashes of the files must have been checked before.
 
@@ -33,8 +33,8 @@ class ShardReader:
     Raises
     ------
     CheckpointError
-        The index is invalid. Methods that read tensors raise it if a file does not hold what the index states, or if a value is not
-        finite.
+        The index is invalid. Methods that read tensors raise this error if a file does not hold what the index states, or if a
+        value is not finite.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,12 +89,12 @@ class ShardReader:
         return out
 
     def check_fits(self, module: nn.Module) -> None:
-        """Check that the checkpoint has every parameter and buffer of a module, in its shape, and no other.
+        """Check that the checkpoint has exactly the parameters and buffers of a module, in the same shapes.
 
         Raises
         ------
         CheckpointError
-            It has not; the message names one of the tensors.
+            A tensor is missing, unknown or of another shape; the message names one such tensor.
         """
         wanted = {name: list(p.shape) for name, p in module.named_parameters()}
         wanted |= {name: list(module.get_buffer(name).shape) for name in buffer_names(module)}
@@ -143,7 +143,7 @@ class ShardReader:
         return self._files[rank]
 
     def _slice(self, rank: int, name: str, shape: list[int], dtype: str) -> Any:
-        """Return a tensor of a file, of which nothing has been read yet."""
+        """Return a tensor of a file as a slice that reads elements only when it is indexed."""
         path = self.folder / part_name(rank)
         try:
             found = self._open(rank).get_slice(name)

@@ -71,7 +71,7 @@ def part_of_rank(rank: int, parts: Iterable[ParameterPart], buffers: dict[str, T
     rank
         The rank; rank 0 also writes the buffers.
     parts
-        The parts that it owns.
+        The parts of parameters that the rank owns.
     buffers
         Buffers of the module, equal on all ranks.
     copy
@@ -95,7 +95,7 @@ def part_of_rank(rank: int, parts: Iterable[ParameterPart], buffers: dict[str, T
 
 
 def _on_host(tensor: Tensor, copy: bool) -> Tensor:
-    """Return a contiguous tensor in host memory."""
+    """Return the tensor in host memory, contiguous; always a copy if ``copy`` is set."""
     if tensor.device.type != "cpu":
         return tensor.detach().cpu().contiguous()
     return tensor.detach().clone(memory_format=torch.contiguous_format) if copy else tensor.detach().contiguous()

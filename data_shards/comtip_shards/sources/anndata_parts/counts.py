@@ -18,11 +18,11 @@ from comtip_shards.sources.files.tables import as_counts
 COUNTS = ("layers/counts", "X", "raw/X")
 """Elements that are searched for counts first, in order."""
 LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
-"""Names of layers that are taken for counts if their values are."""
+"""Names of layers that are taken for counts if their values are counts."""
 
 
 def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
-    """Find the raw counts: returns a matrix of integer values (n_obs, n_genes), the ``var`` table of its columns, and notes.
+    """Return the raw counts: a matrix of integer values (n_obs, n_genes), the ``var`` table of its columns, and notes.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     Raises
     ------
     SourceError
-        The stated layer does not exist or holds no counts; or no layer is stated, no element of :data:`COUNTS` holds counts, and
-        neither does exactly one other layer with ``count``, ``raw`` or ``umi`` in its name; or a matrix is damaged. Fractional
-        values are accepted as counts if ``round_counts`` is set. The message names the options.
+        The stated layer does not exist or holds no counts; no layer is stated and counts are found neither in an element of
+        :data:`COUNTS` nor in exactly one other layer with ``count``, ``raw`` or ``umi`` in its name; or a matrix is damaged.
+        Fractional values are accepted as counts if ``round_counts`` is set. The message names the options.
     """
     key = stated_key(store, options.layer, path)
     if key is not None:
@@ -87,7 +87,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
 
 
 def has_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether a matrix holds counts, some of them above zero: an empty one is only a placeholder, a scaled one is rounded."""
+    """Return whether a matrix holds raw counts above zero: a matrix of zeros is a placeholder, and scaled counts are not raw."""
     return is_counts(matrix) and bool(matrix.count_nonzero()) and scaled_total(matrix) is None
 
 

@@ -20,7 +20,7 @@ LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
 OWN_COLUMNS = LIBRARY_COLUMNS[:2]
 """Columns that name the library of a spot by convention (scanpy, squidpy). The others may also name a part of a section."""
 INTERLEAVED = 0.75
-"""Sections lie on top of each other if the median distance between spots of the file is less than this share of that within a section."""
+"""Sections lie on top of each other if the median spot distance in the whole file is below this share of that within a section."""
 _UNNAMED = {"", "nan", "none", "<na>", "na"}
 
 
@@ -45,7 +45,7 @@ class Library:
         return f"{self.n_unnamed} spots of the file belong to no section, because obs['{self.column}'] has no value for them"
 
     def rows(self, obs: pd.DataFrame) -> np.ndarray:
-        """Return its rows of ``obs``, int64."""
+        """Return the indices of the section's rows in ``obs``, int64."""
         if not self.column:
             return np.arange(len(obs))
         return np.flatnonzero(obs[self.column].astype(str).to_numpy() == self.value)
@@ -54,7 +54,7 @@ class Library:
 def libraries_of(store: Store) -> dict[str, Library]:
     """Return the sections of an AnnData by section id.
 
-    Several entries of ``uns["spatial"]`` that have spots are one section each, as are spots of a library without an entry.
+    If several entries of ``uns["spatial"]`` have spots, each is one section, and so is each library in ``obs`` without an entry.
     With at most one entry, ``obs["library_id"]`` may name several sections, as in files that were concatenated without ``uns``;
     otherwise all spots are one section, which is named after the file.
 
@@ -92,7 +92,7 @@ def libraries_of(store: Store) -> dict[str, Library]:
 
 
 def _with_spots(keys: list[str], obs: pd.DataFrame) -> list[str]:
-    """Return the libraries that have spots, or all if no column tells: ``adata[adata.obs["library_id"] == "A"]`` keeps all entries."""
+    """Return the keys that have spots, or all if no column shows it: subsets of an AnnData keep all entries of ``uns``."""
     for column in LIBRARY_COLUMNS:
         values = _names_in(obs, column) if column in obs else []
         if values and set(values) < set(keys):
@@ -111,7 +111,7 @@ def column_of(obs: pd.DataFrame, store: Store, libraries: Sequence[str]) -> str:
     Raises
     ------
     SourceError
-        No column contains them, or several do, none of them in :data:`LIBRARY_COLUMNS`, and assign spots differently.
+        No column contains all names, or several columns outside :data:`LIBRARY_COLUMNS` do and assign spots differently.
     """
     fits = [str(c) for c in obs if set(libraries) <= set(obs[c].astype(str).unique()) and obs[c].nunique() < len(obs)]
     fits = [c for c in LIBRARY_COLUMNS if c in fits] or fits

@@ -19,7 +19,7 @@ _COLUMNS = {
     "platform": ("platform", "assay", "technology"),
 }
 _UNKNOWN = {"", "na", "n/a", "nan", "<na>", "none", "null", "unknown"}
-"""Texts, in lower case, of a missing value; R writes NA. As a donor, they would join sections of different donors."""
+"""Texts for a missing value, in lower case; R writes NA. Taken as a donor, such a text would join sections of different donors."""
 _FLAGS = {"true", "false"}
 
 

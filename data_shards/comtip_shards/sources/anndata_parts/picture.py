@@ -43,10 +43,10 @@ def library_names(spatial: Any) -> list[str]:
 
 
 def library_picture(library: Any, where: str, fix: str = "") -> Picture:
-    """Select the first of :data:`PICTURES` in one entry of ``uns["spatial"]`` (a mapping or an open group).
+    """Return the first of :data:`PICTURES` in one entry of ``uns["spatial"]`` (a mapping or an open group).
 
-    ``where`` (the file and the entry) and ``fix`` are the start and the end of messages; by default, the end names options of
-    the readers of sections.
+    Messages start with ``where`` (the file and the entry) and end with ``fix``; the default ``fix`` names options of the
+    section readers.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def scale_factor(library: Any, key: str, where: str, fix: str = "") -> float | N
     library, key
         The entry (a mapping or an open group), and the name of the factor.
     where, fix
-        Start and end of the message of an error. By default, the end names options of the readers of sections.
+        Start and end of the error message; the default ``fix`` names options of the section readers.
 
     Raises
     ------

@@ -13,7 +13,7 @@ from comtip_shards.sources.anndata_parts.counts import COUNTS, LIKE_COUNTS, stat
 from comtip_shards.sources.anndata_parts.store import FileStore, Store
 
 FIRST = 4096
-"""Number of values that are looked at."""
+"""Number of values that are checked."""
 
 
 def preview_genes(store: Store, path: Path, options: CountOptions) -> int | None:
@@ -51,7 +51,7 @@ def preview_genes(store: Store, path: Path, options: CountOptions) -> int | None
     odd = values[(values != np.rint(values)) | (values < 0)] if values.dtype.kind != "b" else values
     fix = f"set `layer` to a layer of integers ({', '.join(others)})" if others else "add raw counts to the file"
     raise SourceError(
-        f"{path}: {found[0]} has values that are no counts, such as {odd[0]:.6g}; raw counts are needed: integers, not normalised "
+        f"{path}: {found[0]} has values that are not counts, such as {odd[0]:.6g}; raw counts are needed: integers, not normalised "
         f"values; {fix}, or, for fractional counts (ambient RNA correction), set `round_counts` to yes"
     )
 

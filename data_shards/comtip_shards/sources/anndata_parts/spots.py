@@ -41,9 +41,9 @@ _MISSING = {"", "nan", "none", "<na>", "na"}
 def gene_names(var: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Return (ids, symbols) of the genes; 10x stores ids in a column and symbols, with duplicates, in the index.
 
-    If a column has a name for ids, or if it holds Ensembl ids and the index does not, ids are those of the column and symbols those
-    of the index; a missing id is replaced by the symbol. Otherwise ids are those of the index, and symbols those of a column
-    with a name for symbols, or "".
+    Ids are taken from a column with a name for ids or, if the index holds no Ensembl ids, from a column that does; the index then
+    has the symbols, which replace missing ids. Otherwise the index has the ids, and symbols are taken from a column with a name
+    for symbols, or are "".
     """
     index = [str(v) for v in var.index]
     by_name = {str(c).lower(): c for c in reversed(var.columns)}
@@ -65,7 +65,7 @@ def _are_ensembl(names: Sequence[str] | pd.Series) -> bool:
 
 
 def _filled(column: pd.Series, index: Sequence[str]) -> list[str]:
-    """Return a column as text, with the name in the index where it has no value: equal ids would be summed."""
+    """Return a column as text, with the name in the index where a value is missing: genes with equal ids would be summed."""
     return [i if v.lower() in _MISSING else v for v, i in zip(column.astype(str), index, strict=True)]
 
 
@@ -165,7 +165,7 @@ def annotated(
 
 
 def _merged(counts: sparse.csr_matrix, genes: Features) -> tuple[sparse.csr_matrix, Features, list[str]]:
-    """Sum columns with the same gene identifier; returns the counts, their genes, and a note if there were any."""
+    """Sum columns with the same gene identifier; returns the counts, their genes, and a note if columns were summed."""
     first = {name: i for i, name in reversed(list(enumerate(genes.ids)))}
     if len(first) == len(genes.ids):
         return counts, genes, []

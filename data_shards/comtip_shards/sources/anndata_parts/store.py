@@ -16,7 +16,7 @@ from anndata.io import read_elem
 
 from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.hdf5 import check_entries, open_hdf5
 from comtip_shards.sources.files.opening import fix_of, reading
 from comtip_shards.sources.files.packaging import find, unpacked
 from comtip_shards.sources.files.zarr_metadata import check_store, head_text
@@ -90,7 +90,7 @@ class MemoryStore:
         return self._parts.get(key) is not None
 
     def __getitem__(self, key: str) -> Any:
-        """Return one element; of an AnnData that is backed by a file, it is read."""
+        """Return one element; an element of an AnnData that is backed by a file is read into memory."""
         value = self.group(key) if key.startswith("uns/") else self._parts[key]
         if hasattr(value, "to_memory"):
             return value.to_memory()
@@ -238,7 +238,7 @@ def _check_columns(root: Any, key: str, path: Path) -> None:
 
 
 def _check_sparse(root: Any, key: str, path: Path) -> None:
-    """Check the lengths of the lists of a sparse matrix in HDF5, before they are read as a whole."""
+    """Check that the arrays of a sparse matrix in HDF5 have matching lengths, before any of them is read."""
     group = root.get(key) if isinstance(root, h5py.Group) else None
     names = ("data", "indices", "indptr")
     if not isinstance(group, h5py.Group) or not all(isinstance(group.get(n), h5py.Dataset) for n in names):
@@ -252,6 +252,9 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
             f"{path}: {key} has data of shape {shapes['data']}, indices of shape {shapes['indices']} and an indptr {ends}, which "
             "do not match; copy or download the file again"
         )
+    shape, kind = group.attrs.get("shape", ()), str(group.attrs.get("encoding-type", ""))
+    if len(shape) == 2 and kind in ("csr_matrix", "csc_matrix"):
+        check_entries(group["indptr"][()], int(shape[1 if kind == "csr_matrix" else 0]), f"{path}: {key}")
 
 
 def _read_part(root: Any, key: str, path: Path) -> Any:

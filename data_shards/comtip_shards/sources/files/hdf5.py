@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
@@ -105,6 +106,36 @@ def _children(
                 f"of the link ({COPY}; h5repack keeps links)"
             )
         yield name, group[name]
+
+
+def check_entries(indptr: np.ndarray, length: int, where: str) -> None:
+    """Check the entries of each row (CSR) or column (CSC) of a sparse matrix before they are read.
+
+    Compressed zeros take a thousandth of their size, so a small file may claim billions of entries. A matrix has at most one entry
+    per element.
+
+    Parameters
+    ----------
+    indptr
+        Offsets of the rows or columns, integers (n + 1,).
+    length
+        Number of elements of a row or column.
+    where
+        File and matrix, for the message.
+
+    Raises
+    ------
+    SourceError
+        Offsets do not ascend from 0, or a row or column has more entries than elements.
+    """
+    entries = np.diff(indptr)
+    if len(indptr) == 0 or indptr[0] != 0 or (entries < 0).any():
+        raise SourceError(f"{where}: indptr is not ascending offsets from 0; copy or download the file again")
+    if len(entries) and int(entries.max()) > length:
+        raise SourceError(
+            f"{where}: {int(entries.max()):,} entries in row or column {int(entries.argmax())} of {length:,} elements; copy or download "
+            "the file again"
+        )
 
 
 def _check_dataset(data: h5py.Dataset, location: str, path: Path) -> None:

@@ -153,5 +153,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def probe_hdf5(path: Path) -> None:
-    """Check a file with this process's helper, see :meth:`Hdf5Probe.check`."""
+    """Check a file as :meth:`Hdf5Probe.check` does, in the one helper process that this process keeps."""
     _probe.check(path)

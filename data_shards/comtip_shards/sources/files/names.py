@@ -40,7 +40,7 @@ def by_section_id(
         other = out.setdefault(section(name), name)
         if other != name:
             raise SourceError(
-                f"{where}: the {what} {other!r} and {name!r} have the same section id {section(name)}, in which other "
-                "characters than letters, digits, ., _ and - become _; rename one"
+                f"{where}: the {what} {other!r} and {name!r} have the same section id {section(name)}, in which "
+                "characters other than letters, digits, ., _ and - become _; rename one"
             )
     return out

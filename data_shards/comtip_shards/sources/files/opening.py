@@ -14,7 +14,7 @@ from comtip_shards.not_data import OME_TIFF, is_zarr_folder, not_data, refuse_no
 from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number
 
 MAX_HOLE = 1 << 30
-"""Maximum bytes in holes of a file that is hashed. A file that was written completely has holes only where a copy left out zeros."""
+"""Maximum bytes in holes of a file that is hashed. A complete file has holes only where a copy left out zeros."""
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def fix_of(error: Exception, damaged: str = "copy or download it again") -> str:
-    """Return what to do about an error during a read; ``damaged`` is the fix if nothing but the content of the file can be wrong."""
+    """Return what to do about an error during a read; ``damaged`` is the fix if only the content of the file can be wrong."""
     if isinstance(error, MemoryError):
         return "close other programs, or use a machine with more memory"
     if isinstance(error, UnicodeDecodeError):
@@ -65,15 +65,15 @@ def input_sha256(path: Path) -> str:
     Raises
     ------
     SourceError
-        The file has holes of more than ``MAX_HOLE`` bytes, which no data were written to: a download that reserved its space and
-        did not end, or a damaged size. Reading 1 TB of them would take an hour.
+        More than ``MAX_HOLE`` bytes of the file were never written (holes): a download reserved the space and did not finish, or
+        the size is damaged. Reading 1 TB of holes would take an hour.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_HOLE and (hole := _hole_bytes(file.fileno(), size)) > MAX_HOLE:
             raise SourceError(
-                f"{path}: a file of {size:,} bytes, to {hole:,} of which nothing was ever written; its download or copy did not "
-                "end, so copy or download it again"
+                f"{path}: {hole:,} of its {size:,} bytes were never written, because its download or copy did not finish; copy or "
+                "download it again"
             )
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -26,7 +26,7 @@ _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
 
 
 def number(value: Any, what: str) -> float:
-    """Return a value as float, NaN if it is missing; raises SourceError, with ``what`` as its name, if it is not a number."""
+    """Return a value as float, NaN if it is missing; raises SourceError, which calls it ``what``, if it is not a number."""
     text = str(value).strip()
     if text in ("", "nan", "NaN", "None"):
         return float("nan")
@@ -64,25 +64,28 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
 
 
 def encoding_of(path: Path) -> str:
-    """Return the encoding of a table, packed or not, see :func:`comtip_shards.not_data.text_encoding`."""
+    """Return the encoding of a table, compressed or not; see :func:`comtip_shards.not_data.text_encoding`."""
     with open_packed(path) as file:
         return text_encoding(file.read(2))
 
 
 def with_point(value: str) -> str:
-    """Return a number with a decimal comma, as the spreadsheets of some languages write it, with a point; other text unchanged."""
+    """Return a number with its decimal comma, if any, replaced by a point; other text is unchanged.
+
+    Spreadsheets of some languages write decimal commas.
+    """
     return value.replace(",", ".") if _DECIMAL_COMMA.fullmatch(value) else value
 
 
 def _separator(path: Path, expected: str) -> str:
-    """Return the separator of a table: the expected one if the first line has it, else the most frequent of the usual ones."""
+    """Return a table's separator: ``expected`` if the first line has it, else the most frequent of tab, comma and semicolon."""
     with open_packed(path) as file:
         first = file.readline(MAX_LINE).decode(encoding_of(path), "replace")
     return expected if expected in first else max((expected, *"\t,;"), key=first.count)
 
 
 def without_blank(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of text without its empty rows and its empty unnamed columns: spreadsheets write them for cells that were cleared."""
+    """Return a table of text without its empty rows and its empty unnamed columns, which spreadsheets write for cleared cells."""
     table = table.fillna("")
     filled = (table.map(str.strip) != "").to_numpy()
     named = np.array([isinstance(c, str) and not c.startswith("Unnamed:") for c in table.columns], bool)
@@ -134,7 +137,7 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
 
 
 def _without_blank_tail(body: pa.Table) -> pa.Table:
-    """Return a table without empty rows at its end, which spreadsheets write for cells that were cleared."""
+    """Return a table without empty rows at its end, which spreadsheets write for cleared cells."""
     n_rows = body.num_rows
     while n_rows and all(column[n_rows - 1].as_py() in (None, "") for column in body.columns):
         n_rows -= 1
@@ -159,7 +162,7 @@ def _header(path: Path, sep: str) -> list[str]:
         line = file.readline(MAX_LINE + 1).decode("utf-8-sig").rstrip("\r\n")
     if len(line) > MAX_LINE:
         raise SourceError(
-            f"{path}: the first line has more than {MAX_LINE:,} bytes, so this is no table; copy it again"
+            f"{path}: the first line has more than {MAX_LINE:,} bytes, so this is not a table; copy the file again"
         )
     return [n.strip().strip('"') for n in line.split(sep)]
 
@@ -193,16 +196,17 @@ def as_counts(
         row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
         value, gene = float(data[first]), genes[int(matrix.indices[first])]
         kind = (
-            "missing values"
+            "missing or infinite"
             if not np.isfinite(value)
-            else "negative values"
+            else "negative"
             if value < 0
-            else "values that are not integers"
+            else "not an integer"
             if value != np.rint(value)
-            else "values that are too large"
+            else "too large"
         )
+        where = f"{kind}; spot {spots[row]}, gene {gene}"
         raise SourceError(
-            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:.12g} (spot {spots[row]}, gene {gene}); "
+            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} values that are not counts, the first is {value:.12g} ({where}); "
             f"raw counts are needed: integers from 0 to 2^31 - 1, not normalised values{f'; {fix}' if fix else ''}"
         )
     out = sparse.csr_matrix(matrix, dtype=np.int32)

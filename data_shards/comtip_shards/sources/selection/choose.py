@@ -21,7 +21,7 @@ def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[st
     Raises
     ------
     SourceError
-        A key is unknown, or its values are not a list of at least one.
+        A key is unknown, or its value is empty or a single string.
     """
     out: dict[str, Collection[str]] = {}
     for key, values in where.items():
@@ -29,7 +29,9 @@ def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[st
         if key not in WHERE_KEYS:
             raise SourceError(f"`where` key {key!r} is unknown; use one of {', '.join(WHERE_KEYS)}")
         if not values or isinstance(values, str):
-            raise SourceError(f"`where` key {key}: {values!r} is not a list of values; give a list of at least one")
+            raise SourceError(
+                f"`where` key {key}: {values!r} is empty or not a list; give a list of at least one value"
+            )
         out[key] = values
     return out
 
@@ -63,7 +65,10 @@ def choose(
 
 
 def matches(text: str, value: str, have: Collection[str]) -> bool:
-    """Return whether ``text`` equals ``value`` or, if none of ``have`` does, contains it as whole words; case and punctuation are ignored."""
+    """Return whether ``text`` equals ``value`` or, if none of ``have`` equals it, contains it as whole words.
+
+    Case and punctuation are ignored.
+    """
     text, value = _plain(text), _plain(value)
     if any(_plain(other) == value for other in have):
         return text == value

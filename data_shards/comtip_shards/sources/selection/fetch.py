@@ -63,7 +63,7 @@ class _Listing:
     _known: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
     def match(self, pattern: str) -> dict[str, int | None]:
-        """Return {name: size, None if unknown} of the files that match a pattern, without names that are not :func:`_is_inside`."""
+        """Return {name: size, None if unknown} of the files that match a pattern; only names that pass :func:`_is_inside`."""
         if pattern not in self._known:
             self._known[pattern] = {n: s for n, s in self.remote.sizes(pattern).items() if _is_inside(n)}
         return self._known[pattern]

@@ -65,7 +65,7 @@ _OF_RUNS = (
     "tissue_positions",
     "scalefactors",
 )
-"""Parts of the names of files that are read with others of their folder."""
+"""Parts of the names of files that are read together with other files of their folder."""
 
 
 def explain(path: Path, readers: Sequence[Reader]) -> str:

@@ -53,7 +53,7 @@ def _manifest_files(root: Path, section: str, options: SourceOptions) -> tuple[s
 
 
 def _hd_files(root: Path, section: str, options: SourceOptions) -> tuple[str, ...]:
-    """Return the patterns with only the bins that are pooled; the 2 um bins are about 100 times larger than the rest."""
+    """Return the file patterns, with bins of one width only: those of 2 um are about 100 times larger than the rest."""
     pool = options.pooling.pool_um or POOL_UM
     width = options.pooling.bin_um or next((b for b in HD_BINS if pool % b == 0), HD_BINS[-1])
     bins = f"binned_outputs/square_{int(width):03d}um"

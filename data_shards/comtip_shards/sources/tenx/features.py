@@ -55,7 +55,8 @@ class Features:
         Parameters
         ----------
         tally
-            Sum of counts per kind, with genes under ``Gene Expression``. If given, notes on other genomes state their share.
+            Sum of counts per kind, with genes under ``Gene Expression``. If given, notes on other genomes state their share of
+            the counts.
         """
         notes = []
         for kind, n in self.others().items():
@@ -69,7 +70,7 @@ class Features:
 
 
 def counts_by_kind(kinds: Sequence[str], sums: np.ndarray) -> dict[str, int]:
-    """Return the sum of counts of each kind of feature, from ``sums`` of each feature.
+    """Return the sum of counts per kind of feature, from the ``sums`` per feature.
 
     A sum that is not finite counts as 0: values of features that are not genes were not checked.
     """
@@ -127,7 +128,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> str:
-    """Return the species of most genes; raises SourceError if at least half of the ids state none (``unclear``), or species are mixed."""
+    """Return the species of most genes; raises SourceError if half of the ids or more are ``unclear`` or species are mixed."""
     total = sum(seen.values())
     if total <= len(unclear):
         why = f"gene ids such as {', '.join(unclear[:3])} are not Ensembl ids" if unclear else "there are no genes"

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.hdf5 import check_entries, open_hdf5
 from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import open_packed, read_packed, unpacked
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, check_table_size
@@ -26,6 +26,8 @@ _MEX_ENTRY_BYTES = 6
 """Minimum length in bytes of an entry of a Matrix Market file: three numbers."""
 MAX_TEXT_BYTES = 2**30
 """Maximum size of an unpacked list of barcodes or features; 10 million barcodes have 200 MB."""
+MAX_BARCODES = 1 << 26
+"""Maximum number of barcodes of a file; Visium HD has 11 million bins of 2 um."""
 _LEGACY = ("barcodes", "genes", "data", "indices", "indptr", "shape")
 
 
@@ -184,13 +186,18 @@ def _h5_chunks(
     # Lengths are checked before the content is read, because a damaged header may claim more than memory holds.
     n, n_pointers, n_shape = len(group["barcodes"]), len(group["indptr"]), len(group["shape"])
     shape = tuple(int(v) for v in group["shape"][()]) if n_shape == 2 else (n_shape,)
-    indptr = group["indptr"][()].astype(np.int64) if n_pointers == n + 1 else np.full(1, -1)
     if shape != (n_features, n):
         raise SourceError(
             f"{path}: the matrix shape is {shape}, but there are {n_features} features and {n} barcodes; copy the file again"
         )
+    if n > MAX_BARCODES:
+        raise SourceError(
+            f"{path}: {n:,} barcodes, but at most {MAX_BARCODES:,} are read; check that it is the right file"
+        )
+    indptr = group["indptr"][()].astype(np.int64) if n_pointers == n + 1 else np.full(1, -1)
     if indptr[0] != 0 or (np.diff(indptr) < 0).any():
         raise SourceError(f"{path}: indptr is not {n + 1} ascending offsets from 0; copy the file again")
+    check_entries(indptr, n_features, f"{path}")
     for start in range(0, n, size):
         stop = min(start + size, n)
         part = slice(int(indptr[start]), int(indptr[stop]))
@@ -209,10 +216,10 @@ def _h5_chunks(
 
 
 class _ReadOnly:
-    """A file of which only ``read`` is known.
+    """A file that only offers ``read``.
 
-    SciPy's reader seeks back over what it has not parsed when it is destroyed. In a file that is no text this fails, and an error
-    in a C++ destructor ends the process.
+    When SciPy's reader is destroyed, it seeks back over what it has not parsed. In a file that is not text this fails, and an
+    error in a C++ destructor ends the process.
     """
 
     def __init__(self, file: BinaryIO) -> None:

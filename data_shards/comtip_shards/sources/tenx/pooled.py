@@ -119,7 +119,7 @@ def pool_cells(
     units
         Name of the cells in notes, e.g. ``segmented cells``.
     located, not_located
-        What cells with and without a position have, for the error (``have a polygon in FILE``) and for the note
+        How messages describe cells: with a position in the error (``have a polygon in FILE``), without one in the note
         (``no polygon``).
     tally
         A dict to which the sum of counts per kind of feature is added.

@@ -45,7 +45,7 @@ _MEX = {"features": r"(?:features|genes)\.tsv", "barcodes": r"barcodes\.tsv"}
 
 
 def only(found: Sequence[Path], what: str) -> Path | None:
-    """Return the only match, or None if there is none; raises SourceError, with ``what`` as its name, if there are several."""
+    """Return the only match, or None if there is none; raises SourceError, which calls it ``what``, if there are several."""
     if len(found) > 1:
         folder = Path(os.path.commonpath([p.parent for p in found]))
         names = ", ".join(str(p.relative_to(folder)) for p in found[:4])
@@ -95,7 +95,10 @@ def find_flat_mex(folder: Path) -> dict[str, TenxMatrix]:
 
 
 def find_matrix(folder: Path, stem: str) -> TenxMatrix | None:
-    """Return the matrix without a prefix, or else the only one, None if there is none; raises SourceError if there are several."""
+    """Return the matrix without a prefix, or else the only matrix, or None if there is none.
+
+    Raises SourceError if there are several and each has a prefix.
+    """
     found = find_matrices(folder, stem)
     if "" in found:
         return found[""]
@@ -228,7 +231,7 @@ def choose_image(
 
 
 def picture_word(stated: str | None) -> str | None:
-    """Return ``hires`` or ``lowres`` if the option ``image`` is this word in upper or lower case, else None: it is a path."""
+    """Return ``hires`` or ``lowres`` if the option ``image`` is this word in any case; None if the option is a path or missing."""
     word = (stated or "").strip().lower()
     return word if word in PICTURES and (stated == word or not Path(stated or "").exists()) else None
 

@@ -160,7 +160,7 @@ def _noted(run: RunFiles, prefixed: bool) -> RunFiles:
 
 
 def has_bins(spatial: Path) -> bool:
-    """Return whether the scale factors in a folder ``spatial/`` are those of bins of Visium HD."""
+    """Return whether the scale factors in a folder ``spatial/`` describe bins of Visium HD."""
     factors = spatial / "scalefactors_json.json"
     if not factors.is_file():
         return False

@@ -26,7 +26,7 @@ from comtip_shards.sources.visium_hd_parts.files import FACTORS, find_factors, f
 from comtip_shards.sources.visium_hd_parts.scale import scale_or_pitch
 
 MIN_COVER = 0.5
-"""Default minimum share of a pseudo-spot's bins in tissue."""
+"""Default for the minimum share of a pseudo-spot's bins that are in tissue."""
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 _BIN = r"^s_(?P<um>\d{3})um_(?P<row>\d+)_(?P<col>\d+)(?:-\d+)?$"
 
@@ -65,7 +65,7 @@ class _Bins:
     """Width of a bin in um."""
     pool_um: float
     cover: float
-    """Minimum share of a pseudo-spot's bins in tissue."""
+    """Minimum share of a pseudo-spot's bins that are in tissue."""
 
     @property
     def side(self) -> int:

@@ -40,7 +40,9 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
 def scale_or_pitch(
     factors: Mapping[str, float], table: Path, width: float, stated: float | None
 ) -> tuple[float, list[str]]:
-    """Return (um per full-resolution px, notes): as :func:`scale_of`, or without scale factors as stated or from the pitch of the bins.
+    """Return (um per full-resolution px, notes).
+
+    The scale is that of :func:`scale_of`; without scale factors, it is the stated one, or else derived from the pitch of the bins.
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ def scale_or_pitch(
     mpp = width / _pitch_px(table)
     if stated is not None and not 0.95 < stated / mpp < 1.05:
         raise SourceError(
-            f"{table}: bins of {width:g} um with this pitch have {mpp:.4f} um per full-resolution px, but `mpp` is {stated:g}; "
+            f"{table}: bins of {width:g} um with this pitch give {mpp:.4f} um per full-resolution px, but `mpp` is {stated:g}; "
             "omit `mpp`"
         )
     if stated is not None:

@@ -68,7 +68,7 @@ def find_runs(path: Path) -> list[XeniumFiles]:
 
 
 def _preferred(files: Sequence[Path], what: str) -> Path | None:
-    """Return the preferred form of one file: Parquet, else uncompressed; None without files. Raises SourceError if several have this form."""
+    """Return the preferred form of one file (Parquet, else uncompressed), or None; raises SourceError if it is ambiguous."""
     parquet = [p for p in files if ".parquet" in p.name.lower()]
     plain = [p for p in files if not p.name.lower().endswith(".gz")]
     return only(parquet or plain or files, f"file of {what}")

@@ -21,7 +21,7 @@ CONTROL = re.compile(r"(NegControl|BLANK|antisense|Unassigned|Deprecated|Interge
 def panel_of(files: XeniumFiles) -> tuple[Features, list[str]]:
     """Return the features of the panel and notes; undetected genes are included, because their zeros are measurements.
 
-    Without a matrix or ``gene_panel.json``, the genes are those of the transcripts, and a note states it.
+    Without a matrix and ``gene_panel.json``, the genes are those of the transcripts, and a note says so.
 
     Raises
     ------

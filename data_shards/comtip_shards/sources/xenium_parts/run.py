@@ -86,7 +86,7 @@ def _organism(experiment: Mapping[str, Any]) -> str:
 
 
 def check_scale(run: XeniumRun, stated: float | None) -> None:
-    """Check the scale that the alignment gives against the stated one, or else that of the image.
+    """Check the scale that the alignment gives against the stated scale or, if none is stated, the scale of the image.
 
     Raises
     ------
