@@ -7,9 +7,14 @@ from pathlib import Path
 from comtip_shards.errors import SourceError
 
 HEAD_BYTES = 4096
+OME_TIFF = "OME-TIFF (QuPath, or bfconvert -pyramid-resolutions 5)"
+"""The format to convert images to that no reader knows, and how."""
 _SIGNATURES = (
     (b"PK\x03\x04", "a zip archive; unpack it first"),
     (b"\x1f\x8b", "a gzip file; decompress it first (gunzip)"),
+    (b"BZh", "a bzip2 file; decompress it first (bunzip2; a .tar.bz2: tar -xf)"),
+    (b"\xfd7zXZ\0", "an xz file; decompress it first (unxz; a .tar.xz: tar -xf)"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file; decompress it first (unzstd)"),
     (b"Rar!", "a rar archive; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"RDX", "an R file; write the object as .h5ad (zellkonverter::writeH5AD)"),
@@ -37,6 +42,11 @@ _ERROR_TEXTS = (
 SHORT_BYTES = 1024
 """Maximum size of such an answer."""
 _ERROR_PAGES = (b"<error", b"accessdenied", b"nosuchkey", b"<message>")
+
+
+def is_zarr_folder(path: Path) -> bool:
+    """Return whether a folder is a zarr, as OME-Zarr images are."""
+    return any((path / name).is_file() for name in (".zattrs", ".zgroup", "zarr.json"))
 
 
 def text_encoding(start: bytes) -> str:

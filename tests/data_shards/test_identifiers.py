@@ -97,6 +97,9 @@ REPAIRS = {
     ("X2.Sep", "human"): ("SEPTIN2", "date"),
     ("Sep.02", "human"): ("SEPTIN2", "date"),
     ("2. Sep", "human"): ("SEPTIN2", "date"),
+    ("3. Mrz", "human"): ("MARCHF3", "date"),
+    ("01. Dez", "human"): ("DELEC1", "date"),
+    ("1. Mrz", "human"): ("1. Mrz", "unmapped"),
     ("2024-09-02 00:00:00", "human"): ("SEPTIN2", "date"),
     ("X2024.09.02", "mouse"): ("Septin2", "date"),
     ("2001-03-03", "human"): ("MARCHF3", "date"),
@@ -153,6 +156,20 @@ def test_an_ensembl_id_that_is_joined_to_a_symbol(text: str):
     hit = GeneResource.load().resolve(text, "human")
     assert (hit.symbol, hit.how) == ("ERBB2", "ensembl")
     assert GeneResource.load().resolve(text, "mouse").how == "unmapped"
+
+
+@pytest.mark.parametrize(
+    ("text", "symbol"),
+    [
+        ("ENSG00000141736,ENSG00000019582", ""),
+        ("ENSG00000141736_ENSMUSG00000062312", "ERBB2"),
+        ("ENSG00000141736;ENSG00000141736.1", "ERBB2"),
+    ],
+)
+def test_several_ensembl_ids_in_one_name(text: str, symbol: str):
+    """Only if all that are known are one gene."""
+    hit = GeneResource.load().resolve(text, "human")
+    assert (hit.symbol, hit.how) == ((symbol, "ensembl") if symbol else (text, "unmapped"))
 
 
 def test_tails_of_make_unique_are_summed_where_the_name_is_a_column():

@@ -224,6 +224,38 @@ def test_the_archives_of_the_vendor_site_are_read(tmp_path: Path, run: Path, suf
     is_the_run(section)
 
 
+@pytest.mark.parametrize("kind", ["bz2", "xz"])
+def test_an_archive_that_is_not_read_is_named(tmp_path: Path, run: Path, kind: str):
+    """The message must not ask for the folder that is in the archive."""
+    path = tmp_path / "site"
+    path.mkdir()
+    shutil.copy(run / "filtered_feature_bc_matrix.h5", path)
+    with tarfile.open(path / f"spatial.tar.{kind}", f"w:{kind}") as t:
+        t.add(run / "spatial", "spatial")
+    with pytest.raises(SourceError, match=f"spatial.tar.{kind} is an archive; unpack it into this folder first"):
+        detect(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("header", "if a table has a header, remove this line"),
+        ("transposed", "rows must be features: write the transposed matrix"),
+    ],
+)
+def test_a_matrix_of_another_shape_is_explained(tmp_path: Path, run: Path, change: str, message: str):
+    (run / "filtered_feature_bc_matrix.h5").unlink()
+    folder = run / "filtered_feature_bc_matrix"
+    mex(folder, packed=False)
+    if change == "header":
+        for name, header in (("barcodes.tsv", "barcode"), ("features.tsv", "id\tname\ttype")):
+            (folder / name).write_text(f"{header}\n{(folder / name).read_text()}")
+    else:
+        sio.mmwrite(folder / "matrix.mtx", sp.coo_matrix(COUNTS))
+    with pytest.raises(SourceError, match=f"the matrix shape is .*; {message}"):
+        read(run)
+
+
 def test_a_matrix_archive_is_read(tmp_path: Path, run: Path):
     path = tmp_path / "site"
     shutil.copytree(run / "spatial", path / "spatial")
@@ -592,6 +624,12 @@ UNKNOWN = {
     "a.zip": (b"PK\x03\x04" + bytes(40), "a zip archive; unpack it first"),
     "a.rds": (gzip.compress(b"RDX3" * 20), "R objects cannot be read; write the object as .h5ad"),
     "a.h5ad": (NOT_DATA["lfs"][0], "Git LFS pointer"),
+    "a.xlsx": (b"PK\x03\x04" + bytes(40), "a workbook of a spreadsheet, which cannot be read; save the table as csv"),
+    "a.h5ad.crdownload": (b"\x89HDF\r\n\x1a\n" + bytes(9), "a download that did not end; download the file again"),
+    "a.webloc": (b"<?xml version='1.0'?><plist/>", "a shortcut to a web page, not the file itself"),
+    "a.h5ad.dvc": (b"outs:\n- md5: a\n", "a DVC pointer, not the file itself; run dvc pull"),
+    "a.tar.bz2": (b"BZh9" + bytes(40), "a bzip2 file; decompress it first"),
+    "a.tar.xz": (b"\xfd7zXZ\0" + bytes(40), "an xz file; decompress it first"),
     "a.loom": (b"x" * 20, "write the object as .h5ad"),
     "V1_filtered_feature_bc_matrix.h5": (
         b"\x89HDF\r\n\x1a\n" + bytes(9),
@@ -612,7 +650,9 @@ def test_unknown_files_are_explained(tmp_path: Path, name: str, inside: bool):
     else:
         path.write_bytes(content)
     if inside:
-        message = r"a\.\w+ is an archive; unpack it" if name in ("a.tar", "a.zip") else f"{name}: .*{message}"
+        message = (
+            r"a\.[\w.]+ is an archive; unpack it" if name.startswith(("a.tar", "a.zip")) else f"{name}: .*{message}"
+        )
     with pytest.raises(SourceError, match=message):
         detect(path.parent if inside else path)
 

@@ -172,6 +172,20 @@ def test_two_genomes(tmp_path: Path):
     assert f"2 features excluded: genome mm10 (mouse), with {share:.1%} of the counts" in section.notes
 
 
+@pytest.mark.parametrize(
+    ("human", "mouse"),
+    [("GRCh38-", "mm10---"), ("GRCh38.", "mm10..."), ("GRCh38-2020-A-", "mm10-2020-A-"), ("HUMAN_", "MOUSE_")],
+)
+def test_genomes_after_seurat_and_r(tmp_path: Path, human: str, mouse: str):
+    """Seurat changes underscores to hyphens, R changes hyphens to dots, and some references name the species."""
+    a = adata()
+    a.var = pd.DataFrame(index=[*(human + s for s in SYM[:4]), mouse + "Stk4", mouse + "Ptprc"])
+    section = read(write(tmp_path, a), species="human")
+    is_the_data(section, COUNTS[:, :4])
+    assert section.gene_ids == SYM[:4]
+    assert any(note.startswith("2 features excluded: genome ") for note in section.notes)
+
+
 def test_double_symbols_are_summed(tmp_path: Path):
     a = adata()
     a.var = pd.DataFrame(index=["ERBB2", "CD74", "TBCE", "TBCE", "COL1A1", "VIM"])

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import map_genes
 from comtip_shards.sections.facts import CountOptions, SectionFacts
+from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_parts.counts import raw_counts
 from comtip_shards.sources.anndata_parts.obs_facts import facts_of
@@ -243,11 +245,70 @@ def test_bins_of_visium_hd_are_not_scaled_as_spots(tmp_path: Path, name: str):
     assert open_source(path, overrides={"tissue": "breast", "mpp": "0.2"})[0].meta.platform == "Visium HD"
 
 
-@pytest.mark.parametrize("names", [("y_coord", "x_coord"), ("pixel_row", "pixel_col"), ("Y_fullres", "X_fullres")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("y_coord", "x_coord"),
+        ("pixel_row", "pixel_col"),
+        ("Y_fullres", "X_fullres"),
+        ("ycoord", "xcoord"),
+        ("posY", "posX"),
+    ],
+)
 def test_the_axes_of_a_table_of_positions_are_those_of_its_names(tmp_path: Path, names: tuple[str, str]):
     a = adata()
     a.obsm["spatial"] = pd.DataFrame(XY[:, ::-1], index=a.obs_names, columns=list(names))
     is_the_data(read(write(tmp_path, a)))
+
+
+ARRAY = np.column_stack([np.arange(N) // 10, np.arange(N) % 10])
+
+
+@pytest.mark.parametrize(
+    ("array", "pixels"),
+    [
+        (("array_row", "array_col"), ("pxl_row_in_fullres", "pxl_col_in_fullres")),
+        (("row", "col"), ("imagerow", "imagecol")),
+    ],
+)
+def test_a_table_of_positions_may_have_those_of_the_array(
+    tmp_path: Path, array: tuple[str, str], pixels: tuple[str, str]
+):
+    """The tables of Space Ranger and of Seurat; the array must not be taken for px."""
+    a = adata()
+    a.obsm["spatial"] = pd.DataFrame(np.hstack([ARRAY, XY[:, ::-1]]), index=a.obs_names, columns=[*array, *pixels])
+    is_the_data(read(write(tmp_path, a)))
+
+
+def test_a_mudata_is_named(tmp_path: Path):
+    path = tmp_path / "m.h5mu"
+    with h5py.File(path, "w") as file:
+        for group in ("mod/rna", "mod/prot", "obs", "var"):
+            file.create_group(group)
+    with pytest.raises(
+        SourceError, match=r"a MuData of several modalities \(prot, rna\), not an AnnData; write the one with"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize("mark", [".zattrs", "zarr.json"])
+def test_an_image_in_ome_zarr_is_named(tmp_path: Path, mark: str):
+    (tmp_path / "i.ome.zarr").mkdir()
+    (tmp_path / "i.ome.zarr" / mark).write_text("{}")
+    with pytest.raises(SourceError, match=r"not the image .*; convert it to OME-TIFF"):
+        read(write(tmp_path, adata()), image=tmp_path / "i.ome.zarr")
+    with pytest.raises(SourceError, match="OME-Zarr cannot be read, convert it to OME-TIFF"):
+        open_slide(tmp_path / "i.ome.zarr")
+
+
+def test_a_table_with_two_positions_is_refused(tmp_path: Path):
+    a = adata()
+    names = ["x_global", "y_global", "x_local", "y_local"]
+    a.obsm["spatial"] = pd.DataFrame(np.hstack([XY, XY]), index=a.obs_names, columns=names)
+    with pytest.raises(
+        SourceError, match=r"several columns for one axis \(x_global, .*; keep those of x and y in image px"
+    ):
+        read(write(tmp_path, a))
 
 
 @pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])

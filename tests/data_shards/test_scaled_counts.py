@@ -85,3 +85,11 @@ def test_counts_of_equal_spots_are_accepted(level: float):
     """Spots of one mixture, whose totals differ by chance only, at low and at high depth."""
     counts = sparse.csr_matrix(np.random.default_rng(0).poisson(level, (200, 2000)))
     assert scaled_total(counts) is None
+
+
+@pytest.mark.parametrize(("n_genes", "level", "seed"), [(20, 10.0, 6), (20, 30.0, 4), (40, 30.0, 2), (40, 100.0, 4)])
+def test_counts_of_a_small_dense_panel_are_accepted(n_genes: int, level: float, seed: int):
+    """No gene has one count, and a few genes share the smallest value of a spot by chance."""
+    rng = np.random.default_rng(seed)
+    counts = sparse.csr_matrix(rng.poisson(level * rng.gamma(2.0, 0.5, n_genes), (100, n_genes)))
+    assert scaled_total(counts) is None

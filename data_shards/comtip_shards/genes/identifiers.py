@@ -116,9 +116,9 @@ class GeneResource:
             raise ValueError(f"unknown species {species!r}; use {' or '.join(SPECIES)}")
         text = identifier.strip()
         found, how = self._find(text, species)
-        inner = _JOINED.search(text) if found is None and how == "unmapped" else None
-        if inner is not None:
-            found, how = self._find(inner[1] or inner[2], species)
+        if found is None and how == "unmapped":
+            inner = {self._find(m[1] or m[2], species)[0] for m in _JOINED.finditer(text)} - {None}
+            found, how = (inner.pop(), "ensembl") if len(inner) == 1 else (None, "unmapped")
         if found is None and how == "unmapped":
             found, how = self._repair(text, species)
         if found is None:

@@ -22,7 +22,9 @@ MONTHS = {
 """{month: beginnings of symbols that spreadsheets turn into its dates (SEPT2 becomes 2-Sep), in order of preference}."""
 AMBIGUOUS = {("mar", 1), ("mar", 2)}
 """Dates of two gene families: MARCH1 and MARC1 both become 1-Mar."""
-_NAME = f"(?:{'|'.join(MONTHS)})"
+_GERMAN = {"mrz": "mar", "mär": "mar", "mai": "may", "okt": "oct", "dez": "dec"}
+"""Months that spreadsheets in German write otherwise (``2. Okt``)."""
+_NAME = f"(?:{'|'.join((*MONTHS, *_GERMAN))})"
 _MONTH = rf"(?P<month>{_NAME})(?:t|tember|ch|uary|ruary|il|e|y|ust|ober|ember)?"
 _YEAR = r"(?:\d{4}|\d{2})"
 _TIME = r"(?:[ T.]00[:.]00(?:[:.]00)?)?"
@@ -53,9 +55,15 @@ def dates_of(text: str) -> list[tuple[str, int]]:
         pairs = [(first, second), (second, first)]
     else:
         names = list(MONTHS)
-        number = int(found["number"]) if found.get("number") else names.index(found["month"][:3].lower()) + 1
+        number = int(found["number"]) if found.get("number") else names.index(_month(found["month"])) + 1
         pairs = [(number, int(found["day"]))]
     return [(list(MONTHS)[m - 1], day) for m, day in dict.fromkeys(pairs) if 1 <= m <= 12 and 1 <= day <= 31]
+
+
+def _month(name: str) -> str:
+    """Return the key of :data:`MONTHS` of a name of a month."""
+    start = name[:3].lower()
+    return _GERMAN.get(start, start)
 
 
 def serial_dates_of(text: str) -> list[tuple[str, int]]:

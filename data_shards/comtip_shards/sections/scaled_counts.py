@@ -27,6 +27,9 @@ MIN_SPOTS, MIN_DETECTED = 10, 20
 """Fewer spots, or spots with fewer detected genes, are not judged."""
 SPREAD_SCALED, SHARE_WITHOUT_ONES = 0.35, 0.05
 """Counts are scaled if the spread of totals is below the first value and the share of spots without a 1 above the second."""
+SHARE_OF_ONES = 0.35
+"""Smallest share of a spot's values that is taken for its scaled ones. In a panel of 20 genes with many counts each, no gene has one
+count, and the smallest value may be the most frequent one by chance; with this share, in at most 2 % of simulated spots."""
 SPREAD_EQUAL, SPREAD_RATIO = 0.25, 0.5
 """Totals are suspiciously equal if their spread is below the first value and below the second times the spread of the numbers of
 detected genes. Raw totals vary more than numbers of detected genes, which saturate."""
@@ -49,7 +52,8 @@ def spread(values: np.ndarray) -> float:
 def share_without_ones(counts: sparse.csr_matrix) -> float:
     """Return the share of judged spots whose smallest value above 0 exceeds 1 and is the most frequent value in the spot.
 
-    Spots with fewer than ``MIN_DETECTED`` genes are not judged; NaN if fewer than ``MIN_SPOTS`` are judged.
+    It must be at least :data:`SHARE_OF_ONES` of the values. Spots with fewer than ``MIN_DETECTED`` genes are not judged; NaN if
+    fewer than ``MIN_SPOTS`` are judged.
     """
     without, judged = 0, 0
     for start, end in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
@@ -61,7 +65,7 @@ def share_without_ones(counts: sparse.csr_matrix) -> float:
         smallest = values.min()
         if smallest > 1:
             _, times = np.unique(values, return_counts=True)
-            without += int(times[0] == times.max() and times[0] > 1)
+            without += int(times[0] == times.max() and times[0] >= SHARE_OF_ONES * len(values))
     return without / judged if judged >= MIN_SPOTS else float("nan")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from comtip_shards.errors import SourceError
-from comtip_shards.not_data import not_data
+from comtip_shards.not_data import OME_TIFF, is_zarr_folder, not_data
 from comtip_shards.slides.base import ArraySlide, Slide, check_image_size, check_whole_size
 from comtip_shards.slides.bounded_file import BoundedFile
 from comtip_shards.slides.colour import flattened
@@ -115,6 +115,8 @@ def _refuse_missing(path: Path) -> None:
     """Raise :class:`SourceError` if ``path`` is not a regular file."""
     if not path.is_file():
         what = "a folder, not an image" if path.is_dir() else not_data(path) if path.exists() else "no such image"
+        if is_zarr_folder(path):
+            raise SourceError(f"{path}: {what}; OME-Zarr cannot be read, convert it to {OME_TIFF}")
         raise SourceError(f"{path}: {what}; check the path")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from comtip_shards.sources.anndata_parts.store import Store
 KEYS = ("spatial", "X_spatial", "spatial_coords", "coords", "coordinates", "image_coords")
 """Keys of ``obsm`` that hold positions, in order of preference."""
 _OBS_COLUMNS = (("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"))
-_X, _Y = {"x", "col", "column", "imagecol"}, {"y", "row", "imagerow"}
-"""Words that identify the axis in the name of a column, such as ``x_centroid`` and ``pxl_row_in_fullres``."""
+_X, _Y = {"x", "col", "column"}, {"y", "row"}
+"""Words that identify the axis in the name of a column, such as ``x_centroid``, ``posX`` and ``pxl_row_in_fullres``."""
+_PX = re.compile(r"pixel|pxl?|image|img|fullres")
+"""Part of the names of columns in px, next to which a table may have array coordinates."""
+_JOINED = "coordinates?|coords?|positions?|pos|centroid|center|centre|pixel|pxl?|image|img|spatial"
+"""Words that names have before or after the letter of the axis, without a separator (``imagecol``, ``xcoord``)."""
+_JOINED_WORD = re.compile(f"^(?:{_JOINED})|(?:{_JOINED})$")
 
 
 def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.ndarray:
@@ -77,26 +83,36 @@ def centres_of(store: Store) -> np.ndarray | None:
 
 def _is(name: str, words: set[str]) -> bool:
     """Return whether one of the words of a lower-case name is in ``words``."""
-    return not words.isdisjoint(re.split(r"[^a-z]+", name))
+    return not words.isdisjoint(_JOINED_WORD.sub("", word) for word in re.split(r"[^a-z]+", name))
+
+
+def _axes(names: Sequence[str]) -> list[int]:
+    """Return the indices of the columns of x and y by their names, empty if these identify none; -1 for an axis with several."""
+    axes = [[i for i, name in enumerate(names) if _is(name.lower(), words)] for words in (_X, _Y)]
+    if max(map(len, axes)) > 1:  # tables of Space Ranger and Seurat also have the rows and columns of the array
+        axes = [[i for i in found if _PX.search(names[i].lower())] or found for found in axes]
+    return [found[0] if len(found) == 1 else -1 for found in axes] if all(axes) else []
 
 
 def centres(spatial: Any, path: Path, what: str = "obsm['spatial']") -> np.ndarray:
     """Return positions as float64 (n, 2), x and y; ``path`` and ``what`` name them in messages.
 
     The columns of an array are x and y. The columns of a table may have any order, if names such as x, y, row or col identify
-    them.
+    them; columns in px (``pxl_row_in_fullres``, ``imagerow``) take precedence over those of the array.
 
     Raises
     ------
     SourceError
-        The values are not numbers, or are not a table of at least two columns.
+        The values are not numbers, or are not a table of at least two columns; or several columns of a table are those of one axis.
     """
     if isinstance(spatial, pd.DataFrame):
-        names = [str(c).lower() for c in spatial.columns]
-        x = [i for i, n in enumerate(names) if _is(n, _X)]
-        y = [i for i, n in enumerate(names) if _is(n, _Y)]
-        if len(x) == 1 and len(y) == 1:
-            spatial = spatial.iloc[:, [x[0], y[0]]]
+        names = [str(c) for c in spatial.columns]
+        axes = _axes(names)
+        if -1 in axes:
+            raise SourceError(
+                f"{path}: {what}: several columns for one axis ({', '.join(names[:8])}); keep those of x and y in image px"
+            )
+        spatial = spatial.iloc[:, axes] if axes else spatial
     try:
         values = np.asarray(spatial, np.float64)
     except (TypeError, ValueError) as error:

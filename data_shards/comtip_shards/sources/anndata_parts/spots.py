@@ -32,7 +32,7 @@ _SYMBOLS = (
     "gene",
 )
 """Columns of ``var``, in lower case and in order of preference."""
-_ENSEMBL = re.compile(r"(?:\S+_)?ENS(?:MUS)?G\d{11}(?:\.\d+)?", re.IGNORECASE)
+_ENSEMBL = re.compile(r"(?:\S+[-_.])?ENS(?:MUS)?G\d{11}(?:\.\d+)?", re.IGNORECASE)
 _SAMPLE = 1000
 """Number of genes by which a column of Ensembl ids is recognised."""
 _MISSING = {"", "nan", "none", "<na>", "na"}

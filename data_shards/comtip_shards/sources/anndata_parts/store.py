@@ -167,6 +167,11 @@ def open_store(path: Path) -> Iterator[Store]:
             yield FileStore(_open_zarr(path), path)
         return
     with open_h5ad(path) as file, reading(path, ".h5ad"):
+        if "mod" in file and "X" not in file:
+            raise SourceError(
+                f"{path}: a MuData of several modalities ({', '.join(list(file['mod'])[:8])}), not an AnnData; write the one with the "
+                "counts as .h5ad (mdata.mod['rna'].write_h5ad)"
+            )
         legacy = any(isinstance(file.get(k), h5py.Dataset) for k in ("obs", "var", "obsm", "raw.var"))
         if not legacy:
             yield FileStore(file, path)

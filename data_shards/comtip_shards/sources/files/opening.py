@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
-from comtip_shards.not_data import not_data, refuse_not_data
+from comtip_shards.not_data import OME_TIFF, is_zarr_folder, not_data, refuse_not_data
 from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number
 
 MAX_HOLE = 1 << 30
@@ -51,7 +51,8 @@ def existing(path: Path, what: str) -> Path:
     ``what`` names the expected content, for the message.
     """
     if path.is_dir():
-        raise SourceError(f"{path}: a folder, not the {what}; give the file itself")
+        fix = f"convert it to {OME_TIFF}" if is_zarr_folder(path) else "give the file itself"
+        raise SourceError(f"{path}: a folder, not the {what}; {fix}")
     if not path.exists():
         problem = "a link to a file that does not exist" if path.is_symlink() else "no such file"
         raise SourceError(f"{path}: {problem}; copy the {what} there, or correct the path")

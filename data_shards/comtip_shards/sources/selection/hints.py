@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from comtip_shards.not_data import archive_kind, not_data
+from comtip_shards.not_data import OME_TIFF, archive_kind, not_data
 from comtip_shards.slides.open import is_image
 from comtip_shards.sources.base import Reader
 from comtip_shards.sources.files.packaging import contents, is_gzip
 from comtip_shards.sources.tenx.space_ranger_files import RENAMED_BINS, has_bins
 
 MAX_FILES = 200
-MICROSCOPE = "a microscope's own format, which cannot be read; convert it to OME-TIFF (QuPath, or bfconvert -pyramid-resolutions 5)"
+MICROSCOPE = f"a microscope's own format, which cannot be read; convert it to {OME_TIFF}"
+SPREADSHEET = "a workbook of a spreadsheet, which cannot be read; save the table as csv"
+UNFINISHED = "a download that did not end; download the file again"
+SHORTCUT = "a shortcut to a web page, not the file itself; open the page and download the file"
 _SUFFIXES = {
     ".rds": "R objects cannot be read; write the object as .h5ad (zellkonverter::writeH5AD)",
     ".rdata": "R objects cannot be read; write the object as .h5ad (zellkonverter::writeH5AD)",
@@ -23,6 +26,10 @@ _SUFFIXES = {
     ".nd2": MICROSCOPE,
     ".oir": MICROSCOPE,
     ".ims": MICROSCOPE,
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), SPREADSHEET),
+    **dict.fromkeys((".crdownload", ".part", ".partial", ".download", ".aria2"), UNFINISHED),
+    **dict.fromkeys((".url", ".webloc"), SHORTCUT),
+    ".dvc": "a DVC pointer, not the file itself; run dvc pull",
     ".gef": "Stereo-seq .gef cannot be read; write bins with positions as .h5ad (stereopy)",
 }
 _PARTS = (
@@ -40,6 +47,16 @@ _PARTS = (
     ),
 )
 
+_ARCHIVES = (
+    ".tar",
+    ".tgz",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tbz2",
+    ".txz",
+    *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst")),
+)
 _OF_RUNS = (
     "feature_bc_matrix",
     "cell_feature_matrix",
@@ -116,7 +133,7 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     tables = [p for p in files if p.suffix.lower() in (".csv", ".txt") and b"sample_id" in _first_line(p)]
     if tables:
         return f"{tables[0].name}: a table with a column sample_id; save it separated by tabs as manifest.tsv"
-    archives = [p for p in files if p.suffix.lower() in (".tar", ".tgz", ".zip") or p.name.endswith(".tar.gz")]
+    archives = [p for p in files if p.name.lower().endswith(_ARCHIVES)]
     if archives:
         return f"{archives[0].name} is an archive; unpack it into this folder first"
     for file in files:

@@ -19,6 +19,11 @@ OTHER_GENOME = "genome "
 MIXED_SHARE = 0.05
 """Maximum share of genes of a second species; above it, the species must be stated."""
 _GENOME = re.compile(r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)[A-Za-z0-9.\-]*)_+(?=[^_])", re.IGNORECASE)
+_CHANGED_GENOME = re.compile(
+    r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)(?:[-.]20\d\d[-.][A-Z])?)[-.]+(?=\w)|(?P<species>human|mouse)[-_.]+(?=\w)",
+    re.IGNORECASE,
+)
+"""A prefix whose underscores Seurat or R changed (``GRCh38-ERBB2``, ``mm10---Stk4``), or the name of a species (``HUMAN_ERBB2``)."""
 _ENSEMBL = {"ENSG": "human", "ENSMUSG": "mouse"}
 
 
@@ -137,13 +142,14 @@ def _detected(seen: Mapping[str, int], unclear: Sequence[str], where: Path) -> s
 
 def _split(identifier: str, symbol: str) -> tuple[str, str, str]:
     """Return (genome or "", identifier, symbol) without genome prefixes."""
-    ids, names = _GENOME.match(identifier), _GENOME.match(symbol)
-    genome = (ids or names or {"genome": ""})["genome"]
+    ids, names = (_GENOME.match(text) or _CHANGED_GENOME.match(text) for text in (identifier, symbol))
+    match = ids or names
+    genome = "" if match is None else next(part for part in match.groups() if part)
     return genome, identifier[ids.end() :] if ids else identifier, symbol[names.end() :] if names else symbol
 
 
 def _row_species(genome: str, identifier: str) -> str:
     if genome:
-        return "human" if genome.lower().startswith(("grch", "hg")) else "mouse"
+        return "human" if genome.lower().startswith(("grch", "hg", "human")) else "mouse"
     match = re.match(r"(ENS(?:MUS)?G)\d{6,}", identifier, re.IGNORECASE)
     return "" if match is None else _ENSEMBL[match[1].upper()]

@@ -239,9 +239,18 @@ def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.cs
     if counts.shape != (n_features, len(barcodes)):
         raise SourceError(
             f"{path}: the matrix shape is {counts.shape}, but there are {n_features} features and {len(barcodes)} "
-            "barcodes; use the three files of one run"
+            f"barcodes; {_fix_of_shape(counts.shape, n_features, len(barcodes))}"
         )
     return barcodes, sparse.csr_matrix(counts.T)
+
+
+def _fix_of_shape(shape: tuple[int, int], n_features: int, n_barcodes: int) -> str:
+    """Return what to do about a matrix whose shape is not (n_features, n_barcodes)."""
+    if shape == (n_barcodes, n_features):
+        return "rows must be features: write the transposed matrix (R: Matrix::writeMM(t(x), FILE))"
+    if (n_features - shape[0], n_barcodes - shape[1]) in ((1, 1), (1, 0), (0, 1)):
+        return "if a table has a header, remove this line; otherwise use the three files of one run"
+    return "use the three files of one run"
 
 
 def _lines(path: Path) -> list[str]:
