@@ -186,7 +186,7 @@ def test_a_manifest_in_csv_is_named(folder: Path, inside: bool):
 
 def test_a_manifest_that_is_given_as_a_study_is_named(folder: Path):
     (folder / "manifest.csv").write_text((HEADER + ROW_1).replace("\t", ","))
-    with pytest.raises(SourceError, match=r"a column sample_id, .*save it separated by tabs as manifest\.tsv"):
+    with pytest.raises(SourceError, match=r"a column sample_id, .*save the table separated by tabs as manifest\.tsv"):
         read_study(folder / "manifest.csv")
 
 
