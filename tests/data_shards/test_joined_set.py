@@ -58,6 +58,7 @@ def test_a_joined_set_has_the_numbers_of_the_merged_one(joined: ShardSet, merged
     assert joined.genes == merged.genes
     assert joined.manifest.n_genes == 30
     pd.testing.assert_frame_equal(joined.spots, merged.spots)
+    assert all("spots" not in vars(one) for one in joined.sets), "the spots are in memory twice"
     for one, other in zip(joined.manifest.sections, merged.manifest.sections, strict=True):
         assert replace(one, fingerprint="", source={}) == replace(other, fingerprint="", source={})
     for section in range(4):

@@ -172,6 +172,8 @@ class JoinedSet(ShardSet):
         for name in frames[0].select_dtypes("category").columns:
             out[name] = pd.api.types.union_categoricals([frame[name] for frame in frames])
         out["section"] = self.sections_of(np.arange(len(self)))
+        for one in self.sets:
+            vars(one).pop("spots", None)  # not kept twice in memory; a set that is asked for its own reads it again
         return out
 
     def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
