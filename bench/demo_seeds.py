@@ -123,14 +123,14 @@ def _seed(folder: Path) -> int:
 
 def write_picture(folder: Path) -> None:
     """Write docs/demo.jpg with the two best predicted genes of the olfactory bulb test section."""
-    from comtip_shards import ShardSet
+    from comtip_shards import open_sets
 
     from comtip_fast.evaluation.figures import maps
     from comtip_fast.inference import GeneQuery, Predictor
     from comtip_fast.metrics import pcc_per_gene
 
     predictor = Predictor.load(folder)
-    shards = ShardSet(predictor.config.data.shards)
+    shards = open_sets(predictor.config.data.shards)
     number = shards.section_number("mob_Rep9")
     spots = shards.select(sections=[number])
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)

@@ -70,7 +70,8 @@ def pretrain(
         The config, device, shard set, initial weights or run folder cannot be used, a record is damaged, or training stopped at
         non-finite steps or after too many skipped updates.
     comtip_fast.training.distributed.failures.RestartError
-        A rank was lost or late, or a disk is full or fails; once the cause is removed, a new process can continue with ``resume``.
+        A rank was lost or late, a disk is full or fails, or parameters thaw under DeepSpeed; once the cause of a failure is removed,
+        a new process can continue with ``resume``.
 
     Examples
     --------

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comtip_shards import ShardSet
+from comtip_shards import open_sets
 
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
@@ -48,7 +48,7 @@ class Lab:
         if self.predictor.bundle.readout is None:
             raise ValueError(f"{run}: the model has no linear readout; train with readout.kind=linear")
         self.readout: LinearReadout = self.predictor.bundle.readout
-        self.shards = ShardSet(self.predictor.config.data.shards)
+        self.shards = open_sets(self.predictor.config.data.shards)
         self.keys = [g.key for g in self.shards.genes]
         self.row = {k: i for i, k in enumerate(self.keys)}
 

@@ -127,6 +127,8 @@ class SpotReader:
         """Return the raw counts of the readable records, int32 CSR (n, genes), and the faults by index in ``spots``."""
         encoded = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         self._fetch_counts(encoded)
+        # Of several sets, the set of a spot tells which genes its counts refer to.
+        encoded.spots = np.delete(encoded.spots, [*encoded.faults])
         encoded.exprs = [e for i, e in enumerate(encoded.exprs) if i not in encoded.faults]
         indptr, rows, counts = self.csr(encoded)
         shape = (len(encoded.exprs), self.shards.manifest.n_genes)

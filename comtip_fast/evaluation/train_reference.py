@@ -138,7 +138,7 @@ def _training_set(run: Path, train: str, *, stated: bool) -> str:
     if stated and is_url(train):
         raise ValueError(
             f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's "
-            "config is not trusted; if you trust the URL, give it with `train_shards`"
+            "config is not trusted; if you trust the URL, give all sets of the run with `train_shards`"
         )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():
         if not stated:

@@ -139,7 +139,7 @@ def _stated_set(run_dir: Path, stated: str) -> str:
     if is_url(stated):
         raise ValueError(
             f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded; if you "
-            "trust this URL, give it with `shards`"
+            "trust this URL, give all sets of the run with `shards`"
         )
     found = shards_of_run(run_dir, stated)
     if not is_url(found) and not (Path(found) / "manifest.json").is_file():

@@ -143,7 +143,7 @@ class Trainer:
         ShardError, ValueError
             More records are damaged than ``data.faults`` and ``data.max_faults`` allow, or a selected logger is not installed.
         RestartError
-            A rank was lost or late, or a disk is full or fails; a new process can continue with ``resume``.
+            A rank was lost or late, a disk failed, or parameters thaw under DeepSpeed; a new process can continue with ``resume``.
         """
         size, timeout_s = self.group.size, self.config.engine.timeout_s
         with (

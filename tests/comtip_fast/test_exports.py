@@ -363,7 +363,7 @@ def test_urls_in_a_config_of_a_run_are_not_downloaded(
     assert main(["export", str(run), "--checkpoint", "newest", "--out", str(tmp_path / "out")]) == 2
     stderr = capsys.readouterr().err
     assert url in stderr
-    assert "give it with --shards" in stderr
+    assert "give all sets of the run with --shards" in stderr
     shards = ["--shards", str(tiny_shards.path)]
     assert main(["export", str(run), "--checkpoint", "newest", *shards, "--out", str(tmp_path / "out")]) == 0
     make_old(run / "export")
@@ -372,7 +372,7 @@ def test_urls_in_a_config_of_a_run_are_not_downloaded(
     assert main(["evaluate", str(run), *shards, "--sections", "x1", "--out", str(tmp_path / "e")]) == 2
     stderr = capsys.readouterr().err
     assert url in stderr
-    assert "give it with --train-shards" in stderr
+    assert "give all sets of the run with --train-shards" in stderr
 
 
 def test_an_evaluation_of_an_export_that_names_a_url_connects_nowhere(
@@ -411,7 +411,7 @@ def test_an_evaluation_of_an_export_that_names_a_url_connects_nowhere(
             str(tmp_path / "e"),
         ]
         assert main(args) == 2
-        assert "give it with --train-shards" in capsys.readouterr().err
+        assert "give all sets of the run with --train-shards" in capsys.readouterr().err
         assert asked == []
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import config_to_dict
+from comtip_fast.training.checkpoint import resume as resume_module
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import MAX_TEXT_BYTES, CheckpointError
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
@@ -323,3 +326,13 @@ def test_unchanged_and_moved_checkpoints_resume(run: Path, tmp_path: Path) -> No
     checkpoints.prune(root, 1, None)
     assert checkpoints.steps_of(root) == [NEW]
     assert (tmp_path / "old" / SUMS).is_file()  # only the link was deleted
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_of_rank_zero_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It does not wait for tensors that rank 0, which found a checkpoint in parts, will not send."""
+    monkeypatch.setattr(resume_module, "damage_of_parts", lambda *_: {})
+    monkeypatch.setattr(resume_module, "on_rank_zero", lambda *_: (NEW, True))
+    monkeypatch.setattr(resume_module, "broadcast_tensors", lambda *_: pytest.fail("waited for tensors"))
+    group: Any = SimpleNamespace(rank=1, size=2)
+    with pytest.raises(FileNotFoundError, match="step_00000010"):
+        find_checkpoint(tmp_path, config_of(), FINGERPRINT, group, CPU, resume=True, in_parts=True, pause=nullcontext)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from comtip_shards import ShardError, ShardSet, open_sets
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.sampling.balance import group_shares
@@ -15,7 +18,10 @@ from comtip_shards.sources import open_source
 from safetensors.torch import load_file
 
 from comtip_fast import evaluate
-from comtip_fast.config.io import ConfigError, load_config
+from comtip_fast.config.io import ConfigError, config_from_dict, config_to_dict, load_config
+from comtip_fast.data.records import SpotReader
+from comtip_fast.evaluation.trained import TrainOptions
+from comtip_fast.evaluation.trained import fit as trained_fit
 from comtip_fast.training.export_checkpoint import export_checkpoint
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.task import build_task
@@ -78,6 +84,36 @@ def test_sets_have_equal_or_tempered_weight(sets: tuple[Path, Path, Path]) -> No
     # sqrt(25), sqrt(49): 5 and 7 twelfths of 74.
     assert spots_of_sets("data.balance=set", "data.balance_temperature=2") == [31, 43]
     assert spots_of_sets("data.balance=set", "data.balance_temperature=2", "data.run=4") == [31, 43]
+
+
+def test_counts_beside_a_damaged_record_are_those_of_their_own_set(
+    sets: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Records after a damaged one keep their spots, which tell the set whose genes they refer to."""
+    copy = shutil.copytree(sets[0], tmp_path / "damaged")
+    shards = open_sets([copy, sets[1]])
+    shard = shards.manifest.shards[0]
+    offsets, sizes = shards.member_ranges(shard)
+    data = bytearray((copy / shard.file).read_bytes())
+    data[int(offsets[2, 1] + sizes[2, 1] // 2)] ^= 1
+    (copy / shard.file).write_bytes(data)
+    spots = np.array([0, 2, len(shards) - 1, 1])
+    counts, faults = SpotReader(shards, with_counts=True).counts(spots)
+    assert [*faults] == [1]
+    assert isinstance(faults[1], ShardError)
+    assert (counts != ShardSet(sets[2]).counts(spots[[0, 2, 3]])).nnz == 0
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_config_of_a_method_trained_on_sets_by_weight_is_read_again(
+    sets: tuple[Path, Path, Path], number: int
+) -> None:
+    """A checkpoint of ``comtip evaluate --train`` holds it; a run on two sets may be given the merged one as ``--train-shards``."""
+    given = sets[:2] if number == 2 else sets[2:]
+    config = load_config(None, [*SETTINGS, f"data.shards=[{sets[0]}, {sets[1]}]", "data.balance=set"])
+    reference = SimpleNamespace(shards=open_sets(given))
+    found = trained_fit._config(SimpleNamespace(config=config), reference, TrainOptions())
+    assert config_from_dict(config_to_dict(found), "a checkpoint").data.shards == tuple(map(str, given))
 
 
 @pytest.mark.parametrize("sizes", [[1], [3, 3, 1], [1000, 10, 1], [10**9, 1], [7, 7, 7, 7, 7]])

@@ -58,6 +58,7 @@ def test_a_joined_set_has_the_numbers_of_the_merged_one(joined: ShardSet, merged
     assert joined.genes == merged.genes
     assert joined.manifest.n_genes == 30
     pd.testing.assert_frame_equal(joined.spots, merged.spots)
+    assert all("spots" not in vars(one) for one in joined.sets), "the spots are in memory twice"
     for one, other in zip(joined.manifest.sections, merged.manifest.sections, strict=True):
         assert replace(one, fingerprint="", source={}) == replace(other, fingerprint="", source={})
     for section in range(4):
@@ -92,6 +93,14 @@ def test_one_path_is_a_set_and_no_set_is_given_twice(parts: tuple[Path, Path]) -
     assert not isinstance(open_sets([str(parts[0])]), JoinedSet)
     with pytest.raises(ShardError, match="is given twice; give each set once"):
         open_sets([parts[0], parts[0]])
+    with pytest.raises(ShardError, match="are the same shard set; give only one of them"):
+        open_sets([parts[0], parts[0].parent / "." / "set" / ".." / "set"])
+    with pytest.raises(ShardError, match="no shard set is given"):
+        open_sets([])
+    with pytest.raises(ShardError, match=r"no such folder; give several sets as a list, e\.g\. \[hest, own\]"):
+        open_sets(f"{parts[0]},{parts[1]}")
+    assert open_sets(parts).paths == [*parts]
+    assert open_sets(parts[0]).paths == [parts[0]]
 
 
 @pytest.mark.parametrize(

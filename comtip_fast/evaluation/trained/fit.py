@@ -137,7 +137,7 @@ def _config(predictor: Predictor, reference: TrainReference, options: TrainOptio
     )
     return replace(
         config,
-        data=replace(config.data, shards=str(reference.shards.path)),
+        data=replace(config.data, shards=tuple(map(str, reference.shards.paths))),
         optim=replace(config.optim, freeze=()),
         train=train,
         engine=EngineConfig(kind="single"),

@@ -74,19 +74,23 @@ def find_checkpoint(
     damage = damage_of_parts(run_dir / CHECKPOINTS, group, pause) if resume and in_parts else {}
     own: list[tuple[int, Checkpoint]] = []
 
-    def choose() -> int | None:
+    def choose() -> tuple[int, bool] | None:
         found = prepare_run_folder(
             run_dir, config, fingerprint, group.size, device, resume=resume, in_parts=in_parts, damage=damage
         )
         write_atomic(run_dir / "config.yaml", dump_config(config))
-        own.extend([] if found is None else [found])
-        return None if found is None else found[0]
+        if found is None:
+            return None
+        own.append(found)
+        return found[0], found[1].parts is not None
 
-    step = on_rank_zero(choose, group, pause)
-    if step is None:
+    chosen = on_rank_zero(choose, group, pause)
+    if chosen is None:
         return None
-    folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
-    if in_parts and checkpoints.is_in_parts(folder):
+    # Rank 0 also tells whether tensors stay on disk: another rank's view of a network file system may be older.
+    step, on_disk = chosen
+    if on_disk:
+        folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
         return own[0] if own else (step, checkpoints.load_state_of_parts(folder))
     read = own[0][1] if own else Checkpoint({}, {}, {})
     # A file server is read once, not by every rank.

@@ -28,6 +28,7 @@ from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.duplicates import check_duplicates
 from comtip_shards.sections.section import meta_of
 from comtip_shards.sections.splits import check_splits
+from comtip_shards.storage.remote import is_url
 
 
 def open_sets(paths: str | Path | Sequence[str | Path]) -> ShardSet:
@@ -41,10 +42,14 @@ def open_sets(paths: str | Path | Sequence[str | Path]) -> ShardSet:
     Raises
     ------
     ShardError, SourceError
-        A manifest is missing or damaged, or the sets do not fit together; see :class:`JoinedSet`.
+        No set is given, a manifest is missing or damaged, or the sets do not fit together; see :class:`JoinedSet`.
     """
     given = [paths] if isinstance(paths, (str, Path)) else [*paths]
+    if not given:
+        raise ShardError("no shard set is given; give at least one folder or URL")
     if len(given) == 1:
+        if "," in str(given[0]) and not is_url(given[0]) and not Path(given[0]).exists():
+            raise ShardError(f"{given[0]}: no such folder; give several sets as a list, e.g. [hest, own]")
         return ShardSet(given[0])
     if len(set(map(str, given))) < len(given):
         raise ShardError(f"{max(map(str, given), key=[*map(str, given)].count)} is given twice; give each set once")
@@ -123,6 +128,11 @@ class JoinedSet(ShardSet):
 
     # -- the sets of spots, sections and shards -----------------------------------------------------------
 
+    @property
+    def paths(self) -> list[Path]:
+        """See :attr:`ShardSet.paths`."""
+        return [one.path for one in self.sets]
+
     def set_of_section(self, section: int) -> int:
         """See :meth:`ShardSet.set_of_section`."""
         return int(np.searchsorted(self._first_section, section, side="right")) - 1
@@ -162,6 +172,8 @@ class JoinedSet(ShardSet):
         for name in frames[0].select_dtypes("category").columns:
             out[name] = pd.api.types.union_categoricals([frame[name] for frame in frames])
         out["section"] = self.sections_of(np.arange(len(self)))
+        for one in self.sets:
+            vars(one).pop("spots", None)  # not kept twice in memory; a set that is asked for its own reads it again
         return out
 
     def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
@@ -202,7 +214,7 @@ class JoinedSet(ShardSet):
 
     def member_ranges(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
         """See :meth:`ShardSet.member_ranges`."""
-        one, number = self._shard_at(self.manifest.shards.index(shard))
+        one, number = self._shard_at(int(np.searchsorted(self._shard_starts, shard.first_spot)))
         return one.member_ranges(one.manifest.shards[number])
 
     def shards_of(self, spot_index: Iterable[int]) -> np.ndarray:
@@ -214,7 +226,8 @@ class JoinedSet(ShardSet):
     def fetch(self, shard: int) -> None:
         """See :meth:`ShardSet.fetch`."""
         one, number = self._shard_at(shard)
-        one.fetch(number)
+        if one.fetches_shards:  # another set may be the one that is fetched
+            one.fetch(number)
 
     @property
     def fetches_shards(self) -> bool:
@@ -250,6 +263,13 @@ def _check_fit(sets: Sequence[ShardSet]) -> None:
                 f"{first.name} and {other.name}: the manifests differ in tile: {first.manifest.tile} and {other.manifest.tile}; "
                 "build both sets with the same settings"
             )
+    opened: dict[str, str] = {}
+    for one in sets:
+        if one.manifest.digest in opened:
+            raise ShardError(
+                f"{opened[one.manifest.digest]} and {one.name} are the same shard set; give only one of them"
+            )
+        opened[one.manifest.digest] = one.name
     holder: dict[str, str] = {}
     for one in sets:
         for section in one.manifest.sections:

@@ -257,6 +257,11 @@ class ShardSet:
         """Return a context in which remote shards are read by byte ranges, which suits a few records of many shards."""
         return self.files.by_ranges()
 
+    @property
+    def paths(self) -> list[Path]:
+        """The folder :attr:`path`, or those of all sets that were opened together."""
+        return [self.path]
+
     def set_of_section(self, section: int) -> int:
         """Return the number, from 0, of the set that holds a section, among the sets that were opened together."""
         return 0
