@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -40,7 +41,7 @@ def _column(var: pd.DataFrame, name: str, default: str) -> list[str]:
 
 def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str, path: Path) -> None:
     """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
-    given = data.X
+    given: Any = data.X
     # SciPy has no float16; and without a copy, sum_duplicates would change the arrays of the caller.
     matrix = sparse.csr_matrix(given.astype(np.float32) if given.dtype == np.float16 else given, copy=True)
     matrix.sum_duplicates()
