@@ -36,7 +36,14 @@ from PIL import Image
 from comtip_fast.constants import UNS
 from comtip_fast.data.anndata_file import chosen_library, own_entries, read_h5ad
 from comtip_fast.data.sections import section_template, split_spec
-from comtip_fast.data.space_ranger_files import MATRIX, array_notes, features_of, positions_table, write_matrix
+from comtip_fast.data.space_ranger_files import (
+    MATRIX,
+    array_notes,
+    features_of,
+    first_changed,
+    positions_table,
+    write_matrix,
+)
 
 log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
@@ -44,7 +51,7 @@ REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
 image element has the name that the image has in ``uns["spatial"]``."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
 CORRECT = "correct it in uns['spatial']"
-"""What to do about an invalid scale factor: a conversion has no option that replaces it."""
+"""What to do about an invalid image or scale factor: a conversion has no option that replaces it."""
 
 
 def read_section(spec: str | Path) -> ad.AnnData:
@@ -147,7 +154,7 @@ def _library(data: ad.AnnData) -> _Library:
     if not any(kind in entry.get("images", {}) for kind in PICTURES):
         return _Library(name, None, None, factors)
     picture = library_picture(entry, name, CORRECT)
-    return _Library(name, picture, library_slide(entry, picture, Path(name)).pixels, factors)
+    return _Library(name, picture, library_slide(entry, picture, Path(name), CORRECT).pixels, factors)
 
 
 def _free_key(data: ad.AnnData, wanted: str) -> str:
@@ -276,8 +283,8 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     ------
     SourceError
         There is no expression or no image, several sections have an image, the image or its scale factor is invalid, spot names
-        are not unique or would be evaluated as formulas by a spreadsheet, a spot, gene or gene id has a name that is not ASCII, or
-        ``array_row`` or ``array_col`` has no value for a spot.
+        are not unique, would be evaluated as formulas by a spreadsheet, or would be read as numbers or as missing by pandas, a
+        spot, gene or gene id has a name that is not ASCII, or ``array_row`` or ``array_col`` has no value for a spot.
     OSError
         ``target`` cannot be written.
     """
@@ -297,6 +304,12 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
         raise SourceError(
             f"the spot name {shown(formulas[0])} would be evaluated as a formula if tissue_positions.csv is opened in a "
             "spreadsheet; rename the spots, or write a .zarr (SpatialData)"
+        )
+    changed = first_changed(data.obs_names.astype(str).tolist())
+    if changed is not None:  # their positions would be lost without an error
+        raise SourceError(
+            f"scanpy and squidpy would read the spot name {shown(changed)} in tissue_positions.csv as a number or as missing; rename "
+            "the spots (e.g. with a letter in front), or write a .zarr (SpatialData)"
         )
     features = features_of(data)
     for what, names in (("spot name", data.obs_names), *((f"gene {key}", features[key]) for key in ("name", "id"))):
@@ -324,7 +337,7 @@ def _write_pictures(data: ad.AnnData, library: _Library, folder: Path) -> None:
     entry = data.uns["spatial"][library.name]
     lowres = library.factors.get("tissue_lowres_scalef")
     if lowres is not None and "lowres" in entry["images"]:
-        small, scale = library_slide(entry, Picture("lowres", lowres), Path(library.name)).pixels, lowres
+        small, scale = library_slide(entry, Picture("lowres", lowres), Path(library.name), CORRECT).pixels, lowres
     factors = {k: v for k, v in library.factors.items() if not (k.startswith("tissue_") and k.endswith("_scalef"))}
     factors |= {f"tissue_{IMAGE}_scalef": library.picture.factor, "tissue_lowres_scalef": scale}
     factors.setdefault("fiducial_diameter_fullres", factors.get(DIAMETER, 1.0))

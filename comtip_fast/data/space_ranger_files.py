@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -39,7 +41,9 @@ def _column(var: pd.DataFrame, name: str, default: str) -> list[str]:
 
 def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str, path: Path) -> None:
     """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
-    matrix = sparse.csr_matrix(data.X)
+    given: Any = data.X
+    # SciPy has no float16; and without a copy, sum_duplicates would change the arrays of the caller.
+    matrix = sparse.csr_matrix(given.astype(np.float32) if given.dtype == np.float16 else given, copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     values = matrix.data
@@ -56,6 +60,15 @@ def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str,
         group["shape"] = np.array([data.n_vars, data.n_obs], np.int32)
         for column, texts in features.items():
             group[f"features/{column}"] = np.array([text.encode() for text in texts])
+
+
+def first_changed(names: Sequence[str]) -> str | None:
+    """Return the first name that pandas changes when it reads a csv as scanpy and squidpy do (1, 007, NA); None if there is none."""
+    with StringIO() as file:
+        pd.DataFrame({"barcode": names, "in_tissue": 1}).to_csv(file, index=False)
+        file.seek(0)
+        read = pd.read_csv(file, index_col=0).index
+    return next((name for name, found in zip(names, read, strict=True) if name != found), None)
 
 
 def positions_table(data: ad.AnnData) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -373,4 +374,41 @@ def test_names_at_which_scanpy_fails_are_refused(what: str, section: ad.AnnData,
     else:
         data.var["gene_ids"] = ["TGFβ", *data.var["gene_ids"].iloc[1:]]
     with pytest.raises(SourceError, match=rf"the {what} '.*' has characters outside ASCII.*write a \.zarr"):
+        write_space_ranger(data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["7", "007", "0.50", "NA", ""])
+def test_names_that_pandas_changes_are_refused(name: str, section: ad.AnnData, tmp_path: Path):
+    """scanpy would have the spots without their positions, and raise no error."""
+    data = section.copy()
+    data.obs_names = [name, *data.obs_names[1:]] if name in ("NA", "") else [f"{name}{i}" for i in range(data.n_obs)]
+    with pytest.raises(SourceError, match="as a number or as missing; rename the spots"):
+        write_space_ranger(data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_does_not_change_the_matrix_of_its_input(section: ad.AnnData, tmp_path: Path):
+    matrix = section.X.tocsr().copy()
+    matrix.data[0] = 0
+    data = section.copy()
+    data.X = matrix.copy()
+    write_space_ranger(data, tmp_path / "out")
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(data.X, part), getattr(matrix, part))
+
+
+def test_half_precision_is_written(section: ad.AnnData, tmp_path: Path):
+    data = section.copy()
+    data.X = section.X.toarray().astype(np.float16)
+    write_space_ranger(data, tmp_path / "out")
+    with h5py.File(tmp_path / "out" / MATRIX) as file:
+        assert file["matrix/data"].dtype == np.int32
+        assert file["matrix/data"][()].sum() == section.X.sum()
+
+
+def test_a_grey_picture_is_refused_with_a_fix_that_a_conversion_has(section: ad.AnnData, tmp_path: Path):
+    data = section.copy()
+    images = data.uns["spatial"]["x1"]["images"]
+    images["hires"] = images["hires"][..., 0]
+    with pytest.raises(SourceError, match=r"expected \(height, width, 3\); correct it in uns\['spatial'\]"):
         write_space_ranger(data, tmp_path / "out")

@@ -234,3 +234,10 @@ def test_every_symbol_survives_r():
             if hit.how == "dots" and hit.symbol != row.symbol:
                 wrong.append((row.symbol, hit.symbol))
     assert not wrong
+
+
+@pytest.mark.parametrize("species", ["human", "mouse"])
+def test_entrez_ids_are_not_taken_for_serial_numbers(species: str):
+    """Few Entrez ids are numbers of dates, but all are numbers."""
+    genes = map_genes([str(i) for i in range(20_000, 60_000, 17)], species)
+    assert "date" not in genes.counts_by_how

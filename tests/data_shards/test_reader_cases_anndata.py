@@ -12,7 +12,10 @@ import pandas as pd
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import map_genes
+from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sources import detect, open_source
+from comtip_shards.sources.anndata_parts.preview import preview_genes
+from comtip_shards.sources.anndata_parts.store import open_store
 from PIL import Image
 from scipy import sparse as sp
 
@@ -546,3 +549,38 @@ def test_every_declared_option_is_read(tmp_path: Path):
     a.X = a.X + 0.5
     path = write(tmp_path, a)
     assert fields_read(path, **FACTS) == declared(path)
+
+
+def test_features_without_a_kind_are_genes(tmp_path: Path):
+    """As a concatenation of tables leaves them."""
+    a = adata()
+    a.var["feature_types"] = pd.Categorical(["Gene Expression", None, *["Gene Expression"] * 3, "Antibody Capture"])
+    section = read(write(tmp_path, a))
+    np.testing.assert_array_equal(section.counts.toarray(), COUNTS[:, :5])
+    assert "1 features are not genes: Antibody Capture" in section.notes
+
+
+def test_counts_in_half_precision(tmp_path: Path):
+    a = adata()
+    a.X = COUNTS.astype(np.float16)
+    is_the_data(read(write(tmp_path, a)))
+
+
+NOT_COUNTS = {
+    "infinite": (np.where(COUNTS.max() == COUNTS, np.inf, COUNTS), "X has values that are not counts, such as inf"),
+    "mask": (COUNTS > 0, "X holds true and false; add raw counts"),
+    "empty mask": (sp.csr_matrix(COUNTS.shape, dtype=bool), "X holds true and false; add raw counts"),
+    "layer": (None, r"X and raw.X are missing; set `layer` to a layer of integers \(integers\)"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_COUNTS)
+def test_a_dry_run_states_why_values_are_no_counts(tmp_path: Path, kind: str):
+    values, message = NOT_COUNTS[kind]
+    a = adata()
+    if values is None:
+        a.layers["integers"] = a.X
+    a.X = values
+    path = write(tmp_path, a)
+    with open_store(path) as store, pytest.raises(SourceError, match=message):
+        preview_genes(store, path, CountOptions())

@@ -32,7 +32,8 @@ _JOINED = re.compile(
 )
 """An Ensembl id that is joined to a symbol, as count tables of R have it (``ERBB2_ENSG00000141736``)."""
 NAMES_PER_NUMBER = 20
-"""Numbers are taken for dates of a spreadsheet only if the source has at least this many names for each such number."""
+"""Numbers are taken for dates of a spreadsheet only if the source has at least this many names for each name that is a number."""
+_NUMBER = re.compile(r"X?\d+(?:\.0)?")
 _TAIL = re.compile(r"(?P<stem>.+)[-.]\d{1,2}$")
 _SEPARATOR = re.compile(r"[^A-Za-z0-9]")
 REPAIRED = ("date", "dots", "tail")
@@ -310,11 +311,13 @@ def _with_serials(
 ) -> list[GeneHit]:
     """Resolve gene names that a spreadsheet turned into numbers (44624 for MARCHF4), where exactly one symbol fits.
 
-    If more than one name in :data:`NAMES_PER_NUMBER` is such a number, the names may be row numbers or Entrez ids, and none is changed.
+    If more than one name in :data:`NAMES_PER_NUMBER` is a number, of a date or not, the names may be row numbers or Entrez ids, and
+    none is changed.
     """
     rows = {t: resource.serials(t, species) for t, h in zip(identifiers, hits, strict=True) if h.how == "unmapped"}
     rows = {text: found for text, found in rows.items() if found}
-    if len(rows) * NAMES_PER_NUMBER > len(identifiers):
+    numbers = sum(_NUMBER.fullmatch(text.strip()) is not None for text in identifiers)
+    if not rows or max(len(rows), numbers) * NAMES_PER_NUMBER > len(identifiers):
         return hits
     own = {t: resource.rows[row] for t, found in rows.items() if (row := _only(found)) is not None}
     return [

@@ -83,7 +83,8 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
             raise SourceError(
                 f"{store.path}: {key} is damaged ({error}); copy the file again, or write it again with anndata"
             ) from error
-    return sparse.csr_matrix(value)
+    # SciPy has no float16.
+    return sparse.csr_matrix(value.astype(np.float32) if value.dtype == np.float16 else value)
 
 
 def has_counts(matrix: sparse.csr_matrix) -> bool:

@@ -108,8 +108,10 @@ def scale_factor(library: Any, key: str, where: str, fix: str = "") -> float | N
     return number
 
 
-def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
+def library_slide(library: Any, picture: Picture, path: Path, fix: str = "") -> ArraySlide:
     """Read the image that :func:`library_picture` selected into memory, as RGB of 8 bits.
+
+    ``fix`` ends messages; its default names options of the section readers.
 
     Raises
     ------
@@ -120,14 +122,14 @@ def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
     shape = tuple(int(n) for n in getattr(stored, "shape", None) or ())
     if len(shape) != 3 or shape[2] not in (3, 4):
         raise SourceError(
-            f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set `image` to an RGB image"
+            f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); {fix or 'set `image` to an RGB image'}"
         )
     # uint8 values are not copied; wider types need several times their bytes during conversion.
     n_bytes, limit = int(np.prod(shape)) * np.dtype(getattr(stored, "dtype", np.uint8)).itemsize, 3 * whole_limit()
     if n_bytes > limit:
         raise SourceError(
             f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px in {n_bytes:,} bytes, too many for memory (at "
-            f"most {limit:,}); set `image` to a tiled TIFF"
+            f"most {limit:,}); {fix or 'set `image` to a tiled TIFF'}"
         )
     pixels = np.asarray(stored[()] if hasattr(stored, "shape") and not isinstance(stored, np.ndarray) else stored)
     return ArraySlide(

@@ -45,11 +45,13 @@ def preview_genes(store: Store, path: Path, options: CountOptions) -> int | None
         return _shape(store.group(f"layers/{named[0]}"))[1]
     if unclear or (found and options.round_counts):
         return None
-    if not found:
-        raise SourceError(f"{path}: layers['counts'], X and raw.X are missing; add raw counts to the file")
-    values = _first(store.group(found[0]))
-    odd = values[(values != np.rint(values)) | (values < 0)] if values.dtype.kind != "b" else values
     fix = f"set `layer` to a layer of integers ({', '.join(others)})" if others else "add raw counts to the file"
+    if not found:
+        raise SourceError(f"{path}: layers['counts'], X and raw.X are missing; {fix}")
+    values = _first(store.group(found[0]))
+    if values.dtype.kind == "b":
+        raise SourceError(f"{path}: {found[0]} holds true and false; {fix}")
+    odd = values[(values != np.rint(values)) | (values < 0) | ~np.isfinite(values)]
     raise SourceError(
         f"{path}: {found[0]} has values that are not counts, such as {odd[0]:.6g}; raw counts are needed: integers, not normalised "
         f"values; {fix}, or, for fractional counts (ambient RNA correction), set `round_counts` to yes"

@@ -153,7 +153,7 @@ def annotated(
     names = [str(v) for v in obs.index]
     check_unique(names, f"{path}: obs names")
     ids, symbols = gene_names(var)
-    kinds = var["feature_types"].astype(str).tolist() if "feature_types" in var else [GENE_KIND] * len(ids)
+    kinds = _kinds(var)
     features, _ = for_species(Features(ids, symbols, kinds), meta.species, path)
     genes = features.only_genes()
     counts = as_counts(sparse.csr_matrix(matrix[:, features.genes()]), path, names, genes.ids)
@@ -162,6 +162,15 @@ def annotated(
     spots = SpotPositions(names, xy, _array(obs), _labels(obs), in_tissue(obs, path))
     notes = [*notes, *features.others_note(tally), *doubles]
     return join(meta, image, counts, names, genes.ids, genes.symbols, spots, path, path, notes)
+
+
+def _kinds(var: pd.DataFrame) -> list[str]:
+    """Return the kinds of features; rows without one, as a concatenation of tables leaves them, are genes."""
+    if "feature_types" not in var:
+        return [GENE_KIND] * len(var)
+    return [
+        GENE_KIND if lost else str(v) for v, lost in zip(var["feature_types"], var["feature_types"].isna(), strict=True)
+    ]
 
 
 def _merged(counts: sparse.csr_matrix, genes: Features) -> tuple[sparse.csr_matrix, Features, list[str]]:
