@@ -86,7 +86,7 @@ def test_sets_have_equal_or_tempered_weight(sets: tuple[Path, Path, Path]) -> No
     assert spots_of_sets("data.balance=set", "data.balance_temperature=2", "data.run=4") == [31, 43]
 
 
-def test_counts_beside_a_damaged_record_are_those_of_their_own_set(
+def test_counts_next_to_a_damaged_record_are_those_of_their_own_set(
     sets: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     """Records after a damaged one keep their spots, which tell the set whose genes they refer to."""
