@@ -144,6 +144,17 @@ def test_a_row_with_more_entries_than_elements_is_refused_before_it_is_read(
     assert max(read) < n
 
 
+@pytest.mark.parametrize("values", [np.array([b"1"] * 12), np.ones(12, complex)])
+def test_counts_of_a_10x_matrix_are_numbers(tmp_path: Path, values: np.ndarray):
+    path = tmp_path / "m.h5"
+    write_h5(path, np.ones((3, 4), int), list("abcd"), ["E1", "E2", "E3"], ["A", "B", "C"])
+    with h5py.File(path, "r+") as file:
+        replaced(file, "matrix/data", values)
+    matrix = TenxMatrix(path, (path,))
+    with pytest.raises(SourceError, match=r"m\.h5: the counts are .*not numbers"):
+        matrix.read(matrix.features())
+
+
 def test_a_matrix_market_header_that_claims_more_than_the_file_holds(tmp_path: Path):
     path = visium_mex(tmp_path / "v") / "filtered_feature_bc_matrix/matrix.mtx.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()

@@ -60,7 +60,7 @@ def test_mutated_sources_are_read_or_refused_by_name(fuzzer: SourceFuzzer, block
 )
 def test_cases_that_once_escaped(tmp_path: Path, seed: int, number: int):
     """A pitch of 0, counts in half precision, an attribute that is an array, a flag that is binary, a JPEG that ends in a hole,
-    an image named by its temporary copy, counts of bins that are not finite, a distance that is a URL."""
+    an image named by its temporary copy, counts of bins that are not finite, a distance that is a URL, counts that are text."""
     outcome = SourceFuzzer(tmp_path, seed=seed, limit_s=30).run(number)
     assert outcome.outcome in ("reads", "refused"), outcome.detail
 

@@ -89,6 +89,10 @@ class TenxMatrix:
         rows = features.genes()
         ids = [features.ids[i] for i in rows]
         for barcodes, counts in self._raw_chunks(len(features.ids), size):
+            if counts.dtype.kind not in "biuf":
+                raise SourceError(
+                    f"{self.path}: the counts are {counts.dtype}, not numbers; copy the file from the run again"
+                )
             genes = as_counts(counts[:, rows], self.path, barcodes, ids)
             if tally is not None:
                 for kind, total in counts_by_kind(features.kinds, np.asarray(counts.sum(axis=0)).ravel()).items():
