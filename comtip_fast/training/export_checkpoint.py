@@ -142,7 +142,7 @@ def _stated_set(run_dir: Path, stated: str) -> str:
             "trust this URL, give all sets of the run with `shards`"
         )
     found = shards_of_run(run_dir, stated)
-    if not is_url(found) and not (Path(found) / "manifest.json").is_file():
+    if not (Path(found) / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{run_dir / 'config.yaml'}: data.shards is {stated}, but there is no shard set at this path, in the run folder or "
             "relative to a folder above it; give the shard set of the run with `shards`"

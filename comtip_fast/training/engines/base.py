@@ -219,7 +219,7 @@ def clip(
     ----------
     parameters
         Names and parameters of the module, including those without a gradient. A list is passed because a walk through the module
-        takes the host about a third of the time of the optimizer's step.
+        takes the host about as long as the optimizer's step.
     limit
         Maximum norm; 0 disables clipping.
     finite

@@ -5,16 +5,17 @@ rounding. And where values were scaled up, the genes with one count in a spot al
 value of the spot is its most frequent one and is not 1; in raw counts it is 1. Down-sampled counts also have equal totals, but
 contain the value 1. Values that were scaled down and rounded also contain it, and cannot be told from down-sampled counts.
 
-Measured on sections of ``data_shards/samples``, whose medians are 4,291 to 10,190 counts:
+Measured on the 11 sections of ``data_shards/samples``, whose medians are 2,268 to 12,180 counts
+(``python bench/shards/scaled_counts.py data_shards/samples``):
 
 ==================================  ==================  ==========================
 counts                              spread of totals    share of spots without 1
 ==================================  ==================  ==========================
-raw                                 1.2 to 2.2          0
+raw                                 1.03 to 2.22        0
 down-sampled to one total           0                   0
-scaled to 10,000, rounded           0.12 to 0.20        0.26 to 0.87
-scaled to the median, rounded       0.18 to 0.23        0.23 to 0.31
-scaled to 1,000,000, rounded        0.001 to 0.002      1
+scaled to 10,000, rounded           0.02 to 0.20        0.07 to 0.87
+scaled to the median, rounded       0.07 to 0.23        0.08 to 0.31
+scaled to 1,000,000, rounded        0.0002 to 0.002     0.45 to 1
 ==================================  ==================  ==========================
 """
 
