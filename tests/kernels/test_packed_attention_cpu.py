@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from comtip_kernels import dispatch, packed_attention, packed_attention_qkv
+from comtip_kernels.packed_attention import cpu as packed_cpu
 from comtip_kernels.packed_attention import peers
 
 attention = sys.modules["comtip_kernels.packed_attention"]  # the function of that name hides the module
@@ -197,3 +198,18 @@ def test_a_sentence_longer_than_a_tile():
     torch.testing.assert_close(
         packed_attention(*qkv, length), packed_attention(*qkv, length, impl="reference"), rtol=1e-10, atol=1e-12
     )
+
+
+def test_a_prediction_before_training_leaves_no_tensor_that_training_cannot_save():
+    """The masks between short sentences are kept, and PyTorch saves no tensor of inference mode for a backward pass."""
+    packed_cpu._separator.cache_clear()
+    lengths = torch.full((12,), 3)
+    qkv = torch.randn(36, 3, 2, 4)
+    with torch.inference_mode():
+        expected = packed_attention_qkv(qkv, lengths, impl="cpu").clone()
+    leaf = qkv.clone().requires_grad_()
+    out = packed_attention_qkv(leaf, lengths, impl="cpu")
+    out.sum().backward()
+    assert torch.equal(out.detach(), expected)
+    assert leaf.grad is not None
+    assert packed_cpu._separator.cache_info().hits > 0
