@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
-from comtip_shards.sources.anndata_parts.spots import gene_names
+from comtip_shards.sources.anndata_parts.spots import column_or, gene_names
 from comtip_shards.sources.files.tables import flags
+from comtip_shards.sources.tenx.features import GENE_KIND
 from scipy import sparse
 
 ARRAY = ("array_row", "array_col")
@@ -27,16 +28,9 @@ def features_of(data: ad.AnnData) -> dict[str, list[str]]:
     return {
         "id": ids,
         "name": names,
-        "feature_type": _column(data.var, "feature_types", "Gene Expression"),
-        "genome": _column(data.var, "genome", "unknown"),
+        "feature_type": column_or(data.var, "feature_types", GENE_KIND),
+        "genome": column_or(data.var, "genome", "unknown"),
     }
-
-
-def _column(var: pd.DataFrame, name: str, default: str) -> list[str]:
-    """Return a column of ``var`` as text, with ``default`` where it has no value."""
-    if name not in var:
-        return [default] * len(var)
-    return [default if lost else str(v) for v, lost in zip(var[name], var[name].isna(), strict=True)]
 
 
 def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str, path: Path) -> None:

@@ -153,7 +153,7 @@ def annotated(
     names = [str(v) for v in obs.index]
     check_unique(names, f"{path}: obs names")
     ids, symbols = gene_names(var)
-    kinds = _kinds(var)
+    kinds = column_or(var, "feature_types", GENE_KIND)
     features, _ = for_species(Features(ids, symbols, kinds), meta.species, path)
     genes = features.only_genes()
     counts = as_counts(sparse.csr_matrix(matrix[:, features.genes()]), path, names, genes.ids)
@@ -164,13 +164,11 @@ def annotated(
     return join(meta, image, counts, names, genes.ids, genes.symbols, spots, path, path, notes)
 
 
-def _kinds(var: pd.DataFrame) -> list[str]:
-    """Return the kinds of features; rows without one, as a concatenation of tables leaves them, are genes."""
-    if "feature_types" not in var:
-        return [GENE_KIND] * len(var)
-    return [
-        GENE_KIND if lost else str(v) for v, lost in zip(var["feature_types"], var["feature_types"].isna(), strict=True)
-    ]
+def column_or(table: pd.DataFrame, name: str, default: str) -> list[str]:
+    """Return a column as text, with ``default`` in its place if it is absent, and where it has no value, as after a concatenation."""
+    if name not in table:
+        return [default] * len(table)
+    return [default if lost else str(v) for v, lost in zip(table[name], table[name].isna(), strict=True)]
 
 
 def _merged(counts: sparse.csr_matrix, genes: Features) -> tuple[sparse.csr_matrix, Features, list[str]]:
