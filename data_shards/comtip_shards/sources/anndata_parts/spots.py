@@ -165,7 +165,7 @@ def annotated(
 
 
 def column_or(table: pd.DataFrame, name: str, default: str) -> list[str]:
-    """Return a column as text, with ``default`` in its place if it is absent, and where it has no value, as after a concatenation."""
+    """Return a column as text, with ``default`` if the column is absent and in rows without a value, as after a concatenation."""
     if name not in table:
         return [default] * len(table)
     return [default if lost else str(v) for v, lost in zip(table[name], table[name].isna(), strict=True)]
