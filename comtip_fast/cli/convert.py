@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from comtip_shards.sections.facts import CountOptions, option_specs, parse_facts
+
 from comtip_fast.cli.options import add_out, check_parent
 
 
@@ -14,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "section",
         metavar="SECTION",
         help="an .h5ad written by predict or embed, another .h5ad with obsm['spatial'], or SHARDS:section_id",
+    )
+    parser.add_argument(
+        "--positions",
+        metavar="KEY",
+        help=next(spec.description for spec in option_specs(CountOptions) if spec.name == "positions"),
     )
     add_out(parser, "NAME.zarr for SpatialData, or a new folder for the files of Space Ranger (h5 matrix and spatial/)")
 
@@ -32,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from comtip_fast.data.convert import provenance, read_section, write_space_ranger, write_spatialdata
 
-    data = read_section(args.section)
+    data = read_section(args.section, parse_facts({"positions": args.positions})[2].positions)
     try:
         (write_spatialdata if out.suffix == ".zarr" else write_space_ranger)(data, out)
     except SourceError as error:

@@ -54,7 +54,7 @@ CORRECT = "correct it in uns['spatial']"
 """What to do about an invalid image or scale factor: a conversion has no option that replaces it."""
 
 
-def read_section(spec: str | Path) -> ad.AnnData:
+def read_section(spec: str | Path, positions: str | None = None) -> ad.AnnData:
     """Return a section as AnnData with positions and, if the input has them, image and scale.
 
     Parameters
@@ -62,12 +62,15 @@ def read_section(spec: str | Path) -> ad.AnnData:
     spec
         An ``.h5ad`` with ``obsm["spatial"]``, e.g. of ``comtip predict`` or ``comtip embed``, or ``FILE.h5ad:SECTION`` if it has several
         sections; or ``SET:SECTION`` of a shard set in a folder, whose raw counts are read into ``X``.
+    positions
+        Key of ``obsm`` with the positions; by default ``spatial``, else another usual name.
 
     Raises
     ------
     SourceError
-        There is no such section, or there are several and none is named; the file cannot be read; a spot has no position; or
-        ``spec`` is a URL or a folder that is not a shard set.
+        There is no such section, or there are several and none is named; the file cannot be read; there are no spots, or a spot has
+        no position; ``positions`` does not exist, or ``spec`` is a shard set, which has no such keys; or ``spec`` is a URL or a
+        folder that is not a shard set.
     ShardError
         The shard set is damaged.
     FileNotFoundError
@@ -79,6 +82,8 @@ def read_section(spec: str | Path) -> ad.AnnData:
         )
     path, section_id = split_spec(str(spec))
     if (path / "manifest.json").is_file():
+        if positions is not None:
+            raise SourceError(f"{path}: a shard set, whose positions are known; leave `positions` out")
         return _from_shards(ShardSet(path), section_id)
     if path.is_dir():
         raise SourceError(
@@ -89,8 +94,10 @@ def read_section(spec: str | Path) -> ad.AnnData:
     library = chosen_library(store, section_id)[1]
     if library.lost:
         log.warning("%s: %s", path, library.lost)
-    xy = read_centres(store, CountOptions(), [])
+    xy = read_centres(store, CountOptions(positions=positions), [])
     rows = library.rows(data.obs)
+    if not len(rows):
+        raise SourceError(f"{path}: the section has no spots; give a file with spots")
     if len(rows) < data.n_obs:
         data = data[rows].copy()
     lost = int((~np.isfinite(xy[rows])).any(axis=1).sum())

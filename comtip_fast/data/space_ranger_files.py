@@ -36,13 +36,14 @@ def features_of(data: ad.AnnData) -> dict[str, list[str]]:
 def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str, path: Path) -> None:
     """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
     given: Any = data.X
-    # SciPy has no float16; and without a copy, sum_duplicates would change the arrays of the caller.
-    matrix = sparse.csr_matrix(given.astype(np.float32) if given.dtype == np.float16 else given, copy=True)
+    # SciPy has no float16; sums of duplicate entries may exceed small integers; and a copy leaves the arrays of the caller unchanged.
+    dtype = np.int64 if given.dtype.kind in "biu" else np.promote_types(given.dtype, np.float32)
+    matrix = sparse.csr_matrix(given.astype(dtype), copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     values = matrix.data
     whole = np.issubdtype(values.dtype, np.integer) or bool((values == np.rint(values)).all())
-    counts = whole and (not values.size or np.abs(values).max() <= np.iinfo(np.int32).max)
+    counts = whole and (not values.size or np.abs(values).max() < 2.0**31)
     with h5py.File(path, "w") as file:
         file.attrs["filetype"], file.attrs["version"] = "matrix", 2
         file.attrs["library_ids"] = np.array([name.encode()])

@@ -212,6 +212,7 @@ class SourceFuzzer:
             for name, source in SOURCES.items()
         }
         self.guard = Guard.install()
+        self.rest = _rss_bytes()
 
     def intact_outcome(self, name: str) -> Outcome:
         """Return the outcome of an intact source, which must be ``reads``."""
@@ -269,7 +270,7 @@ class SourceFuzzer:
         changed = self.guard.seen or ([] if _listing(case / home) == before else ["the source was changed"])
         if changed:
             outcome, detail = "escaped", f"changes outside the output folder: {changed[:3]}"
-        if peak > MEMORY_BYTES >= held:
+        if peak - max(0, held - self.rest) > MEMORY_BYTES:  # without what earlier cases left behind
             outcome, detail = "escaped", f"{peak >> 20} MiB of memory; {detail}"
         return Outcome(number, name, what, outcome, detail, round(seconds, 3), peak >> 20)
 

@@ -412,3 +412,36 @@ def test_a_grey_picture_is_refused_with_a_fix_that_a_conversion_has(section: ad.
     images["hires"] = images["hires"][..., 0]
     with pytest.raises(SourceError, match=r"expected \(height, width, 3\); correct it in uns\['spatial'\]"):
         write_space_ranger(data, tmp_path / "out")
+
+
+def test_positions_under_another_key(section: ad.AnnData, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = section.copy()
+    data.obsm["X_warped"] = data.obsm["spatial"] + 7
+    data.write_h5ad(tmp_path / "a.h5ad")
+    command = ["convert", str(tmp_path / "a.h5ad"), "--out", str(tmp_path / "outs")]
+    for key in ("X_other", ""):
+        assert main([*command, "--positions", key]) == 2
+    errors = capsys.readouterr().err
+    assert "no obsm['X_other']; set --positions to the key" in errors
+    assert main([*command, "--positions", "X_warped"]) == 0
+    table = pd.read_csv(tmp_path / "outs" / "spatial" / "tissue_positions.csv", index_col=0)
+    written = table.loc[data.obs_names, ["pxl_col_in_fullres", "pxl_row_in_fullres"]]
+    np.testing.assert_allclose(written, data.obsm["X_warped"], atol=0.5)
+
+
+def test_a_section_without_spots_is_refused(section: ad.AnnData, tmp_path: Path):
+    section[:0].write_h5ad(tmp_path / "none.h5ad")
+    with pytest.raises(SourceError, match=r"none\.h5ad: the section has no spots"):
+        read_section(tmp_path / "none.h5ad")
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 200), (np.float32, 2**31 - 1)])
+def test_counts_beyond_their_type_are_not_wrapped(section: ad.AnnData, tmp_path: Path, dtype: type, value: int):
+    """Duplicate entries are summed, and float32 rounds 2^31 - 1 to 2^31, which int32 does not hold."""
+    data = section.copy()
+    n = data.n_obs
+    entries = (np.full(2 * n, value, dtype), np.zeros(2 * n, int), np.arange(n + 1) * 2)
+    data.X = sparse.csr_matrix(entries, shape=data.shape)
+    write_space_ranger(data, tmp_path / "out")
+    with h5py.File(tmp_path / "out" / MATRIX) as file:
+        np.testing.assert_array_equal(file["matrix/data"][()], np.full(n, 2.0 * np.float32(value)))

@@ -19,9 +19,10 @@ from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
 from comtip_shards.sources.files import table_size
 from comtip_shards.sources.files.packaging import is_gzip, read_packed, unpacked
-from comtip_shards.sources.files.tables import read_counts_table, read_table
+from comtip_shards.sources.files.tables import as_counts, read_counts_table, read_table
 from comtip_shards.sources.geometry import median_gap
 from comtip_shards.sources.tenx.matrix import TenxMatrix
+from scipy import sparse
 
 from testkit.source_fuzz.corpus import SPATIAL_FACTS, anndata, anndata_dense, visium_mex
 from testkit.tenx import write_h5
@@ -68,7 +69,7 @@ DAMAGE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "X is a list": (lambda f: (f.pop("X"), f.create_dataset("X", data=np.arange(3.0))), "X (is|cannot be read)"),
     "one row of positions less": (
         lambda f: replaced(f, "obsm/spatial", f["obsm/spatial"][:-1]),
-        "obsm.'spatial'. has 23 rows",
+        "obsm.spatial has 23 rows, but obs has 24",
     ),
     "spots at one position": (
         lambda f: replaced(f, "obsm/spatial", np.full((24, 2), 50.0)),
@@ -84,6 +85,50 @@ def test_a_damaged_h5ad(tmp_path: Path, name: str):
     with h5py.File(path, "r+") as file:
         damage(file)
     with pytest.raises(SourceError, match=rf"a\.h5ad: {message}"):
+        open_source(path, overrides=SPATIAL_FACTS)[0].read()
+
+
+@pytest.mark.parametrize("shape", [(24 * 10**5, 116), (24, 10**7)], ids=["rows", "columns"])
+@pytest.mark.parametrize(("layer", "key"), [("X", "X"), ("counts", "layers/counts"), ("raw", "raw/X")])
+def test_a_dense_matrix_of_another_shape_is_refused_before_it_is_read(
+    tmp_path: Path, layer: str, key: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    path = anndata(tmp_path)
+    with h5py.File(path, "r+") as file:
+        if key == "raw/X":
+            file.copy("var", file.require_group("raw"), "var")
+        if key in file:
+            del file[key]
+        file.create_dataset(key, shape, np.int8, chunks=(24, 58), compression="gzip")
+    read: list[int] = []
+    plain = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda s, at: (read.append(s.size), plain(s, at))[1])
+    with pytest.raises(
+        SourceError, match=rf"a\.h5ad: {key} has [\d,]+ (rows|columns), but (obs|var|raw/var) has \d+ rows"
+    ):
+        open_source(path, overrides=SPATIAL_FACTS | {"layer": layer})[0].read()
+    assert max(read) < 10**5
+
+
+def test_sums_above_int32_are_refused(tmp_path: Path):
+    doubled = sparse.csr_matrix(
+        (np.array([2**31 - 1, 1, 3], np.int32), np.array([0, 0, 1]), np.array([0, 3])), shape=(1, 2)
+    )
+    with pytest.raises(
+        SourceError, match=r"m: 1 values that are not counts, the first is 2147483648 \(too large; spot s, gene a\)"
+    ):
+        as_counts(doubled, Path("m"), ["s"], ["a", "b"])
+    largest = sparse.csr_matrix(np.array([[2**31 - 1]], np.float32))
+    with pytest.raises(SourceError, match=r"the first is 2147483648 \(too large"):
+        as_counts(largest, Path("m"), ["s"], ["a"])
+    path = anndata(tmp_path)
+    data = ad.read_h5ad(path)
+    data.X = data.X.astype(np.int64)
+    data.X[0, :2] = 2**31 - 1
+    ids = data.var["gene_ids"].tolist()
+    data.var["gene_ids"] = [ids[0], ids[0], *ids[2:]]
+    data.write_h5ad(path)
+    with pytest.raises(SourceError, match=rf"a\.h5ad: the columns of {ids[0]} sum to 4,294,967,294 in one spot"):
         open_source(path, overrides=SPATIAL_FACTS)[0].read()
 
 

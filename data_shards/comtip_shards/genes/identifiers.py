@@ -221,19 +221,7 @@ class GeneMap:
         SourceError
             A summed count exceeds int32; the message starts with ``where`` and names the key.
         """
-        known = np.flatnonzero(self.column_to_key >= 0)
-        shape = (counts.shape[1], len(self.keys))
-        ones = np.ones(known.size, np.int64)
-        to_key = sparse.csr_matrix((ones, (known, self.column_to_key[known])), shape=shape)
-        out = sparse.csr_matrix(counts.astype(np.int64) @ to_key, dtype=np.int64)
-        out.sort_indices()
-        if out.nnz and out.data.max() > np.iinfo(np.int32).max:
-            key = self.keys[int(out.indices[out.data.argmax()])]
-            raise SourceError(
-                f"{where}: the columns of {key} sum to {out.data.max():,} in one spot, but at most 2,147,483,647 can be stored; check "
-                "that the counts are raw"
-            )
-        return out.astype(np.int32)
+        return sum_columns(counts, self.column_to_key, self.keys, where)
 
     def report(self) -> str:
         """Return a summary of the mapped, summed, repaired and unmapped columns, one per line."""
@@ -337,3 +325,36 @@ def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit
         stem = known.get(match["stem"]) if match is not None else None
         out.append(hit if stem is None else replace(stem, how="tail"))
     return out
+
+
+def sum_columns(counts: sparse.csr_matrix, key_of: np.ndarray, keys: Sequence[str], where: str) -> sparse.csr_matrix:
+    """Return counts per key, int32 CSR (n, len(keys)): the columns of a key are summed.
+
+    Parameters
+    ----------
+    counts
+        Raw counts, integers (n, n_columns).
+    key_of
+        Row of ``keys`` of each column, (n_columns,); columns with a negative value are dropped.
+    keys
+        Names for messages.
+    where
+        Source of the counts, with which messages start.
+
+    Raises
+    ------
+    SourceError
+        A summed count exceeds int32.
+    """
+    known = np.flatnonzero(key_of >= 0)
+    ones = np.ones(known.size, np.int64)
+    to_key = sparse.csr_matrix((ones, (known, key_of[known])), shape=(counts.shape[1], len(keys)))
+    out = sparse.csr_matrix(counts.astype(np.int64) @ to_key, dtype=np.int64)
+    out.sort_indices()
+    if out.nnz and out.data.max() > np.iinfo(np.int32).max:
+        key = keys[int(out.indices[out.data.argmax()])]
+        raise SourceError(
+            f"{where}: the columns of {key} sum to {out.data.max():,} in one spot, but at most 2,147,483,647 can be stored; check "
+            "that the counts are raw"
+        )
+    return out.astype(np.int32)

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.identifiers import sum_columns
 from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.anndata_parts.counts import raw_counts
@@ -158,7 +159,7 @@ def annotated(
     genes = features.only_genes()
     counts = as_counts(sparse.csr_matrix(matrix[:, features.genes()]), path, names, genes.ids)
     tally = counts_by_kind(features.kinds, np.asarray(matrix.sum(axis=0)).ravel())
-    counts, genes, doubles = _merged(counts, genes)
+    counts, genes, doubles = _merged(counts, genes, path)
     spots = SpotPositions(names, xy, _array(obs), _labels(obs), in_tissue(obs, path))
     notes = [*notes, *features.others_note(tally), *doubles]
     return join(meta, image, counts, names, genes.ids, genes.symbols, spots, path, path, notes)
@@ -171,18 +172,17 @@ def column_or(table: pd.DataFrame, name: str, default: str) -> list[str]:
     return [default if lost else str(v) for v, lost in zip(table[name], table[name].isna(), strict=True)]
 
 
-def _merged(counts: sparse.csr_matrix, genes: Features) -> tuple[sparse.csr_matrix, Features, list[str]]:
+def _merged(counts: sparse.csr_matrix, genes: Features, path: Path) -> tuple[sparse.csr_matrix, Features, list[str]]:
     """Sum columns with the same gene identifier; returns the counts, their genes, and a note if columns were summed."""
     first = {name: i for i, name in reversed(list(enumerate(genes.ids)))}
     if len(first) == len(genes.ids):
         return counts, genes, []
     kept = sorted(first.values())
     column = {genes.ids[i]: k for k, i in enumerate(kept)}
-    to = [column[name] for name in genes.ids]
-    sums = sparse.csr_matrix((np.ones(len(to), np.int64), (np.arange(len(to)), to)), (len(to), len(kept)))
+    to = np.array([column[name] for name in genes.ids])
     merged = Features([genes.ids[i] for i in kept], [genes.symbols[i] for i in kept], [GENE_KIND] * len(kept))
     note = f"{len(genes.ids) - len(kept)} columns have the identifier of another one and are summed with it"
-    return sparse.csr_matrix(counts @ sums, dtype=np.int32), merged, [note]
+    return sum_columns(counts, to, merged.ids, str(path)), merged, [note]
 
 
 def _array(obs: pd.DataFrame) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import anndata as ad
 import h5py
+import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
@@ -257,7 +258,38 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
         check_entries(group["indptr"][()], int(shape[1 if kind == "csr_matrix" else 0]), f"{path}: {key}")
 
 
+def _check_shape(root: Any, key: str, path: Path) -> None:
+    """Check rows and columns of a matrix against ``obs`` and ``var`` before it is read: an empty dataset of a few bytes can claim any shape."""
+    if key not in ("X", "raw/X") and not key.startswith(("layers/", "obsm/")):
+        return
+    shape = _shape_of(root, key)
+    if len(shape) != 2:  # refused by _checked
+        return
+    tables = ("obs",) if key.startswith("obsm/") else ("obs", "raw/var" if key == "raw/X" else "var")
+    for table, found, axis in zip(tables, shape, ("rows", "columns"), strict=False):
+        length = next(iter(_shape_of(root, table)), found)
+        if found != length:
+            raise SourceError(
+                f"{path}: {key} has {found:,} {axis}, but {table} has {length:,} rows; copy or download the file again, or write it "
+                "again with anndata"
+            )
+
+
+def _shape_of(root: Any, key: str) -> tuple[int, ...]:
+    """Return the shape of a matrix, or the number of rows of a table, from its metadata; empty if the file does not state it."""
+    if key not in root:
+        return ()
+    item = root[key]
+    if hasattr(item, "keys"):
+        index = str(item.attrs.get("_index", "_index"))
+        shape = item.attrs["shape"] if "shape" in item.attrs else getattr(item.get(index), "shape", ())
+    else:
+        shape = getattr(item, "shape", ())
+    return tuple(int(n) for n in np.atleast_1d(shape if shape is not None else ()))
+
+
 def _read_part(root: Any, key: str, path: Path) -> Any:
+    _check_shape(root, key, path)
     _check_columns(root, key, path)
     _check_sparse(root, key, path)
     try:

@@ -15,6 +15,7 @@ import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
+from comtip_shards.sources.files.hdf5_lengths import check_lengths
 from comtip_shards.sources.files.hdf5_probe import probe_hdf5
 from comtip_shards.sources.files.opening import fix_of
 
@@ -46,9 +47,9 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     Raises
     ------
     SourceError
-        The file is missing or not HDF5, hangs or crashes the HDF5 library, has more objects or deeper groups than allowed or a
-        dataset that claims far more bytes than are stored, or contains a soft or external link, external storage or a virtual
-        dataset. Files that it refers to are never opened.
+        The file is missing or not HDF5, hangs or crashes the HDF5 library, has more objects or deeper groups than allowed, a dataset
+        that claims far more bytes than are stored or an element that is longer than the file, or contains a soft or external link,
+        external storage or a virtual dataset. Files that it refers to are never opened.
     """
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
@@ -152,3 +153,4 @@ def _check_dataset(data: h5py.Dataset, location: str, path: Path) -> None:
         raise SourceError(
             f"{path}: {shown(location)} is {kind}, and other files are not read; write the file again with the data in it ({COPY})"
         )
+    check_lengths(data, location, path)

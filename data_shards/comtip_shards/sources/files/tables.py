@@ -170,7 +170,7 @@ def _header(path: Path, sep: str) -> list[str]:
 def as_counts(
     matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str], *, what: str = "", fix: str = ""
 ) -> sparse.csr_matrix:
-    """Return raw counts as int32 CSR after validating them; floats with integer values are accepted.
+    """Return raw counts as int32 CSR after validating them; floats with integer values are accepted, doubled entries are summed.
 
     Parameters
     ----------
@@ -188,9 +188,10 @@ def as_counts(
     SourceError
         A value is not finite, negative, fractional or above 2^31 - 1.
     """
-    matrix = sparse.csr_matrix(matrix)
+    matrix = _without_doubles(sparse.csr_matrix(matrix))
     data = matrix.data
-    bad = ~np.isfinite(data) | (data < 0) | (data != np.rint(data)) | (data > np.iinfo(np.int32).max)
+    # 2^31, not 2^31 - 1: in float32 the latter is rounded to the former.
+    bad = ~np.isfinite(data) | (data < 0) | (data != np.rint(data)) | (data >= 2.0**31)
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
@@ -213,6 +214,15 @@ def as_counts(
     out.eliminate_zeros()
     out.sort_indices()
     return out
+
+
+def _without_doubles(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return a matrix whose entries at the same row and column are summed, in int64 so that integers do not overflow."""
+    if matrix.has_canonical_format:
+        return matrix
+    matrix = matrix.astype(np.int64) if matrix.dtype.kind in "iu" and matrix.dtype.itemsize < 8 else matrix.copy()
+    matrix.sum_duplicates()
+    return matrix
 
 
 def flags(values: Any, where: str) -> np.ndarray:

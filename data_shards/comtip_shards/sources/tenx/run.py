@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -137,13 +138,16 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def scale_factors(path: Path) -> dict[str, float]:
-    """Return the numbers in ``scalefactors_json.json``, by name; raises SourceError if the file is missing or not a JSON object."""
+    """Return the finite numbers in ``scalefactors_json.json``, by name: NaN, which Python's json writes, counts as missing.
+
+    Raises SourceError if the file is missing or not a JSON object.
+    """
     out: dict[str, float] = {}
     for key, value in read_json(path, "scale factors of the images").items():
         single = value[0] if isinstance(value, list) and len(value) == 1 else value  # R's jsonlite writes [0.17]
         with suppress(TypeError, ValueError, OverflowError):
             out[str(key)] = float(single)
-    return out
+    return {key: value for key, value in out.items() if math.isfinite(value)}
 
 
 # -- images -------------------------------------------------------------------------------------------------
