@@ -52,6 +52,8 @@ class Setting:
     rounds: int
     spots: int
     """Spots per round and contender."""
+    panel: int | None = None
+    """Genes per batch, whose levels are decoded; None: at most 256."""
 
     @property
     def config(self) -> RunConfig:
@@ -59,7 +61,11 @@ class Setting:
         data = DataConfig(
             shards=str(self.shards.path), batch_size=self.batch_size, workers=self.workers, expression="records"
         )
-        return RunConfig(data=data, panel=PanelConfig(min_genes=256, max_genes=256), train=TrainConfig(threads=1))
+        return RunConfig(
+            data=data,
+            panel=PanelConfig(min_genes=self.panel or 256, max_genes=self.panel or 256),
+            train=TrainConfig(threads=1),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,11 @@ def load_inputs(setting: Setting) -> LoaderInputs:
         raise ValueError(
             f"{setting.shards.name}: {streamed.spots.size} training spots, fewer than a batch of {setting.batch_size}; give a smaller "
             "`batch_size`, or a larger set with `shards`"
+        )
+    if setting.panel is not None and len(streamed.genes.trained) < setting.panel:
+        raise ValueError(
+            f"{setting.shards.name}: {len(streamed.genes.trained)} trained genes, fewer than the {setting.panel} of a panel; give a "
+            "smaller `panel`"
         )
     in_memory = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
     encoded = SpotReader(setting.shards, with_counts=True).fetch(streamed.spots)
@@ -296,8 +307,8 @@ def write_results(
     head = [
         f"# {describe_machine(len(os.sched_getaffinity(0)))}",
         (
-            f"# {setting.shards.manifest.tile.px} px tiles, batches of {setting.batch_size}, {setting.workers} workers, "
-            f"{setting.rounds} rounds of {setting.spots} spots"
+            f"# {setting.shards.manifest.tile.px} px tiles, batches of {setting.batch_size}, panels of {setting.panel or 'up to 256'} genes, "
+            f"{setting.workers} workers, {setting.rounds} rounds of {setting.spots} spots"
         ),
     ]
     _write_csv(folder / "results.csv", head, COLUMNS, [list(r.values()) for r in rows_of(contenders)])

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
     loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     loader.add_argument(
+        "--panel", type=at_least(1), help="genes per batch, whose levels are decoded (default: at most 256)"
+    )
+    loader.add_argument(
         "--epochs", type=at_least(0), default=20, help="epochs to measure memory over (default 20; 0: do not measure)"
     )
     loader.set_defaults(act=_loader)
@@ -150,7 +153,7 @@ def _loader(args: argparse.Namespace) -> int:
     _check_positive(args, "workers", "batch_size", "rounds", "spots")
     torch.set_num_threads(1)
     shards = _open_set(args, 224)
-    setting = loaders.Setting(shards, args.workers, args.batch_size, args.rounds, args.spots)
+    setting = loaders.Setting(shards, args.workers, args.batch_size, args.rounds, args.spots, args.panel)
     resident = loaders.memory(setting, args.epochs) if args.epochs else {}
     contenders = loaders.contenders_of(setting, loaders.load_inputs(setting))
     loaders.measure(setting, contenders)

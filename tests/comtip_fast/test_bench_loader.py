@@ -30,13 +30,13 @@ def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: P
         "loader",
     ]
     command += ["--shards", str(tiny_shards.path), "--work", str(tmp_path), "--rounds", "1", "--spots", "24"]
-    command += ["--batch-size", "8", "--epochs", "1", "--workers", "1"]
+    command += ["--batch-size", "8", "--epochs", "1", "--workers", "1", "--panel", "5"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert "commit" in lines[0]
-    assert "32 px tiles, batches of 8" in lines[1]
+    assert "32 px tiles, batches of 8, panels of 5 genes" in lines[1]
     rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
     wanted = {bench.TORCH, bench.WDS, bench.PIL_LIMIT}
     if dali_is_installed():
@@ -45,6 +45,12 @@ def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: P
     assert wanted == set(rows)
     assert all(float(r["spots_per_s"]) > 0 and float(r["cpu_ms_per_spot"]) > 0 for r in rows.values())
     assert (tmp_path / "memory.csv").read_text().count(",1,") == 1 + dali_is_installed()
+
+
+def test_a_panel_larger_than_the_trained_genes_is_refused(tiny_shards: ShardSet):
+    setting = bench.Setting(tiny_shards, 1, 8, 1, 24, panel=10**6)
+    with pytest.raises(ValueError, match=r"trained genes, fewer than the 1000000 of a panel; give a smaller `panel`"):
+        bench.load_inputs(setting)
 
 
 def test_the_comparison_measures_peers_and_loaders(tiny_shards: ShardSet, tmp_path: Path):
