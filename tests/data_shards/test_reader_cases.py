@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.sources import detect, open_source, space_ranger
+from comtip_shards.study.headers import section_size
 from PIL import Image
 from scipy import io as sio
 from scipy import sparse as sp
@@ -426,9 +427,11 @@ def test_the_h5_of_cell_ranger_2_with_two_genomes(run: Path):
 def test_antibodies_are_excluded(tmp_path: Path):
     m = np.concatenate([COUNTS, COUNTS[:, :1]], axis=1)
     kinds = ["Gene Expression"] * 6 + ["Antibody Capture"]
-    (section,) = read(visium(tmp_path / "x", m, ids=[*IDS, "CD3E"], names=[*SYM, "CD3E"], kinds=kinds))
+    run = visium(tmp_path / "x", m, ids=[*IDS, "CD3E"], names=[*SYM, "CD3E"], kinds=kinds)
+    (section,) = read(run)
     is_the_run(section)
     assert "1 features are not genes: Antibody Capture" in section.notes
+    assert section_size(open_source(run)[0]).genes == 6
 
 
 @pytest.mark.parametrize("column", [0, 6])

@@ -26,6 +26,7 @@ from comtip_shards.sources.anndata_parts.picture import library_names
 from comtip_shards.sources.base import Preview, SectionSource
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.table_size import MAX_LINE
+from comtip_shards.sources.tenx.features import GENE_KIND
 from comtip_shards.storage.regular_file import read_regular
 
 WIDE = 12
@@ -44,7 +45,7 @@ class SectionSize:
     spots: int | None = None
     """Upper bound on the number of spots; an estimate for pooled sections."""
     genes: int | None = None
-    """Number of genes or other features."""
+    """Number of genes; in a MEX matrix, of features."""
     image: str = ""
     """Name of the image, "" if it is unknown."""
     image_px: tuple[int, int] | None = None
@@ -113,8 +114,11 @@ def _suffix(path: Path) -> str:
 def _hdf5(file: h5py.File, path: Path, meta: SectionMeta) -> dict[str, Any]:
     """Return the size stated in a 10x matrix, an AnnData, or a file of HEST patches."""
     if "matrix/shape" in file:
-        genes, barcodes = (int(n) for n in file["matrix/shape"][:2])
-        return {"spots": barcodes, "genes": genes}
+        features, barcodes = (int(n) for n in file["matrix/shape"][:2])
+        kinds = file.get("matrix/features/feature_type")
+        if kinds is not None and kinds.shape == (features,):  # antibodies and others are not trained
+            features = int(np.isin(kinds[:].astype(bytes), [GENE_KIND.encode(), b""]).sum())
+        return {"spots": barcodes, "genes": features}
     if "img" in file and isinstance(file["img"], h5py.Dataset):
         return {"spots": int(file["img"].shape[0]), "image": f"{path.name} (patches)"}
     if "X" not in file and "obs" not in file:
