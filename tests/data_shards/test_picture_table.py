@@ -229,6 +229,9 @@ CASES = {
     # -- colour spaces --------------------------------------------------------------------------------------------
     "grey": Case("grey", tiff(GREY, photometric="minisblack"), GREY_RGB),
     "white is zero": Case("grey", tiff(255 - GREY, photometric="miniswhite"), GREY_RGB),
+    "white is zero, 16 bits with sign": Case(
+        "grey", tiff((32767 - np.rint(GREY * (32767 / 255))).astype("i2"), photometric="miniswhite"), GREY_RGB
+    ),
     "white is zero, 16 bits": Case("grey", tiff(65535 - GREY.astype("u2") * 257, photometric="miniswhite"), GREY_RGB),
     "one bit": Case("grey", pillow("1", values=np.where(GREY_RGB > 180, 255, 0).astype("u1")), GREY_RGB // 181 * 255),
     "one bit, white is zero": Case("grey", tiff(GREY <= 180, photometric="miniswhite"), GREY_RGB // 181 * 255),

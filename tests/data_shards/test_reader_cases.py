@@ -431,7 +431,7 @@ def test_antibodies_are_excluded(tmp_path: Path):
     (section,) = read(run)
     is_the_run(section)
     assert "1 features are not genes: Antibody Capture" in section.notes
-    assert section_size(open_source(run, overrides={"species": "human", "tissue": "breast"})[0]).genes == 6
+    assert section_size(open_source(run, overrides=VIS)[0]).genes == 6
 
 
 @pytest.mark.parametrize("column", [0, 6])

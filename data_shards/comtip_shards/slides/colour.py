@@ -52,7 +52,7 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premult
 
 
 def peak_of(values: np.ndarray, where: str = "the image") -> float:
-    """Return the value of white: 255 for uint8, else the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
+    """Return the value of white: 255 for uint8, else the smallest of 1, 255, 4095 (12 bits) and 65535 (32767 in int16) that no pixel exceeds.
 
     1 applies to floating point and bool; floating-point values may exceed it by 2 %, because filters overshoot. Cameras store
     12 bits in 16; scaled as 16 bits, such an image would be black.
@@ -71,7 +71,7 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
             f"{where}: pixel values of type {values.dtype} are not an image; convert them to 8 or 16 bits"
         )
     high = float(values.max(initial=0))
-    for peak in (1.0, 255.0, 4095.0, 65535.0):
+    for peak in (1.0, 255.0, 4095.0, 32767.0 if values.dtype == np.int16 else 65535.0):
         if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
             return peak
     raise SourceError(
@@ -118,8 +118,10 @@ def tiff_decoder(page: Any, where: str) -> Decode | None:
 def _inverted(values: np.ndarray, bits: int) -> np.ndarray:
     if values.dtype == np.bool_:
         return ~values
-    top = 1.0 if np.issubdtype(values.dtype, np.floating) else 2**bits - 1
-    return np.asarray(top - values, values.dtype)
+    if np.issubdtype(values.dtype, np.floating):
+        return np.asarray(1.0 - values, values.dtype)
+    top = min(2**bits - 1, np.iinfo(values.dtype).max)  # values of signed types have one bit less
+    return np.asarray(top - np.clip(values, 0, top), values.dtype)
 
 
 def _scaled_depth(values: np.ndarray, bits: int) -> np.ndarray:
