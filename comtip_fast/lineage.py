@@ -42,16 +42,18 @@ Split = Literal["train", "val", "test", ""]
 
 
 def _check_spots(text: str) -> str:
-    """Return the sketch of spots ``text``; raise ValueError unless it is base64 of 64-bit hashes."""
-    if len(base64.b64decode(text, validate=True)) % 8:
-        raise ValueError("not base64 of 64-bit hashes, because its length in bytes is not a multiple of 8")
+    """Return the sketch of spots ``text``; raise ValueError unless it is base64 of 64-bit hashes. Callers add file, field and fix."""
+    size = len(base64.b64decode(text, validate=True))
+    if size % 8:
+        raise ValueError(f"expected 64-bit hashes in base64, found {size} bytes, which is not a multiple of 8")
     return text
 
 
 def _check_picture(text: str) -> str:
-    """Return the sketch of an image ``text``; raise ValueError unless it is empty or base64 of 256 bits."""
-    if text and len(base64.b64decode(text, validate=True)) != 32:
-        raise ValueError("not 256 bits")
+    """Return the sketch of an image ``text``; raise ValueError unless it is empty or base64 of 256 bits. Callers add the rest."""
+    size = len(base64.b64decode(text, validate=True))
+    if text and size != 32:
+        raise ValueError(f"expected 256 bits in base64, found {8 * size}")
     return text
 
 

@@ -36,7 +36,7 @@ MB = 1e6
 def contenders_of(setting: Setting, inputs: LoaderInputs, work: Path, rate_mb: float) -> list[Contender]:
     """Return the loaders of other projects, our loaders and the decoders, those with worker processes first.
 
-    ``rate_mb`` adds contenders with a storage limited to this many MB/s; 0 adds none.
+    If ``rate_mb`` is above 0, some loaders are also measured on a storage limited to this many MB/s.
     """
     shards, config, size = setting.shards, setting.config.data, inputs.bytes_per_spot
     panel = np.sort(np.random.default_rng(0).permutation(inputs.streamed.genes.trained.size)[:256])
@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder for built files (default runs/bench_loader)",
     )
     parser.add_argument("--out", type=Path, help="folder for the result files (default: the --work folder)")
-    parser.add_argument("--workers", type=int, default=2, help="threads or processes per contender (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="threads or processes per loader or decoder (default 2)")
     parser.add_argument("--batch-size", type=int, default=64, help="spots per batch (default 64)")
     parser.add_argument("--rounds", type=int, default=7, help="number of rounds (default 7)")
-    parser.add_argument("--spots", type=int, default=2000, help="spots per round and contender (default 2000)")
+    parser.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     parser.add_argument(
         "--rate", type=float, default=100.0, help="storage rate of the rate-limited rows in MB/s (default 100; 0: none)"
     )

@@ -1,4 +1,4 @@
-"""Spatial blocks of a section: spots to fit on, and spots to test on that share no pixel with them.
+"""Split of a section into spatial blocks of spots for fitting, and test spots whose tiles share no pixel with theirs.
 
 Neighbouring spots are similar, and tiles are often wider than the distance between spots. A random choice of spots would
 test a model on what it was fitted to. Fit spots therefore form compact blocks, and test spots keep a margin from these blocks.
@@ -24,10 +24,12 @@ FOLDS = 4
 
 @dataclass(frozen=True)
 class BlockSplit:
-    """Indices of the spots of a section to fit on and to test on; all others are the margin."""
+    """Indices of the fit spots and test spots of a section; all other spots form the margin between them and are not used."""
 
     fit: np.ndarray
+    """int64, ascending: spots to which a correction is fitted."""
     test: np.ndarray
+    """int64, ascending: spots on which it is evaluated."""
 
 
 def split_blocks(

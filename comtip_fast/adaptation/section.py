@@ -67,7 +67,7 @@ def read_section(
     spec
         A SECTION as for :func:`comtip_fast.data.sections.open_section`, with raw counts.
     options
-        Stated facts and options. Outside of a shard set, tissue and donor must be stated.
+        Facts and options that the caller states. For input other than a shard set, tissue and donor are required.
     fmt
         Format of a source; ``auto`` detects it.
 

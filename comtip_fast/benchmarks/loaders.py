@@ -51,7 +51,7 @@ class Setting:
     batch_size: int
     rounds: int
     spots: int
-    """Spots per round and contender."""
+    """Spots per round and loader or decoder."""
     panel: int | None = None
     """Genes per batch, whose levels are decoded; None: at most 256."""
 
@@ -70,7 +70,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class LoaderInputs:
-    """Data that all contenders read."""
+    """Data that the measured loaders and decoders read."""
 
     streamed: TrainingTables
     """Tables of a run that decodes levels from the records."""
@@ -142,9 +142,9 @@ def contenders_of(setting: Setting, inputs: LoaderInputs) -> list[Contender]:
 
 
 def measure(setting: Setting, contenders: list[Contender]) -> None:
-    """Start the contenders in their order, run all rounds, and close them.
+    """Start the loaders and decoders in their order, run all rounds, and close them.
 
-    Contenders that fork worker processes must come before those that use DALI, whose threads do not survive a fork.
+    Those that fork worker processes must precede those that use DALI, whose threads do not survive a fork.
     """
     try:
         for contender in contenders:
@@ -247,7 +247,7 @@ COLUMNS = ("contender", "spots_per_s", "lowest", "highest", "cpu_ms_per_spot", "
 
 
 def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-    """Return one row per contender, with the columns :data:`COLUMNS`."""
+    """Return one row per loader or decoder, with the columns :data:`COLUMNS`."""
     return [
         {
             "contender": c.name,
@@ -262,9 +262,9 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
 
 
 def ratios(contenders: Sequence[Contender], pairs: Sequence[tuple[str, str, str]] = RATIOS) -> dict[str, float]:
-    """Return, by label, the median over rounds of the ratio of spots per second of two contenders.
+    """Return, by label, the median over rounds of the ratio of spots per second of two loaders or decoders.
 
-    ``pairs`` are (label, numerator, denominator); a pair is left out if one of its contenders was not measured.
+    ``pairs`` are (label, numerator, denominator); a pair is left out if one of the two was not measured.
     """
     rate = {c.name: np.array(c.spots_per_s) for c in contenders}
     return {

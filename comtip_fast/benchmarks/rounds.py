@@ -1,4 +1,4 @@
-"""Measure several contenders in interleaved rounds, so that a slow period of the machine affects all of them."""
+"""Measure several loaders or decoders (contenders) in interleaved rounds, so that a slow period of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 @dataclass
 class Contender:
-    """A source of batches to be measured."""
+    """A loader or decoder to be measured, and its results."""
 
     name: str
     batches: Generator[int, None, None]
@@ -45,13 +45,13 @@ def run_rounds(contenders: list[Contender], *, rounds: int, spots: int, warm: in
     Parameters
     ----------
     contenders
-        The contenders; results are appended to each.
+        The loaders and decoders; results are appended to each.
     rounds
         Number of rounds.
     spots
-        Minimum number of spots per round and contender.
+        Minimum number of spots per round and loader or decoder.
     warm
-        Batches discarded at the start of each round, which were prefetched while other contenders ran.
+        Batches discarded at the start of each round, which were prefetched while the others ran.
     """
     for _ in range(rounds):
         for c in contenders:

@@ -1,4 +1,4 @@
-"""``comtip bench``: ``loader`` measures the loaders, ``step`` whole training steps, ``hest`` scores encoders on HEST-Benchmark."""
+"""``comtip bench``: ``loader`` measures loaders, ``step`` measures training steps, and ``hest`` scores encoders on HEST-Benchmark."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="steps to measure: ours, plain, open_clip, bleep (default: all; ours is always measured)",
     )
     step.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
-    step.add_argument("--per-round", type=int, default=2, help="training steps per round and contender (default 2)")
+    step.add_argument(
+        "--per-round", type=int, default=2, help="training steps per round and implementation (default 2)"
+    )
     add_device(step)
     step.set_defaults(act=_step)
 

@@ -1,1 +1,1 @@
-"""Data of training and prediction: batches from shard records (genes, levels, step panel, views, loaders), and sections."""
+"""Data of training and prediction: batches from shard records (genes, levels, the panel of genes of a step, views, loaders), and sections."""

@@ -1,4 +1,4 @@
-"""The batch of a training step, the same from every loader."""
+"""The batch of one training step. Every loader returns this class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pads_panels(config: RunConfig, device: torch.device) -> bool:
 
 @dataclass
 class Batch:
-    """B spots and the step panel of G genes; with several ranks, the spots of this rank."""
+    """B spots of one step, and the G genes drawn for this step (the panel); with several ranks, B counts this rank's spots only."""
 
     tiles: Tensor | None
     """uint8 (B, 3, S, S), views of the tiles; None if ``features`` is given."""

@@ -354,5 +354,5 @@ def _write_pictures(data: ad.AnnData, library: _Library, folder: Path) -> None:
 
 
 def provenance(data: ad.AnnData) -> str:
-    """Return the kind of an AnnData: ``prediction`` or ``embedding`` of this package, otherwise ``section``."""
+    """Return what an AnnData holds: ``prediction`` or ``embedding`` if this package wrote it as such, otherwise ``section``."""
     return "prediction" if UNS in data.uns and data.n_vars else "embedding" if UNS in data.uns else "section"

@@ -49,7 +49,7 @@ def measured_counts(
     species
         ``human`` or ``mouse``; not used for a shard set, whose genes have keys.
     options
-        Stated facts and options of a source or an AnnData.
+        Facts and options that the caller states about a source or an AnnData.
     fmt
         Format of a source; ``auto`` detects it.
 

@@ -220,7 +220,7 @@ def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed:
         path, features = spec, "pooled"
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"`encoders` {spec}: not an existing run or export, nor a kind of encoder; give {ENCODER_HELP}"
+            f"`encoders` {spec}: not an existing run or export, nor the name of an encoder; give {ENCODER_HELP}"
         )
     label = Path(path).name + ("" if features == "pooled" else f"@{features}")
     return RunEncoder(Predictor.load(path, device), features, label)

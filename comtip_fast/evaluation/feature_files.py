@@ -94,7 +94,7 @@ class FeatureFiles:
         own = self._table[self._table[SECTION] == section]
         if own.empty:
             raise ValueError(
-                f"{self.path}: no rows of section {section}; write the ids of the sections in the column section"
+                f"{self.path}: no rows of section {section}; write the section id of each spot in the column section"
             )
         values = own.drop(columns=[SECTION, SPOT]).to_numpy(np.float32)
         return SpotFeatures(own[SPOT].tolist(), _finite(values, f"{self.path}, section {section}"))
@@ -154,7 +154,9 @@ def _finite(values_NF: np.ndarray, where: str) -> np.ndarray:
 def _read_table(path: Path) -> pd.DataFrame:
     """Read a table of embeddings; raise ValueError if its format or columns cannot be used."""
     if path.suffix not in (".parquet", ".csv", ".tsv"):
-        raise ValueError(f"{path}: unknown kind of file; give a folder of .h5 files, or a .csv, .tsv or .parquet table")
+        raise ValueError(
+            f"{path}: unsupported file type {path.suffix!r}; give a folder of .h5 files, or a .csv, .tsv or .parquet table"
+        )
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
@@ -168,7 +170,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     missing = [c for c in (SECTION, SPOT) if c not in table]
     if missing:
         raise ValueError(
-            f"{path}: has no column {' and no column '.join(missing)}; write one row per spot with its section"
+            f"{path}: no column {' and no column '.join(missing)}; write one row per spot, with the section id in the column "
+            "section and the spot id in the column spot"
         )
     rest = table.columns.difference([SECTION, SPOT])
     text = [str(c) for c in rest if not pd.api.types.is_numeric_dtype(table[c])]

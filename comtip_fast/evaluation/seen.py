@@ -78,7 +78,11 @@ def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[s
 
 
 def gene_seen(predictor: Predictor, key: str) -> str:
-    """Return how a gene was seen in training: a value of :data:`GENE_SEEN`, or :data:`VECTOR_SEEN`."""
+    """Return how the runs of the lineage used a gene, as the value of the column ``seen`` of ``genes.csv``.
+
+    The result is :data:`VECTOR_SEEN` if no run trained or held out the gene, but there is a gene vector for it. Otherwise it is the
+    value of :data:`GENE_SEEN` for the result of :meth:`comtip_fast.inference.Predictor.training_of`.
+    """
     training = predictor.training_of(key)
     if training == "never seen" and predictor.has_vector(key):
         return VECTOR_SEEN

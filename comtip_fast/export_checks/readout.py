@@ -75,7 +75,7 @@ def check_readout(
         raise ExportError(f"{path}: the header has no list of heads; {FIX}")
     cohort, n_heads = Counter(str(h.get("cohort")) for h in heads).most_common(1)[0]
     if n_heads > 1:
-        raise ExportError(f"{path}: the cohort {cohort!r} has {n_heads} heads; {FIX}")
+        raise ExportError(f"{path}: the cohort {cohort!r} has {n_heads} heads, expected one per cohort; {FIX}")
     shapes: dict[str, tuple[int, ...]] = {}
     for number, head in enumerate(heads):
         blocks = settings.block_names(n_features)

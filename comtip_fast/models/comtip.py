@@ -1,6 +1,6 @@
 """The CoMTIP model, which maps tiles and gene sentences to vectors in the shared space.
 
-Shapes: B spots, P patches, V visible patches, K hidden patches, G genes of the step panel, Q levels, D the shared width.
+Shapes: B spots, P patches, V visible patches, K hidden patches, G genes drawn for the step (the panel), Q levels, D the shared width.
 Losses are in :mod:`comtip_fast.objectives`. Modules return named tuples, because ZeRO 3 finds the tensors of a module's
 output only in tuples, lists and dicts.
 """

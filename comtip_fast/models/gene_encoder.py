@@ -3,7 +3,7 @@
 The sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at ``[GENE]``.
 Tokens attend to tokens of their own sentence only. All sentences are encoded in parallel, packed without padding between them.
 
-Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step panel, Q levels, d the encoder's width.
+Shapes: N sentences of at most T tokens, S tokens in total, G genes drawn for the step (the panel), Q levels, d the encoder's width.
 """
 
 from __future__ import annotations

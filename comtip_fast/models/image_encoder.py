@@ -112,9 +112,9 @@ class VisionEncoder(nn.Module):
         return x.view(B, 3, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(B, k * k, 3, p, p)
 
     def stem_features(self, tiles_B3SS: Tensor) -> Tensor:
-        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem or, without one, patches (B, P, 3, p, p).
+        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem or, without a stem, patches (B, P, 3, p, p).
 
-        Raises like :meth:`cut`.
+        Raises the errors of :meth:`cut`.
         """
         patches = self.cut(tiles_B3SS)
         if self.stem is None:

@@ -102,22 +102,23 @@ def global_infonce(
     group
         Ranks of the run.
     counts
-        Number of images of each rank.
+        Number of images of each rank, in the order of ranks.
     form
         ``gather`` or ``ring``, see the module docstring.
 
     Raises
     ------
     ValueError
-        ``form`` is neither, there are fewer texts than images, or ``counts`` differs from the number of images.
+        ``form`` is neither ``gather`` nor ``ring``; there are fewer texts than images; or the entry of this rank in ``counts`` is
+        not its number of images.
     """
     b = image_bD.shape[0]
     if form not in _FORMS:
         raise ValueError(f"global_infonce: form={form!r}: choose one of {', '.join(_FORMS)}")
     if text_mD.shape[0] < b or counts[group.rank] != b:
         raise ValueError(
-            f"global_infonce: {b} images, {text_mD.shape[0]} texts, counts {list(counts)}; "
-            "give at least one text per image, and this rank's number of images in counts"
+            f"global_infonce: rank {group.rank} has {b} images, but {text_mD.shape[0]} texts and counts {list(counts)}; give at least "
+            f"one text per image, and the number of images of every rank in counts ({b} at index {group.rank})"
         )
     if group.size == 1:
         return infonce(

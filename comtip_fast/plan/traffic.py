@@ -69,7 +69,11 @@ class Collective:
 
 
 def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
-    """Return the collectives of InfoNCE, empty without it. Only images are sent, so mispaired columns add nothing."""
+    """Return the collectives of the InfoNCE loss; an empty list if its weight is 0.
+
+    Only data of images (vectors, row statistics, gradients) are sent. Text vectors stay on their rank, so the texts with wrong
+    levels that are added as negatives (``loss.paat.hard_columns``) cause no communication here.
+    """
     if not s.has_nce:
         return []
     vectors, numbers = s.B * s.D * FP32, s.B * FP32

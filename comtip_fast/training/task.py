@@ -387,7 +387,7 @@ class CoMTIPTask:
         return inputs | vectors | {GENES: genes.hexdigest()}
 
     def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:
-        """Return the vectors of the trained genes (G, K), 0 for genes without one, and set their scale in the model."""
+        """Return the vectors of the trained genes (G, K), 0 for genes without a vector, and set their scale in the model."""
         keys = [self.shards.genes[r].key for r in self.tables.genes.trained]
         vector_GK = vector_rows(vectors, keys)
         known = (vector_GK != 0).any(1)

@@ -309,7 +309,7 @@ def test_unknown_names_are_refused(folder: Path):
         benchmark_hest(folder, ["colour"], variants=["nope"])
     with pytest.raises(ValueError, match="`encoders`: the list is empty"):
         benchmark_hest(folder, [])
-    with pytest.raises(FileNotFoundError, match="not an existing run or export, nor a kind of encoder"):
+    with pytest.raises(FileNotFoundError, match="not an existing run or export, nor the name of an encoder"):
         benchmark_hest(folder, ["nothing"])
 
 

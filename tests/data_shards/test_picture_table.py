@@ -290,7 +290,7 @@ CASES = {
         tiff(np.where(RGB == 20, np.nan, RGB / 255).astype("f4")),
         refusal="up to nan have no known bit depth",
     ),
-    "complex": Case("other depths", tiff(RGB.astype("c8")), refusal="type complex64 are not an image; convert"),
+    "complex": Case("other depths", tiff(RGB.astype("c8")), refusal="type complex64 are not supported; convert"),
     "too large": Case("other depths", tiff(RGB.astype("f4") * 1e6), refusal="have no known bit depth; convert"),
     # -- opacity -------------------------------------------------------------------------------------------------
     "straight": Case("opacity", tiff(with_alpha(RGB, 128), extrasamples=["unassalpha"]), HALF, tolerance=0.7),

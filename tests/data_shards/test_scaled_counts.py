@@ -58,7 +58,7 @@ def test_only_scaled_counts_are_refused(kind: str, section: Section):
     assert ("down-sampled" in finding.advice) == (kind != "raw")
     if kind == "to 10,000":
         with pytest.raises(
-            SourceError, match=r"section her2st_C4: every spot sums to about .* not raw counts; give the raw counts"
+            SourceError, match=r"section her2st_C4: every spot sums to about .* not raw counts; provide raw counts"
         ):
             part.check()
 

@@ -218,7 +218,7 @@ def second_matrix(run: Path) -> None:
 
 
 BAD = {
-    "of the same run": (break_factors, "of the same run"),
+    "of the same run": (break_factors, "of the same Space Ranger run"),
     "columns mixed up": (swap_columns, "array_row and array_col"),
     "too few": (lambda r: edit_positions(r, array_row=0), "the spots are on one line"),
     "position is text": (lambda r: edit_positions(r, pxl_row_in_fullres="here"), "'here', not a number"),

@@ -1,4 +1,4 @@
-"""Interface of the contenders of ``comtip bench step``, and the contender that is this project's step."""
+"""Interface of the training steps that ``comtip bench step`` compares (its contenders), and this project's step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from comtip_fast.training.task import CoMTIPTask
 
 
 class StepContender(ABC):
-    """A training step on the batches of one shard set; every contender sees the same spots in the same order."""
+    """Base class of a training step to compare: all such steps train on the spots of one shard set, in the same order."""
 
     name: str
 
@@ -46,7 +46,7 @@ class StepContender(ABC):
         """Stop worker processes."""
 
     def timed(self) -> AbstractContextManager[Any]:
-        """Return the context in which parts are timed; by default an empty one, for contenders whose own code enters the parts."""
+        """Return the context in which parts are timed; by default an empty one, for steps whose own code times the parts."""
         return nullcontext()
 
     def scheduled(self) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -121,7 +121,7 @@ class Ours(StepContender):
 
 
 class Updater:
-    """AdamW and gradient clipping with the run's settings, for the models of other contenders."""
+    """AdamW and gradient clipping with the run's settings, for the models of the other steps."""
 
     def __init__(self, module: torch.nn.Module, task: CoMTIPTask) -> None:
         self.parameters, self.limit = list(module.named_parameters()), task.config.optim.clip

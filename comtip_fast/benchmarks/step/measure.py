@@ -1,4 +1,4 @@
-"""Measure contenders of ``comtip bench step`` in interleaved rounds, and write the table."""
+"""Measure the training steps of ``comtip bench step`` in interleaved rounds, and write the table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RATE_WIDTH = {"cpu": 1024, "cuda": 8192}
 
 @dataclass
 class Measured:
-    """Measurements of one contender."""
+    """Measurements of one training step."""
 
     name: str
     samples_per_s: list[float] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
     """Mean seconds per step of each part."""
     gflop: float = 0.0
-    """GFLOP of the matrix products in one step, recomputation included; counted, not measured."""
+    """Floating-point operations of the matrix products in one step, recomputation included, in 10^9; counted, not measured."""
     peak_mb: float = 0.0
     """Peak memory of one step in MB, above what was allocated before the step."""
     share: list[float] = field(default_factory=list)
@@ -44,16 +44,16 @@ class Measured:
 
 
 def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out: Path) -> list[Measured]:
-    """Measure all contenders; each trains one step before anything is timed.
+    """Measure all training steps; each runs once before anything is timed.
 
     Parameters
     ----------
     contenders
-        The steps. Samples are counted in every step, products in the first step only.
+        The training steps. Spots are counted in every run of a step, floating-point operations in the first run only.
     rounds, steps
-        Number of rounds, and number of steps that every contender trains in a round.
+        Number of rounds, and number of runs of every step in a round.
     out
-        Folder for the profile of each contender, ``profile_<name>.txt``.
+        Folder for the profile of each step, ``profile_<name>.txt``.
     """
     found = [Measured(c.name) for c in contenders]
     for contender, result in zip(contenders, found, strict=True):
@@ -103,7 +103,10 @@ def product_rate(device: torch.device, precision: str) -> float:
 
 
 def counted_gflop(contender: StepContender) -> float:
-    """Return the GFLOP of one step's products, by the formulas of ``torch.utils.flop_counter``."""
+    """Train one step, and return the floating-point operations of its matrix products in GFLOP (10^9 operations).
+
+    They are computed from the shapes of the operands, by the formulas that are registered in ``torch.utils.flop_counter``.
+    """
     with _FlopCount() as counter:
         contender.train(contender.load())
     return counter.flops / 1e9
@@ -174,13 +177,13 @@ def _peak_mb(run: torch.profiler.profile) -> float:
 
 
 def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
-    """Return the median, minimum and maximum over rounds of the ratio of two contenders' samples per second (``of`` / ``to``)."""
+    """Return the median, minimum and maximum over rounds of the ratio of two steps' samples per second (``of`` / ``to``)."""
     paired = [a / b for a, b in zip(of.samples_per_s, to.samples_per_s, strict=True)]
     return median(paired), min(paired), max(paired)
 
 
 def rows_of(found: Sequence[Measured]) -> list[dict[str, str]]:
-    """Return one row per contender, as text; ratios are the first contender's samples per second divided by those of the row."""
+    """Return one row per training step, as text; ratios are samples per second of the first step divided by those of the row."""
     rows = []
     for m in found:
         middle, low, high = ratio(found[0], m)
@@ -201,7 +204,7 @@ def rows_of(found: Sequence[Measured]) -> list[dict[str, str]]:
 
 
 def table_of(found: Sequence[Measured]) -> list[str]:
-    """Return the lines of the printed table: a row per quantity, a column per contender."""
+    """Return the lines of the printed table: a row per quantity, a column per training step."""
     rows = rows_of(found)
     width = max(24, *(len(name) for name in rows[0]))
     return [f"{name:<{width}}" + "".join(f"{row[name]:>16}" for row in rows) for name in rows[0]]

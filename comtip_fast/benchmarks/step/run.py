@@ -1,4 +1,8 @@
-"""``comtip bench step``: build the task and its contenders, check that the plain step has the same loss, and measure."""
+"""``comtip bench step``: measure the speed, operations and memory of this project's training step and of others on one task.
+
+The step in plain PyTorch computes the same loss as this project's step, which is checked before the measurement. The steps of other
+methods have losses of their own.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,10 @@ TOLERANCE = 1e-4
 
 
 def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: str) -> RunConfig:
-    """Return a run's config for ``shards``.
+    """Return the config at ``path``, changed for the benchmark on ``shards``.
 
-    It uses pixels instead of a frozen stem, keeps levels in memory, draws panels of one size and logs no steps. Raises like
-    :func:`comtip_fast.config.io.load_config`.
+    It uses pixels instead of a frozen stem, keeps levels in memory, draws the same number of genes in every step and logs no
+    steps. Raises the errors of :func:`comtip_fast.config.io.load_config`.
     """
     config = load_config(path, [*overrides, f"train.device={device}"])
     return replace(
@@ -53,8 +57,8 @@ def benchmark_step(
     Raises
     ------
     ValueError, FileNotFoundError
-        A name is unknown, there are fewer training spots than a batch has, the plain step does not implement a setting, or its
-        loss differs from ours; or as for :func:`comtip_fast.training.task.build_task`.
+        A name is unknown, there are fewer training spots than a batch has, the step in plain PyTorch does not implement a setting, or
+        its loss differs from ours; or an error of :func:`comtip_fast.training.task.build_task`.
     """
     unknown = [name for name in steps if name not in STEPS]
     if unknown:
@@ -87,7 +91,7 @@ def benchmark_step(
 
 
 def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:
-    """Check that both steps compute the same loss for one batch and equal weights, and return the relative difference.
+    """Check that the task's step and the plain step compute the same loss for one batch and equal weights; return the relative difference.
 
     Raises
     ------

@@ -26,7 +26,7 @@ def log1p_cp10k(counts: sparse.csr_matrix, totals: np.ndarray | None = None) -> 
 
 @dataclass
 class LevelTable:
-    """Edges and values of Q levels in R rows: one row per trained gene, and a last, global row for all other genes."""
+    """Edges and values of the Q expression levels, in R rows: one per trained gene, and a last, global row for all other genes."""
 
     edges: FloatArray
     """float32 (R, Q - 2), lower edges of levels 2 to Q - 1 in log1p CP10K; unused edges are +inf."""

@@ -1,7 +1,7 @@
-"""Selection of the genes of a run, and of the gene panel of a step.
+"""Selection of the genes of a run, and of the genes of one training step (the panel).
 
 There are three lists of genes: *trained* genes, *held-out* genes (excluded from training, to evaluate unseen genes), and the
-step panel, which is drawn from the trained genes that the step's sections measured.
+*panel* of a step, which is drawn from the trained genes that the sections in the step's batch measured.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def draw_panel(
     balance: np.ndarray | None = None,
     measured: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw the step panel and return ascending indices into ``trained``.
+    """Draw the panel of a step and return ascending indices into ``trained``.
 
     The panel's size is log-uniform between the bounds of ``config``, as far as genes are available. A share
     ``config.variable_share`` of the genes is drawn with probability proportional to ``weight``, and the rest uniformly; ``balance``

@@ -1,4 +1,8 @@
-"""Strata of genes with similar detection rate and mean level, within which mispairing permutes levels (``loss.paat``)."""
+"""Strata: groups of the genes of a section with similar detection rate and mean expression level.
+
+Pair-aware adversarial training (``loss.paat``) needs negatives, in which genes have wrong levels. With ``loss.paat.mode`` ``strata``,
+and with ``mixed`` for each spot with probability 0.5, a spot's levels are permuted among the genes of the same stratum.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class TrainingTables:
     """float64 (G,), variance of each gene relative to its cohort, the weight of the gene in the panel draw
     (``panel.variable_share``)."""
     strata: Tensor
-    """int64 (S, G), strata within which mispairing permutes levels."""
+    """int64 (S, G), stratum of each gene in each section (:mod:`comtip_fast.data.expression.strata`)."""
     balance: np.ndarray | None = None
     """float64 (G,), weights in the panel draw that balance unequal gene lists (``panel.balance``); None for equal weights."""
 

@@ -117,7 +117,7 @@ class BaseLoader(ABC):
     def prepare(self) -> None:
         """Compute the features of the frozen stem, if there is one; without this call, the first :meth:`batch` computes them.
 
-        Raises like :meth:`tiles`.
+        Raises the errors of :meth:`tiles`.
         """
         if self._stem is not None:
             self._stem_features()
@@ -147,7 +147,8 @@ class BaseLoader(ABC):
     def iterate(self, epoch: int = 0, position: int = 0, step: int = 1) -> Generator[Batch, None, None]:
         """Yield this rank's batches without end, beginning with batch ``position`` of ``epoch`` as optimizer step ``step``.
 
-        The batches have tiles, even with a frozen stem. Closing the iterator stops its workers. Raises like :meth:`batch`.
+        The batches have tiles, even with a frozen stem. Closing the iterator stops its workers. Raises the errors of
+        :meth:`batch`.
         """
         stream = self._stream(self.schedule.iterate(epoch, position, step))
         try:
@@ -342,7 +343,7 @@ class BaseLoader(ABC):
         return batch.padded(size, self.tables.genes.trained.size)
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:
-        """Draw the step panel from the genes that the given sections measured; return indices into the trained genes."""
+        """Draw the panel of a step from the genes that the given sections measured; return indices into the trained genes."""
         measured = self.tables.measured[np.unique(section)]
         return draw_panel(
             self.tables.genes.trained,

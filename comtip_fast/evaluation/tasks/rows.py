@@ -35,7 +35,7 @@ class TaskRow:
     chance: float = NAN
     """Expected score of a random guess; NaN if it is unknown."""
     shuffled: float = NAN
-    """Score of the task's control, e.g. shuffled pairs or a rotated map (docs/evaluation.md); NaN without one."""
+    """Score of the task's control, e.g. shuffled pairs or a rotated map (docs/evaluation.md); NaN if it has none."""
     n: int = 0
     """Number of spots, genes, gene sets, pairs or sections behind the score."""
 

@@ -160,7 +160,7 @@ class _Candidate:
 
     task: ExpressionTask
     score: float
-    """Validation score; minus infinity without one."""
+    """Validation score; minus infinity if there is none."""
     lr: float | None
     """Learning rate; None for the weights that training starts from."""
     facts: dict[str, Any]

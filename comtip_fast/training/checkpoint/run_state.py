@@ -156,7 +156,7 @@ def check_same_run(
     """Check that a run may resume from a checkpoint.
 
     Warnings are logged if the schedule has changed, if results may differ by rounding, and if the checkpoint was written by an
-    earlier version, which may have fitted levels on other spots.
+    earlier version, which may have fitted levels on a different sample of the training spots.
 
     Parameters
     ----------
@@ -204,8 +204,10 @@ def check_same_run(
         )
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
-            "the checkpoint was written by an earlier version. If the set has more than levels.fit_spots=%d training spots, that version "
-            "selected genes and fitted levels on other spots; in that case, start a new run from these weights with `start_from`",
+            "%s: the checkpoint was written by an earlier version of comtip-fast. If the shard set has more than levels.fit_spots=%d "
+            "training spots, that version selected genes and fitted levels on a different sample of them than this version; in that case, "
+            "start a new run from these weights with `start_from`",
+            run_dir,
             config.levels.fit_spots,
         )
     now_run = config.engine.kind, size

@@ -66,7 +66,13 @@ class NormHistory:
         return SpikeLimit((self.config.factor * middle).masked_fill(~usable, math.inf), self.config.policy == "skip")
 
     def add(self, norm: Tensor) -> None:
-        """Add the gradient norm of a step before clipping, a scalar on the device."""
+        """Append the gradient norm of one step to the history, which then omits its oldest norm.
+
+        Parameters
+        ----------
+        norm
+            Norm of the gradients before they are clipped, a scalar tensor on the device. It is ignored if it is not finite.
+        """
         if self.config.policy == "none":
             return
         norm = norm.to(self._norms.dtype)

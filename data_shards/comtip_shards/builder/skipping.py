@@ -26,12 +26,13 @@ class Failure:
 
 
 def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
-    """Return ``on_error`` after checking it.
+    """Check that ``on_error`` is a known policy that can be combined with ``part``, and return it.
 
     Raises
     ------
     SourceError
-        ``on_error`` is unknown, or is ``skip`` with a ``part``, because the parts would not agree on the sections.
+        ``on_error`` is neither ``stop`` nor ``skip``; or it is ``skip`` and one part of a set is built: all parts must have the
+        same list of sections, but a part cannot know which sections another part leaves out.
     """
     if on_error not in get_args(OnError):
         raise SourceError(f"`on_error` {on_error!r} is unknown; use {' or '.join(get_args(OnError))}")
@@ -62,7 +63,7 @@ def attempt(function: Callable[..., _T], section_id: str, *arguments: Any) -> _T
 
 
 def incomplete_set(staging: Path) -> str | None:
-    """Return the fingerprint of the set that was written without some sections, None if there is none."""
+    """Return the fingerprint of the set that was written without some sections, or None if ``staging`` records no such set."""
     try:
         found = json.loads((staging / INCOMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -64,7 +64,7 @@ def encode_expr(rows: np.ndarray, counts: np.ndarray) -> bytes:
 
 
 def decode_expr(data: bytes, n_genes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decode the counts of one spot: (gene rows, counts), each int32 (n,); raises like :func:`decode_exprs`."""
+    """Decode the counts of one spot: (gene rows, counts), each int32 (n,); raises the errors of :func:`decode_exprs`."""
     _, rows, counts = decode_exprs([data], n_genes, lambda _: where)
     return rows, counts
 
@@ -120,7 +120,9 @@ def decode_exprs(
 
 
 def _not_counts(where: str) -> ShardError:
-    return ShardError(f"{where}.expr: not a count record ({EXPR_MAGIC.decode()}); {FOREIGN}", kind="counts")
+    return ShardError(
+        f"{where}.expr: not a count record, which begins with {EXPR_MAGIC.decode()}; {FOREIGN}", kind="counts"
+    )
 
 
 def _cut(records: Sequence[bytes], start: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -144,7 +146,8 @@ def _decode_rows(
     wrong = np.flatnonzero((n_gap - _per_record(full, n_gap) != n) | open_end)
     if wrong.size:
         raise ShardError(
-            f"{where(int(wrong[0]))}.expr: the gaps do not match the number of genes; {FOREIGN}", kind="counts"
+            f"{where(int(wrong[0]))}.expr: the gaps do not match the number of genes that the record states; {FOREIGN}",
+            kind="counts",
         )
     # The last byte of a gap also encodes its gene: the cumulative sum up to it is the gene's row plus one.
     steps = gaps.astype(np.int64)
@@ -171,8 +174,8 @@ def _decode_counts(
         wrong = np.flatnonzero(_per_record(bad, n_large))
     if wrong.size:
         raise ShardError(
-            f"{where(int(wrong[0]))}.expr: the number of counts above 255 is wrong, or one of them is not 256 to 2,147,483,647; "
-            f"{FOREIGN}",
+            f"{where(int(wrong[0]))}.expr: the counts above 255 are not as many as the record states, or one of them is outside 256 to "
+            f"2,147,483,647; {FOREIGN}",
             kind="counts",
         )
     counts = small.astype(np.int32) + np.int32(1)

@@ -170,15 +170,16 @@ def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            if sum(i.file_size for i in archive.infolist()) > largest_size(manifest):
-                raise ValueError("larger than the statistics of this set")
+            size, limit = sum(i.file_size for i in archive.infolist()), largest_size(manifest)
+            if size > limit:
+                raise ValueError(f"its arrays have {size:,} bytes, but those of this set have at most {limit:,}")
             head = {name: _read_small(archive, name) for name in ("version", "digest", "n_spots")}
             expected = [s.n_spots for s in manifest.sections]
             foreign = head["version"].tolist() != [VERSION] or head["digest"].tobytes() != manifest.digest.encode()
             if not foreign:
                 all_spots = head["n_spots"].tolist() == expected and _values_are_valid(archive, manifest)
     except _UNREADABLE as error:
-        raise ShardError(f"{where}: not readable ({error})", kind="statistics") from error
+        raise ShardError(f"{where}: cannot be read ({error})", kind="statistics") from error
     if foreign:
         raise ShardError(f"{where}: belongs to another shard set or version", kind="statistics")
     if not all_spots:
@@ -205,7 +206,7 @@ def _read_small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as member:
         data = member.read(_SMALL_BYTES + 1)
     if len(data) > _SMALL_BYTES:
-        raise ValueError(f"{name} is too large")
+        raise ValueError(f"{name} has more than {_SMALL_BYTES:,} bytes")
     out: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return out
 
@@ -214,10 +215,10 @@ def _open_array(archive: zipfile.ZipFile, name: str, manifest: Manifest) -> IO[b
     """Open a member at its first value, after a check of its dtype and shape."""
     member = archive.open(f"{name}.npy")
     if npy.read_magic(member) != (1, 0):
-        raise ValueError(f"{name}: another version of the npy format")
+        raise ValueError(f"{name} has another version of the npy format than 1.0")
     shape, _, dtype = npy.read_array_header_1_0(member)
     if dtype != _DTYPES[name] or shape != (_n_values(manifest),):
-        raise ValueError(f"{name}: not the array of this set")
+        raise ValueError(f"{name} is {dtype} {shape}, expected {_DTYPES[name]} ({_n_values(manifest)},)")
     return member
 
 

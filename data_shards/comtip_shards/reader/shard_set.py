@@ -140,7 +140,7 @@ class ShardSet:
         return self._reader.read(index, parts)
 
     def tiles(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return decoded tiles, uint8 (n, S, S, 3); raises like :meth:`members`, and ShardError for an invalid tile."""
+        """Return decoded tiles, uint8 (n, S, S, 3); raises the errors of :meth:`members`, and ShardError for an invalid tile."""
         spec = self.manifest.tile
         index = np.asarray(spot_index, np.int64)
         out = np.empty((index.size, spec.px, spec.px, 3), np.uint8)
@@ -149,7 +149,7 @@ class ShardSet:
         return out
 
     def counts(self, spot_index: Iterable[int]) -> sparse.csr_matrix:
-        """Return raw counts, int32 CSR (n, n_genes); raises like :meth:`members`, and ShardError for invalid counts."""
+        """Return raw counts, int32 CSR (n, n_genes); raises the errors of :meth:`members`, and ShardError for invalid counts."""
         index = np.asarray(spot_index, np.int64)
         n_genes = self.manifest.n_genes
         indptr, rows, data = self.decode_counts(self.members(index, "expr"), index)
@@ -169,7 +169,7 @@ class ShardSet:
         return record.decode_exprs([*exprs], self.manifest.n_genes, lambda i: self.where(int(index[i])))
 
     def measured(self, section: int) -> np.ndarray:
-        """Return a mask of the genes that a section measured: bool (n_genes,)."""
+        """Return a boolean mask, (n_genes,), of the genes that the assay of a section covers, detected or not."""
         meta = self.manifest.sections[section]
         return unpack_bits(meta.assay_genes, self.manifest.n_genes, f"{self.name}: assay_genes of {meta.section_id}")
 

@@ -247,7 +247,7 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
     Parameters
     ----------
     options
-        Stated facts and options.
+        Facts and options that the caller states.
     used
         Fields that the reader uses besides :data:`FACT_KEYS`.
     what

@@ -112,7 +112,7 @@ class Section:
             return slide.whole()
 
     def image_size(self) -> tuple[int, int]:
-        """Return (width, height) of the image in px; raises like :meth:`open_slide`."""
+        """Return (width, height) of the image in px; raises the errors of :meth:`open_slide`."""
         if self.slide_opener is None:
             return image_size(self.image_path)
         with self.open_slide() as slide:
@@ -157,7 +157,9 @@ class Section:
             )
         total = scaled_total(self.counts) if self.gene_ids else None
         if total is not None:
-            raise SourceError(f"{where}: {not_raw(total)}; give the raw counts (in an AnnData, `layer` names them)")
+            raise SourceError(
+                f"{where}: {not_raw(total)}; provide raw counts (if a layer of the AnnData has them, set `layer` to its name)"
+            )
         self._check_texts(where)
         self._check_positions()
         return self

@@ -68,14 +68,14 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
         return 1.0
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
         raise SourceError(
-            f"{where}: pixel values of type {values.dtype} are not an image; convert them to 8 or 16 bits"
+            f"{where}: pixel values of type {values.dtype} are not supported; convert the image to uint8 or uint16"
         )
     high = float(values.max(initial=0))
     for peak in (1.0, 255.0, 4095.0, 32767.0 if values.dtype == np.int16 else 65535.0):
         if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
             return peak
     raise SourceError(
-        f"{where}: pixel values up to {high:g} have no known bit depth; convert the image to 8 or 16 bits"
+        f"{where}: pixel values up to {high:g} have no known bit depth; convert the image to uint8 or uint16"
     )
 
 

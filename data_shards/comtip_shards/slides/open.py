@@ -106,7 +106,7 @@ def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
 
 
 def load_rgb(path: Path) -> np.ndarray:
-    """Return a complete image as uint8 (H, W, 3) RGB; raises like :func:`open_slide` and :meth:`Slide.whole`."""
+    """Return a complete image as uint8 (H, W, 3) RGB; raises the errors of :func:`open_slide` and :meth:`Slide.whole`."""
     with open_slide(path) as slide:
         return slide.whole()
 

@@ -213,7 +213,8 @@ class BlockedSlide(PyramidSlide):
         self._blocks = [_block_size(a, self._y, self._x) for a in arrays]
         if min(n for part in (*self.levels, *self._blocks) for n in part) < 1:
             raise SourceError(
-                f"{path}: levels {self.levels} in blocks of {self._blocks}: a size is zero; copy the file again"
+                f"{path}: the file states a width or height of zero (levels, width x height: {self.levels}; blocks, height x width: "
+                f"{self._blocks}), so it is damaged; copy it again"
             )
         block = max(
             a.nbytes // (a.shape[self._y] * a.shape[self._x]) * h * w
@@ -375,7 +376,7 @@ def _extent(axes: str, shape: tuple[int, ...]) -> int:
 
 
 def _channel_axis(axes: str, shape: tuple[int, ...], path: Path) -> int | None:
-    """Return the channel axis, None without one; all other axes except x and y must have length 1.
+    """Return the channel axis, or None if there is none; all other axes except x and y must have length 1.
 
     Two channels are grey and opacity if they are samples of a pixel. Planes in z and time points are never channels.
     """

@@ -140,9 +140,10 @@ def detect(path: Path) -> tuple[Reader, str]:
 
 
 def locate(path: Path) -> Path:
-    """Return the path of the data: ``path``, or a folder within it.
+    """Return ``path``, or the folder within it that holds the data.
 
-    As long as no reader accepts the folder, its ``outs`` or, if there is none, its only entry is entered.
+    The search begins at ``path`` and descends until a reader accepts the folder: into ``outs`` if it exists, otherwise into the
+    only entry of the folder. It ends at a folder that has neither, and enters at most :data:`MAX_DEPTH` folders.
     """
     for _ in range(MAX_DEPTH):
         if not path.is_dir() or any(r.recognise(path) for r in READERS):

@@ -133,7 +133,7 @@ def view_library(
     name
         Section id, which replaces ``{id}`` in ``image``.
     options
-        Stated facts and options.
+        Facts and options that the caller states.
     need_species
         Whether an unknown species is an error; if False, it is empty in the facts.
 

@@ -61,7 +61,7 @@ class SectionSource:
             return self._examined(self.load().check())
 
     def read_spots(self) -> Section:
-        """Read and validate the section for its positions and image; its counts may be absent. Raises like :meth:`read`."""
+        """Read and validate the section for its positions and image; its counts may be absent. Raises the errors of :meth:`read`."""
         with named(f"section {self.meta.section_id}", self.inputs):
             return self._examined((self.load_spots or self.load)().check())
 

@@ -52,7 +52,7 @@ def recognise(path: Path) -> str | None:
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the sections in ``st/`` with their metadata; stated ``facts`` take precedence. Raises like :func:`read_metadata`."""
+    """List the sections in ``st/`` with their metadata; stated ``facts`` take precedence. Raises the errors of :func:`read_metadata`."""
     ids = [p.stem for p in sorted(find(path / "st", "*.h5ad"))]
     rows = read_metadata(path, ids)
     return [_row(name, rows.get(name, {})).with_facts(facts) for name in ids]

@@ -89,15 +89,17 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
         if has_bins(path):
             raise SourceError(f"{path.parent}: {RENAMED_BINS}")
         raise SourceError(
-            f"{path}: a part of a run without counts; give the folder above it, which has the count matrix"
+            f"{path}: the folder spatial/ has no counts; give the Space Ranger output folder above it, which has the count matrix"
         )
     if counts is None:
         raise SourceError(
-            f"{path}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one from "
-            f"the run{_renamed(path)}"
+            f"{path}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one of "
+            f"them from the Space Ranger output{_renamed(path)}"
         )
     if not run.positions:
-        raise SourceError(f"{path}: none of {', '.join(POSITIONS)} exists; copy the table of positions from the run")
+        raise SourceError(
+            f"{path}: none of {', '.join(POSITIONS)} exists; copy one of them from the Space Ranger output"
+        )
     positions, spots = _positions(run.positions)
     factors = scale_factors(run.factors) if run.factors is not None else {}
     if run.factors is None:
@@ -136,7 +138,7 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
 
 
 def _renamed(path: Path) -> str:
-    """Return advice to rename an HDF5 file, such as a second download (``filtered_feature_bc_matrix (1).h5``); "" without one."""
+    """Return advice to rename an HDF5 file, such as a second download (``filtered_feature_bc_matrix (1).h5``); "" if there is none."""
     found = find(path, "*.h5")
     return f", or rename {found[0].name} if it is this matrix" if found else ""
 
@@ -148,8 +150,8 @@ def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
         spots = read_positions(other)
         if spots.ids != first.ids or not np.allclose(spots.xy, first.xy, atol=1, equal_nan=True):
             raise SourceError(
-                f"{tables[0].parent}: the tables of positions {tables[0].name} and {other.name} differ; remove the one of "
-                "another run"
+                f"{tables[0].parent}: the tables of positions {tables[0].name} and {other.name} differ; remove the "
+                "one that belongs to another run of Space Ranger"
             )
     return tables[0], first
 
@@ -174,12 +176,12 @@ def read_positions(path: Path) -> SpotPositions:
     elif table.shape[1] != len(COLUMNS) or "barcode" in table.columns:
         have = ", ".join(map(str, table.columns))
         raise SourceError(
-            f"{path}: {table.shape[1]} columns ({have}), expected {', '.join(COLUMNS)}; copy the table from the run again"
+            f"{path}: {table.shape[1]} columns ({have}), expected {', '.join(COLUMNS)}; copy the table from the Space Ranger output again"
         )
     else:
         table.columns = pd.Index(COLUMNS)
     if table.empty:
-        raise SourceError(f"{path}: the table has no rows; copy it from the run again")
+        raise SourceError(f"{path}: the table has no rows; copy it from the Space Ranger output again")
     if re.match(r"s_\d{3}um_", str(table["barcode"].iloc[0])):
         raise SourceError(
             f"{path}: the barcodes are bins of Visium HD; put the files into binned_outputs/square_016um/ (or 008um, 002um) "
@@ -233,7 +235,7 @@ def _parquet(path: Path) -> pd.DataFrame:
     if file.metadata.num_rows > MAX_ROWS or size > MAX_BYTES:
         raise SourceError(
             f"{path}: {file.metadata.num_rows:,} rows with {size:,} bytes in all, but a Visium slide has at most {max(SLIDES):,} spots; copy "
-            "the table from the run again, or put bins of Visium HD into binned_outputs/"
+            "the table from the Space Ranger output again, or put bins of Visium HD into binned_outputs/"
         )
     return file.read().to_pandas().astype(str)
 
@@ -262,7 +264,7 @@ def _scale(
     if diameter and not 0.7 < diameter * mpp / DIAMETER_UM < 1.5:
         raise SourceError(
             f"{path}: the spot pitch is {pitch:.1f} px but spot_diameter_fullres is {diameter:.1f} px; on a Visium slide "
-            "these are 100 and 55 (or 65) um; use positions and scale factors of the same run"
+            "these are 100 and 55 (or 65) um; use positions and scale factors of the same Space Ranger run"
         )
     if given is not None and not 0.95 < given / mpp < 1.05:
         fix = (
@@ -291,7 +293,9 @@ def _pitch_px(spots: SpotPositions, path: Path) -> float:
     gaps = int((~np.isfinite(np.column_stack([array, spots.xy]))).any(axis=1).sum())
     if gaps or np.linalg.matrix_rank(design) < 3:
         problem = f"{gaps} spots without array coordinates or position" if gaps else "the spots are on one line"
-        raise SourceError(f"{path}: {problem}, so the scale cannot be derived; copy the table from the run again")
+        raise SourceError(
+            f"{path}: {problem}, so the scale cannot be derived; copy the table from the Space Ranger output again"
+        )
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     pitch = float(np.sqrt(abs(np.linalg.det(fit[:2]))))
     off = float(np.sqrt(((design @ fit - spots.xy) ** 2).sum(axis=1).mean()))

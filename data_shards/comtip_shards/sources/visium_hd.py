@@ -47,7 +47,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
         return [cells_source(root, pool_um, bins, options)]
     if not bins:
         raise SourceError(
-            f"{path}: no binned_outputs/square_016um, 008um or 002um with spatial/tissue_positions.parquet; copy one from the run, "
-            "or set `pool_from` to cells"
+            f"{path}: no binned_outputs/square_016um, 008um or 002um with spatial/tissue_positions.parquet; copy one from the Space Ranger "
+            "output, or set `pool_from` to cells"
         )
     return [bins_source(root, pool_um, bins, options)]

@@ -77,12 +77,14 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
         if files.matrix is None:
             also = ", or set `pool_from` to transcripts" if files.transcripts is not None else ""
             raise SourceError(
-                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it from the run{also}"
+                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it from the Xenium output{also}"
             )
     table = files.cells if what == "cells" else files.transcripts
     if table is None:
         name = CELLS if what == "cells" else TRANSCRIPTS
-        raise SourceError(f"{path / name}: no such file; copy the table of {what} (or its csv.gz) from the run")
+        raise SourceError(
+            f"{path / name}: no such file; copy the table of {what} (or its csv.gz) from the Xenium output"
+        )
     qv, least = MIN_QV if pooling.qv is None else pooling.qv, pooling.min_pooled
     units = what if what == "cells" else f"transcripts of qv {qv:g} or more"
     enough = str(least or 1) if least or what == "cells" else f"{MIN_OF_DENSE:.0%} of a dense one"

@@ -71,7 +71,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 
 def write_atomic(target: Path | str, content: str | bytes) -> None:
-    """Write a file from memory; raises like :func:`atomic_path`."""
+    """Write a file from memory; raises the errors of :func:`atomic_path`."""
     with atomic_path(target) as tmp_path:
         tmp_path.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -116,7 +116,7 @@ def atomic_folder(target: Path, tmp_path: Path | None = None, *, keep_existing: 
 
 
 def publish(tmp_path: Path, target: Path) -> None:
-    """Flush a complete file or folder and rename it to ``target``, which is replaced if it is a file or an empty folder."""
+    """Flush a complete file or folder to the device and rename it to ``target``, which is replaced if it is a file or an empty folder."""
     flush_tree(tmp_path)
     _rename(tmp_path, target)
 
@@ -160,7 +160,7 @@ def _publish_over(tmp_path: Path, target: Path, old: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or folder to the device, if its file system supports that."""
+    """Write a file or folder from the caches of the system to the device (fsync), if its file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -172,7 +172,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush a file, or a folder and all files and folders below it."""
+    """Write a file, or a folder and all files and folders below it, from the caches of the system to the device (fsync)."""
     for path in folder.rglob("*") if folder.is_dir() else ():
         flush(path)
     flush(folder)

@@ -157,7 +157,7 @@ class Remote:
             return list(pool.map(read, spans))
 
     def read(self, name: str, *, limit: int = GIB) -> bytes:
-        """Return the current content of a file of at most ``limit`` bytes, bypassing the cache; raises like :meth:`fetch`."""
+        """Return the current content of a file of at most ``limit`` bytes, bypassing the cache; raises the errors of :meth:`fetch`."""
         deadline = time.monotonic() + self.retry.total
         with self._files.tmp_path() as tmp_path:
             self._download(name, self._name(name), tmp_path, "", None, limit, deadline)
@@ -271,7 +271,7 @@ class Remote:
             if size is not None and n != size:
                 raise _MismatchError(f"received {n:,} bytes instead of {size:,}")
             if sha256 and digest.hexdigest() != sha256:
-                raise _MismatchError("the content does not match its SHA-256 in the manifest")
+                raise _MismatchError("the received content does not match its SHA-256 in the manifest")
 
         self._retry(where, deadline, attempt)
 
@@ -375,7 +375,7 @@ class NoRangesError(Exception):
 
 
 class _MismatchError(Exception):
-    """The received bytes do not have the expected size or hash."""
+    """The received bytes do not have the expected size or hash; the ShardError that users see adds the URL and the fix."""
 
 
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}

@@ -128,7 +128,12 @@ def _rows(v: Tensor) -> Tensor:
 
 
 def mask_arguments(ids: BlockIds) -> tuple[int, Ids, Ids, Tensor, Tensor, Ids, Ids]:
-    """Return the mask arguments of the operators; classes can be hashes and keep their 64 bits."""
+    """Return the arguments by which the operators decide which pairs are negatives, in the order of their parameters.
+
+    These are the rule for groups as an integer, then group ids, class ids and exclusion flags, each of rows and of columns. Class
+    ids may be 64-bit hashes and stay int64; the others become int32. Group ids are None if the rule compares no groups, and
+    flags are None if nothing is excluded.
+    """
 
     def flags(values: Ids) -> Ids:
         return None if values is None else values.to(torch.int32).contiguous()

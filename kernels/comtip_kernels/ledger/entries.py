@@ -151,9 +151,10 @@ def entries() -> list[LedgerEntry]:
 
 
 def launched(path: Path = LAUNCHES) -> list[LedgerEntry]:
-    """Return the variants recorded in ``path``, or none if there is no such file.
+    """Return the kernel variants recorded in ``path``; an empty list if the file does not exist.
 
-    Variants that equal an entry at the largest tiles are omitted, and so are variants whose kernel now has other arguments.
+    Two groups are omitted: variants with the signature of an entry at the largest tiles, which the ledger lists already, and
+    variants recorded before their kernel's arguments changed.
     """
     known = {e.signature for e in _largest()}
     out = []

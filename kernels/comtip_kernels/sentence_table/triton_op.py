@@ -1,4 +1,4 @@
-"""The three products and L_level as PyTorch operators; the gradients of each product are the other two products.
+"""The three products of this package, and the loss L_level, as PyTorch operators; the gradients of a product are the other two.
 
 Every operator takes ``bf16``: whether it multiplies in bf16 (:func:`comtip_kernels.tl_common.operand_dtype`). Operands are
 rounded inside the operator, so that the gradient of an fp32 table is summed and returned in fp32.

@@ -52,17 +52,21 @@ class Library:
 
 
 def libraries_of(store: Store) -> dict[str, Library]:
-    """Return the sections of an AnnData by section id.
+    """Return a dict from section id to the section of an AnnData.
 
-    If several entries of ``uns["spatial"]`` have spots, each is one section, and so is each library in ``obs`` without an entry.
-    With at most one entry, ``obs["library_id"]`` may name several sections, as in files that were concatenated without ``uns``;
-    otherwise all spots are one section, which is named after the file.
+    - If several entries of ``uns["spatial"]`` have spots, each entry is one section. A column of ``obs`` must name the entry of each
+      spot; any further name in this column is also a section.
+    - Otherwise, if a column of ``obs`` names several sections, as in files that were concatenated without ``uns``, each name is one
+      section. This column is one of :data:`OWN_COLUMNS`, or another of :data:`LIBRARY_COLUMNS` if the spots of its sections are
+      interleaved. It is not used if ``uns["spatial"]`` has one entry of another name, and the spots are not interleaved.
+    - Otherwise all spots are one section, which is named after the file.
 
     Raises
     ------
     SourceError
-        No column of ``obs`` distinguishes the libraries, columns contradict each other, two libraries have the same section
-        id, or sections named in ``obs`` lie on top of each other and the only entry has none of their names.
+        ``uns["spatial"]`` has several entries, but no column of ``obs`` has all their names, or columns assign spots to them
+        differently; two sections have the same section id; or ``obs`` names several sections whose spots are interleaved, but the
+        only entry of ``uns["spatial"]`` has another name.
     """
     keys = library_names(store.group("uns/spatial"))
     if len(keys) > 1:
@@ -130,7 +134,7 @@ def column_of(obs: pd.DataFrame, store: Store, libraries: Sequence[str]) -> str:
 
 
 def _named_in_obs(store: Store) -> tuple[str, list[str]]:
-    """Return the column of ``obs`` that names several sections, and their names in order of appearance; "" and [] without one."""
+    """Return the column of ``obs`` that names several sections, and their names in order of appearance; ("", []) if there is none."""
     obs = store["obs"]
     for column in LIBRARY_COLUMNS:
         if column not in obs:
@@ -146,7 +150,7 @@ def _named_in_obs(store: Store) -> tuple[str, list[str]]:
 def _interleaved(store: Store, column: str, values: Sequence[str]) -> bool:
     """Return whether the spots of the named sections lie between each other, so that they are not parts of one section.
 
-    False without positions.
+    The result is False if the file has no positions.
     """
     xy = centres_of(store)
     if xy is None:

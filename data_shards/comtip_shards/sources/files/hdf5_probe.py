@@ -75,7 +75,7 @@ class Hdf5Probe:
             try:
                 process = self._started()
             except OSError as error:
-                reason = f"no helper process ({error}); allow more processes"
+                reason = f"no helper process can be started ({error}); allow more processes"
                 break
             location = self._walk(process, path)
             if location is None:
@@ -89,7 +89,11 @@ class Hdf5Probe:
             reason = (
                 f"signal {-code} ended the helper process" if code < 0 else f"the helper process ended with code {code}"
             )
-        _log.warning("%s: read without the check for damage that makes the HDF5 library hang: %s", path, reason)
+        _log.warning(
+            "%s: not checked for damage that can make the HDF5 library hang, but read all the same, because %s",
+            path,
+            reason,
+        )
         return ""
 
     def _walk(self, process: subprocess.Popen[str], path: Path) -> str | None:

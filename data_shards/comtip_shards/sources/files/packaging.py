@@ -46,9 +46,9 @@ def is_hidden(name: str) -> bool:
 
 
 def find(folder: Path, pattern: str) -> list[Path]:
-    """Return the matches of a glob pattern in sorted order, without hidden files and folders; [] if there is no folder.
+    """Return the sorted matches of a glob pattern, without hidden files and folders; an empty list if ``folder`` does not exist.
 
-    A pattern that begins with ``*`` matches names in any case.
+    A pattern that begins with ``*`` is matched case-insensitively.
     """
     if not folder.is_dir():
         return []

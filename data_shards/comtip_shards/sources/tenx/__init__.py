@@ -1,1 +1,1 @@
-"""Shared parts of the readers for 10x Genomics formats: runs, matrices, features, alignments and pooled sections."""
+"""Shared parts of the readers for 10x Genomics formats: output folders, matrices, features, alignments and pooled sections."""

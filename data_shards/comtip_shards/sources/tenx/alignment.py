@@ -68,8 +68,8 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
         plain = unpacked(path)
         if plain.stat().st_size > MAX_BYTES:
             raise SourceError(
-                f"{path}: {plain.stat().st_size:,} bytes, but an alignment of the H&E image has 9 numbers or a few keypoints; export it "
-                "again from Xenium Explorer"
+                f"{path}: {plain.stat().st_size:,} bytes, too large for an alignment of the H&E image, which has 3 x 3 numbers or a few "
+                f"keypoints (at most {MAX_BYTES:,} bytes); export it again from Xenium Explorer"
             )
         encoding = encoding_of(plain)
         with plain.open(encoding=encoding) as file:

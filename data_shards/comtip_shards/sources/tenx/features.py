@@ -1,4 +1,4 @@
-"""Features (rows) of 10x Genomics matrices: genes and other kinds, genomes of mixed references, and species detection."""
+"""Features (rows) of 10x Genomics matrices: feature types, genomes of mixed references, and species detection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from comtip_shards.genes.species import species_name
 
 GENE_KIND = "Gene Expression"
 OTHER_GENOME = "genome "
-"""Prefix of the kind that is assigned to features of another genome."""
+"""Prefix of the feature type that is assigned to genes of another genome."""
 MIXED_SHARE = 0.05
 """Maximum share of genes of a second species; above it, the species must be stated."""
 _GENOME = re.compile(r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)[A-Za-z0-9.\-]*)_+(?=[^_])", re.IGNORECASE)
@@ -29,34 +29,34 @@ _ENSEMBL = {"ENSG": "human", "ENSMUSG": "mouse"}
 
 @dataclass(frozen=True)
 class Features:
-    """Identifiers, symbols and kinds of the features of a matrix."""
+    """Identifiers, symbols and types of the features of a matrix."""
 
     ids: list[str]
     symbols: list[str]
     kinds: list[str]
-    """``Gene Expression`` or "" for genes; another text, such as ``Antibody Capture``, for other features."""
+    """Feature types: ``Gene Expression`` or "" for genes; another text, such as ``Antibody Capture``, for other features."""
 
     def genes(self) -> np.ndarray:
         """Return the indices of gene rows, int64; antibodies, controls and other genomes are excluded."""
         return np.flatnonzero([kind in ("", GENE_KIND) for kind in self.kinds])
 
     def only_genes(self) -> Features:
-        """Return the features that are genes, with the kind ``Gene Expression``."""
+        """Return the features that are genes, with the feature type ``Gene Expression``."""
         rows = self.genes()
         return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
 
     def others(self) -> dict[str, int]:
-        """Return {kind: number of features} of features that are not genes."""
+        """Return {feature type: number of features} of the types other than genes of this species."""
         return dict(sorted(Counter(k for k in self.kinds if k not in ("", GENE_KIND)).items()))
 
     def others_note(self, tally: Mapping[str, int] | None = None) -> list[str]:
-        """Return a note per excluded kind, with its number of features.
+        """Return one note for each feature type that is excluded, with its number of features.
 
         Parameters
         ----------
         tally
-            Sum of counts per kind, with genes under ``Gene Expression``. If given, notes on other genomes state their share of
-            the counts.
+            Sum of counts of each feature type, with genes under ``Gene Expression``. If given, the note on the genes of another
+            genome also states which share of the counts is theirs, among these and the genes of the section's species.
         """
         notes = []
         for kind, n in self.others().items():
@@ -70,7 +70,7 @@ class Features:
 
 
 def counts_by_kind(kinds: Sequence[str], sums: np.ndarray) -> dict[str, int]:
-    """Return the sum of counts per kind of feature, from the ``sums`` per feature.
+    """Return the sum of counts of each feature type, from the ``sums`` per feature.
 
     A sum that is not finite counts as 0: values of features that are not genes were not checked.
     """
@@ -93,7 +93,7 @@ def for_species(features: Features, stated: str | None, where: Path) -> tuple[Fe
 
     Returns
     -------
-    The features, and the species. Genes of another species have the kind ``genome NAME (SPECIES)``, or ``genome of another species
+    The features, and the species. Genes of another species have the feature type ``genome NAME (SPECIES)``, or ``genome of another species
     (SPECIES)`` if the genome is not named.
 
     Raises

@@ -62,7 +62,7 @@ class TenxMatrix:
         features
             As returned by :meth:`features`, or by :func:`comtip_shards.sources.tenx.features.for_species` for one species.
         tally
-            A dict to which the sum of counts per kind of feature is added.
+            A dict to which the sum of counts of each feature type is added.
 
         Returns
         -------
@@ -91,7 +91,7 @@ class TenxMatrix:
         for barcodes, counts in self._raw_chunks(len(features.ids), size):
             if counts.dtype.kind not in "biuf":
                 raise SourceError(
-                    f"{self.path}: the counts are {counts.dtype}, not numbers; copy the file from the run again"
+                    f"{self.path}: the counts are {counts.dtype}, not numbers; copy the file from the original output folder again"
                 )
             genes = as_counts(counts[:, rows], self.path, barcodes, ids)
             if tally is not None:
@@ -126,7 +126,7 @@ def _open_h5(path: Path) -> h5py.File:
         have = ", ".join(list(file)[:6]) or "nothing"
         file.close()
         raise SourceError(
-            f"{path}: no /matrix/{missing[0]} (found {have}), so it is not {MATRIX}; copy the matrix from the run"
+            f"{path}: no /matrix/{missing[0]} (found {have}), so it is not {MATRIX}; copy the matrix from the original output folder"
         )
     return file
 
@@ -264,6 +264,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _mex_features(path: Path) -> Features:
-    """Read features.tsv (id, symbol, kind) or genes.tsv (id, symbol)."""
+    """Read features.tsv (id, symbol, feature type) or genes.tsv (id, symbol)."""
     rows = [([c.strip('"') for c in line.split("\t")] + ["", ""])[:3] for line in _lines(path)]
     return Features(*([row[i] for row in rows] for i in range(3)))

@@ -119,10 +119,10 @@ def pool_cells(
     units
         Name of the cells in notes, e.g. ``segmented cells``.
     located, not_located
-        How messages describe cells: with a position in the error (``have a polygon in FILE``), without one in the note
-        (``no polygon``).
+        How messages describe cells with a position, in the error (``have a polygon in FILE``), and cells without a position, in
+        the note (``no polygon``).
     tally
-        A dict to which the sum of counts per kind of feature is added.
+        A dict to which the sum of counts of each feature type is added.
 
     Returns
     -------
@@ -131,7 +131,7 @@ def pool_cells(
     Raises
     ------
     SourceError
-        There are no cells, fewer than half of them have a position (the files belong to different runs), or the matrix is damaged.
+        There are no cells, fewer than half of them have a position (the files belong to different sections), or the matrix is damaged.
     """
     pooler, lost, lost_counts = Pooler(len(features.genes()), str(counts.path)), 0, 0
     for barcodes, matrix in counts.chunks(features, BATCH, tally):
@@ -141,11 +141,11 @@ def pool_cells(
         lost += len(barcodes) - len(known)
         lost_counts += int(matrix.sum(dtype=np.int64)) - int(matrix[known].sum(dtype=np.int64))
     if not pooler.total_units + lost:
-        raise SourceError(f"{counts.path}: no cells; copy the matrix from the run again")
+        raise SourceError(f"{counts.path}: no cells; copy the matrix from the original output folder again")
     if pooler.total_units < max(1, lost):
         raise SourceError(
             f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells {located}; "
-            "use files of the same run"
+            "use files of one output folder"
         )
     notes = [f"{pooler.total_units:,} {units} pooled"]
     if lost:

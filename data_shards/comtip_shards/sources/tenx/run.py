@@ -116,7 +116,9 @@ def _mex(matrix: Path) -> TenxMatrix:
         if not own and what == "features" and len(groups) == 1:
             own = next(iter(groups.values()))  # GEO series may share one file of features
         if not own:
-            raise SourceError(f"{matrix.parent}: {prefix}{what}.tsv.gz does not exist; copy it from the run")
+            raise SourceError(
+                f"{matrix.parent}: {prefix}{what}.tsv.gz does not exist; copy it from the original output folder"
+            )
         files.append(own[0])
     return TenxMatrix(matrix, tuple(files))
 
@@ -131,9 +133,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{path}: not valid JSON ({error}); copy the file from the run again") from error
+        raise SourceError(
+            f"{path}: not valid JSON ({error}); copy the file from the original output folder again"
+        ) from error
     if not isinstance(data, dict):
-        raise SourceError(f"{path}: expected a JSON object; copy the file from the run again")
+        raise SourceError(f"{path}: expected a JSON object; copy the file from the original output folder again")
     return data
 
 
@@ -197,7 +201,7 @@ def choose_image(
     Parameters
     ----------
     root
-        Folder of the run, searched for a microscope image if none is stated.
+        Space Ranger output folder, searched for a microscope image if none is stated.
     pictures
         Downscaled images, see :func:`find_pictures`.
     factors
@@ -235,7 +239,7 @@ def choose_image(
 
 
 def picture_word(stated: str | None) -> str | None:
-    """Return ``hires`` or ``lowres`` if the option ``image`` is this word in any case; None if the option is a path or missing."""
+    """Return ``hires`` or ``lowres`` if the option ``image`` is this word (case is ignored); None if it is a path or not stated."""
     word = (stated or "").strip().lower()
     return word if word in PICTURES and (stated == word or not Path(stated or "").exists()) else None
 
@@ -252,8 +256,8 @@ def _picture(
     existing(picture, f"{which} image")
     if not factors:
         raise SourceError(
-            f"{root}: scalefactors_json.json is missing or empty, so {picture.name} has no scale; copy it from the run, or set "
-            "`image` to the microscope image"
+            f"{root}: scalefactors_json.json is missing or empty, so {picture.name} has no scale; copy it from the Space Ranger "
+            "output, or set `image` to the microscope image"
         )
     if not factors.get(key, 0) > 0:
         raise SourceError(
@@ -308,6 +312,6 @@ def appearance_note(image: Path) -> list[str]:
 
 
 def section_name(path: Path) -> str:
-    """Return the name of a run: its folder, or the parent of ``outs``."""
+    """Return the default section id of an output folder: its name, or that of its parent if it is named ``outs``."""
     path = path.resolve()
     return path.parent.name if path.name == "outs" else path.name

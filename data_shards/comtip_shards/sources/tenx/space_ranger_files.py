@@ -150,7 +150,7 @@ def _one_of_many(path: Path, prefix: str, group: _Spatial, matrices: dict[str, T
 
 
 def _noted(run: RunFiles, prefixed: bool) -> RunFiles:
-    """Return the run with notes on the files that were combined, and on a raw matrix."""
+    """Add notes on the files that were combined, and on a raw matrix, and return ``run``."""
     if prefixed and run.matrix is not None and run.positions:
         used = [run.matrix.path, run.positions[0], *([run.factors] if run.factors else []), *run.pictures.values()]
         run.notes.append(f"files: {', '.join(p.name for p in used)}")

@@ -74,23 +74,23 @@ class _Bins:
 
 
 def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options: SourceOptions) -> SectionSource:
-    """Return the section of a folder with bins.
+    """Return the source of a section whose pseudo-spots are pooled from the bins of a Visium HD folder.
 
     Parameters
     ----------
     root
-        Folder of the run.
+        Space Ranger output folder.
     pool_um
         Width of a pseudo-spot in um.
     bins
-        Folder of each bin width in um, largest first.
+        {bin width in um: its folder}, widest first.
     options
-        Stated facts and options.
+        Facts about the section (species, tissue, image, ...) and options of the pooling that the caller states.
 
     Raises
     ------
     SourceError
-        Files, facts or options are missing or contradict each other.
+        A required file or fact is missing, an option does not apply to bins, or files, facts or options contradict each other.
     """
     refuse(options, ("min_pooled",), "it is for cells (bins have `min_cover`)")
     width = _bin_width(bins, pool_um, options.pooling.bin_um, root)
@@ -98,16 +98,16 @@ def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options:
     counts = find_matrix(folder, "filtered_feature_bc_matrix") or find_matrix(folder, "raw_feature_bc_matrix")
     if counts is None:
         raise SourceError(
-            f"{folder}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one from the "
-            "run"
+            f"{folder}: neither filtered_feature_bc_matrix.h5 nor filtered_feature_bc_matrix/matrix.mtx.gz exists; copy one of "
+            "them from the Space Ranger output"
         )
     table, factors_file = find_table(folder), find_factors(folder / "spatial")
     if table is None:
-        raise SourceError(f"{folder / 'spatial'}: no tissue_positions.parquet; copy it from the run")
+        raise SourceError(f"{folder / 'spatial'}: no tissue_positions.parquet; copy it from the Space Ranger output")
     factors = scale_factors(factors_file) if factors_file is not None else {}
     if factors.get("bin_size_um", width) != width:
         raise SourceError(
-            f"{folder}: {FACTORS} states bins of {factors['bin_size_um']:g} um; use files of the same run"
+            f"{folder}: {FACTORS} states bins of {factors['bin_size_um']:g} um; use files of the same Space Ranger run"
         )
     facts, name = options.facts, section_name(root)
     full_mpp, scale_notes = scale_or_pitch(factors, table, width, facts.mpp)
@@ -175,11 +175,11 @@ def _read_grid(path: Path, side: int) -> _Grid:
         if rc.size and (rc.min() < 0 or rc.max() >= 1 << 20):
             raise SourceError(
                 f"{path}: array_row and array_col range from {rc.min()} to {rc.max()}, outside any slide; copy the table from "
-                "the run again"
+                "the Space Ranger output again"
             )
         high = np.maximum(high, rc.max(axis=0, initial=-1))
     if high.min() < 0:
-        raise SourceError(f"{path}: the table has no rows; copy it from the run again")
+        raise SourceError(f"{path}: the table has no rows; copy it from the Space Ranger output again")
     shape = (int(high[0]) + 1, int(high[1]) + 1)
     blocks = -(-shape[0] // side) * -(-shape[1] // side)
     grid = _Grid(shape, np.zeros(shape[0] * shape[1], np.uint8), np.zeros((blocks, 5)), side)
@@ -189,7 +189,9 @@ def _read_grid(path: Path, side: int) -> _Grid:
         xy = all_numbers(batch, ["pxl_col_in_fullres", "pxl_row_in_fullres"], path)
         names = numbers_in(batch.column("barcode"), _BIN, path, "s_016um_00118_00105-1")
         if (names["row"] != row).any() or (names["col"] != col).any():
-            raise SourceError(f"{path}: barcodes and array_row, array_col differ; copy the table from the run again")
+            raise SourceError(
+                f"{path}: barcodes and array_row, array_col differ; copy the table from the Space Ranger output again"
+            )
         grid.state[row * shape[1] + col] = np.where(tissue == 1, 2, 1)
         block = (row // side) * grid.blocks() + col // side
         for i, values in enumerate((np.ones(len(row)), xy[:, 0], xy[:, 1], col, row)):
@@ -197,7 +199,7 @@ def _read_grid(path: Path, side: int) -> _Grid:
         n += len(row)
     if int((grid.state > 0).sum()) != n:
         raise SourceError(
-            f"{path}: {n - int((grid.state > 0).sum())} duplicate bins; copy the table from the run again"
+            f"{path}: {n - int((grid.state > 0).sum())} duplicate bins; copy the table from the Space Ranger output again"
         )
     return grid
 
@@ -224,14 +226,14 @@ def _pool_bins(
         if (state == 0).any():
             first = barcodes[int(np.flatnonzero(state == 0)[0])]
             raise SourceError(
-                f"{counts.path}: has bins that {table} does not list (e.g. {first}); use files of the same run"
+                f"{counts.path}: has bins that {table} does not list (e.g. {first}); use files of the same Space Ranger run"
             )
         kept = np.flatnonzero(state == 2)
         pooler.add_counts(np.stack([col, row], axis=1)[kept] // grid.side, matrix[kept])
         seen, outside = seen + len(kept), outside + int((state == 1).sum())
         lost += int(matrix[np.flatnonzero(state == 1)].sum(dtype=np.int64))
     if not seen:
-        raise SourceError(f"{counts.path} and {table} share no bin in tissue; use files of the same run")
+        raise SourceError(f"{counts.path} and {table} share no bin in tissue; use files of the same Space Ranger run")
     notes = [f"{len(tissue):,} bins of {width:g} um in tissue pooled, {seen:,} with counts"]
     if outside:
         notes.append(f"{outside:,} bins with {lost:,} counts excluded: outside tissue")
@@ -249,14 +251,14 @@ def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path:
     design = np.column_stack([mean[:, 2:], np.ones(len(mean))])
     if np.linalg.matrix_rank(design) < 3:
         bins = np.flatnonzero(grid.state)
-        fix = "reduce `pool_um`" if grid.side > 1 else "copy the table from the run again"
+        fix = "reduce `pool_um`" if grid.side > 1 else "copy the table from the Space Ranger output again"
         raise SourceError(f"{path}: {len(bins)} bins give too few pseudo-spots to fit the grid; {fix}")
     fit, *_ = np.linalg.lstsq(design, mean[:, :2], rcond=None)
     step = float(np.sqrt(abs(np.linalg.det(fit[:2]))))
     if not 0.95 < step * mpp / width < 1.05:
         raise SourceError(
             f"{path}: bins of {width:g} um have a pitch of {step:.3f} px, which gives {width / max(step, 1e-9):.4f} um per px, but "
-            f"the scale is {mpp:g}; use positions and scale factors of the same run, or correct `mpp` if it is set"
+            f"the scale is {mpp:g}; use positions and scale factors of the same Space Ranger run, or correct `mpp` if it is set"
         )
     index = square_N2[:, 1] * grid.blocks() + square_N2[:, 0]
     own = grid.sums[index, 1:] / grid.sums[index, :1]

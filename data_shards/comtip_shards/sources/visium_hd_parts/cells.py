@@ -48,7 +48,7 @@ class _Cells:
 
 
 def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options: SourceOptions) -> SectionSource:
-    """Return the section of a folder with segmented cells.
+    """Return the source of a section whose pseudo-spots are pooled from the segmented cells of a Visium HD folder.
 
     Parameters and errors as for :func:`comtip_shards.sources.visium_hd_parts.bins.bins_source`.
     """
@@ -58,7 +58,7 @@ def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options
     if counts is None:
         raise SourceError(
             f"{folder}: no filtered_feature_cell_matrix.h5 (written by Space Ranger 4 with cell segmentation); copy it from the "
-            f"run{', or set `pool_from` to bins' if bins else ''}"
+            f"Space Ranger output{', or set `pool_from` to bins' if bins else ''}"
         )
     polygons = next((p for n in CELLS if (p := folder / n).is_file()), folder / CELLS[0])
     existing(polygons, "cell polygons")
@@ -67,7 +67,7 @@ def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options
     factors_file, facts, name = find_factors(spatial), options.facts, section_name(root)
     factors = scale_factors(factors_file) if factors_file is not None else {}
     if factors_file is None and facts.mpp is None:
-        raise SourceError(f"{spatial / FACTORS}: no such file; copy it from the run, or set `mpp`")
+        raise SourceError(f"{spatial / FACTORS}: no such file; copy it from the Space Ranger output, or set `mpp`")
     full_mpp = scale_of(factors, spatial / FACTORS, facts.mpp)
     image, scale, notes = choose_image(root, pictures_of(spatial.parent, root), factors, facts.image, name)
     features, species = for_species(counts.features(), facts.species, counts.path)
@@ -139,9 +139,11 @@ def _read_centroids(polygons: Path) -> dict[int, tuple[float, float]]:
         digits = re.search(r"\d+", str(cell))
         if digits is None:
             raise SourceError(
-                f"{polygons}: a feature has no cell_id: {feature.get('properties')}; copy the file from the run again"
+                f"{polygons}: a feature has no cell_id: {feature.get('properties')}; copy the file from the Space Ranger output again"
             )
         if int(digits[0]) in out:
-            raise SourceError(f"{polygons}: duplicate cell {digits[0]}; copy the file from the run again")
+            raise SourceError(
+                f"{polygons}: duplicate cell {digits[0]}; copy the file from the Space Ranger output again"
+            )
         out[int(digits[0])] = centroid(feature, polygons)
     return out

@@ -32,7 +32,7 @@ def find_bins(path: Path) -> dict[float, Path]:
 
 
 def find_table(folder: Path) -> Path | None:
-    """Return the table of positions in the folder of one bin width, None if there is none; Parquet takes precedence."""
+    """Return the table of positions in the folder of one bin width, or None if it does not exist; Parquet takes precedence."""
     found = [p for files in by_prefix(folder / "spatial", TABLE).values() for p in files]
     return next((p for p in found if ".parquet" in p.name.lower()), found[0] if found else None)
 
@@ -44,7 +44,7 @@ def find_factors(spatial: Path) -> Path | None:
 
 
 def pictures_of(folder: Path, root: Path) -> dict[str, Path]:
-    """Return the downscaled images in ``spatial/`` of ``folder``, or else those in ``spatial/`` of the run."""
+    """Return the downscaled images in ``spatial/`` of ``folder``, or else those in ``spatial/`` of the output folder ``root``."""
     return find_pictures(folder / "spatial") or find_pictures(root / "spatial")
 
 

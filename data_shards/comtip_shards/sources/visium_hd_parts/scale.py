@@ -30,7 +30,7 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
     if width and diameter and not 0.95 < diameter * mpp / width < 1.05:
         raise SourceError(
             f"{path}: bins of {width:g} um are {diameter:.3f} px wide, which gives {width / diameter:.4f} um per px instead of "
-            f"{mpp:g}; {'copy the file from the run again' if own > 0 else 'correct `mpp`'}"
+            f"{mpp:g}; {'copy the file from the Space Ranger output again' if own > 0 else 'correct `mpp`'}"
         )
     if stated is not None and not 0.95 < stated / mpp < 1.05:
         raise SourceError(f"{path}: states {mpp:g} um per full-resolution px, but `mpp` is {stated:g}; omit `mpp`")
@@ -84,8 +84,10 @@ def _pitch_px(table: Path) -> float:
         design = np.column_stack([rc, np.ones(len(rc))])
         gram, moment, n = gram + design.T @ design, moment + design.T @ xy, n + len(rc)
     if n < 3 or np.linalg.matrix_rank(gram) < 3:
-        raise SourceError(f"{table}: too few bins to estimate the scale; copy {FACTORS} from the run")
+        raise SourceError(f"{table}: too few bins to estimate the scale; copy {FACTORS} from the Space Ranger output")
     pitch = float(np.sqrt(abs(np.linalg.det(np.linalg.solve(gram, moment)[:2]))))
     if not pitch > 0:
-        raise SourceError(f"{table}: the bins are on one line of the image; copy the table from the run again")
+        raise SourceError(
+            f"{table}: the bins are on one line of the image; copy the table from the Space Ranger output again"
+        )
     return pitch

@@ -1,1 +1,1 @@
-"""Parts of the Xenium reader: files, the run and its scale, and the pooling of transcripts and of cells."""
+"""Parts of the Xenium reader: files, inputs and scale of a section, and the pooling of transcripts and of cells."""

@@ -29,14 +29,14 @@ _ALIGNED = ("*he_imagealignment.csv*", "*he_image_alignment.csv*", "*alignment.c
 
 @dataclass
 class XeniumFiles:
-    """Files of one run, None if missing; names may have a prefix (``Xenium_V1_Breast_experiment.xenium``)."""
+    """Files of one section, None if missing; names may have a prefix (``Xenium_V1_Breast_experiment.xenium``)."""
 
     name: str
     """Section id."""
     root: Path
     """The searched folder."""
     prefix: str = ""
-    """Prefix of the file names if the folder contains several runs."""
+    """Prefix of the file names if the folder contains several sections."""
     experiment: Path | None = None
     transcripts: Path | None = None
     cells: Path | None = None

@@ -34,7 +34,7 @@ def panel_of(files: XeniumFiles) -> tuple[Features, list[str]]:
         return _gene_panel(files.panel), []
     if files.transcripts is None:
         raise SourceError(
-            f"{files.root}: neither {TRANSCRIPTS} nor cell_feature_matrix.h5 exists; copy one of them from the run"
+            f"{files.root}: neither {TRANSCRIPTS} nor cell_feature_matrix.h5 exists; copy one of them from the Xenium output"
         )
     names: set[str] = set()
     for batch in batches(files.transcripts, ["feature_name"], dictionary=["feature_name"]):
@@ -53,7 +53,7 @@ def _gene_panel(path: Path) -> Features:
         )
     except (KeyError, TypeError) as error:
         raise SourceError(
-            f"{path}: no payload.targets with type and data ({error}); copy gene_panel.json from the run again"
+            f"{path}: no payload.targets with type and data ({error}); copy gene_panel.json from the Xenium output again"
         ) from error
 
 

@@ -25,7 +25,7 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
     Parameters
     ----------
     run
-        Inputs of the run.
+        Inputs of the section.
     path
         Table of transcripts.
     qv
@@ -119,5 +119,5 @@ def _read_centroids(path: Path) -> dict[str, tuple[float, float]]:
         out.update(zip(cells, map(tuple, xy.tolist()), strict=True))
         n += len(cells)
     if len(out) < n:
-        raise SourceError(f"{path}: {n - len(out)} duplicate cell ids; copy the table from the run again")
+        raise SourceError(f"{path}: {n - len(out)} duplicate cell ids; copy the table from the Xenium output again")
     return out

@@ -31,7 +31,7 @@ class XeniumRun:
     """Inputs shared by the pooling of transcripts and of cells."""
 
     path: Path
-    """Folder of the run, for messages."""
+    """Xenium output folder, for messages."""
     pixel_size: float
     """um per px of the DAPI image."""
     alignment: Alignment
@@ -54,7 +54,7 @@ class XeniumRun:
 
 
 def open_run(files: XeniumFiles, options: SourceOptions, pool_um: float) -> XeniumRun:
-    """Read the inputs of a run; raises SourceError if one is missing or invalid, or the species is unknown."""
+    """Read the inputs of a Xenium section; raises SourceError if one is missing or invalid, or the species is unknown."""
     experiment = read_json(files.experiment, "description of the run") if files.experiment is not None else {}
     path, notes = files.root, []
     where = files.experiment or path / EXPERIMENT
@@ -65,7 +65,7 @@ def open_run(files: XeniumFiles, options: SourceOptions, pool_um: float) -> Xeni
     if not 0.05 <= pixel_size <= 2:
         raise SourceError(
             f"{where}: pixel_size is {experiment.get('pixel_size')!r}, expected about {PIXEL_SIZE_UM}; copy the file from "
-            "the run again"
+            "the Xenium output again"
         )
     image = he_image(files, options.facts)
     alignment = read_alignment(alignment_file(files, image, options.pooling), pixel_size)
@@ -104,6 +104,6 @@ def check_scale(run: XeniumRun, stated: float | None) -> None:
         + (
             "the matrix maps DAPI px to H&E px; export or use its inverse"
             if inverted
-            else f"use alignment, image and {EXPERIMENT} of the same run; if {origin} is wrong, set `mpp` to {run.mpp:.4f}"
+            else f"use alignment, image and {EXPERIMENT} of the same Xenium run; if {origin} is wrong, set `mpp` to {run.mpp:.4f}"
         )
     )
