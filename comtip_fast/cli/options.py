@@ -223,7 +223,7 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
 def is_answer(path: Path) -> bool:
     """Return whether the file is an AnnData that ``comtip predict`` or ``comtip embed`` wrote."""
     from comtip_shards.errors import SourceError
-    from comtip_shards.sources.files.hdf5 import open_hdf5
+    from comtip_shards.sources.hdf5.opening import open_hdf5
 
     try:
         with open_hdf5(path, "an .h5ad", "delete it") as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.hdf5.opening import open_hdf5
 
 SECTION, SPOT = "section", "spot"
 NAME_KEYS = ("barcodes", "barcode")

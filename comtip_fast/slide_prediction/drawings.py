@@ -12,7 +12,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 from comtip_shards.names import problem_with
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.hdf5.opening import open_hdf5
 from comtip_shards.storage.atomic import atomic_path
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -21,7 +21,7 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.hdf5.opening import open_hdf5
 from PIL import Image
 from tqdm import tqdm
 

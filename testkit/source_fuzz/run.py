@@ -34,8 +34,8 @@ from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
-from comtip_shards.sources.files.hdf5_probe import WALK
 from comtip_shards.sources.files.packaging import temporary_folder
+from comtip_shards.sources.hdf5.probe import WALK
 
 from testkit.source_fuzz.corpus import SOURCES, Source
 from testkit.source_fuzz.mutate import mutate, pick, replaced

@@ -17,7 +17,7 @@ from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.format.record import decode_tile
 from comtip_shards.names import printable
 from comtip_shards.reader.verify import verify
-from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.hdf5.opening import open_hdf5
 from comtip_shards.sources.tenx import matrix as tenx_matrix
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from comtip_shards.storage.regular_file import read_regular

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.sources import detect, open_source
-from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.zarr_metadata import CODECS, check_store
+from comtip_shards.sources.hdf5.opening import open_hdf5
 from comtip_shards.sources.patches import read_patches
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 

@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.sources.files import hdf5_lengths
-from comtip_shards.sources.files.hdf5 import open_hdf5
-from comtip_shards.sources.files.hdf5_lengths import check_lengths
+from comtip_shards.sources.hdf5 import lengths
+from comtip_shards.sources.hdf5.lengths import check_lengths
+from comtip_shards.sources.hdf5.opening import open_hdf5
 
 TEXT = h5py.string_dtype()
 WORDS = np.array(["a", "bbb", "cc"] * 50, object)
@@ -86,6 +86,6 @@ def test_an_element_longer_than_its_file_is_refused(tmp_path: Path, name: str, m
         check_lengths(file["d"], "/d", path)
     with pytest.raises(SourceError, match=r"a\.h5: (damaged|'/d' claims)"):
         open_hdf5(path, "a file", "copy it again")
-    monkeypatch.setattr(hdf5_lengths, "_BLOCK", 16)  # references are read in several pieces
+    monkeypatch.setattr(lengths, "_BLOCK", 16)  # references are read in several pieces
     with h5py.File(path) as file, pytest.raises(SourceError, match=message):
         check_lengths(file["d"], "/d", path)

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.sources.files import hdf5_probe
-from comtip_shards.sources.files.hdf5 import open_hdf5
-from comtip_shards.sources.files.hdf5_probe import Hdf5Probe
+from comtip_shards.sources.hdf5 import probe as hdf5_probe
+from comtip_shards.sources.hdf5.opening import open_hdf5
+from comtip_shards.sources.hdf5.probe import Hdf5Probe
 
 from comtip_fast.cli import main
 from comtip_fast.cli.options import is_answer

@@ -11,8 +11,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.tables import read_table
+from comtip_shards.sources.hdf5.opening import open_hdf5
 from scipy import sparse
 
 from comtip_fast.data.anndata_file import read_h5ad

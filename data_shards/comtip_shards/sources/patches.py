@@ -16,8 +16,8 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import check_unique
 from comtip_shards.slides.base import ArraySlide, Box, Slide
 from comtip_shards.slides.tiles import shrunk_size
-from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.opening import reading
+from comtip_shards.sources.hdf5.opening import open_hdf5
 
 HEST_MPP = 0.5
 """um per px of HEST's patches."""

@@ -24,8 +24,8 @@ from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES, image_size
 from comtip_shards.sources.anndata_parts.picture import library_names
 from comtip_shards.sources.base import Preview, SectionSource
-from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.table_size import MAX_LINE
+from comtip_shards.sources.hdf5.opening import open_hdf5
 from comtip_shards.sources.tenx.features import GENE_KIND
 from comtip_shards.storage.regular_file import read_regular
 

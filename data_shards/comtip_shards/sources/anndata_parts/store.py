@@ -17,10 +17,10 @@ from anndata.io import read_elem
 
 from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
-from comtip_shards.sources.files.hdf5 import check_entries, open_hdf5
 from comtip_shards.sources.files.opening import fix_of, reading
 from comtip_shards.sources.files.packaging import find, unpacked
 from comtip_shards.sources.files.zarr_metadata import check_store, head_text
+from comtip_shards.sources.hdf5.opening import check_entries, open_hdf5
 
 SUFFIXES = (".h5ad", ".h5ad.gz")
 _PLUGIN_IDS = 256

@@ -13,6 +13,8 @@ from comtip_shards.errors import SourceError
 from comtip_shards.not_data import OME_TIFF, is_zarr_folder, not_data, refuse_not_data
 from comtip_shards.storage.disk import disk_fix, disk_trouble, error_number
 
+MAX_UNPACKED, MAX_RATIO = 2**30, 1100
+"""Size in bytes above which an array of HDF5 or Zarr is checked, and its maximum compression ratio. Deflate compresses zeros by 1,032."""
 MAX_HOLE = 1 << 30
 """Maximum bytes in holes of a file that is hashed. A complete file has holes only where a copy left out zeros."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
-from comtip_shards.sources.files.hdf5 import MAX_RATIO, MAX_UNPACKED
+from comtip_shards.sources.files.opening import MAX_RATIO, MAX_UNPACKED
 
 METADATA = {".zarray", ".zgroup", ".zmetadata", "zarr.json"}
 """Files that can name a codec, in formats 2 and 3; ``.zattrs`` cannot."""

@@ -14,11 +14,11 @@ from scipy import sparse
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.sources.files.hdf5 import check_entries, open_hdf5
 from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import open_packed, read_packed, unpacked
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, check_table_size
 from comtip_shards.sources.files.tables import as_counts
+from comtip_shards.sources.hdf5.opening import check_entries, open_hdf5
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, counts_by_kind
 
 MATRIX = "a 10x Genomics feature-barcode matrix"

@@ -1,7 +1,7 @@
 """Refuse HDF5 files on which the HDF5 library hangs or crashes, before this process reads them.
 
 Some damage makes the library loop forever or crash, and Python can neither interrupt nor catch this. A helper process therefore
-walks each file first (:mod:`comtip_shards.sources.files.hdf5_walk`). It is started once, so that a file costs milliseconds, and
+walks each file first (:mod:`comtip_shards.sources.hdf5.walk`). It is started once, so that a file costs milliseconds, and
 a result is cached for as long as the file does not change.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 
-WALK = Path(__file__).with_name("hdf5_walk.py")
+WALK = Path(__file__).with_name("walk.py")
 _MAX_KNOWN = 10_000
 """Number of cached results after which the cache is emptied."""
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}

@@ -2,7 +2,7 @@
 
 An HDF5 file can refer to other files by external links, external storage and virtual datasets. The HDF5 library opens them
 silently, so the content of any local file could become part of a shard set. Files on which the library hangs or crashes are
-refused first (:mod:`comtip_shards.sources.files.hdf5_probe`).
+refused first (:mod:`comtip_shards.sources.hdf5.probe`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
-from comtip_shards.sources.files.hdf5_lengths import check_lengths
-from comtip_shards.sources.files.hdf5_probe import probe_hdf5
-from comtip_shards.sources.files.opening import fix_of
+from comtip_shards.sources.files.opening import MAX_RATIO, MAX_UNPACKED, fix_of
+from comtip_shards.sources.hdf5.lengths import check_lengths
+from comtip_shards.sources.hdf5.probe import probe_hdf5
 
-MAX_UNPACKED, MAX_RATIO = 2**30, 1100
-"""Size in bytes above which a dataset is checked, and its maximum compression ratio. Deflate compresses zeros by 1,032."""
 MAX_OBJECTS, MAX_DEPTH = 1_000_000, 64
 """Maximum number of groups and datasets, and maximum nesting: the objects of a file of a few MB can exceed memory."""
 COPY = "an .h5ad with anndata.read_h5ad and write_h5ad, another file by copying each dataset with h5py"

@@ -1,6 +1,6 @@
 """Walk HDF5 files in a separate process, which a timer ends if the HDF5 library does not return.
 
-:mod:`comtip_shards.sources.files.hdf5_probe` runs this script; it imports only h5py, so that it starts fast. Each line of
+:mod:`comtip_shards.sources.hdf5.probe` runs this script; it imports only h5py, so that it starts fast. Each line of
 standard input is a path as JSON. The name of an object is written to standard output as JSON before its content is read, and
 ``null`` after the last one.
 """
