@@ -33,7 +33,7 @@ def docstrings(tree: ast.Module, where: str) -> Iterator[Text]:
         nodes += [child for child in named if not child.name.startswith("_")]
         text = ast.get_docstring(node) or ""
         if "\n" in text or len(text.split()) >= MIN_DOC:
-            lines = ast.unparse(node).splitlines()
+            lines = [] if isinstance(node, ast.Module) else ast.unparse(node).splitlines()
             head = next((line for line in lines if line.startswith(("def ", "class "))), "module")
             yield {"path": where, "signature": head, "text": text}
 
