@@ -245,6 +245,8 @@ def grad_tiles(  # type: ignore[no-untyped-def]
     tile_m, tile_n = pid % n_row_tiles, pid // n_row_tiles
     local = tile_m * BM + tl.arange(0, BM)
     rows, cols = first + local, tile_n * BN + tl.arange(0, BN)
+    low_q = tl.max(tl.load(low_q_ptr + rows, mask=rows < n_rows, other=0), axis=0)
+    low_k = tl.max(tl.load(low_k_ptr + cols, mask=cols < n_cols, other=0), axis=0)
     scale = tl.load(scale_ptr)
     shift = scale - HEADROOM
     s = scale * logits(
@@ -269,8 +271,6 @@ def grad_tiles(  # type: ignore[no-untyped-def]
     lse_k = tl.load(lse_k_ptr + cols, mask=cols < n_cols, other=0.0)
     weight_q = tl.load(weight_q_ptr + rows, mask=rows < n_rows, other=0.0)
     weight_k = tl.load(weight_k_ptr + cols, mask=cols < n_cols, other=0.0)
-    low_q = tl.max(tl.load(low_q_ptr + rows, mask=rows < n_rows, other=0), axis=0)
-    low_k = tl.max(tl.load(low_k_ptr + cols, mask=cols < n_cols, other=0), axis=0)
     if tl.maximum(low_q, low_k) > 0:
         g = weight_q[:, None] * tl.exp2((s - lse_q[:, None]) * LOG2E)
         # A weight of 0 marks a further column, whose log-sum-exp does not exist: its exponential may be infinite.
