@@ -1,8 +1,8 @@
 """A closed-form correction of the linear readout, fitted to some spots of a section.
 
-The model's prediction stays, and ridge regression of its residuals on the frozen encoder's features is added. With a strong
-penalty the correction approaches a constant per gene, the mean residual, so few spots change the predicted pattern little. The sum
-is again a linear readout, which an export can store.
+The model's prediction is kept, and a ridge regression of its residuals on the frozen encoder's features is added to it. With a
+strong penalty, the correction approaches a constant per gene, the mean residual, so that a small number of spots changes the
+predicted pattern only slightly. The sum is again a linear readout, which an export can store.
 
 Shapes: N spots, F features, G genes, K programmes.
 """
@@ -57,8 +57,9 @@ def fit_correction(
         Measured expression, log1p, and the prediction to correct.
     fold_N
         Spatial fold of each spot. Candidates for block, penalty and number of programmes are compared by the gain in mean
-        PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by chance. Therefore
-        the strongest penalty with a gain within one standard error of the highest gain is used (one-standard-error rule).
+        PCC within the fold that was left out, averaged over folds. With a small number of spots, a weak penalty may have the
+        highest gain by chance. Therefore the strongest penalty with a gain within one standard error of the highest gain is used
+        (one-standard-error rule).
     genes
         Columns over which the mean PCC is computed.
 

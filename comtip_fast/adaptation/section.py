@@ -1,4 +1,4 @@
-"""The section that a model is adapted to: features, positions, expression and facts, with one row per spot."""
+"""The section that a model is adapted to: its metadata, and features, positions and expression with one row per spot."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read_section(
     spec
         A SECTION as for :func:`comtip_fast.data.sections.open_section`, with raw counts.
     options
-        Facts and options that the caller states. For input other than a shard set, tissue and donor are required.
+        Facts (scale, image, species, ...) and options given by the caller. For input other than a shard set, tissue and donor are required.
     fmt
         Format of a source; ``auto`` detects it.
 
@@ -175,8 +175,8 @@ def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:
         log.warning(
-            "section %s: no hires image in uns['spatial'], so the adapted model identifies the section by its "
-            "id alone and does not recognise it under another id",
+            "section %s: no hires image in uns['spatial'], so the adapted model identifies the section only by its id; add the image "
+            "and adapt again, or keep this id when you evaluate the model on the section",
             opened.section_id,
         )
         return {}

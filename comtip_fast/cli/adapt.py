@@ -1,4 +1,4 @@
-"""``comtip adapt RUN SECTION --out DIR``."""
+"""``comtip adapt RUN SECTION --out DIR``: adapt a model to a section, and compare it with the unadapted model on other spots."""
 
 from __future__ import annotations
 

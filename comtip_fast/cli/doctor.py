@@ -1,4 +1,4 @@
-"""``comtip doctor``."""
+"""``comtip doctor``: show which optional features work on this machine."""
 
 from __future__ import annotations
 

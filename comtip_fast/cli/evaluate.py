@@ -1,4 +1,4 @@
-"""``comtip evaluate RUN --shards DIR --out DIR``."""
+"""``comtip evaluate RUN --shards DIR --out DIR``: score a model on held-out sections, with nulls and baselines."""
 
 from __future__ import annotations
 

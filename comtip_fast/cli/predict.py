@@ -1,4 +1,4 @@
-"""``comtip predict`` and ``comtip embed`` ``RUN SECTION --out x.h5ad``.
+"""``comtip predict RUN SECTION --out x.h5ad``: predict gene expression; ``comtip embed``: embed tiles in the shared space.
 
 For ``predict``, SECTION may be a slide without spots, or a folder of slides.
 """

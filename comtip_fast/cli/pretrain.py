@@ -1,4 +1,4 @@
-"""``comtip pretrain --config FILE --out RUN``."""
+"""``comtip pretrain --config FILE --out RUN``: train a model on a shard set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``comtip shards check SOURCE``, ``build SOURCE``, ``merge PART ...`` and ``verify SET``."""
+"""``comtip shards``: check sections (``check SOURCE``), and build, merge and verify sets (``build SOURCE``, ``merge PART ...``, ``verify SET``)."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ def _build(data: Mapping[str, Any], where: str) -> RunConfig:
     except TypeError:
         key, value = next(not_json(data))
         raise ConfigError(
-            f"{where}: {key}: a value of the type {type(value).__name__}; use numbers, text, true, false, null and lists"
+            f"{where}: {key}: values of type {type(value).__name__} are not supported; use numbers, text, true, false, null and lists"
         ) from None
     except ValidationError as error:
         raise ConfigError(f"{where}: {invalid_value(error.errors())}") from None

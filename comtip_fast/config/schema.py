@@ -330,8 +330,8 @@ class EngineConfig:
     compile: bool = False
     """Whether ``torch.compile`` compiles the blocks of both encoders."""
     panel_sizes: Annotated[int, Field(ge=0, le=64)] = 0
-    """Number of sizes per doubling to which a GPU pads the panel's genes and tokens, so that few distinct shapes occur; 0 pads
-    nothing. kernels/README.md has the cost. A CPU never pads."""
+    """Number of sizes per doubling to which a GPU pads the panel's genes and tokens, so that few distinct shapes occur; 0
+    turns padding off. kernels/README.md has the cost. A CPU never pads."""
     timeout_s: Positive = 600.0
     """Timeout of a collective in seconds; if a rank does not reach the collective in time, the run ends on every rank."""
     wait_timeout_s: Positive = 7200.0

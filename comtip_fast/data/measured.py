@@ -49,7 +49,7 @@ def measured_counts(
     species
         ``human`` or ``mouse``; not used for a shard set, whose genes have keys.
     options
-        Facts and options that the caller states about a source or an AnnData.
+        Facts (scale, image, species, ...) and options given by the caller, for a source or an AnnData.
     fmt
         Format of a source; ``auto`` detects it.
 

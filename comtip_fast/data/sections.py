@@ -84,7 +84,7 @@ def open_section(
     tile
         Tile geometry of the model.
     overrides
-        Facts and options that the caller states, or a mapping of them, e.g. ``{"mpp": "0.5", "species": "human"}``.
+        Facts (scale, image, species, ...) and options given by the caller, or a mapping of them, e.g. ``{"mpp": "0.5", "species": "human"}``.
     fmt
         Format of a source, see :func:`comtip_shards.sources.open_source`; ``auto`` detects it.
 

@@ -115,7 +115,7 @@ def evaluate(
     n_null: int = 200,
     train: TrainOptions | None = None,
 ) -> Evaluation:
-    """Score a model.
+    """Score a model on sections, with a spatial null, ridge baselines and, if requested, trained methods.
 
     Parameters
     ----------

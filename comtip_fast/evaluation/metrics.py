@@ -1,4 +1,4 @@
-"""Scores of a prediction: PCC and partial PCC per gene and their means; undefined correlations count as 0."""
+"""Scores of a prediction: PCC and partial PCC per gene, and their means, in which undefined correlations count as 0."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def score(
     hvg: np.ndarray,
     panel: np.ndarray | None = None,
 ) -> Score:
-    """Score a prediction.
+    """Score the predicted against the measured expression by correlation over spots (PCC) per gene, averaged over genes.
 
     Parameters
     ----------
     measured_NG, predicted_NG
-        Spots x genes.
+        Measured and predicted expression, spots x genes.
     covariates_NC
-        Mean colour and log total counts of each spot.
+        Mean colour and log total counts of each spot, which are regressed out of both sides for the partial PCC.
     hvg
         Columns of the (at most 50) most variable genes.
     panel

@@ -179,7 +179,7 @@ def read_lineage(
     Parameters
     ----------
     path
-        The file.
+        Path of ``lineage.json``.
     sections, genes
         Sections of ``config.json`` and genes of ``genes.tsv``.
     weights
@@ -218,7 +218,7 @@ def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> 
     Parameters
     ----------
     path
-        The file.
+        Path of the file of gene vectors.
     stated
         SHA-256 of the vectors according to ``config.json``; None if the model has none.
     own
@@ -236,12 +236,12 @@ def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> 
     in_lineage = None if own.vectors is None else own.vectors.sha256
     if stated != in_lineage:
         raise ExportError(
-            f"{path.parent}: config.json names the gene vectors {stated!r}, but lineage.json names {in_lineage!r}; {FIX}"
+            f"{path.parent}: the SHA-256 of the gene vectors is {stated!r} in config.json, but {in_lineage!r} in lineage.json; {FIX}"
         )
     if bool(stated) != bool(dim):
         raise ExportError(
-            f"{path.parent / 'config.json'}: names the gene vectors {stated!r}, but the model reads vectors of {dim} components; "
-            f"{FIX}"
+            f"{path.parent / 'config.json'}: gene_vectors is {stated!r}, but the model expects gene vectors of {dim} components "
+            f"(0: none); {FIX}"
         )
     if not stated:
         return None

@@ -29,8 +29,8 @@ def padded_genes(n: int, per_doubling: int, most: int) -> int:
     n
         Number of genes, at least 1.
     per_doubling
-        Approximate number of sizes between a number of genes and twice this number (``engine.panel_sizes``); sizes are multiples
-        of 16, so that small panels have fewer. 0 pads nothing.
+        Approximate number of padded sizes per doubling of the number of genes (``engine.panel_sizes``). Sizes are multiples of 16,
+        so that there are fewer per doubling for small panels. 0 turns padding off.
     most
         Largest number of genes of a panel; no panel is padded to more.
     """

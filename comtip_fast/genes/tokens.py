@@ -26,7 +26,7 @@ class HostTokens:
     ids_GT: np.ndarray
     length_G: np.ndarray
     padded: TokenSizes | None = None
-    """Numbers of tokens to which the sentences of a panel are padded; None pads nothing."""
+    """Numbers of tokens to which the sentences of a panel are padded; None turns padding off."""
 
     def take(self, rows: np.ndarray) -> HostTokens:
         """Return the genes ``rows``; ids are cut to the longest of these genes, or keep their width if :attr:`padded` is set."""

@@ -4,8 +4,9 @@ For an image vector z and gene g, the prediction is the expected value over expr
 
     p(q | z, g) = softmax_q( scale * <z, h(g, q)> + log_prior[g, q] )        x[g] = sum_q p(q | z, g) value[g, q]
 
-h(g, q) is the sentence vector and log_prior the log frequency of the gene's levels, as in training. Genes that were not
-trained are predicted in the same way, with the frequencies and values of the global row of the level table.
+h(g, q) is the vector of a level sentence, the text of gene g with level q, and log_prior is the log frequency of the gene's levels,
+both as in training. Genes that were not trained are predicted in the same way, with the frequencies and values of the global row
+of the level table.
 
 If the export has a linear readout (:mod:`comtip_fast.models.readout`), the prediction of a trained gene is a mixture of this
 expected value and the prediction of the readout. With gene vectors, the readout also predicts genes that were not trained.

@@ -1,4 +1,4 @@
-"""Prediction from level sentences: the expected value over levels, in chunks of spots and genes."""
+"""Prediction from level sentences (texts of a gene and a level): the expected value over levels, in chunks of spots and genes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SentenceLevels:
     @classmethod
     @torch.no_grad()
     def of(cls, model: CoMTIP, genes: GeneTokens, levels: LevelTable, rows: Tensor) -> SentenceLevels:
-        """Encode the sentences of G genes; ``rows`` int64 (G,) on the host are their rows in the level table."""
+        """Encode the sentences of G genes; ``rows``, int64 (G,) on the host, has the row index of each gene in the level table."""
         unit_GQD = model.sentence_table(genes).unit_GQD.float()
         pick, device = rows.numpy(), unit_GQD.device
         tables = {"prior": levels.log_prior, "cp10k": levels.value_cp10k, "raw": levels.value_raw}
@@ -110,7 +110,7 @@ def predict_trained(
     model, genes, image_ND, levels
         Model, gene tokens, image vectors and level table.
     rows
-        int64 (G,) on the host, row of each gene in the level table.
+        Row index of each gene in the level table, int64 (G,), on the host.
 
     Returns
     -------

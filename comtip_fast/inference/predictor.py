@@ -282,7 +282,11 @@ class Predictor:
     def predict_levels(
         self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = GENES_PER_CHUNK
     ) -> dict[str, np.ndarray]:
-        """Predict expression from level sentences alone, ``chunk`` genes at a time; see :mod:`comtip_fast.inference`."""
+        """Predict expression without the linear readout, from level sentences alone, ``chunk`` genes at a time.
+
+        A level sentence is the text of a gene and one of its expression levels; the prediction is the expected value over the levels,
+        see :mod:`comtip_fast.inference`. It is returned as by :meth:`predict`.
+        """
         return predict_chunks(self.sentence_levels(genes, chunk), features.vector_ND)
 
     def sentence_levels(self, genes: Sequence[GeneQuery], chunk: int = GENES_PER_CHUNK) -> Iterator[SentenceLevels]:
@@ -333,11 +337,14 @@ class Predictor:
         return unit_ND.astype(np.float32)
 
     def tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
-        """Return the tokens of genes on the device, and their rows in the level table, int64 (G,), on the host."""
+        """Return the tokens of the given genes on the device, and the index of each gene's row in the level table, int64 (G,), on the host.
+
+        The level table has one row per trained gene, and a global row that all other genes use.
+        """
         return self._tokens(genes)
 
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
-        """Return tokens on the device and rows of the level table on the host; genes that were not trained use the global row."""
+        """Return tokens on the device and row indices of the level table on the host; untrained genes have the index of the global row."""
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)
         identity = np.where(rows < len(self.trained_genes), rows + 1, 0)
         vectors = self.sentence_vectors

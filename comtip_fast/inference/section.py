@@ -71,7 +71,13 @@ class SectionFeatures:
             raise
 
     def predict_levels(self, levels: SentenceLevels) -> dict[str, np.ndarray]:
-        """Predict genes from level sentences alone, ``cp10k`` and ``raw``, float32 (N, g)."""
+        """Predict the expression of the g genes of ``levels`` without the linear readout; see :meth:`Predictor.predict_levels`.
+
+        Returns
+        -------
+        dict
+            ``cp10k`` (log1p of counts per 10,000) and ``raw`` (log1p of counts), each float32 (N, g).
+        """
         parts = [levels.predict(self.stored.read(rows)[:, : self._dim]) for rows in row_blocks(self.n_spots)]
         return {name: np.concatenate([part[name] for part in parts]) for name in NORMS}
 

@@ -43,7 +43,7 @@ class PartsAttention(Attention):
         gates = [None] * len(rows) if gate is None else gate(x).sigmoid().split(rows)
         # Parts are split before q, k and v are: the gradient of each then is one stack, and that of all one concatenation.
         parts = zip(self.qkv(x).split(rows), tokens, gates, strict=True)
-        # Each part is projected separately: a concatenated input would be saved in addition to the results of attention.
+        # Each part is projected separately: a concatenated input would be stored in addition to the results of attention.
         return torch.cat([self._part(*part) for part in parts])
 
     def _part(self, qkv_M: Tensor, tokens: int, gate_M: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cost of one operation: FLOPs, memory traffic of the device, and bytes saved for the backward pass.
+"""Cost of one operation: FLOPs, memory traffic of the device, and bytes stored for the backward pass.
 
 Every part of a step is a list of costs (``parts.py``), from which FLOPs, activation memory and times are derived. The
 formulas follow what PyTorch's autograd saves; ``tests/comtip_fast/test_plan_step.py`` compares them with a real step.
@@ -30,7 +30,7 @@ class Cost:
     back_moved: float = 0.0
     """Bytes read and written in the backward pass."""
     saved: float = 0.0
-    """Bytes saved for the backward pass."""
+    """Bytes stored for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def total(costs: Iterable[Cost], field: str) -> float:
 
 
 def forward_only(costs: Iterable[Cost]) -> list[Cost]:
-    """Return the costs of the same operations without gradients: nothing is saved and there is no backward pass."""
+    """Return the costs of the same operations without gradients: nothing is stored and there is no backward pass."""
     return [Cost(c.name, c.flops, 0.0, c.moved) for c in costs]
 
 
 def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]:
-    """Return the costs of the same operations under activation checkpointing: only the input is saved.
+    """Return the costs of the same operations under activation checkpointing: only the input is stored.
 
     The backward pass recomputes the operations up to the last tensor that it needs.
     """
@@ -78,7 +78,7 @@ def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]
 
 
 def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, keep: bool = True) -> Cost:
-    """Return the cost of an ``i`` x ``o`` linear layer on n vectors; if ``keep`` is False, another operation saves its input."""
+    """Return the cost of an ``i`` x ``o`` linear layer on n vectors; if ``keep`` is False, another operation stores its input."""
     product, e = 2.0 * n * i * o, p.operand
     return Cost(
         f"linear {i}x{o}",
@@ -91,7 +91,7 @@ def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, k
 
 
 def norm(n: float, d: int, p: Precision) -> Cost:
-    """Return the cost of LayerNorm on n vectors, which saves its input and two statistics per vector."""
+    """Return the cost of LayerNorm on n vectors, which stores its input and two statistics per vector."""
     e = p.stream
     return Cost("norm", 0, 0, 2 * n * d * e, 3 * n * d * e, n * d * e + 2 * n * STATISTIC)
 
@@ -99,7 +99,7 @@ def norm(n: float, d: int, p: Precision) -> Cost:
 def pointwise(n: float, d: int, e: int, *, reads: int = 1, keep: float = 1.0, name: str = "pointwise") -> Cost:
     """Return the cost of an elementwise operation on ``reads`` operands, each with n x d elements of ``e`` bytes.
 
-    ``keep`` is the number of saved tensors of this size.
+    ``keep`` is the number of tensors of this size that are stored for the backward pass.
     """
     tensor = n * d * e
     return Cost(name, 0, 0, (reads + 1) * tensor, (reads + 1) * tensor, keep * tensor)
@@ -118,7 +118,7 @@ def attention(n: float, length: float, d: int, heads: int, p: Precision) -> Cost
 def block(n: float, length: float, d: int, hidden: int, heads: int, p: Precision) -> list[Cost]:
     """Return the costs of a pre-norm transformer block on n tokens in sequences of ``length``.
 
-    Per token, the block saves 2 d elements of the residual stream and (6 d + 2 hidden) operands.
+    Per token, the block stores 2 d elements of the residual stream and (6 d + 2 hidden) operands.
     """
     return [
         norm(n, d, p),

@@ -37,12 +37,12 @@ class StepPart:
     """Number of executions per step."""
 
     def sum(self, field: str) -> float:
-        """Return the sum of a field of :class:`Cost` per step: FLOPs or bytes moved."""
+        """Return the total per step of one field of :class:`Cost` (FLOPs or bytes moved), over all costs and executions of this part."""
         return self.times * total(self.costs, field)
 
     @property
     def saved(self) -> float:
-        """Bytes saved for the backward pass; successive executions reuse the memory."""
+        """Bytes stored for the backward pass; successive executions reuse the memory."""
         return total(self.costs, "saved")
 
 
@@ -129,7 +129,10 @@ def in_one_pass(s: Sizes, w: RankShare) -> bool:
 
 
 def largest_block(s: Sizes, w: RankShare) -> float:
-    """Return the bytes that a recomputed block saves under checkpointing, for the larger of the image and the text block."""
+    """Return the bytes that one block stores while activation checkpointing recomputes it in the backward pass.
+
+    The result is that of an image block or of a text block, whichever is larger.
+    """
     image = block(w.micro_batch_spots * (s.P + s.prefix), s.P + s.prefix, s.d, s.mlp, s.heads, w.precision)
     text = block(w.table_rows * s.tokens, s.attended, s.width, 4 * s.width, s.text_heads, w.precision)
     return max(total(image, "saved"), total(text, "saved"))
@@ -146,7 +149,7 @@ def image_head(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 def projection(n: float, width: int, D: int, p: Precision) -> list[Cost]:
-    """Return the costs of the projection head; its skip layer and norm share one saved input if the input needs no cast."""
+    """Return the costs of the projection head; its skip layer and norm share one stored input if the input needs no cast."""
     return [
         linear(n, width, D, p, keep=p.operand != p.stream),
         norm(n, width, p),
@@ -158,7 +161,7 @@ def projection(n: float, width: int, D: int, p: Precision) -> list[Cost]:
 
 
 def unit(n: float, D: int, p: Precision) -> list[Cost]:
-    """Return the costs of normalisation to unit length, which saves input, output and lengths."""
+    """Return the costs of normalisation to unit length, which stores input, output and lengths for the backward pass."""
     return [
         pointwise(n, D, p.operand, name="normalise"),
         Cost("unit vectors", saved=n * D * p.stream + 2 * n * STATISTIC),
@@ -194,7 +197,7 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     p, d, N, rows = w.precision, s.width, w.table_rows, s.G * s.Q
     n = N * s.tokens
     keep_cast = p.operand != p.stream
-    # On a CPU, attention runs per sentence length; the results per length are saved in addition to the concatenated one.
+    # On a CPU, attention runs per sentence length; the results per length are stored in addition to the concatenated one.
     attend = text_attention(s, w)
     by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
     layer = block(n, s.attended, d, 4 * d, s.text_heads, p)
@@ -244,14 +247,14 @@ def pooling(s: Sizes, w: RankShare, spots: float) -> list[Cost]:
 
 
 POOL_SAVED = 3 * INDEX + 2 * 4 + 1
-"""Bytes that pooling saves per (spot, gene): rows, offsets and bags as int64, scores and weights as fp32, the mask."""
+"""Bytes that pooling stores for the backward pass per (spot, gene): rows, offsets and bags as int64, scores and weights as fp32, the mask."""
 
 
 def infonce(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of InfoNCE between all images and the rank's text columns.
 
     The backward pass recomputes the logits. A GPU stores the derivatives of the logits and multiplies them with images and
-    texts. A single CPU process saves the exponentials of its first tiles.
+    texts. A single CPU process stores the exponentials of its first tiles.
     """
     pairs = w.images * w.columns
     vectors = (w.images + w.columns) * s.D * w.precision.operand
@@ -264,7 +267,7 @@ def infonce(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 def level(s: Sizes, w: RankShare) -> list[Cost]:
-    """Return the costs of L_level; on a CPU, the forward pass also computes the gradients and saves them."""
+    """Return the costs of L_level; on a CPU, the forward pass also computes and stores the gradients."""
     p, rows = w.precision, s.G * s.Q * s.D
     moved = rows * p.operand + w.spots * (s.D * p.operand + s.G * (INDEX + 1))
     issued = flops.level_cross_entropy(w.spots, s.G, s.Q, s.D, gpu=w.gpu)
@@ -298,4 +301,4 @@ def pair(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 PAIR_SAVED = 3 * INDEX + 2 * 4 + 1
-"""Bytes that L_pair saves per (spot, gene): true and mispaired levels as int64, two logits, the mask."""
+"""Bytes that L_pair stores for the backward pass per (spot, gene): true and mispaired levels as int64, two logits, the mask."""

@@ -115,7 +115,7 @@ def make_plan(
     loader_tiles_per_s: float | None = None,
     validation_spots: int | None = None,
 ) -> Plan:
-    """Predict a run.
+    """Predict memory, computation, communication and time of a run on a cluster.
 
     Parameters
     ----------
@@ -230,7 +230,7 @@ def _validation(
 
 
 def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
-    """Return the plan of a step with the mean panel instead of the largest."""
+    """Return the plan of a training step for the mean number of genes in a panel instead of the largest."""
     G = mean_panel(min(config.panel.min_genes, plan.sizes.G), plan.sizes.G)
     return make_plan(
         config,

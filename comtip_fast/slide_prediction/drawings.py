@@ -35,12 +35,12 @@ MAX_MEASUREMENTS = 50
 
 
 class Answer:
-    """A finished prediction of a slide on disk, whose values are read in blocks of rows.
+    """A finished prediction of a slide, stored in an ``.h5ad`` file, whose values are read in blocks of rows.
 
     Parameters
     ----------
     path
-        The ``.h5ad``.
+        Path of the ``.h5ad`` file.
 
     Raises
     ------
@@ -182,7 +182,7 @@ def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> in
     genes
         Genes to write; None writes all if there are at most :data:`MAX_MEASUREMENTS`.
     path
-        The ``.geojson`` to write.
+        Path of the ``.geojson`` file to write.
 
     Returns
     -------

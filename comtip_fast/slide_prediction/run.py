@@ -98,7 +98,7 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
     path
         Image or whole-slide file.
     out
-        The ``.h5ad`` to write.
+        Path of the ``.h5ad`` file to write.
     request
         What to predict.
 

@@ -115,7 +115,7 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
         check_state(found[1].state, checkpoints.folder_of(root, found[0]), found[0])
     elif which in ("newest", "best"):
         raise CheckpointError(
-            f"{root}: none of the {len(steps)} checkpoints can be read, see the warnings above; give another run"
+            f"{root}: none of the {len(steps)} checkpoints can be read (see the warnings above); export another run"
         )
     step = found[1].state["best_step"] if found is not None else _step(which)
     if found is not None and step == 0:

@@ -39,7 +39,7 @@ class PieceableTask(Protocol):
         ...
 
     def losses_of(self, batch: Any, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return what :meth:`TrainingTask.losses` does, computed from the result of :meth:`join` without reading a parameter."""
+        """Return the same values as :meth:`TrainingTask.losses`, computed from the output of :meth:`join` without the model's parameters."""
         ...
 
     def replay(

@@ -152,7 +152,9 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
         if required:
             raise
         log.warning(
-            "train.start_from=%s: not found; the parents of this run are recorded as unknown", config.train.start_from
+            "train.start_from=%s: no run or export at this path, so the parents of this run are recorded as unknown; restore the "
+            "export there, then run this command again to record them",
+            config.train.start_from,
         )
         return Lineage(parents_known=False)
 

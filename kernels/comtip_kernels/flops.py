@@ -1,8 +1,8 @@
-"""Floating-point operations that each operation issues, forward and backward, recomputation included.
+"""Floating-point operations (FLOPs) of each operation in the forward and the backward pass, recomputation included.
 
 The Triton operators register these functions with ``torch.utils.flop_counter``, so ``FlopCounterMode`` counts them, and
 ``comtip plan`` uses the same functions. Pointwise operations, exponentials and reductions are not counted. An (n, d) times
-(d, m) product has 2 n m d operations: n m d multiplications and as many additions.
+(d, m) product has 2 n m d FLOPs: n m d multiplications and as many additions.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ ATTENTION_TILES = (32, 64)
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of the two passes of an operation."""
+    """FLOPs of the forward and the backward pass of an operation."""
 
     forward: float
     backward: float
 
 
 def product(n: float, m: float, d: float) -> float:
-    """Return the operations of an (n, d) times (d, m) product."""
+    """Return the FLOPs of an (n, d) times (d, m) product."""
     return 2.0 * n * m * d
 
 
 def infonce(images: float, columns: float, width: float, *, gpu: bool, blocks: bool = False) -> Flops:
-    """Return the operations of InfoNCE between ``images`` and ``columns`` vectors of ``width`` elements.
+    """Return the FLOPs of InfoNCE between ``images`` and ``columns`` vectors of ``width`` elements.
 
     The backward pass computes the logits again and multiplies their derivatives with both sides. The CPU path keeps the
     exponentials of its first tiles (``KEPT_BYTES``).
@@ -131,7 +131,7 @@ def padded(columns: int) -> int:
 
 
 def table_product(spots: float, genes: float, levels: float, width: float) -> float:
-    """Return the operations of ``spots`` vectors times every row of a (genes, levels, width) table.
+    """Return the FLOPs of the products of ``spots`` vectors with every row of a (genes, levels, width) table.
 
     One such product is ``sampled_dot``, ``weighted_sum``, ``weighted_sum_transpose`` or the forward pass of ``level_loss``.
     """
@@ -139,7 +139,7 @@ def table_product(spots: float, genes: float, levels: float, width: float) -> fl
 
 
 def level_cross_entropy(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
-    """Return the operations of L_level, the cross-entropy over levels.
+    """Return the FLOPs of L_level, the cross-entropy over levels.
 
     The backward pass of the Triton path computes the scores again and multiplies their derivatives with both sides. The CPU path
     computes both gradients in its forward pass.
@@ -149,13 +149,13 @@ def level_cross_entropy(spots: float, genes: float, levels: float, width: float,
 
 
 def table_pool(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
-    """Return the operations of pooling: a one-hot product with the table in Triton, an embedding bag (not counted) on a CPU."""
+    """Return the FLOPs of pooling: a one-hot product with the table in Triton, an embedding bag (not counted) on a CPU."""
     u = table_product(spots, genes, levels, width) if gpu else 0.0
     return Flops(u, 2 * u)
 
 
 def pair_scores(spots: float, genes: float, levels: float, width: float) -> Flops:
-    """Return the operations of the scores of one level per spot and gene."""
+    """Return the FLOPs of the scores of one level per spot and gene."""
     u = table_product(spots, genes, levels, width)
     return Flops(u, 2 * u)
 
@@ -177,10 +177,11 @@ def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> in
 
 
 def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -> Flops:
-    """Return the operations of the packed attention kernel, including those that its mask removes.
+    """Return the FLOPs of the packed attention kernel, including those of masked (query, key) pairs.
 
     Each program computes one tile and owns the sentences that begin in its first ``tile - longest + 1`` tokens. The width of a
-    head is padded to a power of 2. There are two products forward and five backward, since the weights are computed again.
+    head is padded to a power of 2. There are two matrix products in the forward and five in the backward pass, which recomputes the
+    attention weights.
 
     Raises
     ------
@@ -193,7 +194,7 @@ def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -
 
 
 def sentence_rows_backward(rows: float, width: float, small_rows: float) -> float:
-    """Return the operations of the embedding's gradient: the one-hot product for the tables of type, position and level.
+    """Return the FLOPs of the embedding's gradient: the one-hot product for the tables of type, position and level.
 
     Parameters
     ----------

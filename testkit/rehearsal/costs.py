@@ -1,4 +1,4 @@
-"""Deterministic costs of a walk: FLOPs and bytes of operators, bytes saved for the backward pass, and bytes that collectives send."""
+"""Deterministic costs of a walk: FLOPs and bytes of operators, bytes stored for the backward pass, and bytes that collectives send."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ def test_a_changed_checkpoint_without_an_older_one_is_refused(run: Path, tmp_pat
     shutil.rmtree(checkpoints.folder_of(root, OLD))
     CASES[name].change(checkpoints.folder_of(root, NEW), tmp_path / "foreign")
     with pytest.raises(
-        TrainingError, match="can be read, see the warnings above; delete the folder to start from step 0"
+        TrainingError, match=r"can be read \(see the warnings above\); delete the folder to start from step 0"
     ):
         resume(run)
 

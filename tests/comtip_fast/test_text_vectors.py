@@ -260,7 +260,7 @@ def test_damaged_or_other_vectors_are_refused(case: str, runs: dict[str, Path], 
             edit_meta(export, "gene_vectors", other.sha256)
         write_sums(export, files)
     with pytest.raises(
-        ExportError, match=r"gene_vectors\.safetensors|config\.json names the gene vectors .*, but lineage\.json names"
+        ExportError, match=r"gene_vectors\.safetensors|gene vectors is .* in config\.json, but .* in lineage\.json"
     ):
         Bundle.load(export)
 

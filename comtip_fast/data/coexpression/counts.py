@@ -41,7 +41,7 @@ class CountSource:
     Attributes
     ----------
     path
-        The file.
+        Path of the file.
     genes
         Identifiers of the columns.
     symbols

@@ -1,7 +1,8 @@
-"""Base class of the loaders: batch order, gene panel, levels, views, damaged records and prefetching.
+"""Base class of the loaders. It determines the order and the content of the batches, and replaces or reports damaged records.
 
-For given data and settings, a batch depends on its spots, step and epoch only. The loader knows the batch order and prepares the
-next batches in the background. A batch that is requested out of order is the same, but takes longer.
+A batch has one augmented view of each spot's tile (or its features), the gene panel of the step, and the spots' expression levels of
+these genes. For given data and settings, it depends on its spots, step and epoch only. The loader knows the batch order and prepares
+the next batches in the background. A batch that is requested out of order is the same, but takes longer.
 """
 
 from __future__ import annotations
@@ -174,17 +175,18 @@ class BaseLoader(ABC):
         self._running = self._expected = None
 
     def tiles(self, spot_index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Read the tiles of any spots and return their given views in CPU memory.
+        """Read the tiles of the given spots, and return one view of each in CPU memory.
 
         Parameters
         ----------
         spot_index, view
-            Spots of the set, and the view of each, int64 (N,).
+            Indices of spots of the set, and the number of the view of each, int64 (N,).
 
         Returns
         -------
         spots, tiles
-            int64 (n,) and uint8 (n, 3, S, S), without damaged spots if ``data.faults`` is ``skip``.
+            Indices of the n spots that were read, int64 (n,), and their tiles, uint8 (n, 3, S, S); without damaged spots if
+            ``data.faults`` is ``skip``.
 
         Raises
         ------
@@ -200,9 +202,10 @@ class BaseLoader(ABC):
         return decoded.spots[readable], apply_views(torch.from_numpy(decoded.tiles_NSS3[readable]), plan)
 
     def counts(self, spot_index: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
-        """Read the raw counts of any spots; return the spots, int64 (n,), and their counts, int32 CSR (n, genes).
+        """Read the raw counts of the given spots.
 
-        Damaged spots are left out or raise ShardError, as in :meth:`tiles`.
+        Returns the indices of the n spots that were read, int64 (n,), and their counts, int32 CSR (n, genes). Damaged spots are left
+        out or raise ShardError, as in :meth:`tiles`.
         """
         counts, faults = self.records.counts(spot_index)
         if faults and self.config.data.faults == "stop":

@@ -46,7 +46,10 @@ def retrieval_rows(context: TaskContext) -> list[TaskRow]:
         own = [s for s in context.sections if s.cohort == cohort]
         keys = context.trained_and_measured(cohort, [s.number for s in own])[:TEXT_GENES]
         if not keys:
-            log.warning("retrieval: the sections of %s measured no common trained gene; they are left out", cohort)
+            log.warning(
+                "retrieval: the sections of %s are left out: no gene that the model was trained on was measured in all of them",
+                cohort,
+            )
             continue
         queries = context.queries(keys)
         texts = [SpotSentences(context.predictor, queries, context.values(s, keys)).vectors() for s in own]
@@ -189,7 +192,8 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
         keys = context.trained_and_measured(section.cohort, [section.number])[:TEXT_GENES]
         if len(keys) < 2 or len(section.spot_ids) < 2:
             log.warning(
-                "pairs: section %s is left out: it measured %d trained genes in %d spots, but at least two of each are needed",
+                "pairs: section %s is left out: at least two spots, and two measured genes that the model was trained on, are needed, "
+                "but %d such genes and %d spots can be used",
                 section.section_id,
                 len(keys),
                 len(section.spot_ids),

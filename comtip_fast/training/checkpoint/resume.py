@@ -149,8 +149,8 @@ def prepare_run_folder(
     if found is None:
         if steps:
             raise TrainingError(
-                f"{folder}: none of the {len(steps)} checkpoints can be read, see the warnings above; delete the folder to start from "
-                "step 0"
+                f"{folder}: none of the {len(steps)} checkpoints can be read (see the warnings above); delete the folder to start "
+                "from step 0"
             )
         if resume:
             log.info("%s has no checkpoint yet: starting from step 0", run_dir)

@@ -1,4 +1,4 @@
-"""Verification of checkpoints in parts by all ranks: every file is hashed once, by one of them."""
+"""Verify checkpoints in parts (one file per rank) on all ranks together, so that each file is hashed by one rank only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comtip_fast.training.distributed.process_group import Pause, on_every_rank,
 
 
 def damage_of_parts(root: Path, group: Group, pause: Pause) -> dict[int, str]:
-    """Verify checkpoints in parts, newest first, until a good one is found; a collective call.
+    """Verify checkpoints in parts, newest first, until a good one is found, and return the errors; a collective call.
 
     The search stops at a checkpoint of whole tensors, which rank 0 verifies when reading. Leftovers of killed processes are
     removed.

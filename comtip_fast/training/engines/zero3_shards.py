@@ -50,7 +50,7 @@ class Zero3Shards:
         self._steps, self._set_steps = steps, set_steps
 
     def parts(self) -> Iterator[ParameterPart]:
-        """See :meth:`.base.Shards.parts`."""
+        """Yield this rank's part of every parameter; see :meth:`.base.Shards.parts`."""
         steps = self._steps()
         for name, parameter in self._named():
             start, length = self._range(parameter)
@@ -63,7 +63,7 @@ class Zero3Shards:
 
     @torch.no_grad()
     def restore(self, source: PartSource) -> None:
-        """See :meth:`.base.Shards.restore`; weights and moments that ``source`` lacks are not changed."""
+        """Replace trained weights and optimizer state as :meth:`.base.Shards.restore`; those that ``source`` lacks are not changed."""
         trained = [(name, p) for name, p in self._named() if p.requires_grad]
         for name, parameter in trained:
             if parameter.ds_status.name == "AVAILABLE":  # gathered: the copy would hide the new weights
@@ -77,9 +77,10 @@ class Zero3Shards:
 
     @contextmanager
     def elementwise(self) -> Iterator[None]:
-        """See :meth:`.base.Engine.elementwise`; a parameter's data is this rank's part of it.
+        """As :meth:`.base.Engine.elementwise`; inside the context, the ``data`` of each parameter is only this rank's shard of it.
 
-        Small parameters, which ZeRO 3 keeps gathered between steps, are whole on every rank; no other parameter is gathered.
+        Exceptions are small parameters, which ZeRO 3 keeps gathered between steps: they are whole on every rank. No other parameter
+        is gathered.
         """
         before = [(p, p.data) for _, p in self._named()]
         for parameter, _ in before:

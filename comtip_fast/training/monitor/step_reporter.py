@@ -27,7 +27,7 @@ log = logging.getLogger("comtip_fast")
 
 
 class StepReporter:
-    """Reads the numbers of steps from the device when a row is due, and logs and checks them.
+    """Reads the results of pending steps when a step is to be logged (``train.log_every``), checks them, and logs rows.
 
     Parameters
     ----------
@@ -60,7 +60,9 @@ class StepReporter:
         self._pending.append(step)
 
     def after_step(self, progress: RunState, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
-        """Add a step to the throughput, and report all pending steps if a row is due; on a CPU, report every step.
+        """Add a step to the throughput meter; if the step is to be logged, read and check all pending steps, and log a row.
+
+        On a CPU, where reading does not wait for a device, every step is read and checked at once.
 
         Parameters
         ----------
@@ -69,7 +71,7 @@ class StepReporter:
         seconds, spots
             Duration of the step in seconds, and number of spots of the global batch.
         numbers
-            Numbers of the step, see :meth:`.monitor.ThroughputMeter.add`.
+            Numbers that the task returned with the losses; :meth:`.monitor.ThroughputMeter.add` uses ``genes`` and ``tokens``.
 
         Raises
         ------
@@ -103,7 +105,7 @@ class StepReporter:
         return step % self.config.train.log_every == 0 or step == 1
 
     def _report(self, progress: RunState, finished: list[FinishedStep]) -> None:
-        """Handle non-finite steps and spikes, detect jumps, and log the rows that are due."""
+        """Handle non-finite steps and spikes, detect jumps, and log the steps that are to be logged."""
         for done in finished:
             step, logged = done.pending.step, self._is_logged(done.pending.step)
             losses, numbers = self._over_ranks(done) if logged or not done.good or done.spike else ({}, {})

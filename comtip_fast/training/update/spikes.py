@@ -1,4 +1,4 @@
-"""Spikes of the gradient norm (``optim.spike``): the limit on the norm of a step, from the norms of earlier steps.
+"""Limit on the gradient norm of a step, computed from the norms of earlier steps, to detect spikes (``optim.spike``).
 
 Norms stay on the device: the limit is computed and applied there, and the host reads whether a step was a spike when a row is
 logged. All ranks have the same norms, and therefore the same limit.

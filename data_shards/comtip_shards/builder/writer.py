@@ -1,7 +1,8 @@
-"""Write sections with their records to tars, indexes, tables and the manifest.
+"""Writer of a shard set: tars with the records of its sections, indexes, tables and the manifest.
 
-Sections come from a staging folder (``build``) or from finished sets (``merge``). Both give the same bytes for the same
-sections, because only the spot indices and the gene rows depend on the other sections.
+Sections come from a staging folder (``build``) or from finished sets (``merge``). A record depends on the other sections of the set
+only in its spot index and gene rows, which this module assigns for both commands. Merging all parts of a build therefore gives the
+same bytes as building all sections at once.
 """
 
 from __future__ import annotations

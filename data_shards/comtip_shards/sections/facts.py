@@ -48,7 +48,10 @@ _Location = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SectionFacts:
-    """Facts about a section; ``None`` means not stated. A stated fact takes precedence over what a reader finds."""
+    """What a caller states about a section: scale, images, species, donor and other metadata; ``None`` means not stated.
+
+    A stated fact takes precedence over what a reader finds.
+    """
 
     mpp: Annotated[_Positive | None, Field(description="um per px of the image that the positions belong to")] = None
     trust_mpp: Annotated[
@@ -247,7 +250,7 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
     Parameters
     ----------
     options
-        Facts and options that the caller states.
+        Facts (scale, image, species, ...) and options given by the caller.
     used
         Fields that the reader uses besides :data:`FACT_KEYS`.
     what

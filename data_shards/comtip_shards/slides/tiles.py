@@ -42,12 +42,16 @@ def check_tile_um(um: float) -> float:
 
 
 def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple[np.ndarray, float, float]:
-    """Downsample an image that is finer than ``min_mpp`` um per px.
+    """Downsample an image to about ``min_mpp`` um per px if its resolution is finer; another image is returned unchanged.
 
     Returns
     -------
-    image, mpp, scale
-        uint8; its um per px; factor for positions. A coarser image is returned unchanged, with scale 1.
+    image
+        uint8, downsampled or as given.
+    mpp
+        um per px of the returned image.
+    scale
+        Factor by which positions in px of the given image are multiplied; 1 for an unchanged image.
     """
     size, small_mpp, scale = shrunk_size((image_HW3.shape[1], image_HW3.shape[0]), mpp, min_mpp)
     if scale == 1.0:

@@ -179,8 +179,8 @@ def open_source(
     fmt
         ``auto`` or one of :data:`FORMATS`.
     overrides
-        Facts and options that the caller states; facts take precedence over the source. A mapping such as
-        ``{"mpp": "0.5"}`` is parsed by :func:`comtip_shards.sections.facts.source_options`.
+        Facts (scale, image, species, ...) and options given by the caller; facts take precedence over the source. A mapping such
+        as ``{"mpp": "0.5"}`` is parsed by :func:`comtip_shards.sections.facts.source_options`.
     where
         Allowed values by field; only sections that match all of them are opened, e.g. ``{"tissue": ["breast", "lung"],
         "species": ["human"]}``. Fields: ``species``, ``tissue`` (or ``organ``), ``platform`` (or ``technology``),

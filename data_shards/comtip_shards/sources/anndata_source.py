@@ -96,7 +96,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 @dataclass(frozen=True)
 class LibraryView:
-    """Positions, image and facts of one library of an AnnData; building, predicting and embedding all use this view."""
+    """Positions, image and metadata of one library of an AnnData; building, predicting and embedding all use this view."""
 
     rows: np.ndarray
     """int64, rows of ``obs``."""
@@ -122,25 +122,25 @@ class LibraryView:
 def view_library(
     store: Store, library: Library, name: str, options: SourceOptions, *, need_species: bool = True
 ) -> LibraryView:
-    """Read positions, scale, image and facts of one library.
+    """Read the positions, scale, image and metadata (species, tissue, donor, platform) of one library.
 
     Parameters
     ----------
     store
-        Elements of the AnnData.
+        The opened AnnData.
     library
-        One of :func:`libraries_of`.
+        One of the result of :func:`libraries_of`.
     name
-        Section id, which replaces ``{id}`` in ``image``.
+        Section id, which replaces ``{id}`` in the option ``image``.
     options
-        Facts and options that the caller states.
+        Facts (scale, image, species, ...) and options given by the caller; facts take precedence over the file.
     need_species
-        Whether an unknown species is an error; if False, it is empty in the facts.
+        Whether an unknown species is an error; if False, ``facts.species`` of the result is empty for an unknown species.
 
     Raises
     ------
     SourceError
-        Positions, image, scale or species are missing or contradictory; the message names the option that states them.
+        Positions, image, scale or species are missing or contradictory; the message names the option to set, or another fix.
     """
     path, notes = store.path, list[str]()
     obs, key = store["obs"], library.key

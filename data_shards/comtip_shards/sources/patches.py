@@ -70,7 +70,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     Parameters
     ----------
     path
-        The h5 file.
+        Path of the h5 file.
     mpp
         um per px of the WSI; it is compared with the value in the file, if there is one.
 

@@ -36,7 +36,11 @@ def gene_sentence_embedding_reference(
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
 ) -> Tensor:
-    """Return y (S, D) of the concatenated sentences; see the module's formula. ``plan`` is not used."""
+    """Return the embedded tokens y (S, D): the S tokens of all sentences, one sentence after another.
+
+    The formula is in the docstring of this module, and the parameters are those of
+    :func:`comtip_kernels.gene_sentence_embedding.gene_sentence_embedding`. ``plan`` is not used.
+    """
     T = ids_NT.shape[1]
     slot_T = torch.arange(T, device=ids_NT.device)
     value_NT = slot_T == length_N[:, None] - 1

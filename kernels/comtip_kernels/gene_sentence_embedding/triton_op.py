@@ -245,7 +245,7 @@ def gene_sentence_embedding_triton(
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
 ) -> Tensor:
-    """Return y (S, D); see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
+    """Return the embedded tokens y (S, D) of all sentences; see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
     if plan is None:
         own = identity_N if identity_ID is not None else None
         plan = plan_sentences(ids_NT, length_N, level_lo_N, identity_N=own, mixed=mix_N is not None)

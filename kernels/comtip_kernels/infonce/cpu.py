@@ -194,7 +194,7 @@ def masked_logits(
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Loss of vectors of any length, which are normalised here so that no normalised copy is saved."""
+    """Loss of vectors of any length, which are normalised here so that no normalised copy is stored."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, masks: Masks) -> Tensor:

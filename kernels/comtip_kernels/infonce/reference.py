@@ -29,7 +29,7 @@ def allowed_pairs(
     class_columns: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the mask of positives and of the negatives that groups and classes allow, without regard to weights.
+    """Return the mask of the (image, text) pairs in the loss: positives, and the negatives that groups and classes allow.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def allowed_pairs(
     Returns
     -------
     Tensor
-        bool (B, M).
+        bool (B, M), True for a positive or an allowed negative. Weights and ``excluded_further`` are not taken into account.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def infonce_reference(
     weight_B: Tensor | None = None,
     excluded_further: Tensor | None = None,
 ) -> Tensor:
-    """Return the symmetric InfoNCE loss with further text columns, a scalar; see the module's formula.
+    """Return the symmetric InfoNCE loss with further text columns, a scalar; the docstring of this module has the formula.
 
     It is computed in the dtype of the vectors; vectors of two dtypes are promoted to the wider one.
     """

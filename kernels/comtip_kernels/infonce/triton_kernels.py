@@ -2,7 +2,7 @@
 
 Forward, one pass over the logits: each program owns one tile, computes e = exp(s - shift) once, and stores the row sums and
 the column sums of the tile; a sum over tiles in a fixed order completes both directions (u = 2 B M D FLOPs). Rows and columns
-whose sum underflowed are recomputed by ``exact_lse``, which returns immediately if there are none, so that the decision
+whose sum underflowed are recomputed by ``exact_lse``, which does nothing if there are none, so that the decision
 is taken on the device. Backward: ``grad_tiles`` stores the derivatives g of the logits of a chunk of rows (u), which library
 products multiply with both sides (u each). The vectors have length 1; see ``triton_op.py``.
 
@@ -144,7 +144,7 @@ def exact_lse(  # type: ignore[no-untyped-def]
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Recompute the log-sum-exp of the rows marked in ``low`` with a running maximum; return if none is marked."""
+    """Recompute, with a running maximum, the log-sum-exp of the rows marked in ``low``; a program without marked rows does nothing."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     low = tl.load(low_ptr + rows, mask=rows < n_rows, other=0)
     if tl.max(low, axis=0) > 0:

@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass
 class Counted:
-    """Bytes and FLOPs of all launches."""
+    """Bytes and FLOPs of the kernels launched in a ``with`` block of :func:`counting`."""
 
     loaded: int = 0
     """Bytes of all load requests, most of which caches serve."""
@@ -29,12 +29,14 @@ class Counted:
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """Yield the counts of all launches inside the ``with`` block.
+    """Return a context manager that counts the bytes and FLOPs of all Triton kernels launched inside the ``with`` block.
+
+    Its value is the object in which they are counted.
 
     Raises
     ------
     RuntimeError
-        If the kernels are not interpreted: nothing would be counted.
+        The kernels are compiled instead of run by Triton's interpreter (``TRITON_INTERPRET=1``), so nothing would be counted.
     """
     from comtip_kernels.tl_common import INTERPRETING
 

@@ -1,7 +1,7 @@
 """Bytes and FLOPs of the kernels as formulas in their sizes and tiles, which need no Triton to evaluate.
 
 ``tests/kernels/interpreted/test_traffic.py`` runs the kernels at small sizes in the interpreter, counts, and requires equality;
-the named sizes extrapolate. ``exact_lse`` of InfoNCE is not included: it returns at once unless a sum underflowed.
+the named sizes extrapolate. ``exact_lse`` of InfoNCE is not included: it does nothing unless a sum underflowed.
 ``loaded`` counts every load request, most of which caches serve; ``memory`` is what must be transferred from or to memory if caches
 hold the rest, and is compared with the lower bound.
 """

@@ -112,7 +112,7 @@ def packed_attention_qkv(
 ) -> Tensor:
     """Return the attention of :func:`packed_attention` for q, k and v in one tensor, the output of one projection.
 
-    On a CPU, this saves a pass over the gradient.
+    On a CPU, this avoids a pass over the gradient.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""Elements of an AnnData: access, libraries, counts, positions, facts and images."""
+"""Helpers of the AnnData reader, which read the libraries, counts, positions, metadata and images of a file."""

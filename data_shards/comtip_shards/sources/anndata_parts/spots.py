@@ -86,7 +86,7 @@ def read_spots(
     Parameters
     ----------
     path
-        The ``.h5ad`` or ``.zarr``.
+        Path of the ``.h5ad`` file or ``.zarr`` folder.
     rows
         int64, rows of ``obs`` to take.
     meta, image, notes

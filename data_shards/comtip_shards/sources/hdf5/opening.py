@@ -31,7 +31,7 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     Parameters
     ----------
     path
-        The file.
+        Path of the file.
     what
         Expected content, for messages: ``an .h5ad``.
     fix

@@ -119,7 +119,8 @@ def fetch_source(
     samples, where
         As for :func:`comtip_shards.sources.open_source`.
     options
-        Facts and options that the caller states; ``pixels`` selects WSIs or patches of HEST, ``pool_um`` and ``bin_um`` the bins of Visium HD.
+        Facts (scale, image, species, ...) and options given by the caller; ``pixels`` selects WSIs or patches of HEST, ``pool_um`` and
+        ``bin_um`` the bins of Visium HD.
     cache
         Cache directory; by default ``sources`` in :func:`comtip_shards.storage.cache.default_cache`.
     progress

@@ -1,1 +1,1 @@
-"""Shared parts of the readers for 10x Genomics formats: output folders, matrices, features, alignments and pooled sections."""
+"""Helpers shared by the readers of 10x Genomics formats, for output folders, matrices, features, alignments and pooled sections."""

@@ -54,7 +54,7 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
     Parameters
     ----------
     path
-        The csv.
+        Path of the csv file.
     pixel_size
         um per px of the DAPI image.
 

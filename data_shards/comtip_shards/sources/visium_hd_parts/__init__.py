@@ -1,1 +1,1 @@
-"""Parts of the Visium HD reader: files, scale, and the pooling of bins and of cells."""
+"""Helpers of the Visium HD reader, which find the files of a section, read its scale, and pool bins in blocks or cells in squares."""

@@ -85,7 +85,7 @@ def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options:
     bins
         {bin width in um: its folder}, widest first.
     options
-        Facts about the section (species, tissue, image, ...) and options of the pooling that the caller states.
+        Facts (scale, image, species, ...) and options of the pooling, given by the caller.
 
     Raises
     ------

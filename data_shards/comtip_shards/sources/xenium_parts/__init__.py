@@ -1,1 +1,1 @@
-"""Parts of the Xenium reader: files, inputs and scale of a section, and the pooling of transcripts and of cells."""
+"""Helpers of the Xenium reader, which find the files of a section, read its pixel size and panel, and pool transcripts or cells in squares."""
