@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -20,6 +21,8 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.sections.benchmark import load_benchmark
 from comtip_shards.slides import bounded_file
 from comtip_shards.slides.bounded_file import BoundedFile
+from comtip_shards.slides.colour import RGB as RGB_TAG
+from comtip_shards.slides.colour import tiff_decoder
 from comtip_shards.slides.open import image_size, is_image, open_slide
 from comtip_shards.slides.tiff_tags import check_tiff_tags
 from comtip_shards.sources import open_source
@@ -281,3 +284,11 @@ def test_a_small_hole_is_hashed(tmp_path: Path):
             input_sha256(path)
         path.write_bytes(bytes(1 << 20))  # the same content, written
         assert input_sha256(path) == hashlib.sha256(bytes(1 << 20)).hexdigest()
+
+
+@pytest.mark.parametrize("bits", [3_000_000_000, 0])
+def test_bits_per_sample_out_of_range_are_refused(bits: int):
+    """2 to the power of a damaged number of bits took minutes and gigabytes."""
+    page = SimpleNamespace(photometric=RGB_TAG, compression=1, bitspersample=(8, 8, bits) if bits else 0)
+    with pytest.raises(SourceError, match=r"a\.tif: [\d,]+ bits per sample, expected 1 to 64"):
+        tiff_decoder(page, "a.tif")

@@ -16,6 +16,8 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR, CIELAB = 0, 1, 2, 
 _PILLOW_MODES = {SEPARATED: ("CMYK", 4), YCBCR: ("YCbCr", 3), CIELAB: ("LAB", 3)}
 STRAIGHT_ALPHA, PREMULTIPLIED_ALPHA = 2, 1
 """Values of the TIFF tag ExtraSamples."""
+MAX_BITS = 64
+"""Maximum number of bits per sample of a TIFF; a damaged file may state billions, and 2 to their power takes minutes."""
 JPEG_COMPRESSIONS = {6, 7, 33007, 34892}
 """TIFF compressions whose decoders return RGB for YCbCr."""
 APERIO_JP2000_YCBCR = 33003
@@ -92,11 +94,15 @@ def tiff_decoder(page: Any, where: str) -> Decode | None:
     Raises
     ------
     SourceError
-        The colour space of the page is not supported. The returned function raises the same error for an unsupported
-        number of channels or bits.
+        The colour space or the number of bits per sample of the page is not supported. The returned function raises the same
+        error for an unsupported number of channels.
     """
     photometric = int(page.photometric)
     bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
+    if not 1 <= bits <= MAX_BITS:
+        raise SourceError(
+            f"{where}: {bits:,} bits per sample, expected 1 to {MAX_BITS}; copy the file again, or convert the image to RGB"
+        )
     if photometric == YCBCR and int(page.compression) in JPEG_COMPRESSIONS:
         photometric = RGB
     if photometric == RGB and int(page.compression) == APERIO_JP2000_YCBCR:
