@@ -2,11 +2,13 @@
 
     PYTHONPATH=.:kernels:data_shards python bench/scale/start.py build --out SET --spots 1500000 --sections 1100 --genes 20000
     PYTHONPATH=.:kernels:data_shards python bench/scale/start.py build --out SMALL --spots 3000 --sections 20 --genes 20000
+    PYTHONPATH=.:kernels:data_shards python bench/scale/start.py build --out TILES --spots 4000 --sections 20 --px 224 --grain 15
     PYTHONPATH=.:kernels:data_shards python bench/scale/start.py measure SET [--fit-spots 50000]
     PYTHONPATH=.:kernels:data_shards python bench/scale/start.py first-step SET SMALL [--ranks 2] [--set KEY=VALUE ...]
 
 ``build`` writes real shards whose tiles are drawn from a pool of 64 JPEGs and whose counts are drawn for 256 spots of a section
-and repeated; a spot takes about 6 kB. ``measure`` prints one row for the data side alone. ``first-step`` starts
+and repeated; a spot takes about 6 kB. ``--px 224`` changes the width of the tiles; ``--grain`` adds noise to them, so that a tile
+has as many bytes as one of tissue, and takes as long to decode. ``measure`` prints one row for the data side alone. ``first-step`` starts
 `comtip pretrain` with the demo's config on several ranks and prints the seconds from the start of the command to the first step,
 and the peak memory of each rank up to there; the row of SMALL is what model, libraries and the start of processes cost without a
 large set. Compare two commits by measuring one set in both checkouts on the same machine; on a shared machine compare CPU seconds.
@@ -44,7 +46,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders.torch import TorchLoader
 
-TILE = TileSpec(128, 224.0, 1.75, "jpeg", 80)
+TILE_UM, QUALITY = 224.0, 80
 POOL, COUNTS, BATCH = 64, 256, 256
 
 
@@ -56,6 +58,9 @@ class SyntheticSection:
     n_spots: int
     n_genes: int
     split: str
+    tile: TileSpec
+    grain: float
+    """Standard deviation of the noise of the tiles, in grey levels."""
 
     def head(self) -> SectionHead:
         """Return everything except the records."""
@@ -71,7 +76,7 @@ class SyntheticSection:
             platform="none",
             licence="CC0",
             attribution="synthetic",
-            mpp=TILE.min_mpp,
+            mpp=self.tile.min_mpp,
             spot_diameter_um=55.0,
             spot_pitch_um=100.0,
             split=self.split,
@@ -86,12 +91,14 @@ class SyntheticSection:
         }
         keys = [f"human:GENE{i}" for i in range(self.n_genes)]
         stain = StainStats((0.3, 0.5, 0.3), (0.1, 0.1, 0.1))
-        return SectionHead(meta, f"{self.number:064x}", self.n_spots, keys, stain, out.getvalue(), TILE.min_mpp, source)
+        return SectionHead(
+            meta, f"{self.number:064x}", self.n_spots, keys, stain, out.getvalue(), self.tile.min_mpp, source
+        )
 
     def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records, ``size`` spots at a time."""
         rng = np.random.default_rng([1, self.number])
-        pool = [encode_tile(_tile(i), "jpeg", TILE.quality) for i in range(POOL)]
+        pool = [encode_tile(_pixels(i, self.tile.px, self.grain), "jpeg", QUALITY) for i in range(POOL)]
         share = np.random.default_rng(0).lognormal(0, 2, self.n_genes)
         share /= share.sum()
         depth = rng.lognormal(6.8, 0.4, COUNTS)
@@ -115,25 +122,36 @@ class SyntheticSection:
             yield RecordRun(tiles, jsons, own.indptr.astype(np.int64), own.indices.astype(np.int64), own.data)
 
 
-def _tile(number: int) -> np.ndarray:
+def _pixels(number: int, px: int, grain: float) -> np.ndarray:
     rng = np.random.default_rng([2, number])
     small = Image.fromarray(rng.integers(120, 255, (4, 4, 3), np.uint8))
-    return np.asarray(small.resize((TILE.px, TILE.px), Image.Resampling.BICUBIC))
+    smooth = np.asarray(small.resize((px, px), Image.Resampling.BICUBIC))
+    if not grain:
+        return smooth
+    return np.clip(smooth + rng.normal(0, grain, (px, px, 1)), 0, 255).astype(np.uint8)
 
 
-def build(out: Path, n_spots: int, n_sections: int, n_genes: int, jobs: int) -> None:
+def build(args: argparse.Namespace) -> None:
     """Write a set; one section in twenty is for validation."""
+    out, n_spots, n_sections = args.out, args.spots, args.sections
+    if not 8 <= args.px <= 4096:
+        raise SystemExit(f"--px {args.px}: give a width from 8 to 4096 px")
+    per_spot = 8_000 + (args.px**2 if args.grain else 0)
     free = shutil.disk_usage(out.parent).free
-    if free < 8_000 * n_spots:
+    if free < per_spot * n_spots:
         raise SystemExit(
-            f"{out}: {8e-6 * n_spots:.1f} GB must be free, but {free / 1e9:.1f} GB are; free space or choose fewer --spots"
+            f"{out}: {1e-9 * per_spot * n_spots:.1f} GB must be free, but {free / 1e9:.1f} GB are; free space or choose fewer --spots"
         )
     out.mkdir()
     share = np.random.default_rng(0).lognormal(0, 0.5, n_sections)
     sizes = np.maximum(20, np.round(share / share.sum() * n_spots)).astype(int).tolist()
     split = ["val" if i % 20 == 19 else "train" for i in range(n_sections)]
-    sections = [SyntheticSection(i, n, n_genes, s) for i, (n, s) in enumerate(zip(sizes, split, strict=True))]
-    write_set(sections, TILE, out, 512, partial(run_jobs, jobs=jobs, label="shards", progress=True))
+    tile = TileSpec(args.px, TILE_UM, TILE_UM / args.px, "jpeg", QUALITY)
+    sections = [
+        SyntheticSection(i, n, args.genes, s, tile, args.grain)
+        for i, (n, s) in enumerate(zip(sizes, split, strict=True))
+    ]
+    write_set(sections, tile, out, 512, partial(run_jobs, jobs=args.jobs, label="shards", progress=True))
 
 
 def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
@@ -220,6 +238,10 @@ if __name__ == "__main__":
     one.add_argument("--spots", type=int, default=1_500_000, help="number of spots (default 1500000)")
     one.add_argument("--sections", type=int, default=1_100, help="number of sections (default 1100)")
     one.add_argument("--genes", type=int, default=20_000, help="number of genes (default 20000)")
+    one.add_argument("--px", type=int, default=128, help="width of the tiles in px (default 128)")
+    one.add_argument(
+        "--grain", type=float, default=0.0, help="noise of the tiles, standard deviation in grey levels (default 0)"
+    )
     one.add_argument("--jobs", type=int, default=2, help="processes that write (default 2)")
     two = commands.add_parser("measure", help="measure a start with a set")
     two.add_argument("set", type=Path, help="folder of the set")
@@ -237,7 +259,7 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
     if args.command == "build":
-        build(args.out, args.spots, args.sections, args.genes, args.jobs)
+        build(args)
     elif args.command == "measure":
         print("  ".join(f"{k} {v:,.1f}" for k, v in measure(args.set, args.fit_spots, args.expression).items()))
     else:

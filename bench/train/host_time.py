@@ -13,6 +13,8 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,6 +66,32 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def near_empty_trainer(settings: Sequence[str] = ()) -> Iterator[Trainer]:
+    """Yield a trainer of near-empty steps, after its first steps; ``settings`` are further overrides.
+
+    Every later ``_one_step`` is the same step; none is logged.
+    """
+    config = load_config(ROOT / "configs" / "1gpu.yaml", [*NEAR_EMPTY, *settings])
+    # A step on the CPU takes the path of a device whose values the host must not read.
+    as_gpu = patch.object(devices, "reads_are_free", lambda device: False)
+    with as_gpu, tempfile.TemporaryDirectory() as folder:
+        group = SingleProcessGroup()
+        trainer = Trainer(SyntheticTask(config, group, TILE_PX, CPU), config, Path(folder), group)
+        trainer.engine = make_engine(trainer.task.module, config, group)
+        trainer.progress.step = 1  # the first step is logged
+        for _ in range(3):
+            trainer._one_step(Signals())
+        yield trainer
+
+
+def operators_of_step(trainer: Trainer) -> int:
+    """Run one step and return the number of its operators, without views."""
+    with _Count() as count:
+        trainer._one_step(Signals())
+    return count.operators
+
+
 def main() -> None:
     """Measure and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,21 +102,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(ROOT / "configs" / "1gpu.yaml", [*NEAR_EMPTY, *args.set])
-    # A step on the CPU takes the path of a device whose values the host must not read.
-    as_gpu = patch.object(devices, "reads_are_free", lambda device: False)
-    with as_gpu, tempfile.TemporaryDirectory() as folder:
-        group = SingleProcessGroup()
-        trainer = Trainer(SyntheticTask(config, group, TILE_PX, CPU), config, Path(folder), group)
-        trainer.engine = make_engine(trainer.task.module, config, group)
-        trainer.progress.step = 1  # the first step is logged
-        for _ in range(3):
-            trainer._one_step(Signals())
-        with _Count() as count:
-            trainer._one_step(Signals())
+    with near_empty_trainer(args.set) as trainer:
+        operators = operators_of_step(trainer)
         medians = [_median(trainer, args.steps) for _ in range(args.rounds)]
     print(
-        f"{count.operators} operators; median of {args.steps} steps in ms over {args.rounds} rounds: "
+        f"{operators} operators; median of {args.steps} steps in ms over {args.rounds} rounds: "
         f"{statistics.median(medians):.1f} ({min(medians):.1f} to {max(medians):.1f})"
     )
 

@@ -23,7 +23,7 @@ from comtip_shards.sources import open_source
 from PIL import Image
 
 from comtip_fast.benchmarks.rounds import Contender, describe_machine, resident_mb, run_rounds, trim_free_memory
-from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainConfig
+from comtip_fast.config.schema import DataConfig, GenesConfig, PanelConfig, RunConfig, TrainConfig
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
@@ -38,6 +38,10 @@ RATIOS = (
     ("DALI loader / DALI decoding, nothing else", DALI, DALI_LIMIT),
     ("DALI loader, levels in memory / DALI decoding, nothing else", DALI_TABLE, DALI_LIMIT),
 )
+WITHOUT_DECODER = ((TORCH, PIL_LIMIT), (DALI, DALI_LIMIT), (DALI_TABLE, DALI_LIMIT))
+"""Loaders, and the decoder whose CPU time is subtracted from theirs."""
+GENES_PER_PANEL = 2
+"""Smallest number of selected genes per gene of a panel, as in the configs for GPUs."""
 MEMORY_SPOTS = 512
 Kind = Literal["torch", "wds", "dali"]
 
@@ -61,8 +65,12 @@ class Setting:
         data = DataConfig(
             shards=str(self.shards.path), batch_size=self.batch_size, workers=self.workers, expression="records"
         )
+        genes = GenesConfig()
+        if self.panel is not None:
+            genes = GenesConfig(per_cohort=max(genes.per_cohort, GENES_PER_PANEL * self.panel))
         return RunConfig(
             data=data,
+            genes=genes,
             panel=PanelConfig(min_genes=self.panel or 256, max_genes=self.panel or 256),
             train=TrainConfig(threads=1),
         )
@@ -274,6 +282,16 @@ def ratios(contenders: Sequence[Contender], pairs: Sequence[tuple[str, str, str]
     }
 
 
+def costs_without_decoder(contenders: Sequence[Contender]) -> dict[str, float]:
+    """Return, by loader, the median over rounds of its CPU ms per spot minus those of its decoder alone."""
+    cpu = {c.name: np.array(c.cpu_ms) for c in contenders}
+    return {
+        name: float(np.median(cpu[name] - cpu[decoder]))
+        for name, decoder in WITHOUT_DECODER
+        if name in cpu and decoder in cpu
+    }
+
+
 def table_of(
     contenders: Sequence[Contender],
     resident: dict[str, list[float]],
@@ -287,6 +305,8 @@ def table_of(
             f"{r['contender']:48s} {r['spots_per_s']:9.0f} {spread:>17s} {r['cpu_ms_per_spot']:12.3f} {r['bytes_per_spot']:11d}"
         )
     lines += [f"{label}: {value:.2f}" for label, value in ratios(contenders, pairs).items()]
+    for name, ms in costs_without_decoder(contenders).items():
+        lines.append(f"{name}, CPU ms/spot without the decoder: {ms:.3f}")
     for name, mb in resident.items():
         lines.append(f"{name}: {mb[0]:.0f} MB resident after epoch 1, {mb[-1]:.0f} MB after epoch {len(mb)}")
     return lines

@@ -53,6 +53,21 @@ def test_a_panel_larger_than_the_trained_genes_is_refused(tiny_shards: ShardSet)
         bench.load_inputs(setting)
 
 
+def test_a_large_panel_selects_more_genes_than_the_default(tiny_shards: ShardSet):
+    assert bench.Setting(tiny_shards, 1, 8, 1, 24).config.genes.per_cohort == 300
+    config = bench.Setting(tiny_shards, 1, 8, 1, 24, panel=2048).config
+    assert (config.genes.per_cohort, config.panel.min_genes, config.panel.max_genes) == (4096, 2048, 2048)
+
+
+def test_the_cost_without_the_decoder_is_a_difference_per_round():
+    def contender(name: str, cpu: list[float]) -> Contender:
+        return Contender(name, iter(()), 1.0, [1.0] * len(cpu), cpu)  # type: ignore[arg-type]
+
+    both = [contender(bench.DALI, [0.5, 1.5, 0.6]), contender(bench.DALI_LIMIT, [0.4, 1.2, 0.4])]
+    assert bench.costs_without_decoder(both) == {bench.DALI: pytest.approx(0.2)}
+    assert bench.costs_without_decoder(both[:1]) == {}
+
+
 def test_the_comparison_measures_peers_and_loaders(tiny_shards: ShardSet, tmp_path: Path):
     command = [sys.executable, str(ROOT / "bench" / "loader" / "compare.py"), "--shards", str(tiny_shards.path)]
     command += ["--work", str(tmp_path), "--rounds", "1", "--spots", "24", "--batch-size", "8", "--epochs", "1"]

@@ -16,12 +16,14 @@ def levels_from_table(tables: TrainingTables, spots: np.ndarray, panel: np.ndarr
 
 def levels_from_counts(tables: TrainingTables, csr: Csr, panel: np.ndarray) -> np.ndarray:
     """Return the levels of b spots, uint8 (b, G), from all their counts; ``panel`` (G,) has indices into the trained genes."""
-    values = dense_values(csr, tables.genes.trained[panel], tables.n_genes)
-    return tables.table.levels(values, panel)
+    spot, column, values = _selected_values(csr, tables.genes.trained[panel], tables.n_genes)
+    out = np.zeros((csr[0].size - 1, panel.size), np.uint8)
+    out[spot, column] = tables.table.levels_of_entries(values, column, panel)
+    return out
 
 
-def dense_values(csr: Csr, genes: np.ndarray, n_genes: int) -> np.ndarray:
-    """Return log1p CP10K of the given genes, float32 (b, G), bit-identical to :func:`.levels.log1p_cp10k`.
+def _selected_values(csr: Csr, genes: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the counts of the given genes as log1p CP10K, bit-identical to :func:`.levels.log1p_cp10k`.
 
     Parameters
     ----------
@@ -31,9 +33,13 @@ def dense_values(csr: Csr, genes: np.ndarray, n_genes: int) -> np.ndarray:
         (G,) distinct rows of the gene table.
     n_genes
         Number of rows of the gene table.
+
+    Returns
+    -------
+    spot, column, values
+        Of each count of the genes: the spot, the index in ``genes``, and the value, float32.
     """
     indptr, rows, counts = csr
-    n = indptr.size - 1
     total = np.add.reduceat(np.append(counts, np.int32(0)), indptr[:-1], dtype=np.int64)
     total[indptr[1:] == indptr[:-1]] = 0  # for an empty row, reduceat returns the next element
     scale = 1e4 / np.maximum(total.astype(np.float64), 1.0)
@@ -42,6 +48,4 @@ def dense_values(csr: Csr, genes: np.ndarray, n_genes: int) -> np.ndarray:
     column = column_of_gene[rows]
     selected = np.flatnonzero(column >= 0)
     spot = np.searchsorted(indptr, selected, side="right") - 1
-    out = np.zeros((n, genes.size), np.float32)
-    out[spot, column[selected]] = np.log1p((scale[spot] * counts[selected]).astype(np.float32))
-    return out
+    return spot, column[selected], np.log1p((scale[spot] * counts[selected]).astype(np.float32))

@@ -54,6 +54,14 @@ class LevelTable:
             out += (values_NG >= edges_GE[:, e]) & (values_NG > 0)
         return out
 
+    def levels_of_entries(self, values_n: np.ndarray, column_n: np.ndarray, rows_G: np.ndarray) -> np.ndarray:
+        """Return the level of n entries of a sparse matrix, uint8 (n,); as :meth:`levels`, entry i is in column ``column_n[i]``."""
+        edges_GE, positive = self.edges[rows_G], values_n > 0
+        out = positive.astype(np.uint8)
+        for e in range(edges_GE.shape[1]):
+            out += (values_n >= edges_GE[:, e][column_n]) & positive
+        return out
+
     def between(self, value: float, row: int) -> tuple[int, int, float]:
         """Return the two levels of table row ``row`` between which a log1p CP10K value lies, and the weight of the upper one.
 

@@ -256,8 +256,10 @@ def draw_panel(
     race = rng.exponential(size=candidates.size) / np.maximum(
         weight[candidates] * own if balanced else weight[candidates], 1e-9
     )
-    weighted = candidates[np.argsort(race, kind="stable")[:n_weighted]]
-    rest = np.setdiff1d(candidates, weighted)
+    first = np.argsort(race, kind="stable")[:n_weighted]
+    weighted, left = candidates[first], np.ones(candidates.size, bool)
+    left[first] = False
+    rest = candidates[left]
     if balanced:
         assert balance is not None
         uniform = rest[np.argsort(rng.exponential(size=rest.size) / balance[rest], kind="stable")]
