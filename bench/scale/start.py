@@ -128,11 +128,15 @@ def build(out: Path, n_spots: int, n_sections: int, n_genes: int, jobs: int) -> 
         raise SystemExit(
             f"{out}: {8e-6 * n_spots:.1f} GB must be free, but {free / 1e9:.1f} GB are; free space or choose fewer --spots"
         )
-    out.mkdir()
     share = np.random.default_rng(0).lognormal(0, 0.5, n_sections)
     sizes = np.maximum(20, np.round(share / share.sum() * n_spots)).astype(int).tolist()
     split = ["val" if i % 20 == 19 else "train" for i in range(n_sections)]
-    sections = [SyntheticSection(i, n, n_genes, s) for i, (n, s) in enumerate(zip(sizes, split, strict=True))]
+    write([SyntheticSection(i, n, n_genes, s) for i, (n, s) in enumerate(zip(sizes, split, strict=True))], out, jobs)
+
+
+def write(sections: list[SyntheticSection], out: Path, jobs: int) -> None:
+    """Write a set of these sections to the new folder ``out``."""
+    out.mkdir()
     write_set(sections, TILE, out, 512, partial(run_jobs, jobs=jobs, label="shards", progress=True))
 
 
