@@ -11,12 +11,10 @@ With two ranks and 200 million parameters, the machine needs 9 GB of memory and 
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.scale.memory import MB, measured, status
 from comtip_fast.collectives import Group
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
@@ -40,37 +39,6 @@ from comtip_fast.training.engines.factory import make_engine
 from testkit.distributed import run_distributed
 
 WIDTH, STATE = 4096, {"step": 1}
-MB = 1e6
-
-
-def status(key: str) -> float:
-    """Return the value of ``key`` in ``/proc/self/status``, in MB."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{key}:")) * 1024 / MB
-
-
-@contextmanager
-def measured(row: dict[str, float]) -> Iterator[None]:
-    """Add the highest added memory in MB and the seconds of the block to ``row``."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
-    before, anonymous, ended = status("VmRSS"), status("RssAnon"), threading.Event()
-    highest = [anonymous]
-
-    def sample() -> None:
-        while not ended.wait(0.005):
-            highest[0] = max(highest[0], status("RssAnon"))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        row["seconds"] = time.perf_counter() - began
-        ended.set()
-        thread.join()
-        row["added"], row["anonymous"] = status("VmHWM") - before, highest[0] - anonymous
 
 
 def model_of(millions: float, seed: int) -> nn.Module:

@@ -46,7 +46,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders.torch import TorchLoader
 
-TILE_UM, QUALITY = 224.0, 80
+PX, TILE_UM, QUALITY = 128, 224.0, 80
 POOL, COUNTS, BATCH = 64, 256, 256
 
 
@@ -58,8 +58,8 @@ class SyntheticSection:
     n_spots: int
     n_genes: int
     split: str
-    tile: TileSpec
-    grain: float
+    tile: TileSpec = TileSpec(PX, TILE_UM, TILE_UM / PX, "jpeg", QUALITY)
+    grain: float = 0.0
     """Standard deviation of the noise of the tiles, in grey levels."""
 
     def head(self) -> SectionHead:
@@ -142,7 +142,6 @@ def build(args: argparse.Namespace) -> None:
         raise SystemExit(
             f"{out}: {1e-9 * per_spot * n_spots:.1f} GB must be free, but {free / 1e9:.1f} GB are; free space or choose fewer --spots"
         )
-    out.mkdir()
     share = np.random.default_rng(0).lognormal(0, 0.5, n_sections)
     sizes = np.maximum(20, np.round(share / share.sum() * n_spots)).astype(int).tolist()
     split = ["val" if i % 20 == 19 else "train" for i in range(n_sections)]
@@ -151,7 +150,13 @@ def build(args: argparse.Namespace) -> None:
         SyntheticSection(i, n, args.genes, s, tile, args.grain)
         for i, (n, s) in enumerate(zip(sizes, split, strict=True))
     ]
-    write_set(sections, tile, out, 512, partial(run_jobs, jobs=args.jobs, label="shards", progress=True))
+    write(sections, out, args.jobs)
+
+
+def write(sections: list[SyntheticSection], out: Path, jobs: int) -> None:
+    """Write a set of these sections, which have tiles of one kind, to the new folder ``out``."""
+    out.mkdir()
+    write_set(sections, sections[0].tile, out, 512, partial(run_jobs, jobs=jobs, label="shards", progress=True))
 
 
 def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
@@ -238,7 +243,7 @@ if __name__ == "__main__":
     one.add_argument("--spots", type=int, default=1_500_000, help="number of spots (default 1500000)")
     one.add_argument("--sections", type=int, default=1_100, help="number of sections (default 1100)")
     one.add_argument("--genes", type=int, default=20_000, help="number of genes (default 20000)")
-    one.add_argument("--px", type=int, default=128, help="width of the tiles in px (default 128)")
+    one.add_argument("--px", type=int, default=PX, help=f"width of the tiles in px (default {PX})")
     one.add_argument(
         "--grain", type=float, default=0.0, help="noise of the tiles, standard deviation in grey levels (default 0)"
     )
