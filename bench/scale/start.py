@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders.torch import TorchLoader
 
 PX, TILE_UM, QUALITY = 128, 224.0, 80
+TILE = TileSpec(PX, TILE_UM, TILE_UM / PX, "jpeg", QUALITY)
+"""Tile of a set unless its command states another width."""
 POOL, COUNTS, BATCH = 64, 256, 256
 
 
@@ -58,7 +60,7 @@ class SyntheticSection:
     n_spots: int
     n_genes: int
     split: str
-    tile: TileSpec = TileSpec(PX, TILE_UM, TILE_UM / PX, "jpeg", QUALITY)
+    tile: TileSpec = TILE
     grain: float = 0.0
     """Standard deviation of the noise of the tiles, in grey levels."""
 
@@ -145,7 +147,7 @@ def build(args: argparse.Namespace) -> None:
     share = np.random.default_rng(0).lognormal(0, 0.5, n_sections)
     sizes = np.maximum(20, np.round(share / share.sum() * n_spots)).astype(int).tolist()
     split = ["val" if i % 20 == 19 else "train" for i in range(n_sections)]
-    tile = TileSpec(args.px, TILE_UM, TILE_UM / args.px, "jpeg", QUALITY)
+    tile = replace(TILE, px=args.px, min_mpp=TILE_UM / args.px)
     sections = [
         SyntheticSection(i, n, args.genes, s, tile, args.grain)
         for i, (n, s) in enumerate(zip(sizes, split, strict=True))
