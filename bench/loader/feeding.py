@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loaders",
         nargs="+",
-        choices=("torch", "dali"),
+        choices=("torch", "wds", "dali"),
         default=["torch", "dali"],
         help="loaders to measure (default torch dali)",
     )

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from comtip_fast.collectives import share_of
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
-from comtip_fast.data.loaders import factory
+from comtip_fast.data.loaders import factory, webdataset
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.loaders.prefetch import Prefetcher
@@ -528,3 +529,19 @@ def test_worker_processes_never_collect_inherited_objects(loader, tmp_path: Path
     tested.close()
     assert isinstance(tested.garbage, Garbage)  # workers loaded the batches
     assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_sends_one_tensor_per_batch(loader):
+    """Each further tensor costs the receiving process Python time, in which a step cannot launch operators."""
+    wds = loader("data.loader=wds", "data.workers=0")
+    prepared = wds._load(next(wds.schedule.iterate(0, 0, 1)))
+    sent = webdataset._Sent.of(prepared)
+    assert not sent.without_tensors.batch.tensors()
+    assert sent.without_tensors.packed is None
+    same(wds._received(sent).batch, prepared.batch)
+    # For a GPU the worker has packed the tensors already, with those of the views: the buffer stays as it is.
+    on_gpu = replace(prepared, packed=sent.packed)
+    wds.device = torch.device("cuda")
+    received = wds._received(webdataset._Sent.of(on_gpu))
+    assert received.packed is sent.packed
+    same(received.batch.with_tensors(received.packed.split(received.packed.buffer)), prepared.batch)

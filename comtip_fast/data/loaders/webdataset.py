@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
 from comtip_fast.data.loaders.schedule import ScheduledBatch
+from comtip_fast.data.upload import PackedTensors
 
 
 class WdsLoader(BaseLoader):
@@ -38,7 +40,36 @@ class WdsLoader(BaseLoader):
         for item in start_workers(loader) if n else loader:
             if isinstance(item, ShardError):
                 raise item
-            yield item
+            yield self._received(item) if n else item
+
+    def _received(self, sent: _Sent) -> PreparedBatch:
+        """Return the batch of a worker with its tensors, which are views of the buffer that was sent."""
+        # On a GPU the buffer is copied as it is, and the tensors are views of the copy.
+        views = sent.packed.to(self.device) if self.device.type == "cpu" else {}
+        tensors: dict[str, Any] = {name: views.get(name, torch.empty(0)) for name in sent.names}
+        batch = replace(sent.without_tensors.batch, **tensors)
+        return replace(sent.without_tensors, batch=batch, packed=None if views else sent.packed)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A batch on its way from a worker, with all its tensors in one buffer.
+
+    Each tensor that is passed on its own costs the receiver a third of a millisecond of Python, for which a step waits.
+    """
+
+    without_tensors: PreparedBatch
+    names: tuple[str, ...]
+    """Fields of the batch that are tensors."""
+    packed: PackedTensors
+
+    @classmethod
+    def of(cls, prepared: PreparedBatch) -> _Sent:
+        """Pack the tensors of a batch, unless they are packed for a GPU already."""
+        tensors = prepared.batch.tensors()
+        packed = prepared.packed or PackedTensors.pack(tensors, torch.device("cpu"))
+        nothing: dict[str, Any] = dict.fromkeys(tensors)
+        return cls(replace(prepared, batch=replace(prepared.batch, **nothing), packed=None), tuple(tensors), packed)
 
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -62,7 +93,7 @@ class _WorkerBatches(IterableDataset[Any]):
     def __init__(self, loader: WdsLoader, first: ScheduledBatch) -> None:
         self.loader, self.first = loader, first
 
-    def __iter__(self) -> Iterator[PreparedBatch | ShardError]:
+    def __iter__(self) -> Iterator[PreparedBatch | _Sent | ShardError]:
         info = get_worker_info()
         start, step = (info.id, info.num_workers) if info else (0, 1)
         if info:
@@ -75,4 +106,4 @@ class _WorkerBatches(IterableDataset[Any]):
             except ShardError as error:
                 yield error
                 return
-            yield prepared
+            yield _Sent.of(prepared) if info else prepared
