@@ -7,7 +7,7 @@ work of the host of a GPU. It runs in the main thread, alone and while a loader 
 batch, and does not use it. Batch sizes are chosen so that the loader needs a given share of one core (``--shares``); the table shows
 the share that it needed. ``threads`` loads in threads of the measured process, as in training; ``process`` is a control, in which
 another process loads the same batches at the same rate: what a step loses there is due to shared cores, caches and memory, and not to
-Python's lock.
+Python's lock. ``wds`` has worker processes of its own, and no control.
 
 Blocks alternate: alone, fed, alone, fed with the next loader, and so on. A fed block is compared with the mean of the blocks before
 and after it. Nothing else may run on the machine; the load average before the start is printed. ``bench/scale/start.py build`` writes
@@ -235,8 +235,9 @@ def rows_of(args: argparse.Namespace, tables: TrainingTables, shards: ShardSet, 
                     f"{shards.name}: {tables.spots.size} training spots, fewer than a batch of {size}; build a larger set"
                 )
             own = Setting(shards, args.workers, size, 1, 1, args.panel)
-            yield Row(kind, "threads", size, ThreadFeed(kind, own, tables))
-            if args.control:
+            where = "worker processes" if kind == "wds" else "threads"
+            yield Row(kind, where, size, ThreadFeed(kind, own, tables))
+            if args.control and kind != "wds":  # a daemon may not have worker processes
                 yield Row(kind, "process", size, ProcessFeed(kind, own, tables))
 
 

@@ -108,7 +108,7 @@ def load_inputs(setting: Setting) -> LoaderInputs:
     Raises
     ------
     ValueError, ShardError
-        There are fewer training spots than a batch has; or as for
+        There are fewer training spots than a batch has, or fewer trained genes than a panel; or as for
         :func:`comtip_fast.data.expression.training_tables.training_tables`.
     """
     config = setting.config

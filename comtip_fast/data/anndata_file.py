@@ -11,7 +11,7 @@ import numpy as np
 from comtip_shards import SourceError
 from comtip_shards.sources.anndata_parts.libraries import Library, libraries_of
 from comtip_shards.sources.anndata_parts.picture import library_names
-from comtip_shards.sources.anndata_parts.store import Store, open_h5ad
+from comtip_shards.sources.anndata_parts.store import Store, check_shapes, open_h5ad
 from comtip_shards.sources.files.packaging import unpacked
 
 
@@ -21,9 +21,10 @@ def read_h5ad(path: Path | str) -> ad.AnnData:
     Raises
     ------
     SourceError
-        The file is missing, is not a readable ``.h5ad``, or links to another file.
+        The file is missing, is not a readable ``.h5ad``, links to another file, or has a matrix whose shape differs from the tables.
     """
-    open_h5ad(Path(path)).close()  # raises for files that are not HDF5, and for links to other files
+    with open_h5ad(Path(path)) as opened:  # raises for files that are not HDF5, and for links to other files
+        check_shapes(opened, Path(path))
     try:
         return ad.read_h5ad(unpacked(Path(path)))
     except (SourceError, MemoryError):
@@ -42,9 +43,10 @@ def read_annotation(path: Path) -> ad.AnnData:
     Raises
     ------
     SourceError
-        The file is missing, is not a readable ``.h5ad``, or links to another file.
+        The file is missing, is not a readable ``.h5ad``, links to another file, or has a matrix whose shape differs from the tables.
     """
-    open_h5ad(path).close()
+    with open_h5ad(path) as opened:
+        check_shapes(opened, path)
     try:
         with h5py.File(unpacked(path), "r") as file:
             if not all(

@@ -37,8 +37,8 @@ def write_matrix(data: ad.AnnData, features: Mapping[str, list[str]], name: str,
     """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
     given: Any = data.X
     # SciPy has no float16; sums of duplicate entries may exceed small integers; and a copy leaves the arrays of the caller unchanged.
-    dtype = np.int64 if given.dtype.kind in "biu" else np.promote_types(given.dtype, np.float32)
-    matrix = sparse.csr_matrix(given.astype(dtype), copy=True)
+    matrix = sparse.csr_matrix(given.astype(np.float32) if given.dtype == np.float16 else given)
+    matrix = matrix.astype(np.int64 if matrix.dtype.kind in "biu" else matrix.dtype, copy=sparse.issparse(given))
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     values = matrix.data

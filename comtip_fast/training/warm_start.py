@@ -152,8 +152,8 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
         if required:
             raise
         log.warning(
-            "train.start_from=%s: no run or export at this path, so the parents of this run are recorded as unknown; restore the "
-            "export there, then run this command again to record them",
+            "train.start_from=%s: no run or export at this path, so the parents of this run are recorded as unknown; to record "
+            "them, restore the export there, delete lineage.json in the run folder, and run this command again",
             config.train.start_from,
         )
         return Lineage(parents_known=False)

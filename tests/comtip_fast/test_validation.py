@@ -55,7 +55,11 @@ def test_a_section_is_encoded_in_chunks(
     assert n == sum(s.n_spots for s in tiny_shards.manifest.sections if s.split == "val")
     encoded.clear()
     monkeypatch.setattr(validation, "CHUNK", 5)
+    monkeypatch.setattr(validation, "STEM_CHUNK", 2)
     monkeypatch.setattr(validation, "KEPT_BYTES", kept)
+    by_stem: list[int] = []
+    plain = task.model.vision.stem_features
+    monkeypatch.setattr(task.model.vision, "stem_features", lambda x: by_stem.append(x.shape[0]) or plain(x))
     read: list[int] = []
     real = task.loader.tiles
     monkeypatch.setattr(task.loader, "tiles", lambda spots, view: read.append(spots.size) or real(spots, view))
@@ -69,6 +73,7 @@ def test_a_section_is_encoded_in_chunks(
         assert per_cohort == pytest.approx(whole[1], abs=1e-5)
         assert space == pytest.approx(whole[2], abs=1e-3)
     assert max(read) <= 5
+    assert max(by_stem) <= (2 if stem else 5)
     assert sum(read) == (n if kept else 2 * n)
     held = sum(inputs.nbytes for _, inputs in in_chunks._kept.values())
     assert held <= kept

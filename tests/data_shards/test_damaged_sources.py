@@ -17,6 +17,7 @@ from comtip_shards.not_data import not_data
 from comtip_shards.slides import open as images
 from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_parts.store import open_store
 from comtip_shards.sources.files import table_size
 from comtip_shards.sources.files.packaging import is_gzip, read_packed, unpacked
 from comtip_shards.sources.files.tables import as_counts, read_counts_table, read_table
@@ -24,6 +25,7 @@ from comtip_shards.sources.geometry import median_gap
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from scipy import sparse
 
+from comtip_fast.data.anndata_file import read_h5ad
 from testkit.source_fuzz.corpus import SPATIAL_FACTS, anndata, anndata_dense, visium_mex
 from testkit.tenx import write_h5
 
@@ -108,6 +110,47 @@ def test_a_dense_matrix_of_another_shape_is_refused_before_it_is_read(
     ):
         open_source(path, overrides=SPATIAL_FACTS | {"layer": layer})[0].read()
     assert max(read) < 10**5
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [("X", (24, 24, 10**4)), ("obsm/more", (23, 10**4)), ("obsm/more", (25, 3, 10**4))]
+)
+def test_a_matrix_of_another_form_is_refused_before_it_is_read(
+    tmp_path: Path, key: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    path = anndata(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file.pop(key, None)
+        file.create_dataset(key, shape, np.int8, chunks=True, compression="gzip")
+    read: list[int] = []
+    plain = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda s, at: (read.append(s.size), plain(s, at))[1])
+    message = rf"a\.h5ad: {key} (is of shape|has \d+ rows, but obs has 24)"
+    with pytest.raises(SourceError, match=message):
+        read_h5ad(path)
+    with pytest.raises(SourceError, match=message), open_store(path) as store:
+        _ = store[key]
+    assert max(read, default=0) < 10**5
+
+
+DOUBLED = {
+    "negative": ([3, -1], np.int64, "negative"),
+    "fractions": ([0.5, 0.5], np.float64, "not an integer"),
+    "beyond int64": ([2**63 - 1, 2**63 - 1, 5], np.int64, "too large"),
+    "float32": ([2**24, 1, 1], np.float32, 2**24 + 2),
+    "bool": ([1, 1], np.bool_, 2),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLED)
+def test_doubled_entries_are_checked_one_by_one_and_summed(name: str):
+    values, dtype, wanted = DOUBLED[name]
+    matrix = sparse.csr_matrix((np.array(values, dtype), np.zeros(len(values), int), [0, len(values)]), shape=(1, 1))
+    if isinstance(wanted, str):
+        with pytest.raises(SourceError, match=rf"values that are not counts.*{wanted}; spot s, gene a"):
+            as_counts(matrix, Path("m"), ["s"], ["a"])
+    else:
+        assert as_counts(matrix, Path("m"), ["s"], ["a"]).toarray().tolist() == [[wanted]]
 
 
 def test_sums_above_int32_are_refused(tmp_path: Path):

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -89,3 +90,44 @@ def test_an_element_longer_than_its_file_is_refused(tmp_path: Path, name: str, m
     monkeypatch.setattr(lengths, "_BLOCK", 16)  # references are read in several pieces
     with h5py.File(path) as file, pytest.raises(SourceError, match=message):
         check_lengths(file["d"], "/d", path)
+
+
+PADDED = np.dtype([("n", "i1"), ("s", TEXT)], align=True)
+ARRAYS = np.dtype([("n", "i4"), ("a", TEXT, (2,)), ("s", TEXT)])
+
+
+@pytest.mark.parametrize("filters", [{}, {"chunks": (7,)}, {"chunks": (7,), "compression": "gzip", "shuffle": True}])
+@pytest.mark.parametrize("kind", [PADDED, ARRAYS], ids=["padding", "arrays"])
+def test_references_between_other_members_are_found(tmp_path: Path, kind: np.dtype, filters: dict[str, object]):
+    """Negative numbers next to them, read as lengths, would be gigabytes."""
+    path = tmp_path / "a.h5"
+    row = (-5, "x" * 40) if kind is PADDED else (-5, ["ab", "cd"], "x" * 40)
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("d", (20,), kind, **filters)
+        data[:] = np.array([row] * 20, kind)
+    with h5py.File(path) as file:
+        check_lengths(file["d"], "/d", path)
+        start = file["d"].id.get_offset() or file["d"].id.get_chunk_info(0).byte_offset
+    raw = path.read_bytes()
+    if "compression" not in filters:
+        stored = raw.index(struct.pack("<I", 40), start)
+        path.write_bytes(raw[:stored] + CLAIM + raw[stored + 4 :])
+        with h5py.File(path) as file, pytest.raises(SourceError, match="claims an element"):
+            check_lengths(file["d"], "/d", path)
+
+
+def test_the_time_of_many_chunks_is_not_quadratic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("d", data=WORDS, dtype=TEXT, chunks=(1,))
+    asked: list[int] = []
+    plain = h5py.h5d.DatasetID
+    with h5py.File(path) as file:
+        data = file["d"]
+        counting = SimpleNamespace(
+            **{name: getattr(data.id, name) for name in dir(plain) if not name.startswith("_")}
+            | {"get_chunk_info": lambda *args: asked.append(1)}
+        )
+        wrapped = SimpleNamespace(id=counting, file=file, size=data.size, chunks=data.chunks)
+        check_lengths(wrapped, "/d", path)
+    assert not asked

@@ -229,6 +229,11 @@ CASES = {
     # -- colour spaces --------------------------------------------------------------------------------------------
     "grey": Case("grey", tiff(GREY, photometric="minisblack"), GREY_RGB),
     "white is zero": Case("grey", tiff(255 - GREY, photometric="miniswhite"), GREY_RGB),
+    "white is zero, 8 bits with sign": Case(
+        "grey",
+        tiff((127 - np.rint(GREY * (127 / 255))).astype("i1"), photometric="miniswhite"),
+        np.rint(np.rint(GREY_RGB * (127 / 255)) * (255 / 127)),
+    ),
     "white is zero, 16 bits with sign": Case(
         "grey", tiff((32767 - np.rint(GREY * (32767 / 255))).astype("i2"), photometric="miniswhite"), GREY_RGB
     ),

@@ -348,6 +348,13 @@ def test_scale_factors_that_r_wrote(run: Path):
     is_the_run(read(run)[0])
 
 
+def test_scale_factors_that_are_no_numbers_count_as_missing(run: Path):
+    path = run / "spatial/scalefactors_json.json"
+    factors = json.loads(path.read_text()) | {"spot_diameter_fullres": float("nan"), "microns_per_pixel": float("inf")}
+    path.write_text(json.dumps(factors))
+    is_the_run(read(run)[0])
+
+
 def test_vendor_pictures_are_not_taken_for_the_microscope_image(run: Path):
     for name in ("detected_tissue_image.jpg", "aligned_tissue_image.jpg", "cytassist_image.tiff"):
         picture().save(run / name)

@@ -54,7 +54,9 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premult
 
 
 def peak_of(values: np.ndarray, where: str = "the image") -> float:
-    """Return the value of white: 255 for uint8, else the smallest of 1, 255, 4095 (12 bits) and 65535 (32767 in int16) that no pixel exceeds.
+    """Return the value of white: 255 for uint8, else the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
+
+    Signed types have one bit less: 127 for int8, and 32767 as the largest of int16.
 
     1 applies to floating point and bool; floating-point values may exceed it by 2 %, because filters overshoot. Cameras store
     12 bits in 16; scaled as 16 bits, such an image would be black.
@@ -73,7 +75,8 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
             f"{where}: pixel values of type {values.dtype} are not supported; convert the image to uint8 or uint16"
         )
     high = float(values.max(initial=0))
-    for peak in (1.0, 255.0, 4095.0, 32767.0 if values.dtype == np.int16 else 65535.0):
+    signed = {np.dtype(np.int8): (1.0, 127.0), np.dtype(np.int16): (1.0, 255.0, 4095.0, 32767.0)}
+    for peak in signed.get(values.dtype, (1.0, 255.0, 4095.0, 65535.0)):
         if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
             return peak
     raise SourceError(

@@ -45,7 +45,7 @@ class SectionSize:
     spots: int | None = None
     """Upper bound on the number of spots; an estimate for pooled sections."""
     genes: int | None = None
-    """Number of genes; in a MEX matrix, of features."""
+    """Number of genes, or of all features where the headers do not state their types."""
     image: str = ""
     """Name of the image, "" if it is unknown."""
     image_px: tuple[int, int] | None = None
@@ -116,7 +116,7 @@ def _hdf5(file: h5py.File, path: Path, meta: SectionMeta) -> dict[str, Any]:
     if "matrix/shape" in file:
         features, barcodes = (int(n) for n in file["matrix/shape"][:2])
         kinds = file.get("matrix/features/feature_type")
-        if kinds is not None and kinds.shape == (features,):  # antibodies and others are not trained
+        if isinstance(kinds, h5py.Dataset) and kinds.shape == (features,):  # antibodies and others are not trained
             features = int(np.isin(kinds[:].astype(bytes), [GENE_KIND.encode(), b""]).sum())
         return {"spots": barcodes, "genes": features}
     if "img" in file and isinstance(file["img"], h5py.Dataset):

@@ -54,8 +54,8 @@ class Library:
 def libraries_of(store: Store) -> dict[str, Library]:
     """Return a dict from section id to the section of an AnnData.
 
-    - If several entries of ``uns["spatial"]`` have spots, each entry is one section. A column of ``obs`` must name the entry of each
-      spot; any further name in this column is also a section.
+    - If several entries of ``uns["spatial"]`` have spots, each entry is one section. A column of ``obs`` must have all their names; any
+      further name in this column is also a section, and spots without a name are left out and counted.
     - Otherwise, if a column of ``obs`` names several sections, as in files that were concatenated without ``uns``, each name is one
       section. This column is one of :data:`OWN_COLUMNS`, or another of :data:`LIBRARY_COLUMNS` if the spots of its sections are
       interleaved. It is not used if ``uns["spatial"]`` has one entry of another name, and the spots are not interleaved.

@@ -258,14 +258,29 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
         check_entries(group["indptr"][()], int(shape[1 if kind == "csr_matrix" else 0]), f"{path}: {key}")
 
 
+def check_shapes(file: h5py.File, path: Path) -> None:
+    """Check all matrices of an AnnData file as :func:`read_part` checks one, before anndata reads them together."""
+    names = [
+        f"{group}/{name}"
+        for group in ("layers", "obsm")
+        if isinstance(file.get(group), h5py.Group)
+        for name in file[group]
+    ]
+    for key in ("X", "raw/X", *names):
+        _check_shape(file, key, path)
+
+
 def _check_shape(root: Any, key: str, path: Path) -> None:
     """Check rows and columns of a matrix against ``obs`` and ``var`` before it is read: an empty dataset of a few bytes can claim any shape."""
-    if key not in ("X", "raw/X") and not key.startswith(("layers/", "obsm/")):
+    is_expression = key in ("X", "raw/X") or key.startswith("layers/")
+    if not is_expression and not key.startswith("obsm/"):
         return
     shape = _shape_of(root, key)
-    if len(shape) != 2:  # refused by _checked
-        return
-    tables = ("obs",) if key.startswith("obsm/") else ("obs", "raw/var" if key == "raw/X" else "var")
+    if is_expression and len(shape) not in (0, 2):
+        raise SourceError(
+            f"{path}: {key} is of shape {shape}, expected spots x genes; write the file again with anndata"
+        )
+    tables = ("obs", "raw/var" if key == "raw/X" else "var") if is_expression else ("obs",)
     for table, found, axis in zip(tables, shape, ("rows", "columns"), strict=False):
         length = next(iter(_shape_of(root, table)), found)
         if found != length:
@@ -343,6 +358,8 @@ def _missing_plugin(root: Any, key: str) -> str:
 
 
 def _read_legacy(path: Path) -> ad.AnnData:
+    with open_h5ad(path) as file:
+        check_shapes(file, path)
     try:
         return ad.read_h5ad(unpacked(path))
     except Exception as error:  # anndata raises many kinds of errors

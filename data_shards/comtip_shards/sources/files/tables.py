@@ -186,43 +186,46 @@ def as_counts(
     Raises
     ------
     SourceError
-        A value is not finite, negative, fractional or above 2^31 - 1.
+        A value is not finite, negative, fractional or above 2^31 - 1, or a sum of doubled entries is above it.
     """
-    matrix = _without_doubles(sparse.csr_matrix(matrix))
-    data = matrix.data
-    # 2^31, not 2^31 - 1: in float32 the latter is rounded to the former.
-    bad = ~np.isfinite(data) | (data < 0) | (data != np.rint(data)) | (data >= 2.0**31)
-    if bad.any():
-        first = int(np.flatnonzero(bad)[0])
-        row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
-        value, gene = float(data[first]), genes[int(matrix.indices[first])]
-        kind = (
-            "missing or infinite"
-            if not np.isfinite(value)
-            else "negative"
-            if value < 0
-            else "not an integer"
-            if value != np.rint(value)
-            else "too large"
-        )
-        where = f"{kind}; spot {spots[row]}, gene {gene}"
-        raise SourceError(
-            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} values that are not counts, the first is {value:.12g} ({where}); "
-            f"raw counts are needed: integers from 0 to 2^31 - 1, not normalised values{f'; {fix}' if fix else ''}"
-        )
+    matrix = sparse.csr_matrix(matrix)
+    _check_entries(matrix, path, spots, genes, what, fix)
+    if not matrix.has_canonical_format:  # every entry is below 2^31 now, so that int64 holds their sums
+        matrix = matrix.astype(np.int64)
+        matrix.sum_duplicates()
+        _check_entries(matrix, path, spots, genes, what, fix)
     out = sparse.csr_matrix(matrix, dtype=np.int32)
     out.eliminate_zeros()
     out.sort_indices()
     return out
 
 
-def _without_doubles(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Return a matrix whose entries at the same row and column are summed, in int64 so that integers do not overflow."""
-    if matrix.has_canonical_format:
-        return matrix
-    matrix = matrix.astype(np.int64) if matrix.dtype.kind in "iu" and matrix.dtype.itemsize < 8 else matrix.copy()
-    matrix.sum_duplicates()
-    return matrix
+def _check_entries(
+    matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str], what: str, fix: str
+) -> None:
+    """Raise SourceError unless every stored value is an integer from 0 to 2^31 - 1; parameters as for :func:`as_counts`."""
+    data = matrix.data
+    # 2^31, not 2^31 - 1: in float32 the latter is rounded to the former.
+    bad = ~np.isfinite(data) | (data < 0) | (data != np.rint(data)) | (data >= 2.0**31)
+    if not bad.any():
+        return
+    first = int(np.flatnonzero(bad)[0])
+    row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
+    value, gene = float(data[first]), genes[int(matrix.indices[first])]
+    kind = (
+        "missing or infinite"
+        if not np.isfinite(value)
+        else "negative"
+        if value < 0
+        else "not an integer"
+        if value != np.rint(value)
+        else "too large"
+    )
+    where = f"{kind}; spot {spots[row]}, gene {gene}"
+    raise SourceError(
+        f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} values that are not counts, the first is {value:.12g} ({where}); "
+        f"raw counts are needed: integers from 0 to 2^31 - 1, not normalised values{f'; {fix}' if fix else ''}"
+    )
 
 
 def flags(values: Any, where: str) -> np.ndarray:
