@@ -124,7 +124,7 @@ def test_a_remote_shard_that_is_damaged_or_gone(bucket: fsspec.AbstractFileSyste
         # Reported once, not 49 times.
         with pytest.raises(
             ShardError,
-            match=r"memory://bucket/set/shards/t1-0000\.tar: the content does not match .* upload it again",
+            match=r"memory://bucket/set/shards/t1-0000\.tar: the received content does not match .* upload it again",
         ):
             shards.tiles([spot])
     with pytest.raises(ShardError, match=r"memory://bucket/set/shards/t2-0000\.tar: no such file"):

@@ -301,7 +301,7 @@ def test_one_file_of_a_run_names_the_folder(run: Path, name: str):
 
 
 def test_the_folder_of_positions_names_the_folder_above(run: Path):
-    with pytest.raises(SourceError, match="give the folder above it"):
+    with pytest.raises(SourceError, match="give the Space Ranger output folder above it"):
         open_source(run / "spatial", overrides=VIS)
 
 
