@@ -132,7 +132,7 @@ def test_a_remote_shard_that_is_damaged_or_gone(bucket: fsspec.AbstractFileSyste
     shards.tiles([100])
     assert time.monotonic() - start < 5
     text = verify("memory://bucket/set", remote=remote(tmp_path)).text
-    assert "t1-0000.tar: the content does not match" in text
+    assert "t1-0000.tar: the received content does not match" in text
     assert "t2-0000.tar: no such file" in text
 
 
