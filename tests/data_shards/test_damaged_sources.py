@@ -17,6 +17,7 @@ from comtip_shards.not_data import not_data
 from comtip_shards.slides import open as images
 from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_parts import store
 from comtip_shards.sources.anndata_parts.store import open_store
 from comtip_shards.sources.files import table_size
 from comtip_shards.sources.files.packaging import is_gzip, read_packed, unpacked
@@ -128,9 +129,26 @@ def test_a_matrix_of_another_form_is_refused_before_it_is_read(
     message = rf"a\.h5ad: {key} (is of shape|has \d+ rows, but obs has 24)"
     with pytest.raises(SourceError, match=message):
         read_h5ad(path)
-    with pytest.raises(SourceError, match=message), open_store(path) as store:
-        _ = store[key]
+    with pytest.raises(SourceError, match=message), open_store(path) as opened:
+        _ = opened[key]
     assert max(read, default=0) < 10**5
+
+
+def test_an_attribute_that_cannot_be_read_is_refused_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Found by the fuzz: the shape is read from attributes, which can be damaged, too."""
+    path = anndata(tmp_path)
+
+    def damaged(*_: object) -> None:
+        raise OSError("ran off end of input buffer")
+
+    monkeypatch.setattr(store, "_shape_of", damaged)
+    with pytest.raises(SourceError, match=r"a\.h5ad: cannot be read as \.h5ad \(ran off end"):
+        read_h5ad(path)
+    with (
+        pytest.raises(SourceError, match=r"a\.h5ad: X cannot be read \(OSError: ran off end"),
+        open_store(path) as opened,
+    ):
+        _ = opened["X"]
 
 
 DOUBLED = {

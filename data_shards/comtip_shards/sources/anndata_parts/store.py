@@ -260,14 +260,11 @@ def _check_sparse(root: Any, key: str, path: Path) -> None:
 
 def check_shapes(file: h5py.File, path: Path) -> None:
     """Check all matrices of an AnnData file as :func:`read_part` checks one, before anndata reads them together."""
-    names = [
-        f"{group}/{name}"
-        for group in ("layers", "obsm")
-        if isinstance(file.get(group), h5py.Group)
-        for name in file[group]
-    ]
-    for key in ("X", "raw/X", *names):
-        _check_shape(file, key, path)
+    with reading(path, ".h5ad"):
+        groups = [(name, file.get(name)) for name in ("layers", "obsm")]
+        names = [f"{group}/{name}" for group, found in groups if isinstance(found, h5py.Group) for name in found]
+        for key in ("X", "raw/X", *names):
+            _check_shape(file, key, path)
 
 
 def _check_shape(root: Any, key: str, path: Path) -> None:
@@ -304,10 +301,10 @@ def _shape_of(root: Any, key: str) -> tuple[int, ...]:
 
 
 def _read_part(root: Any, key: str, path: Path) -> Any:
-    _check_shape(root, key, path)
-    _check_columns(root, key, path)
-    _check_sparse(root, key, path)
     try:
+        _check_shape(root, key, path)
+        _check_columns(root, key, path)
+        _check_sparse(root, key, path)
         if key not in root:
             raise SourceError(f"{path}: no {key}; write the file again with anndata")
         return read_elem(root[key])
