@@ -148,6 +148,8 @@ def test_the_judge_sees_what_escapes(fuzzer: SourceFuzzer, through, told: str, m
     if through is use_memory:
         gc.collect()
         # Whatever this process holds already, the 400 MB of the case exceed the limit.
+        ballast = np.ones(500 << 20, np.uint8)
+        assert ballast[0]
         monkeypatch.setattr(source_fuzz, "MEMORY_BYTES", source_fuzz.REST_BYTES + (100 << 20))
     outcome = fuzzer.intact_outcome("visium h5")
     assert outcome.outcome == "escaped"
