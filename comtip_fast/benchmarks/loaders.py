@@ -112,20 +112,26 @@ def load_inputs(setting: Setting) -> LoaderInputs:
         :func:`comtip_fast.data.expression.training_tables.training_tables`.
     """
     config = setting.config
-    streamed = training_tables(setting.shards, config)
-    if streamed.spots.size < setting.batch_size:
-        raise ValueError(
-            f"{setting.shards.name}: {streamed.spots.size} training spots, fewer than a batch of {setting.batch_size}; give a smaller "
-            "`batch_size`, or a larger set with `shards`"
-        )
-    if setting.panel is not None and len(streamed.genes.trained) < setting.panel:
-        raise ValueError(
-            f"{setting.shards.name}: {len(streamed.genes.trained)} trained genes, fewer than the {setting.panel} of a panel; give a "
-            "smaller `panel`"
-        )
+    streamed = _streamed_tables(setting)
     in_memory = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
     encoded = SpotReader(setting.shards, with_counts=True).fetch(streamed.spots)
     return LoaderInputs(streamed, in_memory, encoded, _bytes_per_spot(setting.shards, encoded))
+
+
+def _streamed_tables(setting: Setting) -> TrainingTables:
+    """Return the tables of a run that decodes levels from the records; raises ValueError as :func:`load_inputs`."""
+    tables = training_tables(setting.shards, setting.config)
+    if tables.spots.size < setting.batch_size:
+        raise ValueError(
+            f"{setting.shards.name}: {tables.spots.size} training spots, fewer than a batch of {setting.batch_size}; give a smaller "
+            "`batch_size`, or a larger set with `shards`"
+        )
+    if setting.panel is not None and len(tables.genes.trained) < setting.panel:
+        raise ValueError(
+            f"{setting.shards.name}: {len(tables.genes.trained)} trained genes, fewer than the {setting.panel} of a panel; give a "
+            "smaller `panel`"
+        )
+    return tables
 
 
 def contenders_of(setting: Setting, inputs: LoaderInputs) -> list[Contender]:
@@ -169,7 +175,7 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
 
     An epoch has 512 to 1,023 evenly spaced training spots, or all spots if there are fewer.
     """
-    tables = training_tables(setting.shards, setting.config)
+    tables = _streamed_tables(setting)
     tables.spots = tables.spots[:: max(1, tables.spots.size // MEMORY_SPOTS)]
     out: dict[str, list[float]] = {}
     kinds: tuple[tuple[str, Kind], ...] = ((TORCH, "torch"), (DALI, "dali"))

@@ -55,7 +55,7 @@ class WdsLoader(BaseLoader):
 class _Sent:
     """A batch on its way from a worker, with all its tensors in one buffer.
 
-    Each tensor that is passed on its own costs the receiver a third of a millisecond of Python, for which a step waits.
+    Each tensor that is passed on its own costs the receiver about 0.2 ms, for which a step waits (``bench/loader/feeding.py``).
     """
 
     without_tensors: PreparedBatch
