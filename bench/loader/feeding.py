@@ -7,7 +7,8 @@ work of the host of a GPU. It runs in the main thread, alone and while a loader 
 batch, and does not use it. Batch sizes are chosen so that the loader needs a given share of one core (``--shares``); the table shows
 the share that it needed. ``threads`` loads in threads of the measured process, as in training; ``process`` is a control, in which
 another process loads the same batches at the same rate: what a step loses there is due to shared cores, caches and memory, and not to
-Python's lock. ``wds`` has worker processes of its own, and no control.
+Python's lock. ``torch,own`` and ``dali,own`` load in a process of their own (``data.loader_process: own``); in ``dali,apart``, that
+process reads, and DALI's threads decode in this one, as for a GPU. ``wds`` has worker processes, too; these have no control.
 
 Blocks alternate: alone, fed, alone, fed with the next loader, and so on. A fed block is compared with the mean of the blocks before
 and after it. Nothing else may run on the machine; the load average before the start is printed. ``bench/scale/start.py build`` writes
@@ -31,13 +32,25 @@ import torch
 from comtip_shards import ShardSet
 
 from bench.train.host_time import near_empty_trainer, operators_of_step
-from comtip_fast.benchmarks.loaders import Kind, Setting, make
+from comtip_fast.benchmarks.loaders import Setting
 from comtip_fast.benchmarks.rounds import cpu_seconds, describe_machine
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
+from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.data.loaders.dali import DaliLoader
+from comtip_fast.data.loaders.factory import make_loader
 from comtip_fast.training.distributed.signals import Signals
 from comtip_fast.training.trainer import Trainer
 
 CALIBRATION_BATCH, CALIBRATION_BATCHES = 64, 12
+PLACES = {
+    "torch": "threads",
+    "dali": "threads",
+    "torch,own": "own process",
+    "dali,own": "own process",
+    "dali,apart": "own process, decoder here",
+    "wds": "worker processes",
+}
+"""Where the batches of each value of ``--loaders`` are prepared."""
 IDLE_S, IDLE_CPU_S, MOST_IDLE_CHECKS = 0.1, 0.01, 50
 """A loader is idle if it used at most ``IDLE_CPU_S`` of CPU time in ``IDLE_S`` seconds."""
 
@@ -55,8 +68,8 @@ class Feed(Protocol):
 class ThreadFeed:
     """A loader with its threads in this process."""
 
-    def __init__(self, kind: Kind, setting: Setting, tables: TrainingTables) -> None:
-        self._batches = make(kind, setting, tables).iterate()
+    def __init__(self, kind: str, setting: Setting, tables: TrainingTables) -> None:
+        self._batches = loader_of(kind, setting, tables).iterate()
 
     def take(self) -> None:
         """Take one batch, and wait for it if it is not ready."""
@@ -67,10 +80,20 @@ class ThreadFeed:
         self._batches.close()
 
 
+def loader_of(kind: str, setting: Setting, tables: TrainingTables) -> BaseLoader:
+    """Return the loader of a value of ``--loaders``."""
+    name, _, where = kind.partition(",")
+    data = replace(setting.config.data, loader=name, loader_process="own" if where else "training")
+    loader = make_loader(replace(setting.config, data=data), setting.shards, tables)
+    if isinstance(loader, DaliLoader):
+        loader.decodes_apart = where == "apart"
+    return loader
+
+
 class ProcessFeed:
     """A loader in another process, which sends an empty reply for each batch that is taken."""
 
-    def __init__(self, kind: Kind, setting: Setting, tables: TrainingTables) -> None:
+    def __init__(self, kind: str, setting: Setting, tables: TrainingTables) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, end = spawn.Pipe()
         path = setting.shards.path
@@ -91,9 +114,7 @@ class ProcessFeed:
         self._process.join()
 
 
-def _serve(
-    pipe: Connection, kind: Kind, path: Path, sizes: tuple[int, int, int | None], tables: TrainingTables
-) -> None:
+def _serve(pipe: Connection, kind: str, path: Path, sizes: tuple[int, int, int | None], tables: TrainingTables) -> None:
     """Take one batch per request until the other end is closed."""
     torch.set_num_threads(1)
     workers, batch_size, panel = sizes
@@ -125,7 +146,7 @@ class Block:
 class Row:
     """One loader at one rate, and its results."""
 
-    kind: Kind
+    kind: str
     where: str
     batch_size: int
     feed: Feed
@@ -141,7 +162,7 @@ class Row:
         waits = statistics.median(b.wait_ms for b in self.blocks)
         background = statistics.median(b.background for b in self.blocks)
         return [
-            f"{self.kind}, {self.where}",
+            f"{self.kind.partition(',')[0]}, {self.where}",
             f"{self.batch_size}",
             f"{1e3 * self.batch_size / ms:,.0f}",
             f"{background:.0%}",
@@ -209,7 +230,7 @@ def wait_until_idle() -> None:
             return
 
 
-def cpu_ms_per_spot(kind: Kind, setting: Setting, tables: TrainingTables) -> float:
+def cpu_ms_per_spot(kind: str, setting: Setting, tables: TrainingTables) -> float:
     """Return the CPU milliseconds that a loader needs per spot, alone."""
     feed = ThreadFeed(kind, setting, tables)
     for _ in range(2 * setting.workers + 4):
@@ -235,9 +256,8 @@ def rows_of(args: argparse.Namespace, tables: TrainingTables, shards: ShardSet, 
                     f"{shards.name}: {tables.spots.size} training spots, fewer than a batch of {size}; build a larger set"
                 )
             own = Setting(shards, args.workers, size, 1, 1, args.panel)
-            where = "worker processes" if kind == "wds" else "threads"
-            yield Row(kind, where, size, ThreadFeed(kind, own, tables))
-            if args.control and kind != "wds":  # a daemon may not have worker processes
+            yield Row(kind, PLACES[kind], size, ThreadFeed(kind, own, tables))
+            if args.control and PLACES[kind] == "threads":  # a daemon may not have worker processes
                 yield Row(kind, "process", size, ProcessFeed(kind, own, tables))
 
 
@@ -272,9 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loaders",
         nargs="+",
-        choices=("torch", "wds", "dali"),
-        default=["torch", "dali"],
-        help="loaders to measure (default torch dali)",
+        choices=tuple(PLACES),
+        default=["torch", "torch,own"],
+        help="loaders to measure, those with processes first (default torch torch,own)",
     )
     parser.add_argument(
         "--expression", choices=("records", "table"), default="records", help="data.expression (default records)"

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.augment.views import ViewPlan, jitter_tables, make_views, stain_table
 from comtip_fast.data.expression.training_tables import TrainingTables
-from comtip_fast.data.loaders.webdataset import start_workers
+from comtip_fast.data.loaders.process import without_collecting
 from comtip_fast.data.records import EncodedSpots, SpotReader
 
 _TURNS = (
@@ -91,7 +91,9 @@ def webdataset_batches(
         .batched(config.batch_size, collation_fn=_collate)
     )
     loader = DataLoader(pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=2)
-    for tiles, _, _ in start_workers(loader):
+    with without_collecting():
+        batches = iter(loader)
+    for tiles, _, _ in batches:
         yield len(tiles)
 
 
@@ -189,7 +191,9 @@ def h5_batches(
             collate_fn=_collate,
             prefetch_factor=2,
         )
-        for tiles, _, _ in start_workers(loader):
+        with without_collecting():
+            batches = iter(loader)
+        for tiles, _, _ in batches:
             yield len(tiles)
 
 

@@ -71,6 +71,10 @@ class DataConfig:
     ``torch`` otherwise."""
     workers: CountOrZero = 2
     """Number of decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
+    loader_process: Literal["auto", "own", "training"] = "auto"
+    """Where ``torch`` and ``dali`` prepare batches: ``own`` in one further process per rank, with ``workers`` threads there,
+    ``training`` on threads of the training process, which slow a step that is limited by its host. ``auto`` selects ``own`` if training
+    runs on a GPU. Without workers, there is no further process."""
     prefetch: Count = 2
     """Number of batches that are prepared in advance, which bounds the memory of the loader."""
     fetch: Literal["files", "ranges"] = "files"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 ALIGNMENT = 256
 """Alignment in bytes of every tensor in the buffer, as for CUDA allocations."""
+_may_pin = True
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,10 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 def can_pin(device: torch.device) -> bool:
     """Return whether copies to ``device`` can use pinned memory, which worker processes must not allocate."""
-    return device.type == "cuda" and torch.cuda.is_available() and get_worker_info() is None
+    return _may_pin and device.type == "cuda" and torch.cuda.is_available()
+
+
+def never_pin() -> None:
+    """Allocate no pinned memory in this process, a forked worker, in which CUDA cannot be used."""
+    global _may_pin
+    _may_pin = False

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import threading
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from comtip_fast.collectives import share_of
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
-from comtip_fast.data.loaders import factory, webdataset
+from comtip_fast.data.loaders import factory
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.loaders.prefetch import Prefetcher
@@ -33,7 +32,15 @@ from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 
 needs_dali = pytest.mark.skipif(not dali_is_installed(), reason="DALI is not installed (extra dali-cu13)")
-LOADERS = ["torch", "wds", pytest.param("dali", marks=needs_dali)]
+THREADS = ["torch", pytest.param("dali", marks=needs_dali)]
+LOADERS = [
+    *THREADS,
+    "wds",
+    "torch,own",
+    pytest.param("dali,own", marks=needs_dali),
+    pytest.param("dali,apart", marks=needs_dali),
+]
+"""Values of data.loader; ``own``: in a process of its own; ``apart``: which sends what it reads to a decoder in this process."""
 NAMES = ("tiles", "panel", "levels", "measured", "section", "spot_index")
 JPEG_TOLERANCE = 3
 
@@ -49,8 +56,12 @@ def loader(tiny_shards: ShardSet, tiny_overrides: list[str]):
     loaders: list[BaseLoader] = []
 
     def make(*overrides: str, shards: ShardSet = tiny_shards, rank: int = 0, world: int = 1) -> BaseLoader:
-        config = load_config(None, [*tiny_overrides, "data.zoom=0.2", "data.workers=2", *overrides])
+        own = [f"data.loader_process={'own' if ',' in word else 'training'}" for word in overrides if "loader=" in word]
+        words = [word.partition(",")[0] if "loader=" in word else word for word in overrides]
+        config = load_config(None, [*tiny_overrides, "data.zoom=0.2", "data.workers=2", *own, *words])
         loaders.append(make_loader(config, shards, training_tables(shards, config), rank=rank, world=world))
+        if any(word.endswith(",apart") for word in overrides):
+            loaders[-1].decodes_apart = True
         return loaders[-1]
 
     yield make
@@ -80,7 +91,7 @@ def whole_epoch(loader: BaseLoader) -> list[Batch]:
 def test_every_loader_returns_the_batches_of_the_reference_loader(loader, name: str, expression: str):
     plain = loader("data.loader=torch", "data.workers=0", "data.expression=table")
     tested = loader(f"data.loader={name}", f"data.expression={expression}")
-    tolerance = JPEG_TOLERANCE if name == "dali" else 0
+    tolerance = JPEG_TOLERANCE if "dali" in name else 0
     # Past the end of an epoch, through both interfaces.
     n = len(plain.batches(0)) + 2
     for want, got in zip(islice(plain.iterate(0, 1, 5), n), islice(tested.iterate(0, 1, 5), n), strict=True):
@@ -134,7 +145,7 @@ def test_ranks_slice_the_global_batch(loader, name: str):
         for field in ("tiles", "levels", "measured", "section", "spot_index"):
             all_ranks = torch.cat([getattr(g, field) for g in got])
             difference = (all_ranks.int() - getattr(want, field).int()).abs().max()
-            assert difference <= (JPEG_TOLERANCE if name == "dali" and field == "tiles" else 0), field
+            assert difference <= (JPEG_TOLERANCE if "dali" in name and field == "tiles" else 0), field
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -230,7 +241,7 @@ def test_balanced_batches_contain_both_platforms_equally(
 # -- bounds --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("name", THREADS)
 def test_prefetching_is_bounded(loader, name: str, monkeypatch: pytest.MonkeyPatch):
     tested = loader(f"data.loader={name}", "data.prefetch=3")
     started = []
@@ -270,7 +281,7 @@ def threads_of_loaders() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name.startswith("comtip-loader")}
 
 
-@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("name", THREADS)
 def test_memory_stays_flat(loader, name: str):
     before = threads_of_loaders()  # from loaders of other tests
     tested = loader(f"data.loader={name}", "data.batch_size=16")
@@ -529,19 +540,3 @@ def test_worker_processes_never_collect_inherited_objects(loader, tmp_path: Path
     tested.close()
     assert isinstance(tested.garbage, Garbage)  # workers loaded the batches
     assert not list(tmp_path.iterdir())
-
-
-def test_a_worker_sends_one_tensor_per_batch(loader):
-    """Each further tensor costs the receiving process Python time, in which a step cannot launch operators."""
-    wds = loader("data.loader=wds", "data.workers=0")
-    prepared = wds._load(next(wds.schedule.iterate(0, 0, 1)))
-    sent = webdataset._Sent.of(prepared)
-    assert not sent.without_tensors.batch.tensors()
-    assert sent.without_tensors.packed is None
-    same(wds._received(sent).batch, prepared.batch)
-    # For a GPU the worker has packed the tensors already, with those of the views: the buffer stays as it is.
-    on_gpu = replace(prepared, packed=sent.packed)
-    wds.device = torch.device("cuda")
-    received = wds._received(webdataset._Sent.of(on_gpu))
-    assert received.packed is sent.packed
-    same(received.batch.with_tensors(received.packed.split(received.packed.buffer)), prepared.batch)

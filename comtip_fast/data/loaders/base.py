@@ -12,7 +12,8 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comtip_fast.collectives import share_of
-from comtip_fast.config.schema import RunConfig
+from comtip_fast.config.schema import DataConfig, RunConfig
 from comtip_fast.data.augment.apply_views import apply_views
 from comtip_fast.data.augment.views import ViewPlan, plan_views, view_indices
 from comtip_fast.data.batch import Batch, pads_panels
@@ -30,9 +31,10 @@ from comtip_fast.data.expression.batch_levels import levels_from_counts, levels_
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
+from comtip_fast.data.loaders.process import LoaderProcess
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
-from comtip_fast.data.records import Csr, DecodedSpots, SpotReader
-from comtip_fast.data.upload import PackedTensors
+from comtip_fast.data.records import Csr, DecodedSpots, EncodedSpots, SpotReader
+from comtip_fast.data.upload import PackedTensors, upload
 from comtip_fast.genes.panel_sizes import padded_genes
 
 log = logging.getLogger("comtip_fast")
@@ -56,6 +58,16 @@ class PreparedBatch:
     batch of stem features."""
     faults: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
+
+
+def uses_own_process(data: DataConfig, device: torch.device) -> bool:
+    """Return whether ``torch`` and ``dali`` prepare batches in a process of their own (``data.loader_process``).
+
+    ``auto`` does so for a GPU, whose steps need Python to launch operators; on a CPU, the step needs the cores itself.
+    """
+    if data.workers == 0 or data.loader_process == "training":
+        return False
+    return data.loader_process == "own" or device.type != "cpu"
 
 
 class BaseLoader(ABC):
@@ -251,6 +263,36 @@ class BaseLoader(ABC):
         batches, position = self.schedule.batches(epoch), self._expected[2]
         return position < len(batches) and np.array_equal(batches[position], spots)
 
+    @property
+    def has_own_process(self) -> bool:
+        """Whether batches are prepared in a process of their own (``data.loader_process``)."""
+        return uses_own_process(self.config.data, self.device)
+
+    def _from_process(
+        self,
+        work: Callable[[Iterator[ScheduledBatch]], Iterator[Any]],
+        batches: Iterator[ScheduledBatch],
+        ahead: int,
+        lent: int = 2,
+    ) -> LoaderProcess:
+        """Start a process that yields the results of ``work``, which needs about ``ahead`` batches at a time.
+
+        The caller may keep ``lent`` results; two are the batch of the step and the next one.
+        """
+        data = self.config.data
+        if self.shards.fetches_shards:
+            ahead += data.fetch_ahead
+        name = f"{self.shards.name}: loader of rank {self.rank}"
+        return LoaderProcess(work, batches, ahead=ahead, slot_bytes=self._largest_bytes(), lent=lent, name=name)
+
+    def _largest_bytes(self) -> int:
+        """Return about the bytes of the arrays of this rank's largest batch."""
+        data, S = self.config.data, self.shards.manifest.tile.px
+        n_global = data.batch_size + 1  # a final batch of one spot is merged into the batch before it
+        genes = padded_genes(self.config.panel.max_genes, self.config.engine.panel_sizes, self.config.panel.max_genes)
+        per_spot = 3 * S * S + 2 * genes + 1024  # tile, levels and measured, view and indices
+        return -(-n_global // self.world) * per_spot + 16 * genes + 2**16
+
     def _load(self, scheduled: ScheduledBatch) -> PreparedBatch:
         """Read, decode and assemble one batch in this thread."""
         return self._assemble(scheduled, self._read(scheduled, self.records.read))
@@ -280,18 +322,34 @@ class BaseLoader(ABC):
 
     def _assemble(self, scheduled: ScheduledBatch, decoded: DecodedSpots) -> PreparedBatch:
         """Combine tiles with panel, levels and sections; compute the views on a CPU, or pack the tensors for a GPU."""
-        csr = self.records.csr(decoded.encoded) if self.records.with_counts else None
-        batch = self._without_tiles(scheduled, decoded.spots, csr)
         tiles = torch.as_tensor(decoded.tiles_NSS3)
-        view = view_indices(self.config.data.views, decoded.spots, seed=self.seed, epoch=scheduled.epoch)
-        plan = self._plan_views(decoded.spots, view)
+        prepared = self._undecoded(scheduled, decoded.encoded, None if self.device.type == "cpu" else tiles)
+        prepared.faults = decoded.replaced
+        return self._with_tiles(prepared, tiles) if self.device.type == "cpu" else prepared
+
+    def _undecoded(self, scheduled: ScheduledBatch, encoded: EncodedSpots, tiles: Tensor | None) -> PreparedBatch:
+        """Return a batch without its views; for a GPU, its tensors are packed, with decoded tiles of the host if they are given."""
+        csr = self.records.csr(encoded) if self.records.with_counts else None
+        batch = self._without_tiles(scheduled, encoded.spots, csr)
+        view = view_indices(self.config.data.views, encoded.spots, seed=self.seed, epoch=scheduled.epoch)
+        plan = self._plan_views(encoded.spots, view)
+        prepared = PreparedBatch(scheduled, batch, view_plan=plan)
         if self.device.type != "cpu":
             tensors = batch.tensors() | {f"view_{name}": t for name, t in plan.tensors().items()}
-            on_host = tiles.device.type == "cpu"
-            packed = PackedTensors.pack(tensors | ({"decoded": tiles} if on_host else {}), self.device)
-            return PreparedBatch(scheduled, batch, None if on_host else tiles, plan, packed, decoded.replaced)
-        batch.tiles = apply_views(tiles, plan)
-        return PreparedBatch(scheduled, batch, faults=decoded.replaced)
+            if tiles is not None:
+                tensors["decoded"] = tiles
+            prepared.packed = PackedTensors.pack(tensors, self.device)
+            # The packed copies are used; a worker process sends only these.
+            prepared.batch = batch.with_tensors(dict.fromkeys(batch.tensors(), torch.empty(0)))
+        return prepared
+
+    def _with_tiles(self, prepared: PreparedBatch, tiles: Tensor) -> PreparedBatch:
+        """Return a batch with its decoded tiles, uint8 (b, S, S, 3): views are computed here on a CPU, later on a GPU."""
+        if self.device.type != "cpu":
+            return replace(prepared, tiles_NSS3=upload(tiles, self.device))
+        assert prepared.view_plan is not None
+        batch = replace(prepared.batch, tiles=apply_views(tiles, prepared.view_plan))
+        return replace(prepared, batch=batch, view_plan=None)
 
     def _deliver(self, prepared: PreparedBatch) -> Batch:
         """Record the damaged records of the batch; for a GPU, copy the batch there and compute its views."""

@@ -7,7 +7,8 @@ contiguous reads, and DALI decodes their bytes; reading takes a few per cent of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -21,14 +22,46 @@ from comtip_shards.format.record import encode_tile
 from comtip_fast.collectives import share_of
 from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
 from comtip_fast.data.loaders.prefetch import Prefetcher
+from comtip_fast.data.loaders.process import READY, process_stream
 from comtip_fast.data.loaders.schedule import ScheduledBatch
-from comtip_fast.data.records import DecodedSpots, EncodedSpots
+from comtip_fast.data.records import EncodedSpots
 
 DEPTH_CPU, DEPTH_GPU = 4, 2
 """Number of batches inside DALI. On a CPU, DALI's threads compete for cores with the thread that assembles batches, and wait
 less with more batches in flight (measured: 10 % more spots/s with four than with two). On a GPU, memory is scarcer."""
 
-Pending = deque[tuple[ScheduledBatch, EncodedSpots]]
+Pending = deque[tuple[PreparedBatch, list[np.ndarray]]]
+"""Batches inside DALI, and their encoded tiles."""
+
+
+@dataclass(frozen=True)
+class FetchedBatch:
+    """A batch whose tiles have been read, but are not decoded yet."""
+
+    prepared: PreparedBatch
+    """The batch without tiles; with them, if ``tiles`` is None."""
+    tiles: list[np.ndarray] | JoinedTiles | None
+    """The encoded tiles, uint8 (bytes,) each; None if Pillow has decoded them, because a record is damaged."""
+
+
+@dataclass(frozen=True)
+class JoinedTiles:
+    """Encoded tiles in one array, which passes from one process to another faster than an array per tile."""
+
+    data: np.ndarray
+    """uint8 (bytes,), the tiles one after the other."""
+    ends: np.ndarray
+    """int64 (b,), the end of each tile in ``data``."""
+
+    @classmethod
+    def of(cls, tiles: list[np.ndarray]) -> JoinedTiles:
+        """Join tiles."""
+        return cls(np.concatenate(tiles), np.cumsum([t.size for t in tiles]))
+
+    def split(self) -> list[np.ndarray]:
+        """Return the tiles as views."""
+        ends = self.ends.tolist()
+        return [self.data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class DaliLoader(BaseLoader):
@@ -36,31 +69,73 @@ class DaliLoader(BaseLoader):
 
     At most ``data.prefetch`` batches are ready, one is being assembled, and ``Decoder.depth`` are inside DALI. With 0 workers, the
     calling thread reads and assembles batches, and one DALI thread decodes them.
+
+    In a process of its own (``data.loader_process``), the loader does all of this on a CPU. For a GPU, the process reads records,
+    checks them and computes levels, panels and views; tiles are decoded in the training process, which owns the GPU's context.
     """
 
+    decodes_apart: bool | None = None
+    """Whether the training process decodes what another process has read; None: if it trains on a GPU."""
+
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
-        if self.config.data.workers == 0:
-            yield from self._decode(batches)
-            return
-        prefetcher = Prefetcher(self._decode(batches), self.config.data.prefetch)
+        data = self.config.data
+        if not self.has_own_process:
+            return self._threaded(batches) if data.workers else self._decoded(self._fetched(batches))
+        if self.decodes_apart or (self.decodes_apart is None and self.device.type == "cuda"):
+            return self._decoded_here(batches)
+        ahead = data.prefetch + DEPTH_CPU + READY
+        return process_stream(self._from_process(lambda own: self._decoded(self._fetched(own)), batches, ahead))
+
+    def _threaded(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
+        """Read and assemble batches in a thread of this process."""
+        prefetcher = Prefetcher(self._decoded(self._fetched(batches)), self.config.data.prefetch)
         try:
             yield from prefetcher
         finally:
             prefetcher.stop()
 
-    def _decode(self, batches: Iterator[ScheduledBatch]) -> Iterator[PreparedBatch]:
-        """Yield the batches, of which up to ``Decoder.depth`` are decoded by DALI at the same time."""
+    def _decoded_here(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
+        """Decode, with DALI's threads in this process, the tiles that another process reads."""
         decoder = self._make_decoder()
-        pending: Pending = deque()
+        # The tiles of batches inside DALI are kept until they are decoded.
+        process = self._from_process(
+            self._fetched_apart, batches, self.config.data.prefetch + READY, lent=decoder.depth + 2
+        )
+        try:
+            yield from self._decoded(process, decoder)
+        finally:
+            process.close()
+
+    def _fetched(self, batches: Iterator[ScheduledBatch]) -> Generator[FetchedBatch, None, None]:
+        """Read the batches; Pillow decodes a batch with damaged records, which are rare."""
         for scheduled in self._ahead(batches):
             encoded = self._fetch(scheduled)
             if encoded.faults or not encoded.spots.size:
-                # Pillow decodes a batch with damaged records, which are rare, after the batches before it.
+                yield FetchedBatch(self._load(scheduled), None)
+            else:
+                tiles = [np.frombuffer(data, np.uint8) for data in encoded.tiles]
+                yield FetchedBatch(self._undecoded(scheduled, encoded, None), tiles)
+
+    def _fetched_apart(self, batches: Iterator[ScheduledBatch]) -> Iterator[FetchedBatch]:
+        """Read the batches, with all tiles of a batch in one array."""
+        for fetched in self._fetched(batches):
+            tiles = fetched.tiles
+            yield replace(fetched, tiles=JoinedTiles.of(tiles) if isinstance(tiles, list) else tiles)
+
+    def _decoded(
+        self, fetched: Iterator[FetchedBatch], decoder: Decoder | None = None
+    ) -> Generator[PreparedBatch, None, None]:
+        """Yield the batches, of which up to ``Decoder.depth`` are decoded by DALI at the same time."""
+        decoder = decoder or self._make_decoder()
+        pending: Pending = deque()
+        for batch in fetched:
+            if batch.tiles is None:
                 yield from self._drain(decoder, pending)
-                yield self._load(scheduled)
+                yield batch.prepared
                 continue
-            decoder.start(encoded.tiles)
-            pending.append((scheduled, encoded))
+            tiles = batch.tiles.split() if isinstance(batch.tiles, JoinedTiles) else batch.tiles
+            decoder.start(tiles)
+            pending.append((batch.prepared, tiles))
             if len(pending) == decoder.depth:
                 yield self._next_decoded(decoder, pending)
         yield from self._drain(decoder, pending)
@@ -68,7 +143,7 @@ class DaliLoader(BaseLoader):
     def _make_decoder(self) -> Decoder:
         """Return a decoder for this rank's largest batch."""
         size = self.config.data.batch_size + 1  # a final batch of one spot is merged into the batch before it
-        device_id = None if self.device.type == "cpu" else self.device.index or 0
+        device_id = self.device.index or 0 if self.device.type == "cuda" else None
         return Decoder(-(-size // self.world), max(1, self.config.data.workers), device_id)
 
     def _fetch(self, scheduled: ScheduledBatch) -> EncodedSpots:
@@ -90,16 +165,16 @@ class DaliLoader(BaseLoader):
 
     def _next_decoded(self, decoder: Decoder, pending: Pending) -> PreparedBatch:
         """Return the oldest batch inside DALI; if DALI fails, Pillow decodes the batch."""
-        scheduled, encoded = pending.popleft()
+        prepared, _ = pending.popleft()
         try:
             tiles = decoder.get()
         except RuntimeError:
             # DALI does not report which tile failed, and its pipeline cannot be used again; Pillow finds the tile.
-            decoder.restart([encoded.tiles for _, encoded in pending])
-            return self._load(scheduled)
-        prepared = self._assemble(scheduled, DecodedSpots(encoded, tiles))
+            decoder.restart([tiles for _, tiles in pending])
+            return self._load(prepared.scheduled)
+        done = self._with_tiles(prepared, torch.as_tensor(tiles))
         decoder.release()
-        return prepared
+        return done
 
 
 class Decoder:
@@ -120,8 +195,8 @@ class Decoder:
         self._settings = (batch_size, threads, device_id)
         self._pipe = self._build()
 
-    def start(self, tiles: list[bytes]) -> None:
-        """Start decoding a batch of encoded tiles."""
+    def start(self, tiles: Sequence[bytes | np.ndarray]) -> None:
+        """Start decoding a batch of encoded tiles; DALI copies them."""
         self._pipe.feed_input("tiles", [np.frombuffer(data, np.uint8) for data in tiles])
         self._pipe.schedule_run()
 
@@ -150,7 +225,7 @@ class Decoder:
         """Return the memory of the last batch to DALI."""
         self._pipe.release_outputs()
 
-    def restart(self, batches: list[list[bytes]]) -> None:
+    def restart(self, batches: Sequence[Sequence[bytes | np.ndarray]]) -> None:
         """Build a new pipeline and start decoding ``batches`` again."""
         self._pipe = self._build()
         for tiles in batches:

@@ -11,7 +11,7 @@ from comtip_shards import ShardSet
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.training_tables import TrainingTables
-from comtip_fast.data.loaders.base import BaseLoader, Stem
+from comtip_fast.data.loaders.base import BaseLoader, Stem, uses_own_process
 from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.data.loaders.webdataset import WdsLoader
 
@@ -45,7 +45,7 @@ def make_loader(
     name = config.data.loader
     if name == "auto":
         name = "dali" if device.type == "cuda" and dali_is_installed() and frozen_stem is None else "torch"
-        log.debug("data.loader=auto: %s", name)
+    _log_choice(name, config, device)
     kwargs: dict[str, Any] = {"rank": rank, "world": world, "device": device}
     if name == "torch":
         return TorchLoader(shards, tables, config, frozen_stem, **kwargs)
@@ -59,6 +59,19 @@ def make_loader(
     from comtip_fast.data.loaders.dali import DaliLoader
 
     return DaliLoader(shards, tables, config, frozen_stem, **kwargs)
+
+
+def _log_choice(name: str, config: RunConfig, device: torch.device) -> None:
+    """Log which loader runs where."""
+    data = config.data
+    if data.workers == 0:
+        where = "in the thread of the step"
+    elif name == "wds":
+        where = f"in {data.workers} processes"
+    else:
+        of = "a process of its own" if uses_own_process(data, device) else "the training process"
+        where = f"on {data.workers} threads of {of} (data.loader_process={data.loader_process})"
+    log.info("loader: %s (data.loader=%s) %s", name, data.loader, where)
 
 
 def _kept_in_memory(stem: Stem, shards: ShardSet, tables: TrainingTables, config: RunConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The reference loader, which decodes with Pillow on threads of this process; tests compare the other loaders with it."""
+"""The reference loader, which decodes with Pillow on threads; tests compare the other loaders with it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
+from comtip_fast.data.loaders.process import READY, process_stream
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class TorchLoader(BaseLoader):
     """Loader on ``data.workers`` threads, each of which loads a batch; ``data.prefetch`` batches are in progress or ready.
 
-    With 0 workers, a batch is loaded in the calling thread when it is requested.
+    The threads may run in a process of their own (``data.loader_process``). With 0 workers, a batch is loaded in the calling thread
+    when it is requested.
     """
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
+        if self.has_own_process:
+            return process_stream(self._from_process(self._threaded, batches, self.config.data.prefetch + READY))
+        return self._threaded(batches)
+
+    def _threaded(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
+        """Load the batches on threads of this process."""
         data = self.config.data
         if data.workers == 0:
             yield from map(self._load, self._ahead(batches))

@@ -57,6 +57,7 @@ FREE_KEYS = {
     # others of these keys do not change batches.
     "data.loader",
     "data.workers",
+    "data.loader_process",
     "data.prefetch",
     "data.fetch",
     "data.fetch_ahead",
