@@ -106,7 +106,9 @@ class LineageRun:
     comtip_fast: Annotated[str, Field(max_length=100)] = ""
     """Version that trained the run; empty if unknown."""
     shards: Sha256 = ""
-    """Digest of the shard set's manifest; empty if unknown."""
+    """Digest of the shard set's manifest, or of those of all sets; empty if unknown."""
+    sets: Annotated[tuple[Sha256, ...], Field(max_length=10_000)] = ()
+    """Digest of each set's manifest, in the order of ``data.shards``; empty if unknown."""
     weights: Sha256 = ""
     """SHA-256 of the exported ``model.safetensors``; empty if unknown."""
     sections: Annotated[tuple[LineageSection, ...], Field(max_length=1_000_000)] = ()

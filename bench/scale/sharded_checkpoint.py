@@ -5,12 +5,14 @@
 A synthetic model of linear layers in fp32 is trained for one step on two ranks and saved, then loaded on 1, 2 and 3 ranks. The shard of a
 rank is its part of weights and moments, 12 bytes per parameter and rank. *Added* is the highest resident memory during the operation
 minus that before it, from ``VmHWM``, which includes the pages of files that are read; *anonymous* leaves these out, and is sampled.
-With two ranks and 200 million parameters, the machine needs 9 GB of memory and 5 GB of disk.
+``resume`` loads the whole checkpoint with an engine, as the trainer does; *shard* is then the memory that it adds in the end, beyond
+the model's weights. With two ranks and 200 million parameters, the machine needs 9 GB of memory and 5 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import sys
@@ -31,6 +33,8 @@ from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.content import Checkpoint
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
+from comtip_fast.training.checkpoint.resume import on_all_ranks
+from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.checkpoint.shard_saver import ShardSaver
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.distributed.process_group import init_distributed
@@ -39,6 +43,10 @@ from comtip_fast.training.engines.factory import make_engine
 from testkit.distributed import run_distributed
 
 WIDTH, STATE = 4096, {"step": 1}
+ENGINES = {
+    "ddp": ("engine.kind=ddp",),
+    **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3)},
+}
 
 
 def model_of(millions: float, seed: int) -> nn.Module:
@@ -94,6 +102,23 @@ def save_whole(engine: Engine, module: nn.Module, group: Group, folder: Path, ro
         writer.drain()
 
 
+def resume(folder: Path, millions: float, config: RunConfig, group: Group, row: dict[str, float]) -> None:
+    """Resume from the whole checkpoint as the trainer does; ``shard`` is what stays afterwards."""
+    module = model_of(millions, seed=1)
+    row["training"] = status("VmRSS")
+    with measured(row):
+        where = checkpoints.folder_of(folder, 2)
+        loaded = on_all_ranks(checkpoints.load(where) if group.rank == 0 else None, group)
+        load_weights(module, loaded, where)
+        loaded.model.clear()
+        engine = make_engine(module, config, group)
+        engine.restore(loaded.optim)
+        loaded.optim.clear()
+        del loaded
+        gc.collect()
+        row["shard"] = status("VmRSS") - row["before"]
+
+
 @contextmanager
 def no_pause() -> Iterator[None]:
     """Do nothing while other ranks are waited for."""
@@ -101,11 +126,20 @@ def no_pause() -> Iterator[None]:
 
 
 def rank(what: str, folder: Path, millions: float) -> None:
-    """Measure as one rank and print its row; after ``save``, also write the digest of the rank's part to ``folder``."""
+    """Measure as one rank and print its row: ``save``, ``whole``, ``load``, or ``resume:`` and the name of an engine.
+
+    After ``save``, the digest of the rank's part is written to ``folder``.
+    """
     torch.set_num_threads(1)
-    config = load_config(None, ["engine.kind=deepspeed", "engine.zero_stage=3", "optim.clip=1.0", "train.device=cpu"])
+    what, _, kind = what.partition(":")
+    engine_keys = ENGINES[kind or "zero3"]
+    config = load_config(None, [*engine_keys, "optim.clip=1.0", "train.device=cpu"])
     row: dict[str, float] = {}
     with init_distributed(600.0, "cpu") as group:
+        if what == "resume":
+            resume(folder, millions, config, group, row)
+            print("ROW " + json.dumps(row), flush=True)
+            return
         module = model_of(millions, seed=what == "load")
         row["shard"] = sum(p.numel() for p in module.parameters()) * 12 / group.size / MB
         engine = trained(module, config, group)
@@ -140,7 +174,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        for what, world in (("save", 2), ("load", 1), ("load", 2), ("load", 3), ("whole", 2)):
+        resumes = [(f"resume:{kind}", 2) for kind in ENGINES]
+        for what, world in [("save", 2), ("load", 1), ("load", 2), ("load", 3), ("whole", 2), *resumes]:
             arguments = [__file__, "--rank", what, folder, "--millions", str(args.millions)]
             outputs = run_distributed(arguments, world, timeout_s=1800, environment={"MALLOC_ARENA_MAX": "2"})
             for i, text in enumerate(outputs):

@@ -13,7 +13,7 @@ from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import problem_of
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
-from comtip_fast.training.checkpoint.run_state import GENES, changed_inputs, with_earlier_values
+from comtip_fast.training.checkpoint.run_state import GENES, changed_inputs, described_changes, with_earlier_values
 from comtip_fast.training.checkpoint.schema import check_state, load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
@@ -60,14 +60,17 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
         opened = tuple(_stated_set(run_dir, name) for name in names_of_sets(config.data.shards))
     else:
         opened = names_of_sets(shards)
+    stated = names_of_sets(config.data.shards)
     config = replace(config, data=replace(config.data, shards=opened[0] if len(opened) == 1 else opened))
     # The checkpoint holds all weights; no initial weights are loaded.
     parents = parents_of(config, run_dir, required=False)
     task = build_task(config, torch.device("cpu"), initialise=False, parents=parents)
     changed = changed_inputs(loaded.state["fingerprint"], task.fingerprint())
     if changed:
+        then = opened if shards is None else stated
+        shown = described_changes(changed, loaded.state["fingerprint"], task.fingerprint(), then, opened)
         raise CheckpointError(
-            f"{run_dir}: the inputs differ from those of training ({', '.join(changed)}; the shard set is {', '.join(opened)}); "
+            f"{run_dir}: the inputs differ from those of training ({shown}; the shard set is {', '.join(opened)}); "
             f"{_fix_of(changed)}"
         )
     load_weights(task.module, loaded, folder)

@@ -36,6 +36,7 @@ from comtip_fast.models.adapters import merged_state
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.checkpoint.run_state import GENES
+from comtip_fast.training.checkpoint.set_changes import SETS
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.protocol import ValidationResult
@@ -380,10 +381,11 @@ class CoMTIPTask:
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the shard set, tokenizer, gene vectors (if any) and trained genes, which must not change on resume."""
+        """Return hashes of the shard sets, tokenizer, gene vectors (if any) and trained genes, which must not change on resume."""
         vectors = {} if self.vectors is None else {"gene vectors": self.vectors.sha256}
         genes = hashlib.sha256("\n".join(self.shards.genes[r].key for r in self.tables.genes.trained).encode())
         inputs = {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
+        inputs[SETS] = " ".join(self.shards.digests)
         return inputs | vectors | {GENES: genes.hexdigest()}
 
     def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:

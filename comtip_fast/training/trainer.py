@@ -389,6 +389,7 @@ class Trainer:
         self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
         if loaded.parts is None:
             load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
+            loaded.model.clear()  # otherwise the host holds it until all is restored
             self._build_engine(loaded.ema)
             self.engine.restore(loaded.optim)
         else:

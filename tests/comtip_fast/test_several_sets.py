@@ -22,6 +22,11 @@ from comtip_fast.config.io import ConfigError, config_from_dict, config_to_dict,
 from comtip_fast.data.records import SpotReader
 from comtip_fast.evaluation.trained import TrainOptions
 from comtip_fast.evaluation.trained import fit as trained_fit
+from comtip_fast.lineage import Lineage
+from comtip_fast.training.checkpoint.content import CheckpointError
+from comtip_fast.training.checkpoint.run_state import changed_inputs
+from comtip_fast.training.checkpoint.set_changes import SETS as SETS_KEY
+from comtip_fast.training.checkpoint.set_changes import changed_sets
 from comtip_fast.training.export_checkpoint import export_checkpoint
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.task import build_task
@@ -62,12 +67,38 @@ def test_a_run_on_several_sets_is_that_on_the_merged_set(sets: tuple[Path, Path,
     ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("joined", "merged"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     # A longer run resumes from it; the sets in another order are other data.
-    with pytest.raises(TrainingError, match="the input data has changed: shards"):
+    with pytest.raises(TrainingError, match=rf"changed: shards \(the order of the sets was {sets[0]}, {sets[1]}\)"):
         fit(tmp_path / "joined", f"[{sets[1]}, {sets[0]}]", "train.steps=6", resume=True)
+    # A set that has moved is the same set.
+    moved = shutil.copytree(sets[0], tmp_path / "moved")
+    assert len(fit(tmp_path / "joined", f"[{moved}, {sets[1]}]", "train.steps=5", resume=True)) == 5
     assert len(fit(tmp_path / "joined", both, "train.steps=6", resume=True)) == 6
     assert export_checkpoint(tmp_path / "joined", "newest", tmp_path / "out") == 6
+    digests = tuple(ShardSet(path).manifest.digest for path in sets[:2])
+    assert Lineage.load(tmp_path / "out" / "lineage.json").own.sets == digests
+    with pytest.raises(CheckpointError, match=rf"shards \(the set of the checkpoint that was {sets[0]} is missing\)"):
+        export_checkpoint(tmp_path / "joined", "newest", tmp_path / "other", sets[1])
     scores = evaluate(tmp_path / "joined", sets[1], null_draws=0).metrics
     assert scores["reference_sections"] == ["t1", "t2"]
+
+
+def test_a_changed_set_is_named() -> None:
+    def shown(then: str, now: str, names_then: str = "a b", names_now: str = "a b") -> str:
+        prints = [{"shards": "joined " + digests, SETS_KEY: digests} for digests in (then, now)]
+        return changed_sets(prints[0], prints[1], names_then.split(), names_now.split())
+
+    assert shown("1 2", "1 3") == "shards (the content of b is not that of the checkpoint)"
+    assert shown("1 2", "1", "a b", "a") == "shards (the set of the checkpoint that was b is missing)"
+    assert shown("1 2", "2 1") == "shards (the order of the sets was b, a)"
+    assert shown("1 2", "1 3", "a b", "a c") == (
+        "shards (c is no set of the checkpoint; the set of the checkpoint that was b is missing)"
+    )
+    added = shown("1 2", "1 2 3", "a b", "a b c")
+    assert added.startswith("shards (c is no set of the checkpoint; to train on further sets, start a new run")
+    # A checkpoint of an earlier version has the hash of a single set, or of all sets together.
+    assert "content of a" in changed_sets({"shards": "1"}, {"shards": "2", SETS_KEY: "2"}, ["a"], ["a"])
+    assert "does not state" in changed_sets({"shards": "1"}, {"shards": "2", SETS_KEY: "2 3"}, ["a", "b"], ["a", "b"])
+    assert changed_inputs({"shards": "1"}, {"shards": "1", SETS_KEY: "1"}) == []
 
 
 def test_sets_have_equal_or_tempered_weight(sets: tuple[Path, Path, Path]) -> None:

@@ -146,7 +146,7 @@ def test_a_gene_with_only_a_name_or_only_a_vector_is_predicted(runs: dict[str, P
 def test_by_default_nothing_changes(tiny_overrides: list[str]):
     task = build_task(load_config(None, tiny_overrides), torch.device("cpu"))
     assert not [n for n in task.model.state_dict() if "vector" in n and n.startswith("genes.")]
-    assert task.fingerprint().keys() == {"shards", "tokenizer", "trained genes"}
+    assert task.fingerprint().keys() == {"shards", "shard sets", "tokenizer", "trained genes"}
     assert task.genes.vector_GK is None
     bundle = task.bundle()
     assert bundle.vectors is None

@@ -92,10 +92,14 @@ def find_checkpoint(
     if on_disk:
         folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
         return own[0] if own else (step, checkpoints.load_state_of_parts(folder))
-    read = own[0][1] if own else Checkpoint({}, {}, {})
-    # A file server is read once, not by every rank.
+    return step, on_all_ranks(own[0][1] if own else None, group)
+
+
+def on_all_ranks(read: Checkpoint | None, group: Group) -> Checkpoint:
+    """Return rank 0's checkpoint ``read`` on every rank, so that a file server is read once; a collective call."""
+    read = read or Checkpoint({}, {}, {})
     tensors = [broadcast_tensors(part, group) for part in (read.model, read.optim, read.ema)]
-    return step, Checkpoint(tensors[0], tensors[1], broadcast(read.state, group), tensors[2])
+    return Checkpoint(tensors[0], tensors[1], broadcast(read.state, group), tensors[2])
 
 
 def prepare_run_folder(

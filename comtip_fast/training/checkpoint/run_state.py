@@ -16,6 +16,7 @@ from torch import Tensor
 
 from comtip_fast.config.io import config_from_dict, config_to_dict, flatten
 from comtip_fast.config.schema import EngineConfig, RunConfig, TrainConfig, WatchConfig
+from comtip_fast.training.checkpoint.set_changes import SETS, changed_sets
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -81,6 +82,8 @@ SCHEDULE_KEYS = {
 """Keys in :data:`FREE_KEYS` that change the run after the resumed step; a change is logged."""
 EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
 """Values that hold for checkpoints written before these keys existed, by group and key."""
+Sets = str | tuple[str, ...]
+"""Value of ``data.shards``."""
 GENES = "trained genes"
 """Key of the fingerprint that checkpoints of earlier versions lack."""
 
@@ -94,9 +97,21 @@ def with_earlier_values(then: dict[str, Any], config: RunConfig) -> RunConfig:
 
 
 def changed_inputs(then: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the keys whose values differ between two fingerprints; :data:`GENES` is compared only if ``then`` has it."""
+    """Return the keys whose values differ between two fingerprints.
+
+    :data:`GENES` is compared only if ``then`` has it. The hash of each set is not compared: ``shards`` is the hash of all of them.
+    """
     different = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    return [k for k in different if k != GENES or k in then]
+    return [k for k in different if k != SETS and (k != GENES or k in then)]
+
+
+def described_changes(
+    changed: list[str], then: dict[str, str], now: dict[str, str], sets_then: Sets, sets_now: Sets
+) -> str:
+    """Return the result of :func:`changed_inputs` for a message, which says which of several sets (``data.shards``) changed."""
+    one, two = ((sets,) if isinstance(sets, str) else sets for sets in (sets_then, sets_now))
+    shown = changed_sets(then, now, one, two)
+    return ", ".join(shown if key == "shards" else key for key in changed)
 
 
 @dataclass
@@ -200,8 +215,9 @@ def check_same_run(
         )
     other = changed_inputs(state["fingerprint"], fingerprint)
     if other:
+        shown = described_changes(other, state["fingerprint"], fingerprint, then.data.shards, config.data.shards)
         raise TrainingError(
-            f"{run_dir}: cannot resume, the input data has changed: {', '.join(other)}; restore it or train into another folder"
+            f"{run_dir}: cannot resume, the input data has changed: {shown}; restore it or train into another folder"
         )
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(

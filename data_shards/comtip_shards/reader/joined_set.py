@@ -133,6 +133,11 @@ class JoinedSet(ShardSet):
         """See :attr:`ShardSet.paths`."""
         return [one.path for one in self.sets]
 
+    @property
+    def digests(self) -> list[str]:
+        """See :attr:`ShardSet.digests`."""
+        return [one.manifest.digest for one in self.sets]
+
     def set_of_section(self, section: int) -> int:
         """See :meth:`ShardSet.set_of_section`."""
         return int(np.searchsorted(self._first_section, section, side="right")) - 1

@@ -262,6 +262,11 @@ class ShardSet:
         """The folder :attr:`path`, or those of all sets that were opened together."""
         return [self.path]
 
+    @property
+    def digests(self) -> list[str]:
+        """The digest of the manifest of each set in :attr:`paths`."""
+        return [self.manifest.digest]
+
     def set_of_section(self, section: int) -> int:
         """Return the number, from 0, of the set that holds a section, among the sets that were opened together."""
         return 0

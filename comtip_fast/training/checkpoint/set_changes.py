@@ -1,0 +1,53 @@
+"""Which of a run's shard sets differ from those of a checkpoint.
+
+A set is identified by the digest of its manifest, which has the hashes of all its files; no tar is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+SETS = "shard sets"
+"""Key of the fingerprint: the digest of each set, in the order of ``data.shards``, separated by spaces. Checkpoints of earlier
+versions lack it."""
+_START = "to train on further sets, start a new run from these weights with `start_from`"
+
+
+def digests_of(fingerprint: Mapping[str, str], names: Sequence[str]) -> list[str] | None:
+    """Return the digest of each of the sets ``names``; None if the fingerprint has only one for all of them."""
+    digests = fingerprint.get(SETS, fingerprint.get("shards", "")).split()
+    return digests if len(digests) == len(names) else None
+
+
+def changed_sets(
+    then: Mapping[str, str], now: Mapping[str, str], names_then: Sequence[str], names_now: Sequence[str]
+) -> str:
+    """Return how the shard sets of two fingerprints differ, for a message.
+
+    Parameters
+    ----------
+    then, now
+        Fingerprints of the checkpoint and of the resuming run.
+    names_then, names_now
+        Values of ``data.shards``, one per set.
+    """
+    old, new = digests_of(then, names_then), digests_of(now, names_now)
+    if old is None or new is None:
+        return "shards (the checkpoint does not state a hash of each set)"
+    found, same_path = [], dict(zip(names_then, old, strict=True))
+    for name, digest in zip(names_now, new, strict=True):
+        if digest not in old:
+            known = name in same_path
+            found.append(
+                f"the content of {name} is not that of the checkpoint"
+                if known
+                else f"{name} is no set of the checkpoint"
+            )
+    for name, digest in zip(names_then, old, strict=True):
+        if digest not in new and name not in names_now:
+            found.append(f"the set of the checkpoint that was {name} is missing")
+    if not found:
+        place = {digest: name for name, digest in zip(names_now, new, strict=True)}
+        found = [f"the order of the sets was {', '.join(place[digest] for digest in old)}"]
+    only_added = set(old) < set(new)
+    return f"shards ({'; '.join(found)}{'; ' + _START if only_added else ''})"
