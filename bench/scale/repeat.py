@@ -7,7 +7,7 @@
 The tars of the repeated sections are hard links to those of BASE. Everything that a start reads whole has its true size and is written
 anew: manifest, spot table with checksums, indexes and statistics. What differs from a built set: tars repeat their bytes, so the page
 cache holds more of them than it would of other tars, and the member names inside a repeated tar are those of BASE, which training does
-not read (`comtip shards verify` refuses the set). Compare sizes with sets that were all made this way from one BASE.
+not read (`comtip shards verify` refuses the set). Compare sizes with sets that were all written this way from one BASE.
 """
 
 from __future__ import annotations

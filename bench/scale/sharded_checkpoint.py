@@ -163,6 +163,12 @@ def rank(what: str, folder: Path, millions: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=float, default=200, help="parameters in millions (default 200)")
+    parser.add_argument(
+        "--files",
+        choices=("parts", "whole", "both"),
+        default="both",
+        help="kind of checkpoints to measure (default both)",
+    )
     parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
     parser.add_argument("--rank", nargs=2, metavar=("WHAT", "FOLDER"), help="measure as one rank (used internally)")
     args = parser.parse_args()
@@ -174,8 +180,9 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        resumes = [(f"resume:{kind}", 2) for kind in ENGINES]
-        for what, world in [("save", 2), ("load", 1), ("load", 2), ("load", 3), ("whole", 2), *resumes]:
+        parts = [("save", 2), ("load", 1), ("load", 2), ("load", 3)]
+        whole = [("whole", 2), *((f"resume:{kind}", 2) for kind in ENGINES)]
+        for what, world in {"parts": parts, "whole": whole, "both": parts + whole}[args.files]:
             arguments = [__file__, "--rank", what, folder, "--millions", str(args.millions)]
             outputs = run_distributed(arguments, world, timeout_s=1800, environment={"MALLOC_ARENA_MAX": "2"})
             for i, text in enumerate(outputs):

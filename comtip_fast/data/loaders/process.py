@@ -36,7 +36,7 @@ Work = Callable[[Iterator[ScheduledBatch]], Iterator[Any]]
 READY = 2
 """Slots that hold batches which the training process has not asked for yet."""
 END_S = 5.0
-"""Seconds that a worker has to end by itself."""
+"""Seconds that a worker has to end before it is killed."""
 ORPHAN_S = 2.0
 """Seconds between two checks of the worker that the training process still exists."""
 BATCH, FAILED, END = b"b", b"f", b"e"

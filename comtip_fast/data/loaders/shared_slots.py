@@ -47,7 +47,7 @@ class SharedSlots:
         self._released: deque[int] = deque()
 
     def write(self, slot: int, arrays: list[memoryview], layout: Layout) -> None:
-        """Copy arrays into a slot, at the places of ``layout``."""
+        """Copy arrays into a slot, at the offsets of ``layout``."""
         for data, (offset, size) in zip(arrays, layout, strict=True):
             start = slot * self.size + offset
             self._memory[start : start + size] = data
@@ -110,7 +110,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def flatten(item: object) -> tuple[bytes, list[memoryview], Layout]:
-    """Return the pickle of a batch without its arrays, the arrays, and their places in a slot."""
+    """Return the pickle of a batch without its arrays, the arrays, and their offsets in a slot."""
     buffers: list[pickle.PickleBuffer] = []
     out = io.BytesIO()
     _Pickler(out, protocol=5, buffer_callback=buffers.append).dump(item)

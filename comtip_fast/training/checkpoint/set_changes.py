@@ -47,7 +47,7 @@ def changed_sets(
         if digest not in new and name not in names_now:
             found.append(f"the set of the checkpoint that was {name} is missing")
     if not found:
-        place = {digest: name for name, digest in zip(names_now, new, strict=True)}
-        found = [f"the order of the sets was {', '.join(place[digest] for digest in old)}"]
+        name_of = {digest: name for name, digest in zip(names_now, new, strict=True)}
+        found = [f"the order of the sets was {', '.join(name_of[digest] for digest in old)}"]
     only_added = set(old) < set(new)
     return f"shards ({'; '.join(found)}{'; ' + _START if only_added else ''})"
