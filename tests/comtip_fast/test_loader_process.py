@@ -26,8 +26,9 @@ from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders import base
 from comtip_fast.data.loaders import process as module
-from comtip_fast.data.loaders.base import BaseLoader, uses_own_process
+from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
+from comtip_fast.data.loaders.prepared import uses_own_process
 from comtip_fast.data.loaders.process import LoaderProcess, process_stream
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 from comtip_fast.data.loaders.shared_slots import SharedSlots, flatten, restore

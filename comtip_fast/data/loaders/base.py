@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comtip_fast.collectives import share_of
-from comtip_fast.config.schema import DataConfig, RunConfig
+from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.augment.apply_views import apply_views
 from comtip_fast.data.augment.views import ViewPlan, plan_views, view_indices
 from comtip_fast.data.batch import Batch, pads_panels
@@ -31,6 +31,7 @@ from comtip_fast.data.expression.batch_levels import levels_from_counts, levels_
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
+from comtip_fast.data.loaders.prepared import PreparedBatch, uses_own_process
 from comtip_fast.data.loaders.process import LoaderProcess
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
 from comtip_fast.data.records import Csr, DecodedSpots, EncodedSpots, SpotReader
@@ -41,33 +42,6 @@ log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
 MAX_LOGGED_FAULTS = 20
 """Number of damaged records that are logged; further ones are only counted."""
-
-
-@dataclass
-class PreparedBatch:
-    """A loaded batch, which may still have to be copied to the GPU, and whose views may have to be computed there."""
-
-    scheduled: ScheduledBatch
-    batch: Batch
-    tiles_NSS3: Tensor | None = None
-    """Tiles that were decoded on the GPU, from which ``batch.tiles`` has to be computed; None otherwise."""
-    view_plan: ViewPlan | None = None
-    """The views that have to be computed from the decoded tiles; None if there is nothing to compute."""
-    packed: PackedTensors | None = None
-    """Tensors of the batch and of the view plan, and tiles that were decoded on the host, in one buffer; None on a CPU, and for a
-    batch of stem features."""
-    faults: dict[int, ShardError] = field(default_factory=dict)
-    """Errors of the damaged records that were replaced, by spot index."""
-
-
-def uses_own_process(data: DataConfig, device: torch.device) -> bool:
-    """Return whether ``torch`` and ``dali`` prepare batches in a process of their own (``data.loader_process``).
-
-    ``auto`` does so for a GPU, whose steps need Python to launch operators; on a CPU, the step needs the cores itself.
-    """
-    if data.workers == 0 or data.loader_process == "training":
-        return False
-    return data.loader_process == "own" or device.type != "cpu"
 
 
 class BaseLoader(ABC):

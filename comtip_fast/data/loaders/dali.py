@@ -20,8 +20,9 @@ from comtip_shards.format.image_header import check_size
 from comtip_shards.format.record import encode_tile
 
 from comtip_fast.collectives import share_of
-from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
+from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.prefetch import Prefetcher
+from comtip_fast.data.loaders.prepared import PreparedBatch
 from comtip_fast.data.loaders.process import READY, process_stream
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 from comtip_fast.data.records import EncodedSpots

@@ -11,7 +11,8 @@ from comtip_shards import ShardSet
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.training_tables import TrainingTables
-from comtip_fast.data.loaders.base import BaseLoader, Stem, uses_own_process
+from comtip_fast.data.loaders.base import BaseLoader, Stem
+from comtip_fast.data.loaders.prepared import uses_own_process
 from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.data.loaders.webdataset import WdsLoader
 

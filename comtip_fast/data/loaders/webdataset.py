@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from itertools import cycle
 
-from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
+from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.data.loaders.prepared import PreparedBatch
 from comtip_fast.data.loaders.process import LoaderProcess
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 
