@@ -86,8 +86,12 @@ def _attend(qkv: tuple[Tensor, ...], batches: list[Batch]) -> Tensor:
     sizes = [n * several * length for n, several, length in batches]
     out = []
     for (n, several, length), *parts in zip(batches, *(x.split(sizes) for x in qkv), strict=True):
-        parts = list(parts[0].unbind(1)) if len(parts) == 1 else parts
-        q, k, v = (x.unflatten(0, (n, several * length)).transpose(1, 2) for x in parts)
+        shape = (n, several * length)
+        if len(parts) == 1:
+            matrices = parts[0].view(*shape, *parts[0].shape[1:]).unbind(2)
+        else:
+            matrices = tuple(x.unflatten(0, shape) for x in parts)
+        q, k, v = (x.transpose(1, 2) for x in matrices)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_separator(several, length, q.dtype))
         out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
