@@ -52,9 +52,14 @@ def _runs(length_N: Tensor) -> list[Batch]:
 
 
 def _shared(runs: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder of a run forms one matrix."""
+    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder of a run forms one matrix.
+
+    A run of fewer than two such matrices is one matrix: another call takes longer than the products between its sentences.
+    """
     for n, _, length in runs:
         several = -(-VECTOR // length)
+        if several < n < 2 * several:
+            several = n
         if n >= several:
             yield n // several, several, length
         if n % several:
@@ -72,7 +77,7 @@ def _by_length(length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _separator(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
-    """Return the additive mask between the sentences of a matrix, of at most 30 x 30 values; None for one sentence."""
+    """Return the additive mask between the sentences of a matrix, of at most 45 x 45 values; None for one sentence."""
     if several == 1:
         return None
     with torch.inference_mode(False):  # training, too, uses the cached mask of a prediction
