@@ -105,11 +105,13 @@ class MaskedAdamW(torch.optim.AdamW):
 
     def _separate_counters(self) -> None:
         """Give every parameter a counter of its own, because not all are updated in this step."""
+        every = [counter for lists in self._lists for counter in lists.counters]
+        if len({id(counter) for counter in every}) == len(every):
+            return
         for lists in self._lists:
-            if len({id(c) for c in lists.counters}) < len(lists.counters):
-                lists.counters = [c.clone() for c in lists.counters]
-                for p, counter in zip(lists.parameters, lists.counters, strict=True):
-                    self.state[p]["step"] = counter
+            lists.counters = [counter.clone() for counter in lists.counters]
+            for p, counter in zip(lists.parameters, lists.counters, strict=True):
+                self.state[p]["step"] = counter
 
 
 def _with_gradient(lists: _Lists, gradients: list[Tensor | None]) -> tuple[_Lists, list[Tensor]]:

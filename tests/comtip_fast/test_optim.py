@@ -128,3 +128,14 @@ def test_parameters_that_are_updated_together_share_a_counter() -> None:
     assert len({s.data_ptr() for s in stored}) == 7
     restore_optimizer(module, optimizer, tensors)
     assert len({state["step"].data_ptr() for state in optimizer.state.values()}) == 1
+
+
+def test_a_parameter_without_gradient_is_not_counted_in_another_group() -> None:
+    module = nn.Linear(2, 1)  # a group of one parameter each
+    optimizer = make_optimizer(module, CONFIG, masked=True)
+    for i in range(2):
+        module.weight.grad = torch.ones(1, 2)
+        module.bias.grad = torch.ones(1) if i == 0 else None
+        optimizer.step()
+    tensors = optimizer_tensors(module, optimizer)
+    assert (float(tensors["weight/step"]), float(tensors["bias/step"])) == (2, 1)
