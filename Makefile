@@ -7,7 +7,7 @@ RUN ?= runs/demo
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly check lint types layers spelling ledger rehearsal rehearsal-grid bench format clean
+.PHONY: help demo test nightly check lint types layers spelling ledger rehearsal rehearsal-grid mutants bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ rehearsal-grid: $(VENV)/installed-dev  ## nightly: the ledger with the oldest an
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.6
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.9
 	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check --all
+
+mutants: $(VENV)/installed-dev  ## nightly: break every GPU kernel on purpose and require a failing test (an hour of CPU time)
+	PYTHONPATH=.:kernels $(BIN)/python bench/kernels/mutate.py
 
 bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU kernels and their peers; fails if one is slower than bench/cpu_ratios.csv allows
 	PYTHONPATH=bench/kernels $(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-max-time=0.2 \

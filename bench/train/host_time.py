@@ -1,10 +1,13 @@
 """Host time of an eager training step: the step of ``configs/1gpu.yaml`` with as many layers, but near-empty tensors.
 
-    PYTHONPATH=.:kernels:data_shards python bench/train/host_time.py [--rounds 7] [--steps 20] [--set KEY=VALUE ...]
+    PYTHONPATH=.:kernels:data_shards python bench/train/host_time.py [--rounds 7] [--steps 20] [--bare] [--set KEY=VALUE ...]
 
 What a GPU computes takes next to no time here, so that the time of a step is what the host needs to launch its operators. The step
 takes the path of a GPU (masked updates, no value read between logged rows), with this project's CPU operators instead of its
 kernels, in one thread. The time depends on the machine: compare two commits on one machine, in alternating rounds.
+
+``--bare`` also calls the operators of a step one after another from a list, with their arguments and nothing else: no modules, no
+autograd, no trainer. Operators of the backward pass, which the step calls in C++, are called from Python here.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import load_config
@@ -66,6 +71,23 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Tape(TorchDispatchMode):
+    """Records operators, views included, with copies of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, tree_map(_copy, tuple(args)), tree_map(_copy, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy of a tensor with the same strides, if it has no overlapping elements; any other value as it is."""
+    return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+
+
 @contextmanager
 def near_empty_trainer(settings: Sequence[str] = ()) -> Iterator[Trainer]:
     """Yield a trainer of near-empty steps, after its first steps; ``settings`` are further overrides.
@@ -92,6 +114,34 @@ def operators_of_step(trainer: Trainer) -> int:
     return count.operators
 
 
+def time_bare(trainer: Trainer, rounds: int, steps: int) -> tuple[int, int, list[float]]:
+    """Return (operators called, operators left out, medians of the CPU time of all calls in ms); see the module docstring.
+
+    Operators that fail on copies of their arguments are left out, such as views of memory outside of a copy.
+    """
+    with _Tape() as tape:
+        trainer._one_step(Signals())
+    calls = [call for call in tape.calls if _runs(*call)]
+
+    @torch.no_grad()
+    def repeat() -> None:
+        for func, args, kwargs in calls:
+            func(*args, **kwargs)
+
+    torch.set_flush_denormal(True)  # products in place are repeated
+    return len(calls), len(tape.calls) - len(calls), [_median(repeat, steps) for _ in range(rounds)]
+
+
+@torch.no_grad()
+def _runs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a recorded operator can be called again."""
+    try:
+        func(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
+
+
 def main() -> None:
     """Measure and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,23 +150,30 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="further overrides (repeatable)"
     )
+    parser.add_argument("--bare", action="store_true", help="also time the bare operators of a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with near_empty_trainer(args.set) as trainer:
         operators = operators_of_step(trainer)
-        medians = [_median(trainer, args.steps) for _ in range(args.rounds)]
+        medians = [_median(lambda: trainer._one_step(Signals()), args.steps) for _ in range(args.rounds)]
+        if args.bare:
+            called, left_out, bare = time_bare(trainer, args.rounds, args.steps)
+            print(
+                f"{called} bare operators, views included ({left_out} left out): {statistics.median(bare):.1f} "
+                f"({min(bare):.1f} to {max(bare):.1f}) ms"
+            )
     print(
         f"{operators} operators; median of {args.steps} steps in ms over {args.rounds} rounds: "
         f"{statistics.median(medians):.1f} ({min(medians):.1f} to {max(medians):.1f})"
     )
 
 
-def _median(trainer: Trainer, steps: int) -> float:
-    """Return the median CPU time of a step in ms; CPU time, so that other processes count less."""
+def _median(step: Callable[[], None], steps: int) -> float:
+    """Return the median CPU time of a call in ms; CPU time, so that other processes count less."""
     out = []
     for _ in range(steps):
         began = time.process_time()
-        trainer._one_step(Signals())
+        step()
         out.append(1e3 * (time.process_time() - began))
     return statistics.median(out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,21 @@ class Batch:
     """The panel in host memory, from which sizes are computed; None if sizes must be read from the device."""
     padding: int = 0
     """Number of genes at the end of the panel that only pad it (:meth:`padded`)."""
+
+    @cached_property
+    def panel_int64(self) -> Tensor:
+        """The panel as int64 (G,), converted once for all losses."""
+        return self.panel.long()
+
+    @cached_property
+    def levels_int64(self) -> Tensor:
+        """The levels as int64 (B, G), converted once for all losses."""
+        return self.levels.long()
+
+    @cached_property
+    def section_int64(self) -> Tensor:
+        """The sections as int64 (B,), converted once for all losses."""
+        return self.section.long()
 
     @property
     def n_genes(self) -> int:

@@ -31,6 +31,11 @@ _NORMS = (nn.LayerNorm, LayerNorm, RmsNorm, nn.Identity)
 class PartsAttention(Attention):
     """Attention of timm, computed separately within each part of the rows."""
 
+    norms_heads: bool
+    """Whether q and k are normalised; set by :func:`take_parts`, as a call of an identity takes as long as a view of a tensor."""
+    norms_output: bool
+    """Whether the result is normalised before its projection."""
+
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
     ) -> Tensor:
@@ -50,16 +55,23 @@ class PartsAttention(Attention):
         """Return the projected attention (M, d) of a part's rows."""
         M, width = qkv_M.shape  # a rank may have no tile, so no size is left to be inferred
         q, k, v = qkv_M.view(M // tokens, tokens, 3, self.num_heads, width // (3 * self.num_heads)).unbind(2)
-        q, k, v = (x_BTHE.transpose(1, 2) for x_BTHE in (self.q_norm(q), self.k_norm(k), v))
-        x_BHTE = F.scaled_dot_product_attention(q, k, v)
+        if self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        x_BHTE = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x_M = x_BHTE.transpose(1, 2).reshape(M, width // 3)
-        x_M = self.norm(x_M) if hasattr(self, "norm") else x_M
+        if self.norms_output:
+            x_M = self.norm(x_M)
         out: Tensor = self.proj(x_M if gate_M is None else x_M * gate_M)
         return out
 
 
 class PartsBlock(Block):
     """Pre-norm block of timm whose attention is computed separately within each part of the rows."""
+
+    scales: bool
+    """Whether the block has layer scales; set by :func:`take_parts`."""
+    plain_mlp: bool
+    """Whether the MLP has two linear layers and an activation only."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
@@ -68,8 +80,13 @@ class PartsBlock(Block):
         if tokens is None:
             out: Tensor = super().forward(x, **options)  # such as a mask
             return out
-        x = x + self.ls1(self.attn(self.norm1(x), tokens))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        attended = self.attn(self.norm1(x), tokens)
+        x = x + (self.ls1(attended) if self.scales else attended)
+        mlp: Any = self.mlp
+        rows = self.norm2(x)
+        # timm's MLP also calls a norm and two dropouts, which do nothing here.
+        rows = mlp.fc2(mlp.act(mlp.fc1(rows))) if self.plain_mlp else mlp(rows)
+        return x + (self.ls2(rows) if self.scales else rows)
 
 
 def take_parts(blocks: Sequence[nn.Module]) -> bool:
@@ -82,8 +99,19 @@ def take_parts(blocks: Sequence[nn.Module]) -> bool:
         return False
     for block in blocks:
         block.__class__ = PartsBlock
-        block.get_submodule("attn").__class__ = PartsAttention
+        assert isinstance(block, PartsBlock)
+        mlp: Any = block.mlp
+        block.scales = not (_is_identity(block.ls1) and _is_identity(block.ls2))
+        block.plain_mlp = type(mlp) is Mlp and _is_identity(mlp.norm)
+        attn: Any = block.attn
+        attn.__class__ = PartsAttention
+        attn.norms_heads = not (_is_identity(attn.q_norm) and _is_identity(attn.k_norm))
+        attn.norms_output = not _is_identity(getattr(attn, "norm", nn.Identity()))
     return True
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity
 
 
 def timm_type(module: nn.Module | None) -> type:

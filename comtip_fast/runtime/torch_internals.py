@@ -21,16 +21,19 @@ __all__ = [
     "CPU_ATTENTION_BACKWARD",
     "TESTED",
     "TorchDispatchMode",
+    "add_to_all",
     "build_folder",
     "call_after_backward",
     "call_uncompiled",
     "copy_all",
+    "fused_adamw",
     "is_compiled",
     "mark_dynamic",
     "move_towards",
     "norms",
     "packet_of",
     "parameters_of",
+    "scale_all",
     "tree_map",
     "untested",
 ]
@@ -88,6 +91,63 @@ def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: flo
     change = torch._foreach_sub(list(targets), list(values))
     torch._foreach_mul_(change, share)
     torch._foreach_add_(list(values), change)
+
+
+def add_to_all(values: Sequence[Tensor], term: Tensor) -> None:
+    """Add the scalar ``term`` to every tensor, in place and in one call."""
+    torch._foreach_add_(list(values), [term] * len(values))
+
+
+def scale_all(values: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply every tensor by the scalar ``factor``, in place and in one call."""
+    torch._foreach_mul_(list(values), factor)
+
+
+def fused_adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    counters: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+    skip: Tensor,
+) -> None:
+    """Call the kernel of PyTorch's fused AdamW on parameters of one device and dtype.
+
+    Parameters
+    ----------
+    parameters, gradients
+        Parameters, which are updated in place, and their gradients.
+    averages, squares
+        Moments of the gradients, which are updated in place.
+    counters
+        Number of the step of each parameter, from 1: scalars on the device.
+    lr, betas, weight_decay, eps
+        As in ``torch.optim.AdamW``.
+    skip
+        fp32 scalar on the device; if it is 1, nothing changes.
+    """
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        averages,
+        squares,
+        [],
+        counters,
+        amsgrad=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+        grad_scale=None,
+        found_inf=skip,
+    )
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

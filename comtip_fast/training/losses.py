@@ -145,7 +145,7 @@ class StepLosses:
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
         """Return the tokens of the panel's genes after the random drops of identities, names and vectors."""
-        rows = batch.panel.long()
+        rows = batch.panel_int64
         genes = take_genes(self.genes, rows, batch.panel_host)
         if self.config.text.identity_drop > 0:
             keep = draws.kept_identities(self.config.train.seed, batch.step, rows, self.config.text.identity_drop)
@@ -179,10 +179,10 @@ class StepLosses:
             value = n_level * level_cross_entropy(
                 heads.vector_bD,
                 heads.table.unit_GQD,
-                batch.levels.long(),
+                batch.levels_int64,
                 batch.measured,
                 heads.scale_level,
-                self.log_prior[batch.panel.long()],
+                self.log_prior[batch.panel_int64],
             )
             parts["level"] = LossPart(value, frozenset({"vector", "rows", "scale_level"}))
         return parts, numbers
@@ -191,7 +191,7 @@ class StepLosses:
         """Return the number of tokens of the panel's genes, without a device read if panel and lengths are in host memory."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host[: batch.n_genes]].sum())
-        return float(self.genes.length_G[batch.panel.long()].sum())
+        return float(self.genes.length_G[batch.panel_int64].sum())
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
         """Return what the tiles in ``out`` add to L_mfm of a global batch of ``n_all`` tiles; None without the masked branch."""
@@ -243,7 +243,7 @@ class StepLosses:
         wanted = self.config.loss.pair > 0 or paat.hard_columns
         if batch.n_genes < 2 or not wanted:
             return None, None
-        levels = batch.levels.long()
+        levels = batch.levels_int64
         candidates = self._candidates(batch, levels)
         counted = counted_swaps(levels, candidates, batch.measured, paat.min_level_shift)
         if paat.adversary == "random" or candidates.shape[0] == 1:
@@ -255,7 +255,7 @@ class StepLosses:
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
         """Draw C mispairings, levels (C, b, G): within strata, from other spots, or per spot either with probability 0.5."""
-        paat, panel, section = self.config.loss.paat, batch.panel.long(), batch.section.long()
+        paat, panel, section = self.config.loss.paat, batch.panel_int64, batch.section_int64
         purposes = {"strata": ("from", "to"), "spots": ("spot",), "mixed": ("from", "to", "spot")}[paat.mode]
         u, use_stratum = draws.mispairings(
             self.config.train.seed,
@@ -277,7 +277,7 @@ class StepLosses:
         """Draw levels (C, b, G) from other spots of the same section, on any rank."""
         counts, group = self.counts(batch), self.group
         if group.size == 1:
-            return take_from_other_spots(levels, batch.section.long(), u)
+            return take_from_other_spots(levels, batch.section_int64, u)
         # Sections are gathered too: a rank's loader may have replaced spots with damaged records.
         every_level = group.gather_rows(batch.levels, counts)
         every_section = group.gather_rows(batch.section, counts).long()
@@ -292,9 +292,8 @@ class StepLosses:
         """
         table = heads.table
         if self.config.loss.paat.context == "image":
-            return pair_scores(heads.vector_bD.roll(roll, 0), table.pair_GQD, levels)
-        true = batch.levels.long().roll(roll, 0)
-        measured = batch.measured.roll(roll, 0)
+            return pair_scores(_rolled(heads.vector_bD, roll), table.pair_GQD, levels)
+        true, measured = _rolled(batch.levels_int64, roll), _rolled(batch.measured, roll)
         weight = pool_weights(table.scores_GQ, true, measured)
         pooled = table_pool(table.unit_GQD, table.scores_GQ, true, measured)
         return pair_scores(
@@ -308,7 +307,7 @@ class StepLosses:
 
     def _nce(self, batch: Batch, heads: LossInputs, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
         """Return L_nce; mispaired texts with at least one counted swap are additional negatives."""
-        table, levels, measured, section = heads.table, batch.levels.long(), batch.measured, batch.section.long()
+        table, levels, measured, section = heads.table, batch.levels_int64, batch.measured, batch.section_int64
         excluded = None
         weight = measured.any(1).to(heads.vector_bD.dtype)
         if mispaired is not None and counted is not None and self.config.loss.paat.hard_columns:
@@ -324,7 +323,7 @@ class StepLosses:
 
     def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
         """Return L_pair, the mean over this rank's counted swaps, and in logged steps the numbers of the pair head (else empty)."""
-        levels = batch.levels.long()
+        levels = batch.levels_int64
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
         if self.logs(batch.step):
@@ -340,13 +339,18 @@ class StepLosses:
         self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor, true: Tensor, false: Tensor
     ) -> Numbers:
         """Return the AUC of the pair head, and its gain over contexts of other spots."""
-        levels = batch.levels.long()
+        levels = batch.levels_int64
         true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
         false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
         auc = pair_auc(true, false, counted)
         # The gain over contexts of other spots is the part of the AUC that frequencies of levels do not explain.
         gain = auc - pair_auc(true_elsewhere, false_elsewhere, counted)
         return dict(zip(PAIR_NUMBERS, (auc, gain), strict=True))
+
+
+def _rolled(x: Tensor, by: int) -> Tensor:
+    """Return ``x`` with its rows shifted by ``by``; ``x`` itself, not a copy, for 0."""
+    return x.roll(by, 0) if by else x
 
 
 def hard_columns(use: Tensor) -> tuple[Tensor | slice, Tensor | None]:

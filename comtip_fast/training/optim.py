@@ -10,9 +10,12 @@ from torch import nn
 
 from comtip_fast.config.optim import OptimConfig, PartConfig, VisionPartConfig
 from comtip_fast.training.freezing import last_frozen_steps
+from comtip_fast.training.masked_adamw import MaskedAdamW
 
 
-def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
+def make_optimizer(
+    module: nn.Module, config: OptimConfig, *, fused: bool = False, masked: bool = False
+) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; weight decay applies to tensors of two or more dimensions.
 
     Parameters with the same weight decay, learning-rate factor and last frozen step form a group; tensors to which weight decay
@@ -28,6 +31,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
         Whether to use PyTorch's fused implementation: a few kernels update all parameters, and can also skip the update
         (:func:`mask_steps`). Its results differ from those of the default implementation in the last bits. Runs on a CPU do
         not use it, because their loss curves must be bit-identical.
+    masked
+        Whether to return :class:`.masked_adamw.MaskedAdamW`, which has the same results as ``fused`` and needs less time on the host.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     scales = layer_scales(module, config.vision.layer_decay)
@@ -44,6 +49,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
         {"params": params, "weight_decay": decay, "lr_scale": scale}
         for (_, decay, scale, _), params in sorted(groups.items(), key=lambda item: item[0][0])
     ]
+    if masked:
+        return MaskedAdamW(settings, config.lr, config.betas)
     return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True if fused else None)
 
 
@@ -100,18 +107,27 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     out: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            out[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            stored = torch.as_tensor(value).detach().cpu().contiguous()
+            # Parameters may share a step counter, and a file of tensors stores each of them.
+            out[f"{name}/{key}"] = stored.clone() if key == "step" else stored
     return out
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Load the state that :func:`optimizer_tensors` returned, except for parameters that are frozen now."""
     parameters = dict(module.named_parameters())
+    counters: dict[float, torch.Tensor] = {}
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)
         parameter = parameters[name]
         if not parameter.requires_grad:  # frozen by a change of optim.freeze
             continue
         # AdamW keeps its step counter on the CPU, unless it is fused, and its moments on the parameter's device.
-        on_cpu = key == "step" and not optimizer.defaults.get("fused")
-        optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
+        if key != "step":
+            optimizer.state[parameter][key] = value.to(parameter.device)
+        elif not isinstance(optimizer, MaskedAdamW):
+            optimizer.state[parameter][key] = value.to(parameter.device) if optimizer.defaults.get("fused") else value
+        else:
+            optimizer.state[parameter][key] = counters.setdefault(float(value), value.to(parameter.device))
+    if isinstance(optimizer, MaskedAdamW):
+        optimizer.forget()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from comtip_fast.config.schema import OptimConfig
-from comtip_fast.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from comtip_fast.training.masked_adamw import MaskedAdamW
+from comtip_fast.training.optim import learning_rate, make_optimizer, mask_steps, optimizer_tensors, restore_optimizer
 
 CONFIG = OptimConfig(lr=0.5, warmup_steps=10, final_lr=0.1, weight_decay=0.3)
 
@@ -77,3 +78,64 @@ def test_state_restored_continues_bit_exactly() -> None:
         step(b, second)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def run_of_updates(masked: bool, restored_after: int) -> dict[str, torch.Tensor]:
+    """Return weights and state after eight updates: the third is bad, and in the fifth a parameter has no gradient."""
+    module = net()
+    optimizer = make_optimizer(module, CONFIG, fused=True, masked=masked)
+    for i in range(8):
+        torch.manual_seed(i)
+        for name, p in module.named_parameters():
+            p.grad = None if not p.requires_grad or (i == 4 and name == "2.weight") else torch.randn_like(p)
+        good = torch.tensor(i != 2)
+        if isinstance(optimizer, MaskedAdamW):
+            optimizer.masked_step(good)
+        else:
+            mask_steps(optimizer, good)
+            optimizer.step()
+        if i == restored_after:
+            tensors = {k: v.clone() for k, v in optimizer_tensors(module, optimizer).items()}
+            optimizer = make_optimizer(module, CONFIG, fused=True, masked=masked)
+            restore_optimizer(module, optimizer, tensors)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return weights | optimizer_tensors(module, optimizer)
+
+
+@pytest.mark.parametrize("restored_after", [-1, 1, 2, 5])
+def test_the_masked_optimizer_equals_the_fused_one_to_the_bit(restored_after: int) -> None:
+    expected, found = run_of_updates(False, -1), run_of_updates(True, restored_after)
+    assert expected.keys() == found.keys()
+    assert {name: int(found[f"{name}/step"]) for name in ("0.weight", "2.weight", "scale")} == {
+        "0.weight": 7,
+        "2.weight": 6,
+        "scale": 7,
+    }
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_parameters_that_are_updated_together_share_a_counter() -> None:
+    module = net()
+    optimizer = make_optimizer(module, CONFIG, masked=True)
+    step(module, optimizer)
+    tensors = optimizer_tensors(module, optimizer)
+    steps = [state["step"] for state in optimizer.state.values()]
+    assert len(steps) == 7
+    assert len({s.data_ptr() for s in steps}) == 1
+    # A file of tensors cannot hold several names of one memory.
+    stored = [tensors[name] for name in tensors if name.endswith("/step")]
+    assert len({s.data_ptr() for s in stored}) == 7
+    restore_optimizer(module, optimizer, tensors)
+    assert len({state["step"].data_ptr() for state in optimizer.state.values()}) == 1
+
+
+def test_a_parameter_without_gradient_is_not_counted_in_another_group() -> None:
+    module = nn.Linear(2, 1)  # a group of one parameter each
+    optimizer = make_optimizer(module, CONFIG, masked=True)
+    for i in range(2):
+        module.weight.grad = torch.ones(1, 2)
+        module.bias.grad = torch.ones(1) if i == 0 else None
+        optimizer.step()
+    tensors = optimizer_tensors(module, optimizer)
+    assert (float(tensors["weight/step"]), float(tensors["bias/step"])) == (2, 1)

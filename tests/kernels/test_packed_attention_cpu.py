@@ -213,3 +213,21 @@ def test_a_prediction_before_training_leaves_no_tensor_that_training_cannot_save
     assert torch.equal(out.detach(), expected)
     assert leaf.grad is not None
     assert packed_cpu._separator.cache_info().hits > 0
+
+
+@pytest.mark.parametrize(
+    ("n", "length", "matrices"),
+    [
+        (6, 3, [(1, 6)]),
+        (11, 3, [(1, 11)]),  # fewer than two matrices of six
+        (12, 3, [(2, 6)]),
+        (13, 3, [(2, 6), (1, 1)]),
+        (3, 15, [(1, 3)]),
+        (3, 16, [(3, 1)]),
+    ],
+)
+def test_a_short_run_is_one_matrix(n: int, length: int, matrices: list[tuple[int, int]]):
+    assert [(count, several) for count, several, _ in packed_cpu._shared([(n, 1, length)])] == matrices
+    qkv, lengths = case([length] * n, 2, 4)
+    for got, want in zip(run("cpu", qkv, lengths), run("reference", qkv, lengths), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

@@ -232,24 +232,33 @@ def clip(
     Update
         ``good`` tells the caller whether to update the weights.
     """
-    named = [(name, q) for name, q in parameters if q.grad is not None]
-    trained = [q for _, q in named]
-    norms = torch_internals.norms([q.grad for q in trained if q.grad is not None])
+    found = [(name, q.grad) for name, q in parameters]
+    names = tuple(name for name, gradient in found if gradient is not None)
+    gradients = [gradient for _, gradient in found if gradient is not None]
+    norms = torch_internals.norms(gradients)
     norm = torch.linalg.vector_norm(norms)
-    good = norm.isfinite() & finite
-    names = tuple(name for name, _ in named)
+    known = norm.isfinite()
+    good, spike = known & finite, None
+    # The gradients of a step that is not finite keep their values: the factor of a norm of 0 is 1.
+    usable = norm.masked_fill(~known, 0.0) if limit or spikes is not None else norm
     if spikes is not None:
-        spike = exceeds(norm, spikes)
-        if not spikes.skip:
-            lower = spikes.norm.clamp(max=limit) if limit else spikes.norm
-            # The limit is on the device and PyTorch's function takes a number, so the norm is divided by it.
-            torch.nn.utils.clip_grads_with_norm_(trained, 1.0, (norm / lower).masked_fill(~norm.isfinite(), 0.0))
-            return Update(norm, good, names, norms, spike, spikes.norm)
-        good = good & ~spike
-    if limit:
-        # The gradients of a step that is not finite keep their values: the factor of a norm of 0 is 1.
-        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm.masked_fill(~norm.isfinite(), 0.0))
-    return Update(norm, good, names, norms) if spikes is None else Update(norm, good, names, norms, spike, spikes.norm)
+        spike = (norm > spikes.norm) & known
+        good = good & ~spike if spikes.skip else good
+    if spikes is not None and not spikes.skip:
+        lower = spikes.norm.clamp(max=limit) if limit else spikes.norm
+        _scale_to(gradients, 1.0, usable / lower)  # the limit is on the device
+    elif limit:
+        _scale_to(gradients, limit, usable)
+    return Update(norm, good, names, norms, spike, None if spikes is None else spikes.norm)
+
+
+def _scale_to(gradients: Sequence[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale gradients of the global norm ``norm`` to at most ``limit``, as ``torch.nn.utils.clip_grads_with_norm_``.
+
+    PyTorch's function reads the gradients of all parameters again and sorts them by device and dtype.
+    """
+    if gradients:
+        torch_internals.scale_all(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def exceeds(norm: Tensor, spikes: SpikeLimit) -> Tensor:

@@ -163,11 +163,17 @@ def row_and_column_lse(exponentials: Exponentials) -> tuple[Tensor, Tensor]:
         column = column[: x.shape[0]]
     row_lse, column_lse = row.log() + exponentials.shift, column.log() + exponentials.shift
     # Sums that underflowed are recomputed, each with its own maximum; there may also be no allowed pair.
-    for part in (row < FLOOR).nonzero().squeeze(1).split(TILE):
+    for part in _parts(row < FLOOR):
         row_lse[part] = masked_logits(x, y, scale, masks, rows=part).logsumexp(1)
-    for part in (column < FLOOR).nonzero().squeeze(1).split(TILE):
+    for part in _parts(column < FLOOR):
         column_lse[part] = masked_logits(x, y, scale, masks, columns=part).logsumexp(0)
     return row_lse, column_lse
+
+
+def _parts(chosen: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices of the entries of ``chosen`` that are True, at most ``TILE`` in each part; no part if there are none."""
+    index = chosen.nonzero().squeeze(1)
+    return index.split(TILE) if index.numel() else ()
 
 
 def sums(exponentials: Exponentials) -> tuple[Tensor, Tensor]:
@@ -275,12 +281,12 @@ def _add_low(
     dy: Tensor,
 ) -> None:
     """Add to ``dx`` and ``dy`` the exact gradient of the rows and columns whose sums underflowed."""
-    for part in row_low.nonzero().squeeze(1).split(TILE):
+    for part in _parts(row_low):
         logits = masked_logits(x, y, scale, masks, rows=part)
         p = (logits - row_lse[part, None]).exp_().mul_(half[part, None])
         dx[part] += p @ y
         dy += p.T @ x[part]
-    for part in column_low.nonzero().squeeze(1).split(TILE):
+    for part in _parts(column_low):
         logits = masked_logits(x, y, scale, masks, columns=part)
         p = (logits - column_lse[None, part]).exp_().mul_(half[None, part])
         dx += p @ y[part]

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,14 +48,22 @@ class _Reorder(torch.autograd.Function):
 
 def _runs(length_N: Tensor) -> list[Batch]:
     """Return runs of equal length with one sentence per matrix; sentences without tokens are omitted."""
-    lengths, counts = torch.unique_consecutive(length_N[length_N > 0], return_counts=True)
-    return [(n, 1, length) for n, length in zip(counts.tolist(), lengths.tolist(), strict=True)]
+    length = length_N.numpy()  # for the few hundred lengths of a panel, NumPy needs a quarter of the time of torch
+    length = length[length > 0]
+    start = np.flatnonzero(np.diff(length, prepend=0))
+    counts = np.diff(start, append=length.size)
+    return [(n, 1, each) for n, each in zip(counts.tolist(), length[start].tolist(), strict=True)]
 
 
 def _shared(runs: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder of a run forms one matrix."""
+    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder of a run forms one matrix.
+
+    A run of fewer than two such matrices is one matrix: another call takes longer than the products between its sentences.
+    """
     for n, _, length in runs:
         several = -(-VECTOR // length)
+        if several < n < 2 * several:
+            several = n
         if n >= several:
             yield n // several, several, length
         if n % several:
@@ -72,7 +81,7 @@ def _by_length(length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _separator(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
-    """Return the additive mask between the sentences of a matrix, of at most 30 x 30 values; None for one sentence."""
+    """Return the additive mask between the sentences of a matrix, of at most 45 x 45 values; None for one sentence."""
     if several == 1:
         return None
     with torch.inference_mode(False):  # training, too, uses the cached mask of a prediction
@@ -86,8 +95,12 @@ def _attend(qkv: tuple[Tensor, ...], batches: list[Batch]) -> Tensor:
     sizes = [n * several * length for n, several, length in batches]
     out = []
     for (n, several, length), *parts in zip(batches, *(x.split(sizes) for x in qkv), strict=True):
-        parts = list(parts[0].unbind(1)) if len(parts) == 1 else parts
-        q, k, v = (x.unflatten(0, (n, several * length)).transpose(1, 2) for x in parts)
+        shape = (n, several * length)
+        if len(parts) == 1:
+            matrices = parts[0].view(*shape, *parts[0].shape[1:]).unbind(2)
+        else:
+            matrices = tuple(x.unflatten(0, shape) for x in parts)
+        q, k, v = (x.transpose(1, 2) for x in matrices)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_separator(several, length, q.dtype))
         out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
