@@ -59,7 +59,7 @@ def compute_time(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1
             (cost.flops, cost.moved, cost.loaded, launch, False),
             (cost.back_flops, cost.back_moved, cost.back_loaded, 2 * launch, True),
         ):
-            if not f and not m:
+            if not (f or m or loaded):
                 continue
             seconds, bound = max(
                 (f / flops, "compute"), (m / bandwidth, "memory"), (loaded / l2, "l2"), (least, "launches")
