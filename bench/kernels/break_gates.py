@@ -1,4 +1,4 @@
-"""Proof of the cost gates: kernels and CPU paths are made slower on purpose, and ``make ledger`` or ``make bench`` must notice.
+"""Proof of the cost gates: kernels and CPU paths are slowed on purpose, and ``make ledger`` or ``make bench`` must notice.
 
     python bench/kernels/break_gates.py [--only doubled-loop,cpu]
 

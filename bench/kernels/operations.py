@@ -1,4 +1,4 @@
-"""Whole operations beside their kernels: operators, launches and bytes of forward and backward pass, as training calls them.
+"""Whole operations and their kernels: operators, launches and bytes of forward and backward pass, as training calls them.
 
     PYTHONPATH=.:kernels:data_shards python bench/kernels/operations.py [--check]
 

@@ -1,4 +1,4 @@
-"""Memory of real steps on a CPU as the batch doubles, beside the bytes that autograd saves.
+"""Memory of real steps on a CPU as the batch doubles, and the bytes that autograd saves.
 
     PYTHONPATH=.:kernels:data_shards python bench/train/drawn_memory.py --shards runs/bench_step/shards_128px
 

@@ -1,4 +1,4 @@
-"""Rates of GPUs, in one place: the ledger's predicted times and ``comtip plan`` read them from ``rates.csv``.
+"""Rates of GPUs, stated once: the ledger's predicted times and ``comtip plan`` read them from ``rates.csv``.
 
 FLOP/s, bytes/s from and to memory and the number of multiprocessors are those of the vendor's datasheets (SXM modules, dense products
 of bf16, fp32 without tf32). No datasheet has the rate of the L2 cache: 5.5 TB/s of an H100 is 61 % of 5,120 bytes per clock, the share

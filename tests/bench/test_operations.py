@@ -36,7 +36,7 @@ def test_one_gradient_of_q_k_and_v_is_not_copied(operations: ModuleType):
 
 
 def test_casts_inside_operators_are_counted(operations: ModuleType):
-    """The table is fp32: 67 MB in bf16 are written and read beside the kernel."""
+    """The table is fp32: 67 MB in bf16 are written and read in addition to the kernel."""
     row = next(r for r in operations.read() if r["op"] == "pair_scores" and r["part"] == "forward")
     assert float(row["operation_mb"]) - float(row["kernel_mb"]) > 2048 * 32 * 512 * (4 + 2) / 1e6
 
