@@ -14,11 +14,24 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("Agg")
+from comtip_kernels.ledger.alternatives import attention_tiles, pooling_ways
+from comtip_kernels.ledger.sizes import ROOFS
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[2]
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
-HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "programs", "A100 µs", "H100 µs")
+HEAD = (
+    "operation",
+    "size",
+    "MB moved",
+    "x floor",
+    "GFLOP",
+    "of these again",
+    "x floor",
+    "programs",
+    "A100 µs",
+    "H100 µs",
+)
 HEAD += ("compute", "L2", "memory")
 
 
@@ -36,10 +49,13 @@ def flop_ratio(row: dict[str, str]) -> float | None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Return the table of operations, with predicted times, as Markdown."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 10]
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 11]
     for r in rows:
         ratio = flop_ratio(r)
-        flops = ("", "") if ratio is None else (f"{float(r['gflop']):,.0f}", f"{ratio:.2f}")
+        again = float(r["recomputed_gflop"])
+        flops = ("", "", "")
+        if ratio is not None:
+            flops = (f"{float(r['gflop']):,.0f}", f"{again:,.0f}" if again else "", f"{ratio:.2f}")
         cells = (
             f"`{r['op']}` {r['part']}",
             r["size"],
@@ -67,12 +83,47 @@ def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
     for r in rows:
         if r["triton"] == triton and r["name"].endswith("_bf16"):
             by_kernel.setdefault(f"`{r['op']}` {r['name'].removesuffix('_bf16')}", {})[r["arch"]] = r
-    columns = ("registers", "shared_kib", "mma", "loads_128", "async_copies", "spills")
-    lines = ["| kernel, bf16 | registers | shared KiB | tensor cores | 128-bit loads | async copies | spills |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    columns = ("registers", "shared_kib", "resident", "tensor", "loads_128", "async_copies", "spills")
+    head = ("kernel, bf16", "registers", "shared KiB", "programs per multiprocessor", "tensor cores")
+    lines = [
+        "| " + " | ".join((*head, "128-bit loads", "async copies", "spills")) + " |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for kernel, archs in by_kernel.items():
-        cells = [" / ".join(archs[a][c] for a in ("80", "90", "100")) for c in columns]
+        of = {a: r | {"tensor": f"{r['mma']} {r['mma_shape'].strip('-')}".strip()} for a, r in archs.items()}
+        cells = [" / ".join(of[a][c] for a in ("80", "90", "100")) for c in columns]
         lines.append("| " + " | ".join((kernel, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ways_table(G: int = 2048, Q: int = 32, D: int = 512, spots: tuple[int, ...] = (4096, 1024, 128)) -> str:
+    """Return the table of the ways to compute ``table_pool`` with its gradients on an H100, as Markdown."""
+    lines = ["| B | way | GFLOP | L2 MB | memory MB | compute µs | L2 µs | memory µs |", "|---:|---|" + "---:|" * 6]
+    for B in spots:
+        ways = {
+            way: {roof: s * 1e6 for roof, s in way.seconds(ROOFS["h100"]).items()} for way in pooling_ways(B, G, Q, D)
+        }
+        best = min(max(roofs.values()) for roofs in ways.values())
+        for way, roofs in ways.items():
+            slowest = max(roofs.values())
+            times = [
+                f"{s:,.0f}" if s < slowest else f"**{s:,.0f}**" if s == best else f"*{s:,.0f}*" for s in roofs.values()
+            ]
+            moved = (
+                f"{way.moved.flops / 1e9:,.0f}",
+                f"{way.moved.loaded / 1e6:,.0f}",
+                f"{way.moved.memory / 1e6:,.0f}",
+            )
+            lines.append("| " + " | ".join((f"{B:,}", way.name, *moved, *times)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tiles_table(shortest: int = 3, longest: int = 16, sentences: int = 256_000, heads: int = 8) -> str:
+    """Return the table of tiles of packed attention, as Markdown."""
+    lengths = range(shortest, longest + 1)
+    lines = ["| tiles | pairs computed / pairs within sentences | programs |", "|---|---:|---:|"]
+    for way in attention_tiles(lengths, sentences // len(lengths), heads):
+        lines.append(f"| {way.name} | {way.ratio:.2f} | {way.programs:,} |")
     return "\n".join(lines) + "\n"
 
 
@@ -127,6 +178,8 @@ def main() -> None:
     rows = read(args.sizes)
     draw(rows, args.out)
     print(table(rows))
+    print(ways_table())
+    print(tiles_table())
     print(kernels_table(read(args.sizes.with_name("ledger.csv"))), end="")
 
 

@@ -8,7 +8,7 @@ n is a number of tokens, d a width.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 INDEX = 8
 """Size of an int64 in bytes."""
@@ -31,6 +31,12 @@ class Cost:
     """Bytes read and written in the backward pass."""
     saved: float = 0.0
     """Bytes stored for the backward pass."""
+    loaded: float = 0.0
+    """Bytes that a kernel of ``comtip_kernels`` loads from the L2 cache in the forward pass; 0 if they do not limit it."""
+    back_loaded: float = 0.0
+    """The same in the backward pass."""
+    programs: int = 0
+    """Fewest programs of such a kernel in a launch: multiprocessors without a program do not load."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def total(costs: Iterable[Cost], field: str) -> float:
 
 def forward_only(costs: Iterable[Cost]) -> list[Cost]:
     """Return the costs of the same operations without gradients: nothing is stored and there is no backward pass."""
-    return [Cost(c.name, c.flops, 0.0, c.moved) for c in costs]
+    return [Cost(c.name, c.flops, 0.0, c.moved, loaded=c.loaded, programs=c.programs) for c in costs]
 
 
 def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]:
@@ -71,7 +77,13 @@ def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]
     """
     last = max(i for i, c in enumerate(costs) if c.saved)
     recomputed = [
-        Cost(c.name, c.flops, c.back_flops + c.flops * (i < last), c.moved, c.back_moved + c.moved * (i < last))
+        replace(
+            c,
+            back_flops=c.back_flops + c.flops * (i < last),
+            back_moved=c.back_moved + c.moved * (i < last),
+            back_loaded=c.back_loaded + c.loaded * (i < last),
+            saved=0.0,
+        )
         for i, c in enumerate(costs)
     ]
     return [*recomputed, Cost(name, saved=input_bytes)]

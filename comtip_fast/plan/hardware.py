@@ -1,6 +1,6 @@
-"""Hardware of a plan: peak rates from datasheets, and the assumed efficiencies.
+"""Hardware of a plan: peak rates, and the assumed efficiencies.
 
-Peaks are the vendors' figures for dense matrix products and for bytes per second. The efficiencies
+The rates of GPUs are those of :mod:`comtip_kernels.rates`, as in the kernels' ledger. The efficiencies
 (:class:`Efficiency`) are assumptions: every plan prints them, and ``comtip plan`` has an option for each.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from comtip_kernels.rates import Rates, read_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,9 @@ class Device:
     fp32: float
     """Peak FLOP/s of dense fp32 matrix products without TF32."""
     memory_bytes_per_s: float
+    l2_bytes_per_s: float
+    """Bytes/s from the L2 cache to the multiprocessors, which limit this project's kernels; infinite for a CPU."""
+    multiprocessors: int
     link: str
     """Default link inside a node; a name in :data:`LINKS`."""
     fabric: str
@@ -74,57 +79,42 @@ LINKS = {
 """NVLink rates are half of the vendor's figures, which count both directions. InfiniBand and Ethernet: one adapter per
 device. ``memory`` is gloo between processes of one machine; its figures are assumed."""
 
-DEVICES = {
-    device.name: device
-    for device in (
-        Device(
-            name="a100-40",
-            memory=40e9,
-            bf16=312e12,
-            fp32=19.5e12,
-            memory_bytes_per_s=1.555e12,
-            link="nvlink3",
-            fabric="ib-hdr",
-        ),
-        Device(
-            name="a100-80",
-            memory=80e9,
-            bf16=312e12,
-            fp32=19.5e12,
-            memory_bytes_per_s=2.039e12,
-            link="nvlink3",
-            fabric="ib-hdr",
-        ),
-        Device(
-            name="h100",
-            memory=80e9,
-            bf16=989e12,
-            fp32=67e12,
-            memory_bytes_per_s=3.35e12,
-            link="nvlink4",
-            fabric="ib-ndr",
-        ),
-        Device(
-            name="h200",
-            memory=141e9,
-            bf16=989e12,
-            fp32=67e12,
-            memory_bytes_per_s=4.8e12,
-            link="nvlink4",
-            fabric="ib-ndr",
-        ),
-        Device(
-            name="b200",
-            memory=180e9,
-            bf16=2250e12,
-            fp32=75e12,
-            memory_bytes_per_s=8e12,
-            link="nvlink5",
-            fabric="ib-ndr",
-        ),
-        Device(
-            name="cpu", memory=16e9, bf16=192e9, fp32=192e9, memory_bytes_per_s=20e9, link="memory", fabric="eth-100"
-        ),
+_MEMORY_AND_LINKS = {
+    "a100-40": (40e9, "nvlink3", "ib-hdr"),
+    "a100-80": (80e9, "nvlink3", "ib-hdr"),
+    "h100": (80e9, "nvlink4", "ib-ndr"),
+    "h200": (141e9, "nvlink4", "ib-ndr"),
+    "b200": (180e9, "nvlink5", "ib-ndr"),
+}
+"""{GPU of ``comtip_kernels.rates``: bytes of memory, default link inside a node, default link between nodes}."""
+
+
+def _gpu(rates: Rates) -> Device:
+    memory, link, fabric = _MEMORY_AND_LINKS[rates.gpu]
+    return Device(
+        name=rates.gpu,
+        memory=memory,
+        bf16=rates.bf16,
+        fp32=rates.fp32,
+        memory_bytes_per_s=rates.memory,
+        l2_bytes_per_s=rates.l2,
+        multiprocessors=rates.multiprocessors,
+        link=link,
+        fabric=fabric,
+    )
+
+
+DEVICES = {name: _gpu(rates) for name, rates in read_rates().items()} | {
+    "cpu": Device(
+        name="cpu",
+        memory=16e9,
+        bf16=192e9,
+        fp32=192e9,
+        memory_bytes_per_s=20e9,
+        l2_bytes_per_s=math.inf,
+        multiprocessors=1,
+        link="memory",
+        fabric="eth-100",
     )
 }
 """SXM modules. ``cpu`` is assumed: two cores at 3 GHz with two 8-wide fused multiply-add units each."""

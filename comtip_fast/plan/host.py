@@ -13,17 +13,17 @@ from comtip_fast.plan.sizes import Sizes
 VISION_BLOCK, VISION_FORWARD, VISION_AGAIN = 43, 19, 18
 VISION_BOTH = 48
 """Operators of a block, forward and backward, if all patches and the visible patches take one pass."""
-TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 35, 14, 17
+TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 34, 14, 17
 PREFIX, PREFIX_FORWARD, PREFIX_BOTH = 8, 4, 11
 """Operators of class and register tokens per call of the image encoder: forward and backward, forward alone, and if all
 patches and the visible patches take one pass."""
 EMBEDDED_ONCE = 8
 """Operators before and after the blocks that are issued only once if all patches and the visible patches take one pass."""
-FIXED = 808
+FIXED = 830
 """All other operators of a step without micro-batches: embeddings, heads, pooling, losses, draws, optimizer."""
-FIXED_PIECES, PER_PIECE = 663, 313
+FIXED_PIECES, PER_PIECE = 685, 313
 """All other operators of a step with micro-batches: once per step, and per micro-batch."""
-DDP, ZERO_PIECE, RING_HOP = 59, 268, 43
+DDP, ZERO_PIECE, RING_HOP = 59, 268, 51
 """Further operators of DDP, of ZeRO per micro-batch, and of the ring loss per other rank."""
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 from comtip_kernels import flops
 from comtip_kernels.flops import KEPT_BYTES
+from comtip_kernels.ledger import sizes
+from comtip_kernels.ledger.sizes import Sized
 
 from comtip_fast.plan.cost import (
     INDEX,
@@ -234,8 +236,35 @@ def text_attention(s: Sizes, w: RankShare) -> Cost:
     cost = attention(n, s.attended, s.width, s.text_heads, w.precision)
     if not w.gpu or s.longest > max(flops.ATTENTION_TILES):
         return cost
-    issued = flops.packed_attention(n, s.text_heads, s.width // s.text_heads, s.longest)
-    return replace(cost, flops=issued.forward, back_flops=issued.backward)
+    E = s.width // s.text_heads
+    issued = flops.packed_attention(n, s.text_heads, E, s.longest)
+    cost = replace(cost, flops=issued.forward, back_flops=issued.backward)
+    return on_l2(cost, w, sizes.packed_attention(ceil(n), s.text_heads, E, s.longest, 0, ""))
+
+
+def on_l2(cost: Cost, w: RankShare, passes: Iterable[Sized]) -> Cost:
+    """Return ``cost`` with what its kernels load from the L2 cache of a GPU, as the kernels' ledger counts it in bf16.
+
+    Parameters
+    ----------
+    cost, w
+        Cost of an operation, and how the rank computes it. On a CPU and in fp32, the cost is returned as it is: products in fp32
+        are limited by the FLOPs.
+    passes
+        Forward and backward pass of the operation (:mod:`comtip_kernels.ledger.sizes`).
+    """
+    if not w.gpu or not w.precision.is_bf16:
+        return cost
+    forward, backward = passes
+    programs = min(forward.programs, backward.programs)
+    return replace(cost, loaded=forward.moved.loaded, back_loaded=backward.moved.loaded, programs=programs)
+
+
+def table_kernels(s: Sizes, spots: float, operation: str) -> tuple[Sized, Sized]:
+    """Return forward and backward pass of an operation over the sentence table, as the kernels' ledger counts them in bf16."""
+    passes = sizes.sentence_table(max(1, ceil(spots)), s.G, s.Q, s.D, "")
+    forward, backward = (one for one in passes if one.op == operation)
+    return forward, backward
 
 
 def pooling(s: Sizes, w: RankShare, spots: float) -> list[Cost]:
@@ -243,7 +272,8 @@ def pooling(s: Sizes, w: RankShare, spots: float) -> list[Cost]:
     rows, pairs = s.G * s.Q * s.D * w.precision.operand, spots * s.G
     saved = pairs * POOL_SAVED + spots * s.D * 4
     issued = flops.table_pool(spots, s.G, s.Q, s.D, gpu=w.gpu)
-    return [Cost("pool", *issued, rows + 13 * pairs + spots * s.D * 4, 3 * rows + 26 * pairs + spots * s.D * 4, saved)]
+    pool = Cost("pool", *issued, rows + 13 * pairs + spots * s.D * 4, 3 * rows + 26 * pairs + spots * s.D * 4, saved)
+    return [on_l2(pool, w, table_kernels(s, spots, "table_pool"))]
 
 
 POOL_SAVED = 3 * INDEX + 2 * 4 + 1
@@ -263,7 +293,9 @@ def infonce(s: Sizes, w: RankShare) -> list[Cost]:
     issued = flops.infonce(w.images, w.columns, s.D, gpu=w.gpu, blocks=not single_process)
     # Written once and read by two products.
     derivatives = 3 * pairs * w.precision.operand if w.gpu else 0
-    return [Cost("logits", *issued, vectors, 3 * vectors + derivatives, (w.images + w.columns) * STATISTIC + 4 * saved)]
+    kept = (w.images + w.columns) * STATISTIC + 4 * saved
+    cost = Cost("logits", *issued, vectors, 3 * vectors + derivatives, kept)
+    return [on_l2(cost, w, sizes.infonce(w.images, w.columns, s.D, ""))]
 
 
 def level(s: Sizes, w: RankShare) -> list[Cost]:
@@ -274,7 +306,8 @@ def level(s: Sizes, w: RankShare) -> list[Cost]:
     if w.gpu:
         # Derivatives are written once and read by two products.
         derivatives = 3 * w.spots * s.G * s.Q * p.operand
-        return [Cost("scores", *issued, moved, 2 * moved + rows * 4 + derivatives, w.spots * s.G)]
+        cost = Cost("scores", *issued, moved, 2 * moved + rows * 4 + derivatives, w.spots * s.G)
+        return [on_l2(cost, w, table_kernels(s, w.spots, "level_cross_entropy"))]
     return [Cost("scores", *issued, 3 * moved, 2 * rows * 4, (rows + w.spots * s.D) * 4)]
 
 
@@ -286,11 +319,24 @@ def pair(s: Sizes, w: RankShare) -> list[Cost]:
     p, pairs, issued = w.precision, w.spots * s.G, flops.pair_scores(w.spots, s.G, s.Q, s.D)
     moved = s.G * s.Q * s.D * p.operand + w.spots * s.D * p.operand + pairs * (INDEX + 4)
     scored = s.candidates if s.candidates > 1 else 0
-    costs = [Cost("adversary", scored * issued.forward, 0.0, scored * moved, 0.0)]
+    forward, backward = table_kernels(s, w.spots, "pair_scores")
+    once = on_l2(Cost("scores"), w, (forward, backward))
+    loaded, back_loaded, programs = once.loaded, once.back_loaded, once.programs
+    costs = [
+        Cost("adversary", scored * issued.forward, moved=scored * moved, loaded=scored * loaded, programs=programs)
+    ]
     if s.has_pair:
         costs.append(
             Cost(
-                "true and mispaired", 2 * issued.forward, 2 * issued.backward, 2 * moved, 4 * moved, pairs * PAIR_SAVED
+                "true and mispaired",
+                2 * issued.forward,
+                2 * issued.backward,
+                2 * moved,
+                4 * moved,
+                pairs * PAIR_SAVED,
+                2 * loaded,
+                2 * back_loaded,
+                programs,
             )
         )
     if s.text_context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comtip_fast.plan.cost import Precision
@@ -187,7 +188,8 @@ def _assumed(plan: Plan) -> list[str]:
         f"  {seconds(f.launch_s)} to launch an operation; tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
         (
             f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
-            f"{size(device.memory_bytes_per_s)}/s of memory;"
+            f"{size(device.memory_bytes_per_s)}/s of memory"
+            + (f", {size(device.l2_bytes_per_s)}/s of L2;" if device.l2_bytes_per_s < math.inf else ";")
         ),
         f"  {link.name} {size(link.bytes_per_s)}/s and {fabric.name} {size(fabric.bytes_per_s)}/s per device",
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from comtip_kernels.ledger.sizes import busy_share
+
 from comtip_fast.plan.cost import Cost, Precision
 from comtip_fast.plan.hardware import Cluster
 from comtip_fast.plan.parts import StepPart
@@ -18,7 +20,7 @@ class PartTime:
     name: str
     seconds: float
     bound: str
-    """What limits the part: ``compute``, ``memory``, ``launches``, ``link``, ``host`` or ``loader``."""
+    """What limits the part: ``compute``, ``memory``, ``l2``, ``launches``, ``link``, ``host`` or ``loader``."""
     hidden: float = 0.0
     """Further seconds that overlap with computation."""
 
@@ -45,17 +47,23 @@ class ComputeTime:
 
 
 def compute_time(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> ComputeTime:
-    """Return the time of operations; a pass of an operation takes the maximum of its compute, memory and launch time."""
+    """Return the time of operations; a pass of an operation takes the maximum of its compute, memory, L2 and launch time.
+
+    The L2 cache limits kernels of ``comtip_kernels`` only; the efficiency of other products is that of ``c.efficiency.compute``.
+    """
     flops, bandwidth = rates(c, p)
     out, launch = ComputeTime(), c.efficiency.launch_s
     for cost in costs:
-        for f, m, least, backward in (
-            (cost.flops, cost.moved, launch, False),
-            (cost.back_flops, cost.back_moved, 2 * launch, True),
+        l2 = c.device.l2_bytes_per_s * (busy_share(cost.programs, c.device.multiprocessors) if cost.programs else 1.0)
+        for f, m, loaded, least, backward in (
+            (cost.flops, cost.moved, cost.loaded, launch, False),
+            (cost.back_flops, cost.back_moved, cost.back_loaded, 2 * launch, True),
         ):
-            if not f and not m:
+            if not (f or m or loaded):
                 continue
-            seconds, bound = max((f / flops, "compute"), (m / bandwidth, "memory"), (least, "launches"))
+            seconds, bound = max(
+                (f / flops, "compute"), (m / bandwidth, "memory"), (loaded / l2, "l2"), (least, "launches")
+            )
             seconds *= times
             out.by_bound[bound] = out.by_bound.get(bound, 0.0) + seconds
             if backward:

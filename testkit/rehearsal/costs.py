@@ -110,8 +110,8 @@ def _is_parameter(x: Tensor) -> bool:
 
 
 @contextmanager
-def count_saved(record: Record) -> Iterator[None]:
-    """Record the maximum number of bytes that autograd saves for the backward pass inside the block.
+def count_saved(record: Record, device: str = "cuda") -> Iterator[None]:
+    """Record the maximum number of bytes on ``device`` that autograd saves for the backward pass inside the block.
 
     A storage counts once, whatever the number of its saved views; parameters do not count. Blocks that are recomputed
     (``engine.activation_checkpointing``) count with their inputs; the recomputed tensors are not counted.
@@ -119,7 +119,7 @@ def count_saved(record: Record) -> Iterator[None]:
     live = _Live(record)
 
     def pack(x: Tensor) -> Any:
-        return x if x.device.type == "cpu" or _is_parameter(x) else _Saved(x, live)
+        return x if x.device.type != device or _is_parameter(x) else _Saved(x, live)
 
     def unpack(x: Any) -> Tensor:
         return x.tensor if isinstance(x, _Saved) else x

@@ -87,7 +87,8 @@ def recorded_launches(mode: StandInMode) -> Iterator[None]:
         shapes = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape), tuple(t.stride())) for t in tensors)
         if not mode.record.paused:
             mode.record.launches.append(Launch(entry, tuple(grid), shapes, code_line()))
-            mode.record.moved_bytes += tensor_bytes(tensors)
+            # A tensor that replaces arguments which a mode of the kernel does not read counts once.
+            mode.record.moved_bytes += tensor_bytes({id(x): x for x in tensors}.values())
         if mode.record.observer is not None:
             mode.record.observer.launch(kernel.__name__, (args, options), tuple(grid))
 

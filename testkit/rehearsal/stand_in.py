@@ -93,7 +93,7 @@ class StandInMode(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name
-        launches = not func.is_view and not name.startswith(_NO_KERNEL)
+        launches = not name.startswith(_NO_KERNEL) and not (func.is_view and _shares_storage((args, kwargs), out))
         if self.record.observer is not None:
             self.record.observer.operator(name, (args, kwargs), out, launches=launches)
         if not self.record.paused and launches:
@@ -315,6 +315,16 @@ def _sent_bytes(name: str, args: Any) -> int:
     """Return the bytes that a rank passes to a collective: those of the first operand, or of the second if the first is the result."""
     given = args[1] if name.startswith(("c10d::_allgather_base", "c10d::_reduce_scatter_base")) else args[0]
     return tensor_bytes(tree_leaves(given))
+
+
+def _shares_storage(given: Any, out: Any) -> bool:
+    """Return whether every result has the storage of an operand.
+
+    Inside the project's operators, ``to``, ``contiguous`` and ``reshape`` arrive here as they were called. Their schema says that
+    they return a view, but a cast or a change of the layout is a copy.
+    """
+    storages = {x.untyped_storage()._cdata for x in tree_leaves(given) if isinstance(x, Tensor)}
+    return all(x.untyped_storage()._cdata in storages for x in tree_leaves(out) if isinstance(x, Tensor))
 
 
 def _values(x: Any) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comtip_kernels import packed_attention
+from comtip_kernels import packed_attention, packed_attention_qkv
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -99,6 +99,18 @@ def test_views_of_one_projection_and_two_runs_are_equal_to_the_bit(fast, dtype: 
     assert not views[0].is_contiguous()
     one, two = run(fast.impl, views, length, fast.device), run(fast.impl, qkv, length, fast.device)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_one_tensor_gives_the_bits_of_three(fast, dtype: torch.dtype, nan_outputs: None):
+    qkv, length = case(draw(30, 9), 3, 12, dtype)
+    want = run(fast.impl, qkv, length, fast.device)
+    one = torch.stack(qkv, dim=1).to(fast.device).requires_grad_()
+    out = packed_attention_qkv(one, length.to(fast.device), impl=fast.impl)
+    probe = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=fast.device).view(out.shape)
+    (out * probe).sum().backward()
+    for a, b in zip((out, *one.grad.unbind(1)), want, strict=True):
+        assert torch.equal(a.detach().cpu(), b)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])

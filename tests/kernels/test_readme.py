@@ -33,6 +33,8 @@ def test_the_examples_run():
 def test_the_tables_are_the_ledgers(plot: ModuleType):
     assert plot.table(plot.read(ROOT / "bench/traffic.csv")) in README
     assert plot.kernels_table(plot.read(ROOT / "bench/ledger.csv")) in README
+    assert plot.ways_table() in README
+    assert plot.tiles_table() in README
 
 
 def test_the_figure_can_be_drawn(plot: ModuleType, tmp_path: Path):

@@ -145,7 +145,19 @@ def seconds_by_part(contender: StepContender, steps: int) -> dict[str, float]:
 
 def _profile(contender: StepContender, path: Path) -> float:
     """Write the 30 slowest operators of one step, and return the peak memory of the step in MB above its start."""
-    batch = contender.load()
+    return peak_mb(contender, contender.load(), path)
+
+
+def peak_mb(contender: StepContender, batch: Any, path: Path | None = None) -> float:
+    """Train one step on ``batch``, and return its peak memory in MB above its start.
+
+    Parameters
+    ----------
+    contender, batch
+        A training step, and a batch of its :meth:`StepContender.load`.
+    path
+        File for the 30 slowest operators of the step; None writes none.
+    """
     device = contender.device
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -156,8 +168,9 @@ def _profile(contender: StepContender, path: Path) -> float:
         contender.train(batch)
         _wait(device)
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run.key_averages().table(sort_by=key, row_limit=30), encoding="utf-8")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run.key_averages().table(sort_by=key, row_limit=30), encoding="utf-8")
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     return _peak_mb(run)

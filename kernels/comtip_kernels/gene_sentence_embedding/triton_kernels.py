@@ -13,6 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from comtip_kernels import tiles
+
 # The numbers of tokens and of distinct rows change from step to step.
 _SIZES = ["n_rows", "n_tokens"]
 _UNALIGNED = ["token_id_ptr", "kind_id_ptr", "slot_id_ptr", "lo_id_ptr", "hi_id_ptr", "mix_ptr", "identity_id_ptr"]
@@ -240,8 +242,7 @@ MAKE: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
 NORM: dict[str, Any] = {"num_warps": 2, "num_stages": 1}
 NARROW_NORM: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
 """``norm_grads`` for rows of up to 128 elements: two warps spill there on sm_90."""
-NORM_ROWS = 64
-"""Rows per program of ``norm_grads``."""
+NORM_ROWS = tiles.NORM_ROWS
 COPY: dict[str, Any] = {"R": 4, "num_warps": 4, "num_stages": 1}
 SUM: dict[str, Any] = {"R": 8, "num_warps": 4, "num_stages": 2}
 PIECE = 256

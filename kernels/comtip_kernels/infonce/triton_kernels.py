@@ -13,11 +13,10 @@ matrix, whose rows and columns may have no allowed pair; see ``blocks_triton_op.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
+from comtip_kernels import tiles
 from comtip_kernels.infonce.logit_tiles import allowed, grouped, logits
 
 ALL, SAME_GROUP, OTHER_GROUP = 0, 1, 2
@@ -304,20 +303,4 @@ def grad_tiles(  # type: ignore[no-untyped-def]
     )
 
 
-# Tile sizes by mode (``tl_common.product_mode``) that compile without spills and within the shared memory of sm_80 and sm_90.
-# Nothing is autotuned: a result must not depend on what else the GPU was doing.
-FORWARD: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
-}
-EXACT: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
-    "tf32": {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3},
-    "tf32x3": {"BM": 64, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 3},
-}
-GRADIENT: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
-    "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
-}
+FORWARD, EXACT, GRADIENT = tiles.INFONCE_FORWARD, tiles.INFONCE_EXACT, tiles.INFONCE_GRADIENT

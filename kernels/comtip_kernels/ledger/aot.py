@@ -20,8 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from comtip_kernels.ledger import instructions
+
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}
 """Maximum shared memory of a block by architecture; a kernel that needs more compiles, but fails when it is loaded."""
+
+
+INSTRUCTION_CLASSES = ("memory", "shared", "waiting", "branch", "fp", "integer")
+"""Classes of instructions with a field of their own name in :class:`LedgerRow`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,24 @@ class LedgerRow:
     async_copies: int
     special: int = 0
     """Special-function instructions (``MUFU``): exponentials, logarithms, reciprocals, square roots."""
+    warps: int = 0
+    """Warps of a program."""
+    resident: int = 0
+    """Programs that one multiprocessor holds at a time (:func:`comtip_kernels.ledger.instructions.resident_programs`)."""
+    mma_shape: str = ""
+    """M x N x K of the widest tensor-core instruction; ``-`` without any, and on sm_100, whose instructions do not show it."""
+    memory: int = 0
+    """Loads and stores of global memory, asynchronous copies included; this field and those below count by the classes of
+    :data:`comtip_kernels.ledger.instructions.CLASSES`."""
+    shared: int = 0
+    """Loads and stores of shared and tensor memory, and exchanges between threads."""
+    waiting: int = 0
+    """Barriers and fences."""
+    branch: int = 0
+    fp: int = 0
+    """Floating-point instructions but special functions and tensor cores."""
+    integer: int = 0
+    """All other instructions."""
     source: str = ""
     """Hash returned by :meth:`LedgerEntry.source`; an entry with the same hash need not be compiled again."""
 
@@ -116,20 +140,26 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
     kinds = {"HGMMA": r"\bHGMMA\b", "UTCMMA": r"\bUTC\w*MMA", "HMMA": r"\bHMMA\b"}
     counts = {kind: len(re.findall(pattern, code)) for kind, pattern in kinds.items()}
     mma = next((kind for kind, count in counts.items() if count), "-")
+    of = instructions.classes(code)
+    registers, shared_kib = int(found[1]), -(-int(built.metadata.shared) // 1024)
     return LedgerRow(
         entry.op,
         entry.name,
         arch,
-        int(found[1]),
+        registers,
         int(found[2]),
-        len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        -(-int(built.metadata.shared) // 1024),
+        of["local"],
+        shared_kib,
         mma,
         counts.get(mma, 0),
         len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)),
         len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
-        len(re.findall(r"\bMUFU\b", code)),
-        entry.source(arch),
+        of["special"],
+        entry.num_warps,
+        instructions.resident_programs(arch, registers, entry.num_warps, shared_kib),
+        instructions.tensor_shape(code),
+        **{name: of[name] for name in INSTRUCTION_CLASSES},
+        source=entry.source(arch),
     )
 
 

@@ -136,6 +136,7 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
     constants = attention.config(mode, tile, backward=backward) | {
         "BT": tile,
         "BE": 64,
+        "PARTS": 3,
         "UPCAST": False,
         "PRECISION": "ieee" if mode == "bf16" else mode,
     }

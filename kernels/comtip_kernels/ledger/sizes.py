@@ -5,31 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
-from comtip_kernels.flops import infonce_chunk, level_chunk, panel_parts
-from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
-from comtip_kernels.infonce import triton_kernels as infonce
+from comtip_kernels import tiles as table
+from comtip_kernels.flops import attention_tile, infonce_chunk, level_chunk, panel_parts
 from comtip_kernels.ledger import traffic
 from comtip_kernels.ledger.traffic import Traffic
-from comtip_kernels.packed_attention import triton_kernels as packed
-from comtip_kernels.sentence_table import triton_kernels as table
+from comtip_kernels.rates import Rates, read_rates
 
-
-class Roofs(NamedTuple):
-    """Assumed rates of a GPU (no GPU has been measured); a kernel is as slow as the slowest of compute, L2 and memory."""
-
-    compute: float
-    """bf16 FLOP/s of the datasheet."""
-    l2: float
-    """Bytes/s from the L2 cache to the multiprocessors: 61 % of 5,120 bytes per clock, the share that public
-    microbenchmarks of the H100 reach (5.5 of 9 TB/s)."""
-    memory: float
-    """90 % of the datasheet's bytes/s, which memory-bound kernels are reported to reach."""
-    multiprocessors: int
-
-
-ROOFS = {"a100": Roofs(312e12, 4.4e12, 0.9 * 2.0e12, 108), "h100": Roofs(989e12, 5.5e12, 0.9 * 3.35e12, 132)}
+ROOFS = {"a100": read_rates()["a100-80"], "h100": read_rates()["h100"]}
+"""Rates of the GPUs for which times are predicted; a kernel is as slow as the slowest of compute, L2 and memory."""
 BF16 = 2
 
 
@@ -49,6 +34,8 @@ class Sized:
     """Lower bound of the FLOPs."""
     programs: int
     """Number of programs of the operation's kernel that has the fewest; library kernels do not count."""
+    recomputed_flops: int = 0
+    """Those of the lower bound that compute a product of the forward pass again, because it was not stored."""
 
     def row(self) -> dict[str, str]:
         """Return the row of the table; times are predicted, in microseconds."""
@@ -62,27 +49,33 @@ class Sized:
             "memory_ratio": f"{self.moved.memory / self.floor_bytes:.3f}",
             "gflop": f"{self.moved.flops / 1e9:.1f}",
             "floor_gflop": f"{self.floor_flops / 1e9:.1f}",
+            "recomputed_gflop": f"{self.recomputed_flops / 1e9:.1f}",
             "programs": str(self.programs),
         }
-        for gpu, roofs in ROOFS.items():
-            seconds = self.seconds(roofs)
+        for gpu, rates in ROOFS.items():
+            seconds = self.seconds(rates)
             out |= {f"{roof}_us_{gpu}": f"{s * 1e6:.0f}" for roof, s in seconds.items()}
             bound = max(seconds, key=lambda roof: seconds[roof])
             out |= {f"predicted_us_{gpu}": f"{seconds[bound] * 1e6:.0f}", f"bound_{gpu}": bound}
         return out
 
-    def seconds(self, roofs: Roofs) -> dict[str, float]:
+    def seconds(self, rates: Rates) -> dict[str, float]:
         """Return the predicted seconds for each of the three rates, if L2 serves every load request.
 
         Multiprocessors without a program in the last wave neither compute nor load. All kernels of the operation are assumed to run
         in as many waves as the kernel with the fewest programs, with one program at a time on each multiprocessor.
         """
-        busy = self.programs / (ceil(self.programs / roofs.multiprocessors) * roofs.multiprocessors)
+        busy = busy_share(self.programs, rates.multiprocessors)
         return {
-            "compute": self.moved.flops / roofs.compute / busy,
-            "l2": self.moved.loaded / roofs.l2 / busy,
-            "memory": self.moved.memory / roofs.memory,
+            "compute": self.moved.flops / rates.bf16 / busy,
+            "l2": self.moved.loaded / rates.l2 / busy,
+            "memory": self.moved.memory / rates.reachable_memory,
         }
+
+
+def busy_share(programs: int, multiprocessors: int) -> float:
+    """Return the share of multiprocessors that have a program, over all waves."""
+    return programs / (ceil(programs / multiprocessors) * multiprocessors)
 
 
 def _blocks(rows: int, columns: int, t: dict[str, Any], height: str = "BM", width: str = "BN") -> int:
@@ -94,31 +87,31 @@ def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
     return config | ({"BD": min(config["BD"], D)} if "BD" in config else {})
 
 
-def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
+def infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of InfoNCE on one device."""
-    forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD["bf16"])
-    blocks = _blocks(B, M, infonce.FORWARD["bf16"])
+    forward = traffic.infonce_forward(B, M, D, BF16, table.INFONCE_FORWARD["bf16"])
+    blocks = _blocks(B, M, table.INFONCE_FORWARD["bf16"])
     yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D, blocks)
     chunk = infonce_chunk(M, BF16)
-    backward = traffic.infonce_backward(B, M, D, BF16, infonce.GRADIENT["bf16"], chunk)
+    backward = traffic.infonce_backward(B, M, D, BF16, table.INFONCE_GRADIENT["bf16"], chunk)
     # The logits again and one product per side, for which their derivatives are written once and read twice.
     floor = (B + M) * D * (BF16 + 4) + 3 * B * M * BF16
-    blocks = _blocks(min(B, chunk), M, infonce.GRADIENT["bf16"])
-    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D, blocks)
+    blocks = _blocks(min(B, chunk), M, table.INFONCE_GRADIENT["bf16"])
+    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D, blocks, 2 * B * M * D)
 
 
-def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
+def infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of one block of InfoNCE."""
     ids, stats = traffic.BLOCK_IDS, 8 * (R + C)
     vectors = (R + C) * (D * BF16 + ids)
-    forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD["bf16"], ids, diagonal=False)
-    blocks = _blocks(R, C, infonce.FORWARD["bf16"])
+    forward = traffic.infonce_forward(R, C, D, BF16, table.INFONCE_FORWARD["bf16"], ids, diagonal=False)
+    blocks = _blocks(R, C, table.INFONCE_FORWARD["bf16"])
     yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D, blocks)
     chunk = infonce_chunk(C, BF16)
-    moved = traffic.infonce_backward(R, C, D, BF16, infonce.GRADIENT["bf16"], chunk, ids)
+    moved = traffic.infonce_backward(R, C, D, BF16, table.INFONCE_GRADIENT["bf16"], chunk, ids)
     floor = vectors + stats + (R + C) * D * 4 + 3 * R * C * BF16
-    blocks = _blocks(min(R, chunk), C, infonce.GRADIENT["bf16"])
-    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D, blocks)
+    blocks = _blocks(min(R, chunk), C, table.INFONCE_GRADIENT["bf16"])
+    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D, blocks, 2 * R * C * D)
 
 
 def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:
@@ -128,7 +121,7 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
     forward = traffic.sentence_rows(*kinds, D, BF16, tables) + traffic.copy_rows(S, U, D, BF16)
     yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0, U)
     sums = traffic.sum_tokens(S, U, D, BF16)
-    through = traffic.norm_grads(*kinds, D, BF16, embedding.NORM_ROWS, tables)
+    through = traffic.norm_grads(*kinds, D, BF16, table.NORM_ROWS, tables)
     # Added by torch: the gradients of the tables read their rows of the U and are written.
     genes, names, _ = kinds
     read, written = 4 * D * (U + genes + names + genes), 4 * D * (V + genes)
@@ -139,22 +132,23 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
         sums + through + Traffic(read, read, written),
         S * D * BF16 + written,
         0,
-        ceil(U / embedding.NORM_ROWS),
+        ceil(U / table.NORM_ROWS),
     )
 
 
-def _attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> Iterator[Sized]:
+def packed_attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of packed attention; ``useful`` counts the pairs of tokens within sentences."""
-    tile = packed.best_tile("bf16", longest)
+    tile = attention_tile(longest)
     for backward, tensors, products in ((False, 4, 2), (True, 7, 5)):
         moved = traffic.attention(S, H, E, BF16, longest, tile, backward=backward)
         part = "backward" if backward else "forward"
         blocks = ceil(S / (tile - longest + 1)) * H
         floors = (tensors * S * H * E * BF16, products * 2 * useful * H * E)
-        yield Sized("packed_attention", part, name, moved, *floors, blocks)
+        again = 2 * useful * H * E if backward else 0
+        yield Sized("packed_attention", part, name, moved, *floors, blocks, again)
 
 
-def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
+def sentence_table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of pooling, pair scores and L_level."""
 
     def tiles(config: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +187,7 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
     # The scores again and one product per side, for which their derivatives are written once and read twice.
     floor = inputs + 2 * each + 4 * (vectors + rows) + 3 * each * Q * BF16
     of_level = _blocks(B, min(G, level_chunk(B, Q, BF16)), gradient, width="NG")
-    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * selected * Q, of_level)
+    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * selected * Q, of_level, selected * Q)
 
 
 def sizes() -> list[Sized]:
@@ -203,18 +197,18 @@ def sizes() -> list[Sized]:
     tokens, of which 2,048 + 4,355 + 480 are distinct. The attention has 255,990 sentences: 18,285 of each length from 3 to 16.
     """
     out = [
-        *_infonce(32768, 32768, 512, "B = M = 32k, D = 512"),
-        *_infonce(8192, 16384, 512, "B = 8k, M = 16k, D = 512"),
-        *_infonce(1024, 2048, 512, "B = 1k, M = 2k, D = 512"),
+        *infonce(32768, 32768, 512, "B = M = 32k, D = 512"),
+        *infonce(8192, 16384, 512, "B = 8k, M = 16k, D = 512"),
+        *infonce(1024, 2048, 512, "B = 1k, M = 2k, D = 512"),
         # One of 64 ranks with 1,024 images and 1,024 mispaired texts each, all images gathered.
-        *_infonce_block(65536, 2048, 512, "R = 64k, C = 2k, D = 512"),
+        *infonce_block(65536, 2048, 512, "R = 64k, C = 2k, D = 512"),
     ]
     out += _embedding(851_552, (2048, 4355, 480), 512, "2,048 genes x 32 levels, D = 512")
     n = 256_000 // 14
     lengths = range(3, 17)
-    out += _attention(
+    out += packed_attention(
         n * sum(lengths), 8, 64, 16, n * sum(x * x for x in lengths), "256k sentences of 3 to 16, 8 heads x 64"
     )
-    out += _table(4096, 2048, 32, 512, "B = 4k, G = 2k, Q = 32, D = 512")
-    out += _table(1024, 2048, 32, 512, "B = 1k, G = 2k, Q = 32, D = 512")
+    out += sentence_table(4096, 2048, 32, 512, "B = 4k, G = 2k, Q = 32, D = 512")
+    out += sentence_table(1024, 2048, 32, 512, "B = 1k, G = 2k, Q = 32, D = 512")
     return out

@@ -41,6 +41,7 @@ def _unbound(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _IMPLEMENTATIONS_QKV = {name: _unbound(function) for name, function in _IMPLEMENTATIONS.items()}
 _IMPLEMENTATIONS_QKV["cpu"] = packed_attention_qkv_cpu
+_IMPLEMENTATIONS_QKV["triton"] = with_triton("comtip_kernels.packed_attention.triton_op", "packed_attention_qkv_triton")
 
 
 def _choose(operands: tuple[Tensor, ...], longest: int, impl: str, implementations: Mapping[str, Any]) -> Any:
@@ -112,7 +113,7 @@ def packed_attention_qkv(
 ) -> Tensor:
     """Return the attention of :func:`packed_attention` for q, k and v in one tensor, the output of one projection.
 
-    On a CPU, this avoids a pass over the gradient.
+    The gradient is one tensor, too; those of three tensors would be copied into it.
 
     Parameters
     ----------

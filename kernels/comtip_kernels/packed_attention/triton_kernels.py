@@ -45,7 +45,7 @@ def _load(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(ptr, x, token, head, owned, n_heads, head_dim, BE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store into a contiguous (S, H, E)."""
+    """Store into (S, H, E), where ``n_heads`` heads, perhaps of several tensors, lie between two tokens."""
     dim = tl.arange(0, BE)
     offset = (token.to(tl.int64)[:, None] * n_heads + head) * head_dim + dim[None, :]
     tl.store(ptr + offset, x, mask=owned[:, None] & (dim[None, :] < head_dim))
@@ -137,12 +137,17 @@ def attention_grads(  # type: ignore[no-untyped-def]
     g_stride_token,
     g_stride_head,
     g_stride_dim,
+    PARTS: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store dq, dk and dv of one tile and head; the weights are recomputed from q and k."""
+    """Store dq, dk and dv of one tile and head; the weights are recomputed from q and k.
+
+    The three results are PARTS = 1 part of a tensor each, or with PARTS = 3 one tensor (n_tokens, 3, n_heads, head_dim).
+    """
+    heads_apart = n_heads * PARTS
     tile, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
     token = tile * window + tl.arange(0, BT)
     first = tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
@@ -152,7 +157,7 @@ def attention_grads(  # type: ignore[no-untyped-def]
     p = _softmax(q, k, first, owned, scale, PRECISION)
     g = _load(g_ptr, token, head, owned, g_stride_token, g_stride_head, g_stride_dim, head_dim, BE, UPCAST)
     dv = tl.dot(tl.trans(_rounded(p, g_ptr, UPCAST)), g, input_precision=PRECISION)
-    _store(dv_ptr, dv, token, head, owned, n_heads, head_dim, BE)
+    _store(dv_ptr, dv, token, head, owned, heads_apart, head_dim, BE)
     # fp32 operands are loaded again from the cache: keeping them needs more registers than there are.
     if q_ptr.dtype.element_ty == tl.float32:
         g = _load(g_ptr, token, head, owned, g_stride_token, g_stride_head, g_stride_dim, head_dim, BE, UPCAST)
@@ -162,10 +167,10 @@ def attention_grads(  # type: ignore[no-untyped-def]
     ds = _rounded(p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale, q_ptr, UPCAST)
     if q_ptr.dtype.element_ty == tl.float32:
         k = _load(k_ptr, token, head, owned, k_stride_token, k_stride_head, k_stride_dim, head_dim, BE, UPCAST)
-    _store(dq_ptr, tl.dot(ds, k, input_precision=PRECISION), token, head, owned, n_heads, head_dim, BE)
+    _store(dq_ptr, tl.dot(ds, k, input_precision=PRECISION), token, head, owned, heads_apart, head_dim, BE)
     if q_ptr.dtype.element_ty == tl.float32:
         q = _load(q_ptr, token, head, owned, q_stride_token, q_stride_head, q_stride_dim, head_dim, BE, UPCAST)
-    _store(dk_ptr, tl.dot(tl.trans(ds), q, input_precision=PRECISION), token, head, owned, n_heads, head_dim, BE)
+    _store(dk_ptr, tl.dot(tl.trans(ds), q, input_precision=PRECISION), token, head, owned, heads_apart, head_dim, BE)
 
 
 LAUNCH: dict[tuple[str, int], dict[str, dict[str, Any]]] = {

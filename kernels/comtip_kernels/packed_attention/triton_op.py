@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,28 +26,32 @@ def launch_options(q: Tensor, longest: int, *, backward: bool = False) -> tuple[
     return window, (triton.cdiv(S, window) * H,), constants | kernels.config(mode, BT, backward=backward)
 
 
-@torch.library.custom_op("comtip::packed_attention", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) in the dtype of ``q``; ``first_S`` int32 is the first token of each token's sentence."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Tensor:
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     if out.numel():
         window, grid, options = launch_options(q, longest)
         strides = (*q.stride(), *k.stride(), *v.stride())
-        launch(
-            kernels.attention_forward,
-            grid,
-            q,
-            k,
-            v,
-            first_S,
-            out,
-            *q.shape,
-            window,
-            q.shape[2] ** -0.5,
-            *strides,
-            **options,
-        )
+        tensors = (q, k, v, first_S, out)
+        launch(kernels.attention_forward, grid, *tensors, *q.shape, window, q.shape[2] ** -0.5, *strides, **options)
     return out
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, first_S: Tensor, longest: int, results: Sequence[Tensor]
+) -> None:
+    """Store the gradients of q, k and v in ``results``: contiguous (S, H, E), or the parts of one (S, 3, H, E)."""
+    if results[0].numel():
+        window, grid, options = launch_options(q, longest, backward=True)
+        tensors = (q, k, v, grad, first_S, *results)
+        strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
+        options["PARTS"] = results[0].stride(0) // (q.shape[1] * q.shape[2])
+        launch(kernels.attention_grads, grid, *tensors, *q.shape, window, q.shape[2] ** -0.5, *strides, **options)
+
+
+@torch.library.custom_op("comtip::packed_attention", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Tensor:
+    """Return (S, H, E) in the dtype of ``q``; ``first_S`` int32 is the first token of each token's sentence."""
+    return _forward(q, k, v, first_S, longest)
 
 
 @torch.library.custom_op("comtip::packed_attention_grads", mutates_args=())
@@ -55,36 +60,62 @@ def attend_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, (S, H, E) each, from the inputs and the gradient of the output."""
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
-    if dq.numel():
-        window, grid, options = launch_options(q, longest, backward=True)
-        tensors = (q, k, v, grad, first_S, dq, dk, dv)
-        strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-        launch(kernels.attention_grads, grid, *tensors, *q.shape, window, q.shape[2] ** -0.5, *strides, **options)
+    _backward(q, k, v, grad, first_S, longest, (dq, dk, dv))
     return dq, dk, dv
+
+
+@torch.library.custom_op("comtip::packed_attention_qkv", mutates_args=())
+def attend_qkv(qkv: Tensor, first_S: Tensor, longest: int) -> Tensor:
+    """Return (S, H, E) from one tensor (S, 3, H, E); see :func:`attend`."""
+    q, k, v = qkv.unbind(1)
+    return _forward(q, k, v, first_S, longest)
+
+
+@torch.library.custom_op("comtip::packed_attention_qkv_grads", mutates_args=())
+def attend_qkv_grads(qkv: Tensor, grad: Tensor, first_S: Tensor, longest: int) -> Tensor:
+    """Return the gradient of ``qkv``, (S, 3, H, E): three results would have to be copied into one tensor."""
+    out, (q, k, v) = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype), qkv.unbind(1)
+    _backward(q, k, v, grad, first_S, longest, out.unbind(1))
+    return out
 
 
 attend.register_fake(lambda q, *rest: q.new_empty(q.shape))
 attend_grads.register_fake(lambda q, k, v, *rest: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
+attend_qkv.register_fake(lambda qkv, *rest: qkv.new_empty((qkv.shape[0], *qkv.shape[2:])))
+attend_qkv_grads.register_fake(lambda qkv, *rest: qkv.new_empty(qkv.shape))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, first_S, ctx.longest = inputs
-    ctx.save_for_backward(q, k, v, first_S)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.longest = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, first_S = ctx.saved_tensors
     return (*attend_grads(q, k, v, grad.to(q.dtype), first_S, ctx.longest), None, None)
 
 
-attend.register_autograd(_backward, setup_context=_setup)
+def _qkv_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, first_S = ctx.saved_tensors
+    return attend_qkv_grads(qkv, grad.to(qkv.dtype), first_S, ctx.longest), None, None
 
 
-register_flop_formula(torch.ops.comtip.packed_attention)(
-    lambda q, k, v, f, longest, **_k: int(flops.packed_attention(q[0], q[1], q[2], longest).forward)
-)
+attend.register_autograd(_grads, setup_context=_save)
+attend_qkv.register_autograd(_qkv_grads, setup_context=_save)
+
+
+def _flops(shape: Sequence[int], longest: int) -> flops.Flops:
+    """Return the FLOPs for q, k and v of a shape that begins with the tokens and ends with heads and their width."""
+    return flops.packed_attention(shape[0], shape[-2], shape[-1], longest)
+
+
+register_flop_formula(torch.ops.comtip.packed_attention)(lambda q, k, v, f, n, **_k: int(_flops(q, n).forward))
 register_flop_formula(torch.ops.comtip.packed_attention_grads)(
-    lambda q, k, v, g, f, longest, **_k: int(flops.packed_attention(q[0], q[1], q[2], longest).backward)
+    lambda q, k, v, g, f, n, **_k: int(_flops(q, n).backward)
+)
+register_flop_formula(torch.ops.comtip.packed_attention_qkv)(lambda qkv, f, n, **_k: int(_flops(qkv, n).forward))
+register_flop_formula(torch.ops.comtip.packed_attention_qkv_grads)(
+    lambda qkv, g, f, n, **_k: int(_flops(qkv, n).backward)
 )
 
 
@@ -96,3 +127,12 @@ def packed_attention_triton(
     if first_S is None:
         first_S = first_tokens(length_N, q_SHE.shape[0])
     return attend(q_SHE.to(dtype), k_SHE.to(dtype), v_SHE.to(dtype), first_S, longest)
+
+
+def packed_attention_qkv_triton(
+    qkv_S3HE: Tensor, length_N: Tensor, longest: int, first_S: Tensor | None = None
+) -> Tensor:
+    """Return (S, H, E) in the operand dtype; see :func:`comtip_kernels.packed_attention_qkv`."""
+    if first_S is None:
+        first_S = first_tokens(length_N, qkv_S3HE.shape[0])
+    return attend_qkv(qkv_S3HE.to(operand_dtype(qkv_S3HE)), first_S, longest)

@@ -13,6 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from comtip_kernels import tiles
+
 PICK, CROSS_ENTROPY = 0, 1
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the panel change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
@@ -348,33 +350,8 @@ def level_gradient(  # type: ignore[no-untyped-def]
         tl.store(row_ptr + gene * n_levels + level, tl.sum(out, axis=0), mask=exists)
 
 
-# Tile sizes by mode (``tl_common.product_mode``) that compile without spills on sm_80 and sm_90. BN is the number of genes of a
-# tile times padded levels; BD is the width of the output that one program holds in registers.
-SAMPLED_DOT: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 256, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
-}
-LEVEL_LOSS: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
-}
-LEVEL_GRADIENT: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
-}
-WEIGHTED_SUM: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 128, "BN": 64, "BK": 64, "BD": 128, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
-}
-WEIGHTED_SUM_TRANSPOSE: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 128, "BK": 64, "BD": 128, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
-}
+SAMPLED_DOT, LEVEL_LOSS, LEVEL_GRADIENT = tiles.SAMPLED_DOT, tiles.LEVEL_LOSS, tiles.LEVEL_GRADIENT
+WEIGHTED_SUM, WEIGHTED_SUM_TRANSPOSE = tiles.WEIGHTED_SUM, tiles.WEIGHTED_SUM_TRANSPOSE
 
 
 def spills(configs: dict[str, dict[str, Any]], padded_levels: int, columns: int) -> bool:

@@ -42,9 +42,16 @@ def test_opcheck_and_flops():
     torch.library.opcheck(op.attend, (*leaves, first, 5))
     backward = [t.detach() for t in (*leaves, leaves[0] * 2)]
     torch.library.opcheck(op.attend_grads, (*backward, first, 5), test_utils=("test_schema", "test_faketensor"))
+    one = torch.stack(leaves, dim=1).detach().requires_grad_()
+    torch.library.opcheck(op.attend_qkv, (one, first, 5))
+    both = (one.detach(), backward[3], first, 5)
+    torch.library.opcheck(op.attend_qkv_grads, both, test_utils=("test_schema", "test_faketensor"))
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
         op.attend(*leaves, first, 5).sum().backward()
     # One tile and two heads: 2 products of 32 x 32 x 16 forward, 5 backward.
+    assert counter.get_total_flops() == 7 * 2 * (2 * 32 * 32 * 16)
+    with FlopCounterMode(display=False) as counter:
+        op.attend_qkv(one, first, 5).sum().backward()
     assert counter.get_total_flops() == 7 * 2 * (2 * 32 * 32 * 16)

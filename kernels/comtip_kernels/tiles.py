@@ -1,0 +1,58 @@
+"""Tile sizes of the Triton kernels, which the ledger and ``comtip plan`` also read where Triton is not installed.
+
+By mode (``tl_common.product_mode``): sizes that compile without spills and within the shared memory of sm_80 and sm_90. Nothing is
+autotuned: a result must not depend on what else the GPU was doing.
+
+BM and BN are the rows and columns of a tile of the result, BK is the slice of the inner dimension that is loaded at a time. In the
+kernels over the sentence table, BN is the number of genes of a tile times padded levels, and BD the width of the output that one
+program holds in registers. Tiles of packed attention are in :mod:`comtip_kernels.flops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+INFONCE_FORWARD: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+INFONCE_EXACT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3},
+    "tf32x3": {"BM": 64, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 3},
+}
+INFONCE_GRADIENT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+
+SAMPLED_DOT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 256, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+LEVEL_LOSS: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+LEVEL_GRADIENT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+WEIGHTED_SUM: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 64, "BK": 64, "BD": 128, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
+}
+WEIGHTED_SUM_TRANSPOSE: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 64, "BN": 128, "BK": 64, "BD": 128, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
+}
+
+NORM_ROWS = 64
+"""Rows per program of ``norm_grads``, the backward pass of the embedding's LayerNorm."""
