@@ -59,7 +59,8 @@ class Neighbours:
         """
         k = min(most_neighbours(max(self.radii)) + 1, len(self._xy))
         distance, index = self._tree.query(self._xy[rows], k=k)
-        other, rank = index != rows[:, None], np.arange(k)
+        other = index != rows[:, None]
+        rank = np.cumsum(other, axis=1)  # the spot itself is not the first of several spots at its position
         return index, [
             other & (distance <= radius * self.spacing) & (rank <= most_neighbours(radius)) for radius in self.radii
         ]
