@@ -37,7 +37,7 @@ from comtip_fast.lineage import (
 )
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.pretrained import fill_normalisation
-from comtip_fast.models.readout import LinearReadout, feature_width
+from comtip_fast.models.readout import LinearReadout
 
 EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 3, (1, 2, 3)
 """Version 1 has no linear readout, versions 1 and 2 have no lineage."""
@@ -323,8 +323,7 @@ def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[Ex
     path = folder / export_checks.READOUT
     arrays, header = read_readout(path)
     trained = [g.key for g in genes if g.trained]
-    width = feature_width(model, config.align.dim)
-    check_readout(arrays, header, path, trained, vector_dim=config.align.dim, width=width)
+    check_readout(arrays, header, path, trained, model=model, dim=config.align.dim)
     return LinearReadout.from_arrays(arrays, header)
 
 

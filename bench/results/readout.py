@@ -33,6 +33,7 @@ from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.models.readout import NORMS, LinearReadout
+from comtip_fast.models.readout_features import ENCODED_NAME, RADII, STAGES_NAME, frozen_columns, penalty_scale
 from comtip_fast.models.section_statistics import neighbour_mean, standardise
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, SectionTable, fit_cohort
 
@@ -108,29 +109,41 @@ class Lab:
         keys: list[str],
         blocks: set[str],
         *,
-        context: bool = True,
+        n_radii: int = len(RADII),
+        equal: bool = True,
         grid: ReadoutGrid | None = None,
     ) -> LinearReadout:
-        """Fit the heads of a cohort; keep only the blocks in ``blocks``, each with the same share."""
-        settings = replace(self.readout.settings, context=context)
-        tables = {s: self._table(s, keys, context) for s in [*train, *valid]}
-        x = np.concatenate([self._x(s, context) for s in train])
+        """Fit the heads of a cohort; keep only the blocks in ``blocks``, each with the same share.
+
+        ``n_radii`` radii are used, and stages have equal weight in the penalty if ``equal``.
+        """
+        settings = replace(self.readout.settings, radii=self.readout.settings.radii[:n_radii])
+        tables = {s: self._table(s, keys, n_radii) for s in [*train, *valid]}
+        x = np.concatenate([self._x(s, n_radii) for s in train])
         ranked = [keys.index(k) for k in self.ranked(train) if k in set(keys)][:50]
         data = CohortData(
-            cohort, keys, [tables[s] for s in train], [tables[s] for s in valid], x.mean(0), x.std(0), np.array(ranked)
+            cohort,
+            keys,
+            [tables[s] for s in train],
+            [tables[s] for s in valid],
+            x.mean(0),
+            x.std(0),
+            np.array(ranked),
+            scale_F=penalty_scale(self.predictor.model, settings) if equal else None,
         )
         head = fit_cohort(data, settings, grid=grid)
         head.blocks = {b: v for b, v in head.blocks.items() if b in blocks}
         head.mix = {b: 1 / len(head.blocks) for b in head.blocks} | {"levels": 0.0}
         return LinearReadout(settings, [head])
 
-    def _x(self, section: int, context: bool) -> np.ndarray:
+    def _x(self, section: int, n_radii: int) -> np.ndarray:
+        """Return the features with their means over neighbours within the first radii."""
         x = self.features(section).readout_NF
         assert x is not None
-        return x if context else x[:, : x.shape[1] // 2]
+        return x[:, : (1 + n_radii) * self.readout.settings.width(x.shape[1])]
 
-    def _table(self, section: int, keys: list[str], context: bool) -> SectionTable:
-        x = self._x(section, context)
+    def _table(self, section: int, keys: list[str], n_radii: int) -> SectionTable:
+        x = self._x(section, n_radii)
         measured = self.shards.measured(section)[[self.row[k] for k in keys]]
         y = {n: np.where(measured, v, 0.0) for n, v in self.values(section, keys).items()}
         return SectionTable(standardise(x, x.mean(0), x.std(0)), y, measured)
@@ -139,7 +152,7 @@ class Lab:
         self, readout: LinearReadout, section: int, keys: list[str], vectors: GeneVectors | None = None
     ) -> Values:
         """Predict with the heads alone."""
-        return readout.predict(self._x(section, readout.settings.context), keys, None, vectors)[0]
+        return readout.predict(self._x(section, len(readout.settings.radii)), keys, None, vectors)[0]
 
     def levels(self, section: int, keys: list[str], *, viewed: bool) -> Values:
         """Predict from level sentences: from one view, or from the mean vectors of all views, averaged with neighbours."""
@@ -172,7 +185,8 @@ class Lab:
         if which == "encoder":
             return np.asarray(f.pooled_Nd, np.float64)
         assert f.readout_NF is not None
-        return np.asarray(self.readout.frozen(f.readout_NF), np.float64)
+        columns = frozen_columns(self.predictor.model, self.readout.settings)
+        return np.asarray(f.readout_NF[:, columns[which]], np.float64)
 
 
 def mean_of(*parts: Values) -> Values:
@@ -185,28 +199,33 @@ def table(lab: Lab, cohort: str, split: str) -> None:
     train, valid = lab.sections(cohort, "train"), lab.sections(cohort, "val")
     trained = [k for k in lab.predictor.trained_genes if any(lab.shards.measured(s)[lab.row[k]] for s in train)]
     heads = {
-        (b, c): lab.fit(cohort, train, valid, trained, {b}, context=c)
+        (b, n): lab.fit(cohort, train, valid, trained, {b}, n_radii=n)
         for b in ("vector", "frozen")
-        for c in (True, False)
+        for n in range(len(RADII) + 1)
     }
+    unequal = lab.fit(cohort, train, valid, trained, {"frozen"}, equal=False)
     gene_wise = lab.fit(cohort, train, valid, trained, {"frozen"}, grid=ReadoutGrid(programmes=(0,)))
     for section in lab.sections(cohort, split):
         keys = [k for k in lab.known(lab.ranked(train), [section])[:50] if k in set(trained)]
-        z, frozen = (lab.linear(heads[b, True], section, keys) for b in ("vector", "frozen"))
+        z, frozen = (lab.linear(heads[b, len(RADII)], section, keys) for b in ("vector", "frozen"))
         read = lab.levels(section, keys, viewed=True)
         lines = {
             "levels, one view": lab.levels(section, keys, viewed=False),
             "levels, views, neighbours": read,
             "head on z": z,
-            "head on z, no neighbours": lab.linear(heads["vector", False], section, keys),
+            "head on z, adjacent spots": lab.linear(heads["vector", 1], section, keys),
+            "head on z, no neighbours": lab.linear(heads["vector", 0], section, keys),
             "head on frozen features": frozen,
-            "head on frozen features, no neighbours": lab.linear(heads["frozen", False], section, keys),
+            "head on frozen features, adjacent spots": lab.linear(heads["frozen", 1], section, keys),
+            "head on frozen features, no neighbours": lab.linear(heads["frozen", 0], section, keys),
+            "head on frozen features, stages by width": lab.linear(unequal, section, keys),
             "head on frozen features, no programmes": lab.linear(gene_wise, section, keys),
             "z + frozen": mean_of(z, frozen),
             "frozen + levels": mean_of(frozen, read),
             "z + frozen + levels": mean_of(z, frozen, read),
             "ridge, encoder features": lab.ridge(train, section, keys, "encoder"),
-            "ridge, frozen features": lab.ridge(train, section, keys, "frozen"),
+            "ridge, frozen features": lab.ridge(train, section, keys, ENCODED_NAME),
+            "ridge, frozen features, all stages": lab.ridge(train, section, keys, STAGES_NAME),
         }
         for name, predicted in lines.items():
             lab.show(name, section, keys, predicted)

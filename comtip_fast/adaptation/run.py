@@ -195,7 +195,7 @@ def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarra
     assert readout is not None
     views, n = section.views_NF, len(section.xy_um)
     rest = np.setdiff1d(np.arange(n), np.concatenate(parts))
-    joined = np.empty((n, views.shape[1] * (2 if readout.settings.context else 1)), np.float32)
+    joined = np.empty((n, views.shape[1] * (1 + len(readout.settings.radii))), np.float32)
     for part in (*parts, rest):
         if part.size:
             joined[part] = readout.head_features(views[part], section.xy_um[part])

@@ -22,8 +22,9 @@ from comtip_fast.data.tile_sources import TileGeometry
 from comtip_fast.evaluation.train_reference import spot_inputs
 from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.inference.answers import species_of
-from comtip_fast.inference.feature_store import FeatureColumns
+from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.lineage import LineageSection
+from comtip_fast.models.readout_features import frozen_columns
 
 log = logging.getLogger("comtip_fast")
 
@@ -94,8 +95,8 @@ def read_section(
     cp10k, raw = log1p_cp10k(counts.counts)[:, columns], counts.counts[:, columns]
     stain = opened.stain if predictor.normalises_stain else None
     features = predictor.image_features(opened.tiles, stain)
-    if readout.settings.context and features.readout_NF is not None:
-        features.readout_NF = features.readout_NF[:, : features.readout_NF.shape[1] // 2]
+    if features.readout_NF is not None:
+        features.readout_NF = features.readout_NF[:, : readout.settings.width(features.readout_NF.shape[1])]
     inputs = _ridge_inputs(predictor, opened, features)
     depth = np.log1p(np.asarray(counts.counts.sum(axis=1)).ravel())
     return AdaptSection(
@@ -122,10 +123,10 @@ def _ridge_inputs(
     ``features`` must not contain means over neighbouring spots.
     """
     readout = predictor.bundle.readout
-    frozen = None
-    if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
-        # Not LinearReadout.frozen, which expects means over neighbours in the second half.
-        frozen = FeatureColumns(features.readout_NF, slice(readout.settings.vector_dim, None))
+    frozen: dict[str, FeatureStore] = {}
+    if readout is not None and features.readout_NF is not None:
+        columns = frozen_columns(predictor.model, readout.settings)
+        frozen = {name: FeatureColumns(features.readout_NF, found) for name, found in columns.items()}
     stores = spot_inputs(predictor, opened.tiles, opened.stain, FeatureColumns(features.pooled_Nd), frozen)
     spots = np.arange(len(features.pooled_Nd))
     return {

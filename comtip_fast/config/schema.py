@@ -242,7 +242,7 @@ class ReadoutConfig:
     views: Annotated[int, Field(ge=1, le=8)] = 2
     """Number of flips and rotations over which features are averaged; prediction encodes each tile this many times."""
     context: bool = True
-    """Whether features are concatenated with their mean over neighbouring spots."""
+    """Whether features are concatenated with their means over the neighbouring spots, within 1.3 and 3.4 spacings of the spots."""
     max_spots: Annotated[int, Field(ge=10)] = 20_000
     """Largest number of training spots that the fit uses, divided equally over the training sections; each section provides at
     least 10 spots, or all its spots if it has fewer."""

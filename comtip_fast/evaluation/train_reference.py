@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def spot_inputs(
     tiles: np.ndarray | TileSource,
     stain: StainStats,
     pooled: FeatureStore,
-    frozen: FeatureStore | None,
+    frozen: Mapping[str, FeatureStore],
 ) -> Inputs:
     """Return the candidate inputs of each baseline: mean colour and image features.
 
@@ -98,7 +98,7 @@ def spot_inputs(
     stain
         Stain statistics of the section.
     pooled, frozen
-        As in :class:`comtip_fast.inference.section.SectionFeatures`; if ``frozen`` is None, the result has no ``ridge_frozen``.
+        As in :class:`comtip_fast.inference.section.SectionFeatures`; if ``frozen`` is empty, the result has no ``ridge_frozen``.
     """
     source = tiles if isinstance(tiles, TileSource) else ArrayTiles(tiles)
     colours = {"tile colour": np.empty((len(source), 3))}
@@ -111,8 +111,8 @@ def spot_inputs(
         "ridge_colour": {name: FeatureColumns(colour) for name, colour in colours.items()},
         "ridge_features": {"encoder features": pooled},
     }
-    if frozen is not None:
-        inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": frozen}
+    if frozen:
+        inputs["ridge_frozen"] = dict(frozen)
     return inputs
 
 

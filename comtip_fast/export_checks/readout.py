@@ -13,6 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from comtip_fast.export_checks import FIX, ExportError, few
 from comtip_fast.models import readout
+from comtip_fast.models.comtip import CoMTIP
+from comtip_fast.models.readout_features import N_VIEWS, ReadoutSettings, feature_width
+
+MOST_RADII, LARGEST_RADIUS = 4, 16.0
+"""Bounds of the radii of a readout, which bound the number of neighbours that a prediction reads."""
 
 
 def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -34,9 +39,10 @@ def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ExportError(f"{path}: not a valid readout ({error}); {FIX}") from error
     if found[0] != readout.FORMAT:
         raise ExportError(f"{path}: not a readout: format {found[0]!r}, expected {readout.FORMAT!r}; {FIX}")
-    if found[1] != readout.VERSION:
+    if found[1] not in readout.READABLE_VERSIONS:
         raise ExportError(
-            f"{path}: version {found[1]!r}; this comtip-fast reads version {readout.VERSION}; use the release that wrote it"
+            f"{path}: version {found[1]!r}; this comtip-fast reads versions {', '.join(map(str, readout.READABLE_VERSIONS))}; use the release that "
+            "wrote it"
         )
     return arrays, header
 
@@ -47,8 +53,8 @@ def check_readout(
     path: Path,
     trained: Sequence[str],
     *,
-    vector_dim: int,
-    width: int,
+    model: CoMTIP,
+    dim: int,
 ) -> None:
     """Check settings, genes, mixing weights, shapes, dtypes and values of a linear readout.
 
@@ -60,16 +66,16 @@ def check_readout(
         File name for messages.
     trained
         Keys of the model's trained genes.
-    vector_dim, width
-        Width of the shared space, and number of features per tile without neighbours.
+    model, dim
+        The model of the export, and the width of its shared space.
 
     Raises
     ------
     ExportError
         The readout belongs to another model or is invalid; the message names the part.
     """
-    settings = _readout_settings(header.get("settings"), path, vector_dim)
-    n_features = 2 * width if settings.context else width
+    settings = _readout_settings(header.get("settings"), path, dim, header.get("version"))
+    n_features = feature_width(model, settings) * (1 + len(settings.radii))
     heads = header.get("heads")
     if not isinstance(heads, list) or not heads or not all(isinstance(h, dict) for h in heads):
         raise ExportError(f"{path}: the header has no list of heads; {FIX}")
@@ -102,18 +108,25 @@ def check_readout(
             raise ExportError(f"{path}: {name} has negative values; {FIX}")
 
 
-def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.ReadoutSettings:
+def _readout_settings(found: Any, path: Path, vector_dim: int, version: Any) -> ReadoutSettings:
     """Return the settings of the readout; raise ExportError if they are invalid or belong to another model."""
-    wanted = {"views": int, "context": bool, "vector_dim": int}
+    wanted: dict[str, type] = {"views": int, "radii": list, "vector_dim": int, "stages": bool}
+    if version == 1:
+        wanted = {"views": int, "context": bool, "vector_dim": int}
     if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != wanted:
         names = ", ".join(f"{name} ({kind.__name__})" for name, kind in wanted.items())
         raise ExportError(f"{path}: settings are {found!r}, expected {names}; {FIX}")
-    if not 1 <= found["views"] <= readout.N_VIEWS or found["vector_dim"] != vector_dim:
+    if not 1 <= found["views"] <= N_VIEWS or found["vector_dim"] != vector_dim:
         raise ExportError(
-            f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {readout.N_VIEWS} "
+            f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {N_VIEWS} "
             f"views and vector_dim {vector_dim}; {FIX}"
         )
-    return readout.ReadoutSettings(**found)
+    radii = found.get("radii", [])
+    if len(radii) > MOST_RADII or not all(type(r) is float and 0 < r <= LARGEST_RADIUS for r in radii):
+        raise ExportError(
+            f"{path}: radii are {radii!r}, expected at most {MOST_RADII} numbers above 0 and up to {LARGEST_RADIUS:g}; {FIX}"
+        )
+    return ReadoutSettings.of_header(found)
 
 
 def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: Sequence[str]) -> None:

@@ -70,10 +70,10 @@ class FeatureColumns:
     store
         The stored features, or an array of them in memory.
     columns
-        The columns.
+        The columns, as a slice or as indices.
     """
 
-    def __init__(self, store: FeatureStore | np.ndarray, columns: slice = slice(None)) -> None:
+    def __init__(self, store: FeatureStore | np.ndarray, columns: slice | np.ndarray = slice(None)) -> None:
         self._store, self._columns = store, columns
 
     def read(self, rows: np.ndarray) -> np.ndarray:

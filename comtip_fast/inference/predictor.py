@@ -23,7 +23,7 @@ from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes, vector
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference.levels import GENES_PER_CHUNK, GeneQuery, SentenceLevels, predict_chunks
 from comtip_fast.lineage import symbol_of
-from comtip_fast.models.readout import feature_width, tile_features
+from comtip_fast.models.readout_features import feature_width, tile_features
 from comtip_fast.models.section_statistics import neighbour_mean
 from comtip_fast.runtime.devices import autocast
 
@@ -115,8 +115,8 @@ class Predictor:
         self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self.normalises_stain = self.config.data.stain == "section"
-        self.view_width = feature_width(self.model, self.config.align.dim)
-        """Number of features per tile from :meth:`encode` for the readout."""
+        self.view_width = 0 if bundle.readout is None else feature_width(self.model, bundle.readout.settings)
+        """Number of features per tile from :meth:`encode` for the readout; 0 without one."""
         self._row = {key: i for i, key in enumerate(self.trained_genes)}
 
     @classmethod
@@ -185,7 +185,7 @@ class Predictor:
             if linear is None:
                 out = self.model.encode_image(self.model.vision.stem_features(x))
             else:
-                out, views = tile_features(self.model, x, linear.settings.views)
+                out, views = tile_features(self.model, x, linear.settings)
         found = [x.float() for x in (out.vector_BD, out.pooled_Bd, views) if x is not None]
         # One copy to the host, which waits for the device.
         parts = torch.cat(found, dim=1).cpu().split([x.shape[1] for x in found], dim=1)

@@ -21,6 +21,7 @@ from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore, Sp
 from comtip_fast.inference.levels import GENES_PER_CHUNK, NORMS, GeneQuery, SentenceLevels, predict_chunks
 from comtip_fast.inference.predictor import EncodedTiles, Predictor
 from comtip_fast.models.readout import ReadoutDecoder
+from comtip_fast.models.readout_features import frozen_columns
 from comtip_fast.models.section_statistics import Moments, Neighbours, mean_over
 
 FEATURES_IN_MEMORY = 64 << 20
@@ -49,8 +50,9 @@ class SectionFeatures:
     pooled
         Mean patch feature of each tile before projection, float32 (N, d) in blocks.
     frozen
-        Mean and standard deviation of the frozen stem's patch features, averaged over the readout's views; None without a
-        frozen stem or a linear readout.
+        Mean and standard deviation of the frozen stem's patch features, averaged over the readout's views, by name of the features:
+        those that the encoder embeds and, if the readout has them, those of all stages. Empty without a frozen stem or a linear
+        readout.
     """
 
     def __init__(self, predictor: Predictor, tiles: TileSource, stain: StainStats | None) -> None:
@@ -58,9 +60,10 @@ class SectionFeatures:
         readout = predictor.bundle.readout
         self.stored = SpooledFeatures(stored_width(predictor), FEATURES_IN_MEMORY)
         self.pooled = SpooledFeatures(predictor.model.vision.width, FEATURES_IN_MEMORY)
-        self.frozen: FeatureStore | None = None
-        if readout is not None and predictor.model.vision.stem is not None:
-            self.frozen = FeatureColumns(self.stored, slice(self._dim + readout.settings.vector_dim, None))
+        self.frozen: dict[str, FeatureStore] = {}
+        if readout is not None:
+            columns = frozen_columns(predictor.model, readout.settings)
+            self.frozen = {name: FeatureColumns(self.stored, self._dim + found) for name, found in columns.items()}
         try:
             for rows, chunk in tiles.ahead():
                 encoded = predictor.encode(chunk, stain)
@@ -163,13 +166,16 @@ class _Around:
     """Indices of the block's spots in ``features``."""
     index: np.ndarray | None
     """int64 (n, k), indices of candidate neighbours in ``features``; None without neighbours."""
-    near: np.ndarray | None
-    """bool (n, k): which candidates are neighbours; None without neighbours."""
+    near: list[np.ndarray]
+    """bool (n, k) for each radius of the readout: which candidates are neighbours; empty without neighbours."""
 
-    def mean(self, values_mF: np.ndarray) -> np.ndarray:
-        """Return the mean of ``values_mF`` over each spot's neighbours; a spot without neighbours keeps its own values."""
+    def mean(self, values_mF: np.ndarray, radius: int = 0) -> np.ndarray:
+        """Return the mean of ``values_mF`` over each spot's neighbours within the radius of this number.
+
+        A spot without neighbours keeps its own values.
+        """
         own: np.ndarray = values_mF[self.own]
-        return own if self.index is None or self.near is None else mean_over(own, values_mF, self.index, self.near)
+        return own if self.index is None else mean_over(own, values_mF, self.index, self.near[radius])
 
 
 class SectionPrediction:
@@ -194,9 +200,9 @@ class SectionPrediction:
         self._chunks = [self._chunk(genes, slice(i, min(i + GENES_PER_CHUNK, len(genes))), cohort) for i in starts]
 
     @property
-    def context(self) -> bool:
-        """Whether the features of a spot's neighbours are used."""
-        return self.readout is not None and self.readout.settings.context
+    def radii(self) -> tuple[float, ...]:
+        """Radii within which the features of a spot's neighbours are used."""
+        return () if self.readout is None else self.readout.settings.radii
 
     @property
     def block_spots(self) -> int:
@@ -209,7 +215,7 @@ class SectionPrediction:
 
     def summarise(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> _Whole:
         """Return what :meth:`predict_rows` needs of the whole section: features, neighbours of the spots, and feature moments."""
-        neighbours = Neighbours(xy_N2) if self.context and xy_N2 is not None and n_spots > 1 else None
+        neighbours = Neighbours(xy_N2, self.radii) if self.radii and xy_N2 is not None and n_spots > 1 else None
         whole = _Whole(store, neighbours, None if self.readout is None else Moments())
         if whole.moments is not None:
             for rows in self._blocks(n_spots, xy_N2, neighbours):
@@ -272,9 +278,9 @@ class SectionPrediction:
     def _around(self, whole: _Whole, rows: np.ndarray) -> _Around:
         """Read the features of a block of spots and, if neighbours are used, of their neighbours."""
         if whole.neighbours is None:
-            return _Around(whole.store.read(rows), np.arange(rows.size), None, None)
+            return _Around(whole.store.read(rows), np.arange(rows.size), None, [])
         index, near = whole.neighbours.of(rows)
-        index = np.where(near, index, rows[:, None])
+        index = np.where(np.any(near, axis=0), index, rows[:, None])
         need = np.unique(np.concatenate([rows, index.ravel()]))
         own, local = np.searchsorted(need, rows), np.searchsorted(need, index)
         return _Around(whole.store.read(need), own, local, near)
@@ -283,7 +289,8 @@ class SectionPrediction:
         """Return the features of the readout's heads for the block's spots, float32, before they are standardised."""
         views = around.features[:, self._dim :]
         own: np.ndarray = views[around.own]
-        return np.concatenate([own, around.mean(views)], axis=1).astype(np.float32) if self.context else own
+        means = [around.mean(views, i) for i in range(len(self.radii))]
+        return np.concatenate([own, *means], axis=1).astype(np.float32)
 
     def _predict(
         self, chunk: _GeneChunk, around: _Around, head: np.ndarray | None, moments: Moments | None

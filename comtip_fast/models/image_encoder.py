@@ -122,6 +122,16 @@ class VisionEncoder(nn.Module):
         B, P = patches.shape[:2]
         return self.stem(patches.flatten(0, 1)).view(B, P, -1)
 
+    def stem_stages(self, tiles_B3SS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the result of :meth:`stem_features`, and the features (B, P, c) of all stages of the frozen stem.
+
+        Raises the errors of :meth:`cut`.
+        """
+        assert self.stem is not None
+        patches = self.cut(tiles_B3SS)
+        stages = self.stem.stages(patches.flatten(0, 1)).view(*patches.shape[:2], -1)
+        return self.stem.of_stages(stages), stages
+
     def forward(
         self, features_BP: Tensor, visible_BV: Tensor | None = None, with_all: bool = False
     ) -> ImageTokens | tuple[ImageTokens, ImageTokens]:

@@ -7,9 +7,10 @@ gene is decoded with its loadings L (K, G):
     W = (X^T X + alpha I)^-1 X^T T          value[:, g] = mean_g + std_g * (X W L)[:, g]
 
 There is one head per block of features: ``vector``, the tile's vector z in the shared space, and ``frozen``, the mean and
-standard deviation of a frozen stem's patch features. Features are averaged over flips and rotations of the tile,
-concatenated with their mean over neighbouring spots, and standardised within the section. The prediction is a fixed mixture
-of the heads and of the prediction from level sentences. A gene that was not trained is decoded with loadings that are
+standard deviation, over patches, of the features of every stage of a frozen stem. Features are averaged over flips and rotations
+of the tile, concatenated with their means over the neighbouring spots within several radii, and standardised within the section.
+The penalty gives every stage equal weight: stage i with c_i channels is scaled by sqrt(mean of c / c_i). The prediction is a fixed
+mixture of the heads and of the prediction from level sentences. A gene that was not trained is decoded with loadings that are
 regressed on gene vectors, if there are any.
 
 Shapes: N spots, F features, G genes, K programmes, V components of a gene vector.
@@ -22,71 +23,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from comtip_fast.genes.vectors import GeneVectors
-from comtip_fast.models.comtip import CoMTIP, ImageOutput
-from comtip_fast.models.section_statistics import Moments, neighbour_mean, standardise
+from comtip_fast.models.readout_features import ReadoutSettings
+from comtip_fast.models.section_statistics import Moments, neighbour_means, standardise
 
-FORMAT, VERSION = "comtip-readout", 1
-NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
-N_VIEWS = 8
+FORMAT, VERSION = "comtip-readout", 2
+READABLE_VERSIONS = (1, 2)
+NORMS = ("cp10k", "raw")
 VECTOR_RIDGE = 1.0
-VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
-"""Order in which orientations are used: unchanged, turned by 180 degrees and mirrored, turned, mirrored, then the others."""
-
-
-# -- features -----------------------------------------------------------------------------------------------
-
-
-def turn_tiles(tiles_BCHW: Tensor, view: int) -> Tensor:
-    """Return the tiles under one of the 8 flips and rotations: ``view % 4`` right angles, mirrored if ``view >= 4``."""
-    flipped = tiles_BCHW.flip(-1) if view >= 4 else tiles_BCHW
-    return torch.rot90(flipped, view % 4, (-2, -1))
-
-
-def feature_width(model: CoMTIP, dim: int) -> int:
-    """Return the number of features per tile, without neighbours; ``dim`` is the width of the shared space."""
-    stem = model.vision.stem
-    return dim + (0 if stem is None else 2 * stem.width)
-
-
-def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[ImageOutput, Tensor]:
-    """Encode tiles under several views.
-
-    Parameters
-    ----------
-    model
-        The model.
-    tiles_BCHW
-        uint8 tiles, stain-normalised.
-    n_views
-        Number of views, 1 to 8.
-
-    Returns
-    -------
-    output, features
-        The output for the unchanged tiles, and float32 (B, F) features averaged over the views, on the device of the model.
-    """
-    output, total = _view_features(model, tiles_BCHW)
-    for view in VIEW_ORDER[1:n_views]:
-        total = total + _view_features(model, turn_tiles(tiles_BCHW, view).contiguous())[1]
-    return output, total / n_views
-
-
-def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, Tensor]:
-    """Return the encoder's output and float32 features (B, F).
-
-    Features are z and, with a frozen stem, the mean and standard deviation of the stem's features over the patches.
-    """
-    stem = model.vision.stem_features(tiles_BCHW)
-    output = model.encode_image(stem)
-    frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
-    return output, torch.cat([p.float() for p in (output.vector_BD, *frozen)], dim=1)
-
-
-# -- the closed form ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -132,28 +77,6 @@ class CohortHead:
         return {b: self.mix[b] / total for b in self.blocks}
 
 
-@dataclass(frozen=True)
-class ReadoutSettings:
-    """Settings of the computation of features, which an export stores with the weights."""
-
-    views: int = 2
-    """Number of flips and rotations to average over, 1 to 8."""
-    context: bool = True
-    """Whether features are concatenated with their mean over neighbouring spots."""
-    vector_dim: int = 0
-    """Number of leading tile features that are the shared-space vector; the other features come from the frozen stem."""
-
-    def columns(self, block: str, n_features: int) -> np.ndarray:
-        """Return the int64 columns of a block among F features, including its means over neighbours."""
-        width = n_features // 2 if self.context else n_features
-        own = np.arange(self.vector_dim) if block == "vector" else np.arange(self.vector_dim, width)
-        return np.concatenate([own, own + width]) if self.context else own
-
-    def block_names(self, n_features: int) -> list[str]:
-        """Return the blocks that have columns."""
-        return [b for b in BLOCKS if self.columns(b, n_features).size]
-
-
 @dataclass
 class LinearReadout:
     """The linear readout of a model: settings of the features, and one head per cohort."""
@@ -162,19 +85,15 @@ class LinearReadout:
     heads: list[CohortHead]
 
     def head_features(self, x_NF: np.ndarray, xy_N2: np.ndarray | None) -> np.ndarray:
-        """Return tile features (N, F') concatenated with their mean over neighbours, or with themselves if ``xy_N2`` is None.
+        """Return tile features (N, F') concatenated with their means over neighbours, or with themselves if ``xy_N2`` is None.
 
-        If ``settings.context`` is False, ``x_NF`` is returned unchanged.
+        Without ``settings.radii``, ``x_NF`` is returned unchanged.
         """
-        if not self.settings.context:
+        radii = self.settings.radii
+        if not radii:
             return x_NF
-        around = x_NF if xy_N2 is None else neighbour_mean(x_NF, xy_N2)
-        return np.concatenate([x_NF, around], axis=1).astype(np.float32)
-
-    def frozen(self, features_NF: np.ndarray) -> np.ndarray:
-        """Return the frozen stem's part of the features of :meth:`head_features`, without neighbours."""
-        width = features_NF.shape[1] // 2 if self.settings.context else features_NF.shape[1]
-        return features_NF[:, self.settings.vector_dim : width]
+        around = [x_NF for _ in radii] if xy_N2 is None else neighbour_means(x_NF, xy_N2, radii)
+        return np.concatenate([x_NF, *around], axis=1).astype(np.float32)
 
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
         """Return the weight of the level-sentence prediction in the mixture, float64 (G,).
@@ -264,7 +183,7 @@ class LinearReadout:
                     h["cohort"], h["keys"], arrays[f"{i}.mean"], arrays[f"{i}.std"], blocks, h["mix"], h["facts"]
                 )
             )
-        return cls(ReadoutSettings(**header["settings"]), heads)
+        return cls(ReadoutSettings.of_header(header["settings"]), heads)
 
 
 class ReadoutDecoder:

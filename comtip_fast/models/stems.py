@@ -7,6 +7,7 @@ branch need not compute hidden patches. Shapes: N patches of p x p pixels, c fea
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+ENCODED = (4, 6)
+"""Stages of EfficientNet-Lite0 that the image encoder embeds, those of stride 16 and 32."""
 
 
 class EfficientNetLite0Stem(nn.Module):
@@ -28,6 +31,8 @@ class EfficientNetLite0Stem(nn.Module):
     """
 
     width = 112 + 320
+    stage_widths = (16, 24, 40, 80, 112, 192, 320)
+    """Numbers of channels of the network's seven stages."""
     out_mean: Tensor
     out_std: Tensor
     conv_stem: nn.Conv2d
@@ -90,21 +95,34 @@ class EfficientNetLite0Stem(nn.Module):
         """Keep evaluation mode whatever ``mode`` is, because the stem is frozen."""
         return super().train(False)
 
-    @torch.no_grad()
     def raw(self, patch_N3pp: Tensor) -> Tensor:
         """Return the features (N, 432) of normalised pixels, before standardisation."""
-        x = patch_N3pp.contiguous(memory_format=torch.channels_last)
-        x = self.bn1(self.conv_stem(x))
-        features: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in (4, 6):
-                features.append(x.mean((2, 3)))
-        return torch.cat(features, dim=1)
+        return self._means(patch_N3pp, ENCODED)
 
     def forward(self, patch_N3pp: Tensor) -> Tensor:
         """Return standardised features (N, 432) of normalised pixels."""
         return (self.raw(patch_N3pp) - self.out_mean) / self.out_std
+
+    def stages(self, patch_N3pp: Tensor) -> Tensor:
+        """Return the mean of the feature map of every stage, (N, 784), of normalised pixels."""
+        return self._means(patch_N3pp, range(len(self.stage_widths)))
+
+    def of_stages(self, stages_N: Tensor) -> Tensor:
+        """Return the result (..., 432) of :meth:`forward`, given that of :meth:`stages`, (..., 784)."""
+        parts = stages_N.split(self.stage_widths, dim=-1)
+        return (torch.cat([parts[i] for i in ENCODED], dim=-1) - self.out_mean) / self.out_std
+
+    @torch.no_grad()
+    def _means(self, patch_N3pp: Tensor, chosen: Collection[int]) -> Tensor:
+        """Return the means of the feature maps of the chosen stages."""
+        x = patch_N3pp.contiguous(memory_format=torch.channels_last)
+        x = self.bn1(self.conv_stem(x))
+        means: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in chosen:
+                means.append(x.mean((2, 3)))
+        return torch.cat(means, dim=1)
 
 
 def _lite0_file() -> Path:

@@ -22,7 +22,9 @@ from comtip_fast.evaluation.tasks.run import run_tasks
 from comtip_fast.evaluation.trained import METHODS
 from comtip_fast.export_checks import ExportGene
 from comtip_fast.inference import Predictor
-from comtip_fast.models.readout import CohortHead, LinearReadout, NormHead, ReadoutSettings, feature_width
+from comtip_fast.models.readout import CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout_features import feature_width
+from comtip_fast.training.readout.fit import readout_settings
 from testkit.synthetic_task import SyntheticTask, gene_names
 
 SPOTS = 128
@@ -95,8 +97,8 @@ def section_facts() -> list[dict[str, Any]]:
 def linear_readout(task: SyntheticTask, keys: list[str]) -> LinearReadout:
     """Return a readout with the config's settings and arbitrary weights, whose head covers every second gene."""
     config, known = task.config, keys[::2]
-    settings = ReadoutSettings(config.readout.views, config.readout.context, config.align.dim)
-    width = feature_width(task.model, config.align.dim) * (2 if settings.context else 1)
+    settings = readout_settings(config)
+    width = feature_width(task.model, settings) * (1 + len(settings.radii))
     G = len(known)
 
     def head(block: str) -> NormHead:

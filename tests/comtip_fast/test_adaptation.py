@@ -24,7 +24,8 @@ from comtip_fast.evaluation.evaluate import choose_sections, evaluate
 from comtip_fast.evaluation.seen import section_facts
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
-from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead, ReadoutSettings
+from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout_features import ReadoutSettings
 from comtip_fast.shards import stated_options
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -144,7 +145,7 @@ def test_the_block_that_helps_is_chosen():
 
 def head(seed: int, cohort: str, keys: list[str], mix: dict[str, float]) -> CohortHead:
     rng = np.random.default_rng(seed)
-    settings = ReadoutSettings(views=1, context=False, vector_dim=2)
+    settings = ReadoutSettings(views=1, radii=(), vector_dim=2)
 
     def part(block: str) -> NormHead:
         columns = settings.columns(block, F).size
@@ -167,7 +168,7 @@ def test_the_base_head_predicts_as_the_readout(cohort: str):
         head(2, "human_colon", keys[3:], MIXES[0]),
         head(3, "mouse_bulb", ["mouse:G1", "mouse:G2"], MIXES[0]),
     ]
-    readout = LinearReadout(ReadoutSettings(views=1, context=False, vector_dim=2), heads)
+    readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), heads)
     base = base_head(readout, cohort, "human")
     assert base.cohort == cohort
     x = np.random.default_rng(0).normal(size=(40, F))
@@ -183,9 +184,7 @@ def test_the_base_head_predicts_as_the_readout(cohort: str):
 
 def test_a_corrected_head_predicts_the_sum():
     keys = [f"human:G{i}" for i in range(G)]
-    readout = LinearReadout(
-        ReadoutSettings(views=1, context=False, vector_dim=2), [head(1, "human_breast", keys, MIXES[1])]
-    )
+    readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), [head(1, "human_breast", keys, MIXES[1])])
     base = base_head(readout, "human_breast", "human")
     rng = np.random.default_rng(3)
     columns, loadings = np.array([6, 1, 4]), rng.normal(size=(2, 3))
@@ -263,13 +262,14 @@ def test_features_of_test_spots_do_not_depend_on_tiles_of_fit_spots(tiny_run: Pa
     assert (before[split.fit] != after[split.fit]).any()
 
 
-@pytest.mark.parametrize("context", [True, False])
-def test_ridge_on_frozen_features_uses_all_of_them(context: bool):
-    """The features of a section to adapt to have no neighbours, so no half of them is left out."""
+@pytest.mark.parametrize("radii", [(1.3, 3.4), (1.3,), ()])
+def test_ridge_on_frozen_features_uses_all_of_them(radii: tuple[float, ...]):
+    """The features of a section to adapt to have no means over neighbours, so none of them is left out."""
     views = np.arange(5 * 12, dtype=np.float32).reshape(5, 12)
+    settings = ReadoutSettings(radii=radii, vector_dim=4, stages=False)
     predictor = SimpleNamespace(
-        bundle=SimpleNamespace(readout=LinearReadout(ReadoutSettings(vector_dim=4, context=context), [])),
-        model=SimpleNamespace(vision=SimpleNamespace(stem="frozen")),
+        bundle=SimpleNamespace(readout=LinearReadout(settings, [])),
+        model=SimpleNamespace(vision=SimpleNamespace(stem=SimpleNamespace(width=4))),
         normalises_stain=False,
     )
     opened = SimpleNamespace(tiles=np.zeros((5, 2, 2, 3), np.uint8), stain=None)

@@ -22,7 +22,13 @@ from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, SlideTiles, Ti
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, Predictor, levels, predict_section, section
 from comtip_fast.models import section_statistics
-from comtip_fast.models.section_statistics import MIN_SECTION_SPOTS, Moments, Neighbours, neighbour_mean
+from comtip_fast.models.section_statistics import (
+    MIN_SECTION_SPOTS,
+    Moments,
+    Neighbours,
+    neighbour_mean,
+    neighbour_means,
+)
 
 
 def queries(bundle: Bundle) -> list[GeneQuery]:
@@ -97,12 +103,35 @@ def test_moments_and_neighbours_of_parts_are_those_of_the_whole():
         moments.add(part)
     np.testing.assert_allclose(moments.mean_F, x.mean(0), rtol=1e-13)
     np.testing.assert_allclose(moments.std_F, x.std(0), rtol=1e-10)
-    near = Neighbours(xy)
-    index, mask = near.of(np.arange(len(xy)))
+    near = Neighbours(xy, (1.3, 3.4))
+    index, masks = near.of(np.arange(len(xy)))
     for rows in (np.arange(7), np.array([50, 3])):
-        np.testing.assert_array_equal(near.of(rows)[0], index[rows])
-        np.testing.assert_array_equal(near.of(rows)[1], mask[rows])
+        found, some = near.of(rows)
+        np.testing.assert_array_equal(found, index[rows])
+        for of_rows, of_all in zip(some, masks, strict=True):
+            np.testing.assert_array_equal(of_rows, of_all[rows])
     assert neighbour_mean(x[:1], xy[:1]) is not None
+
+
+def test_neighbours_within_several_radii_of_a_lattice():
+    """All spots within a radius, but at most 6 adjacent ones and 46 within 3.4 spacings."""
+    side = 15
+    hexagonal = np.array([[i + 0.5 * (j % 2), j * 0.75**0.5] for j in range(side) for i in range(side)]) * 100
+    x = np.random.default_rng(0).normal(size=(len(hexagonal), 3))
+    adjacent, wide = neighbour_means(x, hexagonal, (1.3, 3.4))
+    np.testing.assert_allclose(adjacent, neighbour_mean(x, hexagonal), rtol=1e-12)
+    distance = np.linalg.norm(hexagonal[:, None] - hexagonal, axis=2) / 100
+    middle = side * (side // 2) + side // 2
+    for mean, radius, count in ((adjacent, 1.3, 6), (wide, 3.4, 36)):
+        near = (distance[middle] <= radius) & (distance[middle] > 0)
+        assert near.sum() == count
+        np.testing.assert_allclose(mean[middle], x[near].mean(0))
+    # Cells at the same position: the nearest 6 and 46 count.
+    dense = np.concatenate([np.zeros((80, 2)), hexagonal + 10_000])
+    index, (few, many) = Neighbours(dense, (1.3, 3.4)).of(np.arange(3))
+    assert few.sum(1).max() <= 6
+    assert many.sum(1).max() <= 46
+    assert index.shape == (3, 47)
 
 
 class GeneratedTiles(TileSource):

@@ -2,26 +2,34 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from comtip_shards import ShardSet
+from comtip_shards.slides.tiles import normalise_stain
+from safetensors.numpy import save_file
 
 from comtip_fast.config.io import load_config
 from comtip_fast.export import Bundle
 from comtip_fast.export_checks import HASHED, READOUT, SUMS, write_sums
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, Predictor, predict_trained
-from comtip_fast.models.readout import (
-    CohortHead,
-    LinearReadout,
+from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout_features import (
+    BLOCKS,
+    ENCODED_NAME,
+    STAGES_NAME,
     ReadoutSettings,
+    feature_width,
+    frozen_columns,
+    penalty_scale,
     tile_features,
     turn_tiles,
 )
-from comtip_fast.models.section_statistics import neighbour_mean, standardise
+from comtip_fast.models.section_statistics import ADJACENT, neighbour_mean, standardise
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
 from comtip_fast.training.task import build_task
 
@@ -92,7 +100,7 @@ def test_a_gene_that_one_section_measured_is_learnt_from_that_section() -> None:
 def test_strength_is_chosen_on_validation_and_else_by_leaving_sections_out() -> None:
     train, valid = [section(1), section(2)], [section(3)]
     grid = ReadoutGrid(programmes=(1, 2), alphas=(0.1, 1e6))
-    settings = ReadoutSettings(2, False, F)
+    settings = ReadoutSettings(2, (), F)
     by_val = fit(train, valid, settings, grid=grid)
     assert by_val.facts["chosen_on"] == "val"
     assert (by_val.facts["vector"]["cp10k"]["programmes"], by_val.facts["vector"]["cp10k"]["alpha"]) == (2, 0.1)
@@ -107,7 +115,7 @@ def test_strength_is_chosen_on_validation_and_else_by_leaving_sections_out() -> 
 
 def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
     """Columns: 4 of z and 2 frozen, then their neighbours' means in the same order."""
-    settings = ReadoutSettings(2, True, 4)
+    settings = ReadoutSettings(2, (ADJACENT,), 4)
     assert settings.columns("vector", F).tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
     assert settings.columns("frozen", F).tolist() == [4, 5, 10, 11]
     train = [section(1), section(2)]
@@ -123,6 +131,39 @@ def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
     np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [1 / 3, 0])
 
 
+def test_columns_of_a_block_have_the_means_within_every_radius() -> None:
+    settings = ReadoutSettings(2, (1.3, 3.4), 2)
+    assert settings.width(9) == 3
+    assert settings.columns("vector", 9).tolist() == [0, 1, 3, 4, 6, 7]
+    assert settings.columns("frozen", 9).tolist() == [2, 5, 8]
+
+
+def test_the_penalty_weights_features_by_their_scale() -> None:
+    """A feature with factor s in the penalty is one whose values are multiplied by s, and the head is that of the features as given."""
+    settings, train, test = ReadoutSettings(2, (), F), [section(1), section(2)], section(3)
+    scale = np.linspace(0.2, 3, F)
+    data = CohortData("human_breast", KEYS, train, [], np.zeros(F), np.ones(F), np.arange(G), scale_F=scale)
+    grid = ReadoutGrid(programmes=(2,), alphas=(5.0,))
+    head = fit_cohort(data, settings, grid=grid).blocks["vector"]["cp10k"]
+    scaled = [replace(s, x_NF=s.x_NF * scale) for s in train]
+    want = RidgePath(scaled, "cp10k").fit(2, 5.0)
+    np.testing.assert_allclose(head.scores(test.x_NF), want.scores(test.x_NF * scale), rtol=1e-9)
+    plain = fit(train, [], settings, grid=grid).blocks["vector"]["cp10k"]
+    assert np.abs(head.weight_FK - plain.weight_FK).max() > 0.01
+
+
+def test_every_stage_of_the_stem_has_equal_weight_in_the_penalty(bundle: Bundle) -> None:
+    assert bundle.readout is not None
+    settings, stem = bundle.readout.settings, bundle.model.vision.stem
+    power = np.square(penalty_scale(bundle.model, settings)).reshape(1 + len(settings.radii), -1)
+    assert (power[:, : settings.vector_dim] == 1).all()
+    frozen = power[:, settings.vector_dim :].reshape(len(power), 2, -1)
+    ends = np.cumsum(stem.stage_widths)
+    of_stages = [part.sum(-1) for part in np.split(frozen, ends[:-1], axis=-1)]
+    np.testing.assert_allclose(of_stages, ends[-1] / len(ends), rtol=1e-12)
+    assert frozen.shape[-1] == ends[-1]
+
+
 def test_the_head_on_learnt_features_can_require_several_donors() -> None:
     third = pytest.approx(1 / 3)
     assert mixture(["vector", "frozen"], 1, 1) == {"vector": third, "frozen": third, "levels": third}
@@ -132,7 +173,7 @@ def test_the_head_on_learnt_features_can_require_several_donors() -> None:
 
 
 def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> LinearReadout:
-    settings = ReadoutSettings(2, False, F)
+    settings = ReadoutSettings(2, (), F)
     return LinearReadout(settings, [fit(sections, [], settings, cohort=cohort)])
 
 
@@ -323,10 +364,85 @@ def test_gene_vectors_need_a_readout_and_change_untrained_genes_only(bundle: Bun
 def test_features_are_the_mean_over_views(bundle: Bundle, tiny_shards: ShardSet) -> None:
     tiles = torch.from_numpy(np.ascontiguousarray(tiles_of(tiny_shards, "x1")[0][:4]))
     with torch.no_grad():
-        one, two = (tile_features(bundle.model, tiles, n)[1] for n in (1, 2))
-        turned = tile_features(bundle.model, turn_tiles(tiles, 6).contiguous(), 1)[1]
+        settings = [ReadoutSettings(n, vector_dim=bundle.config.align.dim) for n in (1, 2)]
+        one, two = (tile_features(bundle.model, tiles, s)[1] for s in settings)
+        turned = tile_features(bundle.model, turn_tiles(tiles, 6).contiguous(), settings[0])[1]
     torch.testing.assert_close(two, (one + turned) / 2, rtol=0, atol=1e-5)
-    assert two.shape[1] == bundle.config.align.dim + 2 * bundle.model.vision.stem.width
+    assert two.shape[1] == feature_width(bundle.model, settings[0]) == bundle.config.align.dim + 2 * 784
+
+
+def test_features_of_all_stages_contain_those_that_the_encoder_embeds(bundle: Bundle, tiny_shards: ShardSet) -> None:
+    model, dim = bundle.model, bundle.config.align.dim
+    tiles = torch.from_numpy(np.ascontiguousarray(tiles_of(tiny_shards, "x1")[0][:4]))
+    stages, encoded = ReadoutSettings(1, (), dim), ReadoutSettings(1, (), dim, stages=False)
+    with torch.no_grad():
+        plain, wanted = tile_features(model, tiles, encoded)
+        output, found = tile_features(model, tiles, stages)
+    torch.testing.assert_close(output.vector_BD, plain.vector_BD)
+    torch.testing.assert_close(found[:, :dim], wanted[:, :dim])
+    columns = frozen_columns(model, stages)
+    assert list(frozen_columns(model, encoded)) == [ENCODED_NAME]
+    assert columns[STAGES_NAME].size == 2 * 784
+    stem = model.vision.stem
+    mean, std = found[:, columns[ENCODED_NAME]].chunk(2, dim=1)
+    standardised = torch.cat([(mean - stem.out_mean) / stem.out_std, std / stem.out_std], dim=1)
+    torch.testing.assert_close(
+        standardised, wanted[:, frozen_columns(model, encoded)[ENCODED_NAME]], rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_a_readout_of_version_1_has_its_features(
+    tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path, context: bool
+) -> None:
+    """Version 1 stated ``context``: means over adjacent spots or none, and features that the encoder embeds."""
+    old = tmp_path / "old"
+    shutil.copytree(tiny_run / "export", old)
+    now = Bundle.load(old)
+    assert now.readout is not None
+    model, dim = now.model, now.config.align.dim
+    settings = ReadoutSettings(1, (ADJACENT,) if context else (), dim, stages=False)
+    width = feature_width(model, settings) * (2 if context else 1)
+    rng = np.random.default_rng(0)
+
+    def head(block: str) -> NormHead:
+        weight = rng.normal(size=(settings.columns(block, width).size, 2)) / 10
+        return NormHead(weight, rng.normal(size=(2, 3)), rng.normal(size=3), rng.random(3))
+
+    blocks = {b: {norm: head(b) for norm in NORMS} for b in settings.block_names(width)}
+    mix = {"vector": 0.25, "frozen": 0.75, "levels": 0.0}
+    keys = now.readout.heads[0].keys[:3]
+    cohort = CohortHead("human_breast", keys, np.zeros(width), np.ones(width), blocks, mix)
+    arrays, header = LinearReadout(settings, [cohort]).to_arrays()
+    header |= {"version": 1, "settings": {"views": 1, "context": context, "vector_dim": dim}}
+    save_file(arrays, old / READOUT, metadata={"header": json.dumps(header)})
+    write_sums(old, (*HASHED, READOUT))
+    predictor = Predictor.load(old)
+    tiles, stain, xy = tiles_of(tiny_shards, "x1")
+    genes = [GeneQuery(k.split(":")[1], "", k) for k in keys]
+    got = predictor.predict(predictor.image_features(tiles, stain, xy), genes, cohort="human_breast")["cp10k"]
+
+    plain = predictor.encode(tiles.transpose(0, 2, 3, 1), stain)
+    stem = model.vision.stem_features(
+        torch.from_numpy(
+            np.ascontiguousarray(normalise_stain(tiles.transpose(0, 2, 3, 1), stain).transpose(0, 3, 1, 2))
+        )
+    )
+    x = np.concatenate([plain.vector_nD, stem.mean(1), stem.std(1)], axis=1).astype(np.float64)
+    own = [np.arange(dim), np.arange(dim, x.shape[1])]
+    if context:
+        distance = np.linalg.norm(xy[:, None] - xy, axis=2)
+        spacing = np.median(np.where(distance == 0, np.inf, distance).min(1))
+        near = (distance <= 1.3 * spacing) & (distance > 0)
+        around = np.where(near.any(1, keepdims=True), near @ x / np.maximum(near.sum(1, keepdims=True), 1), x)
+        own = [np.concatenate([c, c + x.shape[1]]) for c in own]
+        x = np.concatenate([x, around], axis=1)
+    x = (x - x.mean(0)) / np.where(x.std(0) > 1e-9, x.std(0), 1)
+    want = sum(
+        weight * (x[:, columns] @ part.weight_FK @ part.loading_KG * part.std_G + part.mean_G)
+        for weight, columns, part in zip((0.25, 0.75), own, (blocks[b]["cp10k"] for b in BLOCKS), strict=True)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)
 
 
 def test_fitting_the_readout_leaves_the_random_state_and_the_weights(

@@ -16,7 +16,8 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
-from comtip_fast.models.readout import BLOCKS, LinearReadout, ReadoutSettings, tile_features
+from comtip_fast.models.readout import LinearReadout
+from comtip_fast.models.readout_features import BLOCKS, RADII, ReadoutSettings, penalty_scale, tile_features
 from comtip_fast.models.section_statistics import standardise
 from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_cohort
 
@@ -47,7 +48,7 @@ def fit_readout(
     ShardError
         More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
     """
-    readout = LinearReadout(ReadoutSettings(config.readout.views, config.readout.context, config.align.dim), [])
+    readout = LinearReadout(readout_settings(config), [])
     cohorts: dict[str, list[int]] = {}
     for section in np.unique(shards.sections_of(tables.spots)):
         cohorts.setdefault(shards.cohort_of_section(int(section)), []).append(int(section))
@@ -62,6 +63,11 @@ def fit_readout(
         n = sum(len(s.x_NF) for s in data.train)
         log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, _choices(head.facts))
     return readout if readout.heads else None
+
+
+def readout_settings(config: RunConfig) -> ReadoutSettings:
+    """Return the settings of the features of a run's linear readout."""
+    return ReadoutSettings(config.readout.views, RADII if config.readout.context else (), config.align.dim)
 
 
 def _choices(facts: dict[str, Any]) -> str:
@@ -100,7 +106,8 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     ranked = tables.genes.ranked.get(cohort, np.zeros(0, np.int64))
 
     def table(i: int) -> SectionTable:
-        return SectionTable(standardise(raw[i][0], mean, std), raw[i][1], shards.measured(i)[rows])
+        x = standardise(raw[i][0], mean, std).astype(np.float32)
+        return SectionTable(x, raw[i][1], shards.measured(i)[rows])
 
     return CohortData(
         cohort=cohort,
@@ -111,6 +118,7 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
         std_F=std,
         score_genes=np.searchsorted(rows, ranked[np.isin(ranked, rows)][:SCORE_GENES]),
         n_donors=len({sections[i].donor for i in fitted}),
+        scale_F=penalty_scale(reader.model, reader.readout.settings),
     )
 
 
@@ -136,7 +144,7 @@ class _Reader:
             part = spots[start : start + BATCH]
             found, tiles = self.loader.tiles(part, np.zeros(part.shape, np.int64))
             if found.size:
-                features = tile_features(self.model, tiles.to(device), self.readout.settings.views)[1]
+                features = tile_features(self.model, tiles.to(device), self.readout.settings)[1]
                 parts.append(features.cpu().numpy())
                 readable.append(found)
         whole = np.concatenate(readable)
@@ -146,7 +154,7 @@ class _Reader:
         y = {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
         xy = self.shards.spots.loc[whole, ["x_px", "y_px"]].to_numpy(float)
         x = self.readout.head_features(np.concatenate(parts), xy)
-        return x.astype(np.float64), {norm: v.astype(np.float64) for norm, v in y.items()}
+        return x, {norm: v.astype(np.float64) for norm, v in y.items()}
 
 
 def neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from comtip_fast.models.readout import NORMS, CohortHead, NormHead, ReadoutSettings
+from comtip_fast.models.readout import NORMS, CohortHead, NormHead
+from comtip_fast.models.readout_features import ReadoutSettings
 
 
 @dataclass
@@ -19,17 +20,50 @@ class SectionTable:
     """Features and expression of one section, for fitting."""
 
     x_NF: np.ndarray
-    """Standardised features, float64."""
+    """Standardised features."""
     y: dict[str, np.ndarray]
     """Expression (N, G), log1p, for each normalisation of counts (:data:`NORMS`)."""
     measured_G: np.ndarray
     """bool: whether the section measured each gene."""
 
 
-class RidgePath:
-    """Ridge regression of programme scores on features, decomposed once for any penalty and number of programmes."""
+@dataclass(frozen=True)
+class Design:
+    """The features of some sections, decomposed once for all targets, penalties and numbers of programmes."""
 
-    def __init__(self, sections: Sequence[SectionTable], norm: str) -> None:
+    x_NF: np.ndarray
+    """Features of the N spots of all sections."""
+    basis_FR: np.ndarray
+    """Right singular vectors of ``x_NF``."""
+    power_R: np.ndarray
+    """Squared singular values."""
+
+    @classmethod
+    def of(cls, sections: Sequence[SectionTable]) -> Design:
+        """Decompose the features of the sections, through the smaller Gram matrix."""
+        x = np.concatenate([s.x_NF for s in sections])
+        if x.shape[0] < x.shape[1]:
+            power, left = np.linalg.eigh((x @ x.T).astype(np.float64))
+            keep = power > 1e-9 * max(power[-1], 1e-30)
+            return cls(x, x.T @ (left[:, keep] / np.sqrt(power[keep])), power[keep])
+        power, right = np.linalg.eigh((x.T @ x).astype(np.float64))
+        return cls(x, right, np.maximum(power, 0.0))
+
+
+class RidgePath:
+    """Ridge regression of programme scores on features, for any penalty and number of programmes.
+
+    Parameters
+    ----------
+    sections
+        The sections.
+    norm
+        Normalisation of counts.
+    design
+        Their decomposed features; None decomposes them.
+    """
+
+    def __init__(self, sections: Sequence[SectionTable], norm: str, design: Design | None = None) -> None:
         measured = np.stack([s.measured_G for s in sections])
         centred = [np.where(s.measured_G, s.y[norm] - s.y[norm].mean(0), 0.0) for s in sections]
         n_G = np.maximum(sum(len(c) * s.measured_G for c, s in zip(centred, sections, strict=True)), 1)
@@ -44,9 +78,7 @@ class RidgePath:
         self.common = common if common.size >= 2 else np.arange(measured.shape[1])
         own = self.y_NG[:, self.common]
         self.programmes_GK = np.linalg.eigh(own.T @ own)[1][:, ::-1]
-        x = np.concatenate([s.x_NF for s in sections])
-        self.x_basis, self.x_power = _spectral(x)
-        self.x_NF = x
+        self.design = design or Design.of(sections)
 
     def fit(self, programmes: int, alpha: float) -> NormHead:
         """Return the head with K programmes and the ridge penalty ``alpha`` per spot.
@@ -55,8 +87,9 @@ class RidgePath:
         """
         K = min(programmes or self.common.size, self.common.size)
         scores = self.y_NG[:, self.common] @ self.programmes_GK[:, :K]
-        projected = self.x_basis.T @ (self.x_NF.T @ scores)
-        weight = self.x_basis @ (projected / (self.x_power + alpha * len(self.x_NF))[:, None])
+        x = self.design
+        projected = x.basis_FR.T @ (x.x_NF.T @ scores)
+        weight = x.basis_FR @ (projected / (x.power_R + alpha * len(x.x_NF))[:, None])
         loading = np.zeros((K, self.y_NG.shape[1]))
         loading[:, self.common] = self.programmes_GK[:, :K].T
         rest = np.setdiff1d(np.arange(self.y_NG.shape[1]), self.common)
@@ -66,16 +99,6 @@ class RidgePath:
             gram = t.T @ t + 1e-6 * max(len(t), 1) * np.eye(K)
             loading[:, genes] = np.linalg.solve(gram, t.T @ self.y_NG[pattern][:, genes])
         return NormHead(weight, loading, self.mean_G, self.std_G)
-
-
-def _spectral(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the right singular vectors (F, R) and squared singular values of ``x_NF``, from the smaller Gram matrix."""
-    if x_NF.shape[0] < x_NF.shape[1]:
-        power, left = np.linalg.eigh(x_NF @ x_NF.T)
-        keep = power > 1e-9 * max(power[-1], 1e-30)
-        return x_NF.T @ (left[:, keep] / np.sqrt(power[keep])), power[keep]
-    power, right = np.linalg.eigh(x_NF.T @ x_NF)
-    return right, np.maximum(power, 0.0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,8 @@ class CohortData:
     """Indices of the genes on which candidates are compared."""
     n_donors: int = 1
     """Number of donors of the training sections."""
+    scale_F: np.ndarray | None = None
+    """Factor of each standardised feature in the ridge penalty; None for 1."""
 
 
 def fit_cohort(
@@ -140,16 +165,21 @@ def fit_cohort(
     grid = grid or ReadoutGrid()
     n_features = data.train[0].x_NF.shape[1]
     names = settings.block_names(n_features)
+    scale = np.ones(n_features) if data.scale_F is None else data.scale_F
     blocks: dict[str, dict[str, NormHead]] = {}
     facts: dict[str, Any] = {"donors": data.n_donors, "chosen_on": "val" if data.valid else "train"}
     for block in names:
         columns = settings.columns(block, n_features)
-        train = [replace(s, x_NF=s.x_NF[:, columns]) for s in data.train]
-        valid = [replace(s, x_NF=s.x_NF[:, columns]) for s in data.valid]
+        factor = scale[columns].astype(data.train[0].x_NF.dtype)
+        train = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.train]
+        valid = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.valid]
         blocks[block], facts[block] = {}, {}
+        folds, design = _folds(train, valid), Design.of(train)
+        designs = [design if fit is train else Design.of(fit) for fit, _ in folds]
         for norm in NORMS:
-            K, alpha, score = _choose(_folds(train, valid), norm, data.score_genes, grid)
-            blocks[block][norm] = RidgePath(train, norm).fit(K, alpha)
+            K, alpha, score = _choose(folds, designs, norm, data.score_genes, grid)
+            head = RidgePath(train, norm, design).fit(K, alpha)
+            blocks[block][norm] = replace(head, weight_FK=factor[:, None] * head.weight_FK)
             facts[block][norm] = {"programmes": K, "alpha": alpha, "score": score}
     mix = mixture(names, data.n_donors, min_donors)
     return CohortHead(data.cohort, data.keys, data.mean_F, data.std_F, blocks, mix, facts)
@@ -165,12 +195,17 @@ def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
     return [([s for s in train if s is not t], [t]) for t in train] if len(train) > 1 else []
 
 
-def _choose(folds: Folds, norm: str, genes: np.ndarray, grid: ReadoutGrid) -> tuple[int, float, float | None]:
-    """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds)."""
+def _choose(
+    folds: Folds, designs: Sequence[Design], norm: str, genes: np.ndarray, grid: ReadoutGrid
+) -> tuple[int, float, float | None]:
+    """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds).
+
+    ``designs`` has the decomposed features of the sections to fit of each fold.
+    """
     pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
     total = np.zeros(len(pairs))
-    for fit, held_out in folds:
-        path = RidgePath(fit, norm)
+    for (fit, held_out), design in zip(folds, designs, strict=True):
+        path = RidgePath(fit, norm, design)
         for i, (K, alpha) in enumerate(pairs):
             head = path.fit(K, alpha)
             total[i] += np.mean([_mean_pcc(head, s, norm, genes) for s in held_out])
