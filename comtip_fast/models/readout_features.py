@@ -106,7 +106,7 @@ def frozen_columns(model: CoMTIP, settings: ReadoutSettings) -> dict[str, np.nda
 def penalty_scale(model: CoMTIP, settings: ReadoutSettings) -> np.ndarray:
     """Return the factor of every feature of the heads in the ridge penalty, with which each stage of the stem has equal weight.
 
-    A stage with few channels, whose features are those of textures and edges, would hardly count beside one with many.
+    A stage with few channels, whose features are those of textures and edges, would hardly count compared with one of many.
     """
     scale, stem = np.ones(feature_width(model, settings)), model.vision.stem
     if stem is not None and settings.stages:

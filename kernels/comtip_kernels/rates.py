@@ -86,7 +86,7 @@ def with_measured(rates: Rates, evidence: Path) -> Rates:
     missing = [MEASUREMENTS[rate][0] for rate in MEASUREMENTS if rate not in found]
     if missing:
         raise ValueError(
-            f"{evidence}: no measured rate of {', '.join(missing)}; run python bench/gpu_evidence.py --only ceilings on a GPU"
+            f"{evidence}: no measured rate of {', '.join(missing)}; run python bench/gpu_evidence.py on a GPU"
         )
     return replace(rates, **found, source=f"measured at {commit}")  # type: ignore[arg-type]
 
