@@ -15,6 +15,7 @@ from comtip_fast.export_checks import FIX, ExportError, few
 from comtip_fast.models import readout
 from comtip_fast.models.comtip import CoMTIP
 from comtip_fast.models.readout_features import N_VIEWS, ReadoutSettings, feature_width
+from comtip_fast.models.section_statistics import ADJACENT
 
 MOST_RADII, LARGEST_RADIUS = 4, 16.0
 """Bounds of the radii of a readout, which bound the number of neighbours that a prediction reads."""
@@ -122,9 +123,11 @@ def _readout_settings(found: Any, path: Path, vector_dim: int, version: Any) -> 
             f"views and vector_dim {vector_dim}; {FIX}"
         )
     radii = found.get("radii", [])
-    if len(radii) > MOST_RADII or not all(type(r) is float and 0 < r <= LARGEST_RADIUS for r in radii):
+    known = len(radii) <= MOST_RADII and all(type(r) is float and r <= LARGEST_RADIUS for r in radii)
+    if radii and not (known and radii[0] == ADJACENT and sorted(set(radii)) == radii):
         raise ExportError(
-            f"{path}: radii are {radii!r}, expected at most {MOST_RADII} numbers above 0 and up to {LARGEST_RADIUS:g}; {FIX}"
+            f"{path}: radii are {radii!r}, expected none, or at most {MOST_RADII} that ascend from {ADJACENT:g} to at most "
+            f"{LARGEST_RADIUS:g}; {FIX}"
         )
     return ReadoutSettings.of_header(found)
 

@@ -177,6 +177,16 @@ class _Around:
         own: np.ndarray = values_mF[self.own]
         return own if self.index is None else mean_over(own, values_mF, self.index, self.near[radius])
 
+    def adjacent(self) -> _Around:
+        """Return the block with its neighbours within the first radius only, which is the smallest."""
+        if self.index is None:
+            return self
+        near = self.near[0][:, : 1 + int(np.flatnonzero(self.near[0].any(0)).max(initial=0))]
+        index = np.where(near, self.index[:, : near.shape[1]], self.own[:, None])
+        need = np.unique(np.concatenate([self.own, index.ravel()]))
+        own, local = np.searchsorted(need, self.own), np.searchsorted(need, index)
+        return _Around(self.features[need], own, local, [near])
+
 
 class SectionPrediction:
     """Prediction of genes of one section from stored features. The sentences of the genes are encoded once.
@@ -301,6 +311,7 @@ class SectionPrediction:
             return predict_chunks(chunk.rest_levels, vectors[around.own])
         values = chunk.decoder.predict(head, moments)
         if chunk.mixed.size:
+            around = around.adjacent()
             levels = predict_chunks(chunk.mixed_levels, self.predictor.view_vectors(around.features[:, self._dim :]))
             weight = chunk.weight[chunk.mixed]
             for name, level in levels.items():

@@ -153,5 +153,6 @@ def _view_features(model: CoMTIP, tiles_BCHW: Tensor, stages: bool) -> tuple[Ima
     else:
         encoded = features = model.vision.stem_features(tiles_BCHW)
     output = model.encode_image(encoded)
+    features = features.float()  # under autocast, statistics of bf16 features would be rounded to bf16, too
     frozen = [features.mean(1), features.std(1)]
     return output, torch.cat([p.float() for p in (output.vector_BD, *frozen)], dim=1)

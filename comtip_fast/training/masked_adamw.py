@@ -73,6 +73,8 @@ class MaskedAdamW(torch.optim.AdamW):
             self._separate_counters()
         parts = [_with_gradient(lists, own) for lists, own in zip(self._lists, found, strict=True)]
         counters = list({id(c): c for lists, _ in parts for c in lists.counters}.values())
+        if not counters:
+            return
         torch_internals.add_to_all(counters, good.float())
         bad = (~good).float()
         for lists, gradients in parts:

@@ -505,7 +505,8 @@ READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any]
     "too many views": (lambda a, h: h["settings"].update(views=9), "views 9"),
     "another space": (lambda a, h: h["settings"].update(vector_dim=31), "vector_dim 31"),
     "too wide a radius": (lambda a, h: h["settings"].update(radii=[1.3, 1e9]), "radii are"),
-    "a radius of 0": (lambda a, h: h["settings"].update(radii=[0.0]), "radii are"),
+    "another first radius": (lambda a, h: h["settings"].update(radii=[1.0, 3.4]), "radii are"),
+    "descending radii": (lambda a, h: h["settings"].update(radii=[1.3, 3.4, 2.0]), "radii are"),
     "many radii": (lambda a, h: h["settings"].update(radii=[1.3] * 5), "radii are"),
     "text for views": (lambda a, h: h["settings"].update(views="2"), "settings are"),
 }

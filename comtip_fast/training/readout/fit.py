@@ -102,7 +102,7 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
         )
         return None
     x = np.concatenate([raw[i][0] for i in fitted])
-    mean, std = x.mean(0), x.std(0)
+    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
     ranked = tables.genes.ranked.get(cohort, np.zeros(0, np.int64))
 
     def table(i: int) -> SectionTable:

@@ -29,25 +29,45 @@ class SectionTable:
 
 @dataclass(frozen=True)
 class Design:
-    """The features of some sections, decomposed once for all targets, penalties and numbers of programmes."""
+    """The features of some sections, decomposed once for all targets, penalties and numbers of programmes.
+
+    With a = alpha N and the smaller Gram matrix U diag(p) U^T, the ridge weights of targets T are
+
+        X^T U (p + a)^-1 U^T T  for  X X^T = U diag(p) U^T         U (p + a)^-1 U^T X^T T  for  X^T X = U diag(p) U^T
+
+    Neither form divides by p, which for float32 features is known to 1e-7 of its largest value only.
+    """
 
     x_NF: np.ndarray
     """Features of the N spots of all sections."""
-    basis_FR: np.ndarray
-    """Right singular vectors of ``x_NF``."""
-    power_R: np.ndarray
-    """Squared singular values."""
+    vectors: np.ndarray
+    """Eigenvectors U of the smaller Gram matrix, (N, N) or (F, F), float64."""
+    power: np.ndarray
+    """Eigenvalues p, at least 0."""
 
     @classmethod
     def of(cls, sections: Sequence[SectionTable]) -> Design:
-        """Decompose the features of the sections, through the smaller Gram matrix."""
+        """Decompose the features of the sections."""
         x = np.concatenate([s.x_NF for s in sections])
-        if x.shape[0] < x.shape[1]:
-            power, left = np.linalg.eigh((x @ x.T).astype(np.float64))
-            keep = power > 1e-9 * max(power[-1], 1e-30)
-            return cls(x, x.T @ (left[:, keep] / np.sqrt(power[keep])), power[keep])
-        power, right = np.linalg.eigh((x.T @ x).astype(np.float64))
-        return cls(x, right, np.maximum(power, 0.0))
+        gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+        power, vectors = np.linalg.eigh(gram.astype(np.float64))
+        return cls(x, vectors, np.maximum(power, 0.0))
+
+    @property
+    def of_spots(self) -> bool:
+        """Whether the Gram matrix is that of the spots, X X^T."""
+        return self.x_NF.shape[0] < self.x_NF.shape[1]
+
+    def project(self, targets_NG: np.ndarray) -> np.ndarray:
+        """Return U^T T or U^T X^T T for :meth:`weights`, float64."""
+        if self.of_spots:
+            return self.vectors.T @ targets_NG
+        return self.vectors.T @ (self.x_NF.T @ targets_NG.astype(self.x_NF.dtype))
+
+    def weights(self, projected: np.ndarray, alpha: float) -> np.ndarray:
+        """Return the ridge weights (F, K) of projected targets for the penalty ``alpha`` per spot."""
+        out = self.vectors @ (projected / (self.power + alpha * len(self.x_NF))[:, None])
+        return self.x_NF.T @ out.astype(self.x_NF.dtype) if self.of_spots else out
 
 
 class RidgePath:
@@ -79,6 +99,7 @@ class RidgePath:
         own = self.y_NG[:, self.common]
         self.programmes_GK = np.linalg.eigh(own.T @ own)[1][:, ::-1]
         self.design = design or Design.of(sections)
+        self.projected = self.design.project(own)
 
     def fit(self, programmes: int, alpha: float) -> NormHead:
         """Return the head with K programmes and the ridge penalty ``alpha`` per spot.
@@ -87,9 +108,7 @@ class RidgePath:
         """
         K = min(programmes or self.common.size, self.common.size)
         scores = self.y_NG[:, self.common] @ self.programmes_GK[:, :K]
-        x = self.design
-        projected = x.basis_FR.T @ (x.x_NF.T @ scores)
-        weight = x.basis_FR @ (projected / (x.power_R + alpha * len(x.x_NF))[:, None])
+        weight = self.design.weights(self.projected @ self.programmes_GK[:, :K], alpha)
         loading = np.zeros((K, self.y_NG.shape[1]))
         loading[:, self.common] = self.programmes_GK[:, :K].T
         rest = np.setdiff1d(np.arange(self.y_NG.shape[1]), self.common)
@@ -174,10 +193,9 @@ def fit_cohort(
         train = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.train]
         valid = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.valid]
         blocks[block], facts[block] = {}, {}
-        folds, design = _folds(train, valid), Design.of(train)
-        designs = [design if fit is train else Design.of(fit) for fit, _ in folds]
-        for norm in NORMS:
-            K, alpha, score = _choose(folds, designs, norm, data.score_genes, grid)
+        design = Design.of(train)
+        chosen = _choose(train, _folds(train, valid), design, data.score_genes, grid)
+        for norm, (K, alpha, score) in chosen.items():
             head = RidgePath(train, norm, design).fit(K, alpha)
             blocks[block][norm] = replace(head, weight_FK=factor[:, None] * head.weight_FK)
             facts[block][norm] = {"programmes": K, "alpha": alpha, "score": score}
@@ -196,23 +214,25 @@ def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
 
 
 def _choose(
-    folds: Folds, designs: Sequence[Design], norm: str, genes: np.ndarray, grid: ReadoutGrid
-) -> tuple[int, float, float | None]:
-    """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds).
+    train: list[SectionTable], folds: Folds, design: Design, genes: np.ndarray, grid: ReadoutGrid
+) -> dict[str, tuple[int, float, float | None]]:
+    """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds), per normalisation.
 
-    ``designs`` has the decomposed features of the sections to fit of each fold.
+    ``design`` has the features of ``train``; those of other folds are decomposed one after the other, so that one is in memory.
     """
     pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
-    total = np.zeros(len(pairs))
-    for (fit, held_out), design in zip(folds, designs, strict=True):
-        path = RidgePath(fit, norm, design)
-        for i, (K, alpha) in enumerate(pairs):
-            head = path.fit(K, alpha)
-            total[i] += np.mean([_mean_pcc(head, s, norm, genes) for s in held_out])
     if not folds:
-        return pairs[len(pairs) // 2 - 1][0], grid.alphas[len(grid.alphas) // 2], None
-    best = int(total.argmax())
-    return *pairs[best], float(total[best] / len(folds))
+        middle = pairs[len(pairs) // 2 - 1][0], grid.alphas[len(grid.alphas) // 2], None
+        return dict.fromkeys(NORMS, middle)
+    total = {norm: np.zeros(len(pairs)) for norm in NORMS}
+    for fit, held_out in folds:
+        of_fit = design if fit is train else Design.of(fit)
+        for norm in NORMS:
+            path = RidgePath(fit, norm, of_fit)
+            heads = (path.fit(K, alpha) for K, alpha in pairs)
+            total[norm] += [np.mean([_mean_pcc(head, s, norm, genes) for s in held_out]) for head in heads]
+    best = {norm: int(scores.argmax()) for norm, scores in total.items()}
+    return {norm: (*pairs[i], float(total[norm][i] / len(folds))) for norm, i in best.items()}
 
 
 def _mean_pcc(head: NormHead, section: SectionTable, norm: str, genes: np.ndarray) -> float:
@@ -221,7 +241,7 @@ def _mean_pcc(head: NormHead, section: SectionTable, norm: str, genes: np.ndarra
     if not genes.size:
         return 0.0
     a = section.y[norm][:, genes]
-    b = head.scores(section.x_NF) @ head.loading_KG[:, genes]
+    b = (section.x_NF @ head.weight_FK.astype(section.x_NF.dtype)) @ head.loading_KG[:, genes]
     a, b = a - a.mean(0), b - b.mean(0)
     norm_G = np.sqrt((a * a).sum(0) * (b * b).sum(0))
     return float(np.where(norm_G > 1e-12, (a * b).sum(0) / np.maximum(norm_G, 1e-12), 0.0).mean())
