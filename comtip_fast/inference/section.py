@@ -311,13 +311,13 @@ class SectionPrediction:
             return predict_chunks(chunk.rest_levels, vectors[around.own])
         values = chunk.decoder.predict(head, moments)
         if chunk.mixed.size:
-            around = around.adjacent()
-            levels = predict_chunks(chunk.mixed_levels, self.predictor.view_vectors(around.features[:, self._dim :]))
+            adjacent = around.adjacent()
+            levels = predict_chunks(chunk.mixed_levels, self.predictor.view_vectors(adjacent.features[:, self._dim :]))
             weight = chunk.weight[chunk.mixed]
             for name, level in levels.items():
-                value = level[around.own]
-                if around.index is not None:
-                    value = 0.5 * (value + around.mean(level))
+                value = level[adjacent.own]
+                if adjacent.index is not None:
+                    value = 0.5 * (value + adjacent.mean(level))
                 values[name][:, chunk.mixed] = (1 - weight) * values[name][:, chunk.mixed] + weight * value
         if chunk.rest.size:
             for name, value in predict_chunks(chunk.rest_levels, vectors[around.own]).items():

@@ -70,7 +70,9 @@ def mean_over(own_nF: np.ndarray, all_MF: np.ndarray, index_nk: np.ndarray, near
     """Return the mean of ``all_MF[index_nk]`` over neighbours (``near_nk``); a spot without neighbours keeps its ``own_nF`` row."""
     count = near_nk.sum(1)
     ends = np.concatenate([[0], np.cumsum(count)])
-    chosen = sparse.csr_matrix((np.ones(ends[-1], all_MF.dtype), index_nk[near_nk], ends), shape=(len(index_nk), len(all_MF)))
+    chosen = sparse.csr_matrix(
+        (np.ones(ends[-1], all_MF.dtype), index_nk[near_nk], ends), shape=(len(index_nk), len(all_MF))
+    )
     mean = chosen @ all_MF / np.maximum(count, 1)[:, None].astype(all_MF.dtype)
     return np.where(count[:, None] > 0, mean, own_nF)
 

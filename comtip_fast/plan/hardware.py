@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from comtip_kernels.rates import Rates, read_rates
+from comtip_kernels.rates import DATASHEET, Rates, read_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Device:
     l2_bytes_per_s: float
     """Bytes/s from the L2 cache to the multiprocessors, which limit this project's kernels; infinite for a CPU."""
     multiprocessors: int
+    measured: bool = False
+    """Whether the rates of products, memory and L2 were measured, so that no efficiency is assumed for them."""
     link: str
     """Default link inside a node; a name in :data:`LINKS`."""
     fabric: str
@@ -99,6 +101,7 @@ def _gpu(rates: Rates) -> Device:
         memory_bytes_per_s=rates.memory,
         l2_bytes_per_s=rates.l2,
         multiprocessors=rates.multiprocessors,
+        measured=rates.source != DATASHEET,
         link=link,
         fabric=fabric,
     )

@@ -26,9 +26,17 @@ class PartTime:
 
 
 def rates(c: Cluster, p: Precision) -> tuple[float, float]:
-    """Return the effective FLOP/s and memory bytes/s."""
-    peak = c.device.bf16 if p.is_bf16 else c.device.fp32
-    return peak * c.efficiency.compute, c.device.memory_bytes_per_s * c.efficiency.memory
+    """Return the effective FLOP/s and memory bytes/s: measured ones as they are, others times the assumed efficiency.
+
+    The rate of fp32 products is not measured.
+    """
+    device, efficiency = c.device, c.efficiency
+    compute = device.bf16 if p.is_bf16 else device.fp32
+    memory = device.memory_bytes_per_s
+    return (
+        compute * (1.0 if device.measured and p.is_bf16 else efficiency.compute),
+        memory * (1.0 if device.measured else efficiency.memory),
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.parts import RankShare, infonce, level, pooling
 from comtip_fast.plan.plan import make_plan
 from comtip_fast.plan.sizes import Sizes
-from comtip_fast.plan.timing import compute_time
+from comtip_fast.plan.timing import compute_time, rates
 
 CONFIG = Path(__file__).parents[2] / "configs" / "1gpu.yaml"
 SHARE = RankShare(spots=4096, images=4096, columns=8192, table_rows=65536, precision=AUTOCAST, gpu=True)
@@ -57,3 +57,11 @@ def test_idle_multiprocessors_load_nothing():
     one, two = (compute_time([c], make_cluster("h100"), AUTOCAST).forward for c in (busy, idle))
     assert one == pytest.approx(1e9 / 5.5e12)
     assert two == pytest.approx(2 * one)
+
+
+def test_no_efficiency_is_assumed_for_measured_rates():
+    cluster = make_cluster("h100")
+    measured = replace(cluster, device=replace(cluster.device, measured=True))
+    assert rates(cluster, AUTOCAST) == (cluster.device.bf16 * 0.5, cluster.device.memory_bytes_per_s * 0.8)
+    assert rates(measured, AUTOCAST) == (cluster.device.bf16, cluster.device.memory_bytes_per_s)
+    assert rates(measured, FP32)[0] == cluster.device.fp32 * 0.5

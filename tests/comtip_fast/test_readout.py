@@ -131,6 +131,19 @@ def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
     np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [1 / 3, 0])
 
 
+@pytest.mark.parametrize("n", [60, 400])
+def test_float32_features_give_the_weights_of_float64_ones(n: int) -> None:
+    """Both decompositions, with features that are nearly collinear, as those of neighbouring spots are."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 8)) @ rng.normal(size=(8, 150)) + 1e-3 * rng.normal(size=(n, 150))
+    y = x @ rng.normal(size=(150, G)) / 10 + rng.normal(size=(n, G))
+    measured = np.ones(G, bool)
+    exact, rounded = (SectionTable(x.astype(kind), {"cp10k": y}, measured) for kind in (np.float64, np.float32))
+    want, found = (RidgePath([s], "cp10k").fit(0, 0.3) for s in (exact, rounded))
+    predicted = [head.scores(x) @ head.loading_KG for head in (want, found)]
+    np.testing.assert_allclose(predicted[1], predicted[0], atol=1e-4 * predicted[0].std())
+
+
 def test_columns_of_a_block_have_the_means_within_every_radius() -> None:
     settings = ReadoutSettings(2, (1.3, 3.4), 2)
     assert settings.width(9) == 3
@@ -369,6 +382,18 @@ def test_features_are_the_mean_over_views(bundle: Bundle, tiny_shards: ShardSet)
         turned = tile_features(bundle.model, turn_tiles(tiles, 6).contiguous(), settings[0])[1]
     torch.testing.assert_close(two, (one + turned) / 2, rtol=0, atol=1e-5)
     assert two.shape[1] == feature_width(bundle.model, settings[0]) == bundle.config.align.dim + 2 * 784
+
+
+def test_statistics_of_features_under_autocast_are_those_of_fp32(bundle: Bundle, tiny_shards: ShardSet) -> None:
+    """Stages in bf16 have means and standard deviations that are not rounded to bf16 again."""
+    tiles = torch.from_numpy(np.ascontiguousarray(tiles_of(tiny_shards, "x1")[0][:4]))
+    settings = ReadoutSettings(1, (), bundle.config.align.dim)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = tile_features(bundle.model, tiles, settings)[1]
+        stages = bundle.model.vision.stem_stages(tiles)[1]
+    assert stages.dtype == torch.bfloat16
+    want = torch.cat([stages.float().mean(1), stages.float().std(1)], dim=1)
+    torch.testing.assert_close(features[:, settings.vector_dim :], want)
 
 
 def test_features_of_all_stages_contain_those_that_the_encoder_embeds(bundle: Bundle, tiny_shards: ShardSet) -> None:

@@ -93,6 +93,14 @@ def test_a_changed_set_is_named() -> None:
     assert shown("1 2", "1 3", "a b", "a c") == (
         "shards (c is no set of the checkpoint; the set of the checkpoint that was b is missing)"
     )
+    # A path that another set has now.
+    assert shown("1 2", "1", "a b", "b") == "shards (the set of the checkpoint that was b is missing)"
+    assert shown("1 2", "2", "a b", "a") == "shards (the set of the checkpoint that was a is missing)"
+    assert shown("1 2 3", "1 2", "a b c", "a c") == "shards (the set of the checkpoint that was c is missing)"
+    assert shown("1 2", "1 3", "a b", "b c") == (
+        "shards (c is no set of the checkpoint; the set of the checkpoint that was b is missing)"
+    )
+    assert shown("2", "2 2", "a", "a b") == "shards (a set is given more or less often than in the checkpoint)"
     added = shown("1 2", "1 2 3", "a b", "a b c")
     assert added.startswith("shards (c is no set of the checkpoint; to train on further sets, start a new run")
     # A checkpoint of an earlier version has the hash of a single set, or of all sets together.

@@ -43,13 +43,12 @@ def changed_sets(
                 if known
                 else f"{name} is no set of the checkpoint"
             )
+    changed = {name for name, digest in zip(names_now, new, strict=True) if digest not in old}
     for name, digest in zip(names_then, old, strict=True):
-        if digest not in new and name not in names_now:
+        if digest not in new and name not in changed:
             found.append(f"the set of the checkpoint that was {name} is missing")
     if not found and sorted(old) != sorted(new):
-        lost = [name for name, digest in zip(names_then, old, strict=True) if digest not in new]
-        found = [f"the content that {name} had is missing" for name in lost]
-        found = found or ["sets are given more or less often than in the checkpoint"]
+        found = ["a set is given more or less often than in the checkpoint"]
     if not found:
         name_of = {digest: name for name, digest in zip(names_now, new, strict=True)}
         found = [f"the order of the sets was {', '.join(name_of[digest] for digest in old)}"]
