@@ -120,15 +120,15 @@ def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
     assert settings.columns("frozen", F).tolist() == [4, 5, 10, 11]
     train = [section(1), section(2)]
     head = fit(train, [], settings, n_donors=2)
-    assert head.mix == {"vector": 1 / 3, "frozen": 1 / 3, "levels": 1 / 3}
+    assert head.mix == {"vector": 0.25, "frozen": 0.5, "levels": 0.25}
     readout, x = LinearReadout(settings, [head]), section(3).x_NF
     want = np.zeros((len(x), G))
-    for block in ("vector", "frozen"):
+    for block, weight in (("vector", 1 / 3), ("frozen", 2 / 3)):
         part = head.blocks[block]["cp10k"]
         scores = x[:, settings.columns(block, F)] @ part.weight_FK
-        want += 0.5 * (scores @ part.loading_KG * part.std_G + part.mean_G)
+        want += weight * (scores @ part.loading_KG * part.std_G + part.mean_G)
     np.testing.assert_allclose(readout.predict(x, KEYS)[0]["cp10k"], want, rtol=1e-4)
-    np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [1 / 3, 0])
+    np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [0.25, 0])
 
 
 @pytest.mark.parametrize("n", [60, 400])
@@ -178,11 +178,10 @@ def test_every_stage_of_the_stem_has_equal_weight_in_the_penalty(bundle: Bundle)
 
 
 def test_the_head_on_learnt_features_can_require_several_donors() -> None:
-    third = pytest.approx(1 / 3)
-    assert mixture(["vector", "frozen"], 1, 1) == {"vector": third, "frozen": third, "levels": third}
-    assert mixture(["vector", "frozen"], 1, 2) == {"vector": 0.0, "frozen": 0.5, "levels": 0.5}
+    assert mixture(["vector", "frozen"], 1, 1) == {"vector": 0.25, "frozen": 0.5, "levels": 0.25}
+    assert mixture(["vector", "frozen"], 1, 2) == {"vector": 0.0, "frozen": 2 / 3, "levels": 1 / 3}
     assert mixture(["vector"], 1, 2) == {"vector": 0.5, "levels": 0.5}
-    assert mixture(["vector", "frozen"], 3, 2)["vector"] == third
+    assert mixture(["vector", "frozen"], 3, 2)["vector"] == 0.25
 
 
 def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> LinearReadout:

@@ -15,6 +15,11 @@ from comtip_fast.models.readout import NORMS, CohortHead, NormHead
 from comtip_fast.models.readout_features import ReadoutSettings
 
 
+SHARES = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
+"""Shares of the heads and of the level sentences in the prediction. The head on frozen features has the largest, because it
+transfers best to another donor (docs/ablations.md)."""
+
+
 @dataclass
 class SectionTable:
     """Features and expression of one section, for fitting."""
@@ -131,13 +136,13 @@ class ReadoutGrid:
 def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
     """Return the weight of the head on each block of features, and of the prediction from level sentences (``levels``).
 
-    Weights are equal and sum to 1, except that the head on the image vector z (block ``vector``) has weight 0 with fewer than
-    ``min_donors`` training donors, unless z is the only block: z was trained on the expression of the same spots, so this head
-    overfits.
+    Weights are in proportion to :data:`SHARES` and sum to 1, except that the head on the image vector z (block ``vector``) has
+    weight 0 with fewer than ``min_donors`` training donors, unless z is the only block: z was trained on the expression of the same
+    spots, so this head overfits.
     """
     used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
-    weight = 1 / (len(used) + 1)
-    return {b: weight if b in used else 0.0 for b in blocks} | {"levels": weight}
+    total = SHARES["levels"] + sum(SHARES[b] for b in used)
+    return {b: SHARES[b] / total if b in used else 0.0 for b in blocks} | {"levels": SHARES["levels"] / total}
 
 
 @dataclass(frozen=True)
