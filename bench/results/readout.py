@@ -223,6 +223,7 @@ def table(lab: Lab, cohort: str, split: str) -> None:
             "z + frozen": mean_of(z, frozen),
             "frozen + levels": mean_of(frozen, read),
             "z + frozen + levels": mean_of(z, frozen, read),
+            "z + 2 frozen + levels (the default)": mean_of(z, frozen, frozen, read),
             "ridge, encoder features": lab.ridge(train, section, keys, "encoder"),
             "ridge, frozen features": lab.ridge(train, section, keys, ENCODED_NAME),
             "ridge, frozen features, all stages": lab.ridge(train, section, keys, STAGES_NAME),
