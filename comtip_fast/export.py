@@ -37,7 +37,7 @@ from comtip_fast.lineage import (
 )
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.pretrained import fill_normalisation
-from comtip_fast.models.readout import LinearReadout
+from comtip_fast.models.readout.heads import LinearReadout
 
 EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 3, (1, 2, 3)
 """Version 1 has no linear readout, versions 1 and 2 have no lineage."""

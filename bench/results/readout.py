@@ -32,9 +32,9 @@ from comtip_fast.evaluation.metrics import score
 from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
-from comtip_fast.models.readout import NORMS, LinearReadout
-from comtip_fast.models.readout_features import ENCODED_NAME, RADII, STAGES_NAME, frozen_columns, penalty_scale
-from comtip_fast.models.section_statistics import neighbour_mean, standardise
+from comtip_fast.models.readout.features import ENCODED_NAME, RADII, STAGES_NAME, frozen_columns, penalty_scale
+from comtip_fast.models.readout.heads import NORMS, LinearReadout
+from comtip_fast.models.readout.section_statistics import neighbour_mean, standardise
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, SectionTable, fit_cohort
 
 Values = dict[str, np.ndarray]

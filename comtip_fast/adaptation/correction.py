@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from comtip_fast.metrics import mean_pcc
-from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
 from comtip_fast.training.readout.solve import RidgePath, SectionTable
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)

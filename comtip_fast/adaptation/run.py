@@ -25,8 +25,8 @@ from comtip_fast.export import SECTION_FIELDS
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.lineage import LineageRun
 from comtip_fast.metrics import finite_or_none
-from comtip_fast.models.readout import NORMS, CohortHead
-from comtip_fast.models.section_statistics import standardise
+from comtip_fast.models.readout.heads import NORMS, CohortHead
+from comtip_fast.models.readout.section_statistics import standardise
 from comtip_fast.runtime.csv_text import csv_text
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, stated_options

@@ -24,7 +24,7 @@ from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.inference.answers import species_of
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.lineage import LineageSection
-from comtip_fast.models.readout_features import frozen_columns
+from comtip_fast.models.readout.features import frozen_columns
 
 log = logging.getLogger("comtip_fast")
 

@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from comtip_fast.export_checks import FIX, ExportError, few
-from comtip_fast.models import readout
 from comtip_fast.models.comtip import CoMTIP
-from comtip_fast.models.readout_features import N_VIEWS, ReadoutSettings, feature_width
-from comtip_fast.models.section_statistics import ADJACENT
+from comtip_fast.models.readout import heads as readout
+from comtip_fast.models.readout.features import N_VIEWS, ReadoutSettings, feature_width
+from comtip_fast.models.readout.section_statistics import ADJACENT
 
 MOST_RADII, LARGEST_RADIUS = 4, 16.0
 """Bounds of the radii of a readout, which bound the number of neighbours that a prediction reads."""

@@ -23,8 +23,8 @@ from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes, vector
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference.levels import GENES_PER_CHUNK, GeneQuery, SentenceLevels, predict_chunks
 from comtip_fast.lineage import symbol_of
-from comtip_fast.models.readout_features import feature_width, tile_features
-from comtip_fast.models.section_statistics import neighbour_mean
+from comtip_fast.models.readout.features import feature_width, tile_features
+from comtip_fast.models.readout.section_statistics import neighbour_mean
 from comtip_fast.runtime.devices import autocast
 
 log = logging.getLogger("comtip_fast")
@@ -260,7 +260,7 @@ class Predictor:
         Raises
         ------
         ValueError
-            The gene vectors have too few genes of the readout, see :meth:`comtip_fast.models.readout.LinearReadout.predict`.
+            The gene vectors have too few genes of the readout, see :meth:`comtip_fast.models.readout.heads.LinearReadout.predict`.
         """
         readout = self.bundle.readout
         if readout is None or features.readout_NF is None:

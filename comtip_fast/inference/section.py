@@ -20,9 +20,9 @@ from comtip_fast.data.tile_sources import TileSource
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore, SpooledFeatures
 from comtip_fast.inference.levels import GENES_PER_CHUNK, NORMS, GeneQuery, SentenceLevels, predict_chunks
 from comtip_fast.inference.predictor import EncodedTiles, Predictor
-from comtip_fast.models.readout import ReadoutDecoder
-from comtip_fast.models.readout_features import frozen_columns
-from comtip_fast.models.section_statistics import Moments, Neighbours, mean_over
+from comtip_fast.models.readout.features import frozen_columns
+from comtip_fast.models.readout.heads import ReadoutDecoder
+from comtip_fast.models.readout.section_statistics import Moments, Neighbours, mean_over
 
 FEATURES_IN_MEMORY = 64 << 20
 """Bytes of features that are kept in memory; more go to a file in the folder for temporary files."""

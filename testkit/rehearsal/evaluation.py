@@ -22,8 +22,8 @@ from comtip_fast.evaluation.tasks.run import run_tasks
 from comtip_fast.evaluation.trained import METHODS
 from comtip_fast.export_checks import ExportGene
 from comtip_fast.inference import Predictor
-from comtip_fast.models.readout import CohortHead, LinearReadout, NormHead
-from comtip_fast.models.readout_features import feature_width
+from comtip_fast.models.readout.features import feature_width
+from comtip_fast.models.readout.heads import CohortHead, LinearReadout, NormHead
 from comtip_fast.training.readout.fit import readout_settings
 from testkit.synthetic_task import SyntheticTask, gene_names
 

@@ -24,8 +24,8 @@ from comtip_fast.evaluation.evaluate import choose_sections, evaluate
 from comtip_fast.evaluation.seen import section_facts
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
-from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead
-from comtip_fast.models.readout_features import ReadoutSettings
+from comtip_fast.models.readout.features import ReadoutSettings
+from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
 from comtip_fast.shards import stated_options
 from testkit.tiny import TinySection, write_tiny_source
 

@@ -21,8 +21,8 @@ from comtip_fast.data.anndata_file import read_annotation, read_h5ad
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, SlideTiles, TileChunk, TileGeometry, TileSource
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, Predictor, levels, predict_section, section
-from comtip_fast.models import section_statistics
-from comtip_fast.models.section_statistics import (
+from comtip_fast.models.readout import section_statistics
+from comtip_fast.models.readout.section_statistics import (
     MIN_SECTION_SPOTS,
     Moments,
     Neighbours,

@@ -17,8 +17,7 @@ from comtip_fast.export import Bundle
 from comtip_fast.export_checks import HASHED, READOUT, SUMS, write_sums
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, Predictor, predict_trained
-from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead
-from comtip_fast.models.readout_features import (
+from comtip_fast.models.readout.features import (
     BLOCKS,
     ENCODED_NAME,
     STAGES_NAME,
@@ -29,7 +28,8 @@ from comtip_fast.models.readout_features import (
     tile_features,
     turn_tiles,
 )
-from comtip_fast.models.section_statistics import ADJACENT, neighbour_mean, standardise
+from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.section_statistics import ADJACENT, neighbour_mean, standardise
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
 from comtip_fast.training.task import build_task
 

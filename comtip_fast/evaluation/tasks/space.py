@@ -22,7 +22,7 @@ from comtip_fast.evaluation.tasks.retrieval import KS, chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
 from comtip_fast.evaluation.tasks.text import SpotSentences, gene_vectors
 from comtip_fast.inference import GeneQuery
-from comtip_fast.models.section_statistics import neighbour_mean
+from comtip_fast.models.readout.section_statistics import neighbour_mean
 from comtip_fast.objectives import counted_swaps, permute_within_strata, take_from_other_spots
 
 log = logging.getLogger("comtip_fast")

@@ -16,9 +16,9 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
-from comtip_fast.models.readout import LinearReadout
-from comtip_fast.models.readout_features import BLOCKS, RADII, ReadoutSettings, penalty_scale, tile_features
-from comtip_fast.models.section_statistics import standardise
+from comtip_fast.models.readout.features import BLOCKS, RADII, ReadoutSettings, penalty_scale, tile_features
+from comtip_fast.models.readout.heads import LinearReadout
+from comtip_fast.models.readout.section_statistics import standardise
 from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_cohort
 
 log = logging.getLogger("comtip_fast")

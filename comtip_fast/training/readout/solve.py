@@ -1,6 +1,6 @@
 """Closed-form fit of the linear readout: programmes, ridge regression, and selection of rank and penalty.
 
-Shapes: N spots, F features, G genes, K programmes; see :mod:`comtip_fast.models.readout`.
+Shapes: N spots, F features, G genes, K programmes; see :mod:`comtip_fast.models.readout.heads`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from comtip_fast.models.readout import NORMS, CohortHead, NormHead
-from comtip_fast.models.readout_features import ReadoutSettings
-
+from comtip_fast.models.readout.features import ReadoutSettings
+from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead
 
 SHARES = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
 """Shares of the heads and of the level sentences in the prediction. The head on frozen features has the largest, because it
@@ -33,7 +32,7 @@ class SectionTable:
 
 
 @dataclass(frozen=True)
-class Design:
+class DecomposedFeatures:
     """The features of some sections, decomposed once for all targets, penalties and numbers of programmes.
 
     With a = alpha N and the smaller Gram matrix U diag(p) U^T, the ridge weights of targets T are
@@ -51,7 +50,7 @@ class Design:
     """Eigenvalues p, at least 0."""
 
     @classmethod
-    def of(cls, sections: Sequence[SectionTable]) -> Design:
+    def of(cls, sections: Sequence[SectionTable]) -> DecomposedFeatures:
         """Decompose the features of the sections."""
         x = np.concatenate([s.x_NF for s in sections])
         gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
@@ -88,7 +87,7 @@ class RidgePath:
         Their decomposed features; None decomposes them.
     """
 
-    def __init__(self, sections: Sequence[SectionTable], norm: str, design: Design | None = None) -> None:
+    def __init__(self, sections: Sequence[SectionTable], norm: str, design: DecomposedFeatures | None = None) -> None:
         measured = np.stack([s.measured_G for s in sections])
         centred = [np.where(s.measured_G, s.y[norm] - s.y[norm].mean(0), 0.0) for s in sections]
         n_G = np.maximum(sum(len(c) * s.measured_G for c, s in zip(centred, sections, strict=True)), 1)
@@ -103,7 +102,7 @@ class RidgePath:
         self.common = common if common.size >= 2 else np.arange(measured.shape[1])
         own = self.y_NG[:, self.common]
         self.programmes_GK = np.linalg.eigh(own.T @ own)[1][:, ::-1]
-        self.design = design or Design.of(sections)
+        self.design = design or DecomposedFeatures.of(sections)
         self.projected = self.design.project(own)
 
     def fit(self, programmes: int, alpha: float) -> NormHead:
@@ -198,7 +197,7 @@ def fit_cohort(
         train = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.train]
         valid = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.valid]
         blocks[block], facts[block] = {}, {}
-        design = Design.of(train)
+        design = DecomposedFeatures.of(train)
         chosen = _choose(train, _folds(train, valid), design, data.score_genes, grid)
         for norm, (K, alpha, score) in chosen.items():
             head = RidgePath(train, norm, design).fit(K, alpha)
@@ -219,7 +218,7 @@ def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
 
 
 def _choose(
-    train: list[SectionTable], folds: Folds, design: Design, genes: np.ndarray, grid: ReadoutGrid
+    train: list[SectionTable], folds: Folds, design: DecomposedFeatures, genes: np.ndarray, grid: ReadoutGrid
 ) -> dict[str, tuple[int, float, float | None]]:
     """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds), per normalisation.
 
@@ -231,7 +230,7 @@ def _choose(
         return dict.fromkeys(NORMS, middle)
     total = {norm: np.zeros(len(pairs)) for norm in NORMS}
     for fit, held_out in folds:
-        of_fit = design if fit is train else Design.of(fit)
+        of_fit = design if fit is train else DecomposedFeatures.of(fit)
         for norm in NORMS:
             path = RidgePath(fit, norm, of_fit)
             heads = (path.fit(K, alpha) for K, alpha in pairs)

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from comtip_fast.genes.vectors import GeneVectors
-from comtip_fast.models.readout_features import ReadoutSettings
-from comtip_fast.models.section_statistics import Moments, neighbour_means, standardise
+from comtip_fast.models.readout.features import ReadoutSettings
+from comtip_fast.models.readout.section_statistics import Moments, neighbour_means, standardise
 
 FORMAT, VERSION = "comtip-readout", 2
 READABLE_VERSIONS = (1, 2)

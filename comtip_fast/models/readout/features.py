@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from comtip_fast.models.comtip import CoMTIP, ImageOutput
-from comtip_fast.models.section_statistics import ADJACENT
+from comtip_fast.models.readout.section_statistics import ADJACENT
 from comtip_fast.models.stems import ENCODED
 
 BLOCKS = ("vector", "frozen")
