@@ -158,6 +158,22 @@ def test_sizes_that_change_every_step_compile_few_variants(
     assert max(total.values()) <= 4, dict(total)
 
 
+def test_no_variant_is_new_after_step_20_of_2000(variants: dict[tuple[Any, ...], set[str]]):
+    """A kernel that compiles late stops one rank while the others wait; at most 30 variants in all."""
+    g = torch.Generator().manual_seed(1)
+    panels = (256 ** torch.rand(2000, generator=g)).long().clamp(min=1).tolist()
+    tokens = torch.randint(200, 900, (2000,), generator=g).tolist()
+    last = 0
+    for number, (genes, count) in enumerate(zip(panels, tokens, strict=True), 1):
+        before = sum(map(len, variants.values()))
+        # Batch, further texts and the longest sentence are those of the config; panel and tokens are drawn.
+        step(32, 32, genes, count - count % 15 + 6, torch.bfloat16)
+        if sum(map(len, variants.values())) > before:
+            last = number
+    assert last <= 20
+    assert sum(map(len, variants.values())) <= 30
+
+
 def test_a_panel_of_any_size_runs_the_same_kernels(variants: dict[tuple[Any, ...], set[str]]):
     """Each tile class of the embedding is compiled once, dtypes included, over 2,000 drawn panels."""
     g = torch.Generator().manual_seed(0)
