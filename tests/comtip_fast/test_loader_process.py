@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from comtip_shards import ShardError, ShardSet
+from comtip_shards.storage.cache import FileCache
 from comtip_shards.storage.remote import Remote
 
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import DataConfig
+from comtip_fast.data.augment.apply_views import apply_views
 from comtip_fast.data.expression.training_tables import training_tables
-from comtip_fast.data.loaders import base
+from comtip_fast.data.loaders import base, factory
 from comtip_fast.data.loaders import process as module
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.loaders.prepared import uses_own_process
 from comtip_fast.data.loaders.process import LoaderProcess, process_stream
 from comtip_fast.data.loaders.schedule import ScheduledBatch
-from comtip_fast.data.loaders.shared_slots import SharedSlots, flatten, restore
+from comtip_fast.data.loaders.shared_slots import SharedSlots, end_of, flatten, restore
 from comtip_fast.data.upload import PackedTensors, can_pin
+from comtip_fast.training.distributed.signals import hold_run
 
 META = torch.device("meta")
 needs_dali = pytest.mark.skipif(not dali_is_installed(), reason="DALI is not installed (extra dali-cu13)")
@@ -124,9 +130,12 @@ def test_the_memory_of_a_batch_is_used_again_only_when_nobody_has_it(keep: int):
     assert step == 200
 
 
-def test_batches_that_are_larger_than_a_slot_pass_too():
-    with_room = started(arrays_of, 5, slot_bytes=100)
-    assert [(b.step, int(v.sum())) for b, v in process_stream(with_room)] == [(i, 5000 * i) for i in range(1, 6)]
+def test_batches_that_are_larger_than_a_slot_pass_too(caplog: pytest.LogCaptureFixture):
+    too_small = started(arrays_of, 5, slot_bytes=100)
+    assert [(b.step, int(v.sum())) for b, v in process_stream(too_small)] == [(i, 5000 * i) for i in range(1, 6)]
+    found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(found) == 1
+    assert "tiny: loader: a batch of 20000 bytes is larger than its 4096 bytes of shared memory" in found[0]
 
 
 def test_a_loader_with_small_slots_returns_the_same_batches(loader: Any, monkeypatch: pytest.MonkeyPatch):
@@ -141,6 +150,20 @@ def test_slots_are_large_enough_for_every_batch(loader: Any):
     for batch in islice(here.schedule.iterate(0, 0, 1), 2 * len(here.batches(0))):
         layout = flatten(here._load(batch))[2]
         assert sum(layout[-1]) <= here._largest_bytes()
+
+
+def test_slots_are_large_enough_for_batches_of_a_gpu(loader: Any):
+    """Regression test: the view plan was sent twice, so that batches of configs/1gpu.yaml did not fit."""
+    there = loader("data.workers=0", "data.batch_size=64", "data.jitter=0.2", "data.views=8", device=META)
+    for batch in islice(there.schedule.iterate(0, 0, 1), 3):
+        prepared = there._load(batch)
+        assert "view_lut" in prepared.packed.layout
+        n, genes = prepared.packed.layout["levels"][2]
+        _, arrays, layout = flatten(prepared)
+        gaps = 256 * (len(arrays) + len(prepared.packed.layout))  # covered by the constant part of the estimate
+        missing = 2 * (there.config.panel.max_genes - genes)  # the largest panel has levels and measured of more genes
+        # 65 spots, because a final batch of one spot is merged.
+        assert (end_of(layout) - gaps) / n + missing <= (there._largest_bytes() - 2**16) / 65
 
 
 def test_at_most_the_lent_slots_are_handed_out():
@@ -186,7 +209,11 @@ def test_a_remote_set_is_read_in_the_process(
 
 @pytest.mark.parametrize("more", [("data.loader=torch",), pytest.param(("data.loader=dali",), marks=needs_dali)])
 def test_a_device_gets_the_batches_of_a_cpu(loader: Any, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    """For a GPU, the process packs the tensors, and sends DALI's tiles to a decoder in the training process."""
+    """For a GPU, the process packs the tensors, and sends DALI's tiles to a decoder in the training process.
+
+    Views are computed as on a GPU, by batched operations, in both loaders: :mod:`.test_views` compares these with others.
+    """
+    monkeypatch.setattr(base, "apply_views", partial(apply_views, batched=True))
     monkeypatch.setattr(PackedTensors, "to", lambda self, device: self.split(self.buffer.clone()))
     monkeypatch.setattr(base, "upload", lambda tiles, device: tiles.clone())
     there, here = loader(*more, device=META), loader(*more, "data.workers=0")
@@ -196,31 +223,45 @@ def test_a_device_gets_the_batches_of_a_cpu(loader: Any, more: tuple[str, ...], 
         assert all(torch.equal(got.tensors()[n], t) for n, t in want.tensors().items())
 
 
-def test_the_process_does_not_use_cuda(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert can_pin(torch.device("cuda"))
-
-    def initialises_cuda() -> bool:
+@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_the_process_does_not_use_cuda(loader: Any, monkeypatch: pytest.MonkeyPatch, name: str):
+    def initialises_cuda() -> None:
         raise AssertionError("CUDA is initialised in a fork")
 
-    monkeypatch.setattr(torch.cuda, "is_available", initialises_cuda)
-    process = started(lambda batches: ([can_pin(torch.device("cuda"))] for _ in batches), 1)
-    assert list(process_stream(process)) == [[False]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", initialises_cuda)
+    assert can_pin(torch.device("cuda"))
+    there = loader(f"data.loader={name}", device="cuda")
+    work = there._fetched_apart if name == "dali" else there._threaded
+    process = there._from_process(work, there.schedule.iterate(0, 0, 1), 2)
+    got = next(process)
+    packed = (got.prepared if name == "dali" else got).packed
+    process.close()
+    assert packed.buffer.numel() > 0
+    assert ("decoded" in packed.layout) is (name == "torch")
 
 
 @pytest.mark.parametrize(
-    ("where", "workers", "device", "own"),
+    ("where", "workers", "device", "name", "own"),
     [
-        ("auto", 2, "cuda", True),
-        ("auto", 2, "cpu", False),
-        ("auto", 0, "cuda", False),
-        ("own", 2, "cpu", True),
-        ("own", 0, "cpu", False),
-        ("training", 2, "cuda", False),
+        ("auto", 2, "cuda", "dali", True),
+        ("auto", 2, "cuda", "torch", False),
+        ("auto", 2, "cpu", "dali", False),
+        ("auto", 0, "cuda", "dali", False),
+        ("own", 2, "cpu", "torch", True),
+        ("own", 2, "cuda", "torch", True),
+        ("own", 0, "cpu", "dali", False),
+        ("training", 2, "cuda", "dali", False),
     ],
 )
-def test_where_a_loader_runs(where: Any, workers: int, device: str, own: bool):
-    assert uses_own_process(DataConfig(loader_process=where, workers=workers), torch.device(device)) is own
+def test_where_a_loader_runs(where: Any, workers: int, device: str, name: str, own: bool):
+    assert uses_own_process(DataConfig(loader_process=where, workers=workers), torch.device(device), name) is own
+
+
+def test_a_daemonic_process_starts_no_other(monkeypatch: pytest.MonkeyPatch):
+    daemon = multiprocessing.get_context("fork").Process(daemon=True)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: daemon)
+    assert not uses_own_process(DataConfig(workers=2), torch.device("cuda"), "dali")
 
 
 def test_the_log_says_where_the_loader_runs(loader: Any, caplog: pytest.LogCaptureFixture):
@@ -229,13 +270,28 @@ def test_the_log_says_where_the_loader_runs(loader: Any, caplog: pytest.LogCaptu
         loader("data.loader_process=training")
         loader("data.loader=wds")
         loader("data.workers=0")
+        factory._log_choice("dali", loader("data.loader_process=auto").config, torch.device("cuda"), False)
+        factory._log_choice("torch", loader("data.loader_process=auto").config, torch.device("cuda"), True)
     found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("loader:")]
     assert found == [
         "loader: torch (data.loader=torch) on 2 threads of a process of its own (data.loader_process=own)",
         "loader: torch (data.loader=torch) on 2 threads of the training process (data.loader_process=training)",
         "loader: wds (data.loader=wds) in 2 processes",
         "loader: torch (data.loader=torch) in the thread of the step",
+        THREADS,
+        (
+            "loader: dali (data.loader=torch) on one thread of a process of its own, and 2 threads of DALI in the training process "
+            "(data.loader_process=auto)"
+        ),
+        THREADS,
+        (
+            "loader: torch (data.loader=torch) reads tiles once, in the thread of the step; then batches are features of the frozen "
+            "stem, from memory"
+        ),
     ]
+
+
+THREADS = "loader: torch (data.loader=torch) on 2 threads of the training process (data.loader_process=auto)"
 
 
 # -- the end of a process ------------------------------------------------------------------------------------
@@ -292,6 +348,7 @@ def test_errors_arrive_with_their_trace(error: Exception, kind: type[Exception])
     with pytest.raises(kind) as caught:
         next(process)
     assert str(error) in str(caught.value)
+    assert getattr(caught.value, "kind", None) == getattr(error, "kind", None)
     assert "in fails" in caught.value.__notes__[0]
     assert ended(process.pid)
 
@@ -355,3 +412,159 @@ def test_processes_end_with_the_training_process(how: str):
             training.kill()
         assert training.wait() == (-signal.SIGKILL if how == "wait" else 0)
         assert all(ended(pid) for pid in pids)
+
+
+HANGING = """
+import os, sys, time
+from pathlib import Path
+from comtip_fast.data.loaders import process as module
+from comtip_fast.training.distributed.signals import hold_run
+from tests.comtip_fast.test_loader_process import started
+module.END_S = float(sys.argv[2])
+
+def hangs(batches):
+    yield 1
+    while True:
+        time.sleep(600)
+
+with hold_run(Path(sys.argv[1])):
+    process = started(hangs)
+    next(process)
+    print(process.pid, flush=True)
+    os._exit(0)
+"""
+
+
+def orphan(folder: Path, end_s: float) -> int:
+    """Return the process id of a worker that hangs, and whose training process held ``folder`` and has ended."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", HANGING, str(folder), str(end_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as training:
+        assert training.stdout is not None
+        return int(training.stdout.readline())
+
+
+def test_a_worker_that_hangs_ends_with_the_training_process(tmp_path: Path):
+    assert ended(orphan(tmp_path, 0.2))
+
+
+def test_a_worker_that_hangs_does_not_hold_the_run(tmp_path: Path):
+    pid = orphan(tmp_path, 600)
+    try:
+        assert is_running(pid)
+        with hold_run(tmp_path):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_message_that_cannot_be_read_is_an_error_of_the_loader():
+    """Regression test: the worker waited for further messages without end."""
+    process = started(arrays_of, ahead=1)
+    process._pipe.send_bytes(b"not a pickle")
+    with pytest.raises(pickle.UnpicklingError):
+        list(process)
+    assert ended(process.pid)
+
+
+def test_a_worker_that_closes_its_pipe_and_hangs_is_reported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "END_S", 1.0)
+    monkeypatch.setattr(module, "ORPHAN_S", 0.1)
+
+    def hangs(batches: Any) -> Iterator[int]:
+        yield 1
+        batches.gi_frame.f_locals["self"]._pipe.close()
+        while True:
+            time.sleep(600)
+
+    process = started(hangs)
+    assert next(process) == 1
+    with pytest.raises(RuntimeError, match=r"process \d+ closed its pipe before .*data.loader=torch"):
+        next(process)
+    assert ended(process.pid)
+
+
+def test_ctrl_c_while_a_worker_ends_leaves_no_worker(monkeypatch: pytest.MonkeyPatch):
+    def hangs(batches: Iterator[ScheduledBatch]) -> Iterator[int]:
+        yield 1
+        while True:
+            time.sleep(600)
+
+    process = started(hangs)
+    next(process)
+    real = process._process.join
+
+    def interrupted(seconds: float | None = None) -> None:
+        if seconds is not None:
+            raise KeyboardInterrupt
+        real()
+
+    monkeypatch.setattr(process._process, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.close()
+    assert process._process.exitcode == -signal.SIGKILL
+
+
+def test_an_error_of_the_order_leaves_no_worker():
+    def fails() -> Iterator[ScheduledBatch]:
+        yield next(scheduled(1))
+        raise OSError("no order")
+
+    before = set(multiprocessing.active_children())
+    with pytest.raises(OSError, match="no order"):
+        LoaderProcess(arrays_of, fails(), ahead=2, slot_bytes=100, lent=2, name="tiny: loader")
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize("more", ["torch", "wds", pytest.param("dali", marks=needs_dali)])
+def test_a_stream_that_is_not_used_starts_no_process(loader: Any, more: str):
+    before = set(multiprocessing.active_children())
+    own = loader(f"data.loader={more}")
+    stream = own._stream(own.schedule.iterate(0, 0, 1))
+    assert set(multiprocessing.active_children()) == before
+    stream.close()
+
+
+@needs_dali
+def test_a_decoder_that_fails_leaves_no_worker(loader: Any, monkeypatch: pytest.MonkeyPatch):
+    own = loader("data.loader=dali")
+    own.decodes_apart = True
+    before, running = set(multiprocessing.active_children()), []
+
+    def fails() -> None:
+        running.extend(set(multiprocessing.active_children()) - before)
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(own, "_make_decoder", fails)
+    with pytest.raises(RuntimeError, match="no decoder"):
+        next(own.iterate())
+    assert len(running) == 1, "the worker is forked before DALI starts threads"
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_a_worker_removes_the_partial_files_of_its_fetches(tmp_path: Path):
+    cache = FileCache(tmp_path, 1 << 20)
+
+    def fetches(batches: Iterator[ScheduledBatch]) -> Iterator[int]:
+        pool, writes, never = ThreadPoolExecutor(1), Event(), Event()
+        pool.submit(fetch, writes, never)
+        writes.wait()
+        try:
+            yield 1
+            yield from (2 for _ in batches)
+        finally:
+            pool.shutdown(wait=False)
+
+    def fetch(writes: Event, never: Event) -> None:
+        with cache.tmp_path() as path:
+            path.write_bytes(b"part")
+            writes.set()
+            never.wait()
+
+    with cache.tmp_path() as own:
+        own.write_bytes(b"part of another process")
+        process = started(fetches)
+        assert next(process) == 1
+        assert len(list((tmp_path / "fetching").iterdir())) == 2
+        process.close()
+        assert list((tmp_path / "fetching").iterdir()) == [own]
