@@ -111,7 +111,7 @@ class Bundle:
             name=config.name,
             comtip_fast=__version__,
             shards=shards.manifest.digest,
-            sets=tuple(shards.digests),
+            sets=tuple(shards.digests) if len(shards.digests) > 1 else (),
             sections=tuple(sections),
             trained_genes=tuple(g.key for g in genes if g.trained),
             held_out_genes=tuple(g.key for g in genes if g.held_out),

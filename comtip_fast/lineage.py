@@ -23,7 +23,8 @@ from comtip_fast._version import __version__
 
 FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
-FORMAT, VERSION = "comtip-lineage", 1
+FORMAT, VERSION = "comtip-lineage", 2
+"""Version 2 has ``sets``. A lineage without them is written as version 1, which earlier releases read."""
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = (
     "copy the file again, or write the export from a checkpoint of the run (`comtip export` with the option checkpoint)"
@@ -108,7 +109,7 @@ class LineageRun:
     shards: Sha256 = ""
     """Digest of the shard set's manifest, or of those of all sets; empty if unknown."""
     sets: Annotated[tuple[Sha256, ...], Field(max_length=10_000)] = ()
-    """Digest of each set's manifest, in the order of ``data.shards``; empty if unknown."""
+    """Digest of each set's manifest, in the order of ``data.shards``; empty for a single set, and if unknown."""
     weights: Sha256 = ""
     """SHA-256 of the exported ``model.safetensors``; empty if unknown."""
     sections: Annotated[tuple[LineageSection, ...], Field(max_length=1_000_000)] = ()
@@ -233,8 +234,13 @@ class Lineage:
     # -- file -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Return the text of ``lineage.json``."""
-        return json.dumps({"format": FORMAT, "version": VERSION, "lineage": asdict(self)}, indent=1) + "\n"
+        """Return the text of ``lineage.json``, in version 1 unless a run has several sets."""
+        lineage = asdict(self)
+        for run in lineage["runs"]:
+            if not run["sets"]:
+                del run["sets"]
+        version = VERSION if any(run.sets for run in self.runs) else 1
+        return json.dumps({"format": FORMAT, "version": version, "lineage": lineage}, indent=1) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Lineage:
@@ -259,10 +265,10 @@ class Lineage:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             what = f"format {found.get('format')!r}" if isinstance(found, dict) else f"a JSON {type(found).__name__}"
             raise ValueError(f"{path}: {what}, expected format {FORMAT!r}; {fix}")
-        if found.get("version") != VERSION:
+        if found.get("version") not in range(1, VERSION + 1):
             raise ValueError(
-                f"{path}: version {found.get('version')!r}, but comtip-fast {__version__} reads version {VERSION}; read it with the "
-                "release that wrote it"
+                f"{path}: version {found.get('version')!r}, but comtip-fast {__version__} reads versions 1 to {VERSION}; read it with "
+                "the release that wrote it"
             )
         try:
             return _LINEAGE.validate_json(json.dumps(found.get("lineage")))

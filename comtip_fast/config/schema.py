@@ -72,9 +72,11 @@ class DataConfig:
     workers: CountOrZero = 2
     """Number of decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
     loader_process: Literal["auto", "own", "training"] = "auto"
-    """Where ``torch`` and ``dali`` prepare batches: ``own`` in one further process per rank, with ``workers`` threads there,
-    ``training`` on threads of the training process, which slow a step that is limited by its host. ``auto`` selects ``own`` if training
-    runs on a GPU. Without workers, there is no further process."""
+    """Where ``torch`` and ``dali`` prepare batches: ``own`` in one further process per rank, ``training`` on threads of the training
+    process, which slow a step that is limited by its host. The ``workers`` threads are in the same process, except those of ``dali``
+    for a GPU: they decode in the training process, and one thread of the further process reads. ``auto`` selects ``own`` for ``dali``
+    if training runs on a GPU, and ``training`` otherwise: with ``torch`` and ``own``, the step's thread copies decoded tiles into
+    pinned memory. Without workers, and with features of a frozen stem in memory, there is no further process."""
     prefetch: Count = 2
     """Number of batches that are prepared in advance, which bounds the memory of the loader."""
     fetch: Literal["files", "ranges"] = "files"

@@ -318,7 +318,7 @@ def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
     export = shutil.copytree(chain["third"] / "export", tmp_path / "export")
     cases = {
         '{"format": "x"}': "format 'x', expected format 'comtip-lineage'; copy the file again",
-        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads version 1; read it with the release",
+        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads versions 1 to 2; read it with the release",
         "[1]": "a JSON list, expected",
         "{": "not valid JSON",
     }
@@ -333,6 +333,19 @@ def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
         ValueError, match=r"not valid JSON .*delete it: the parents are then read from the export that train"
     ):
         Lineage.load(tmp_path / FILE)
+
+
+def test_version_2_is_written_for_several_sets_only(tmp_path: Path):
+    """Releases that know version 1 only refuse unknown fields, so the lineage of a single set has none."""
+    one = LineageRun(name="one", shards="0" * 64)
+    two = LineageRun(name="two", shards="2" * 64, sets=("0" * 64, "1" * 64))
+    single, several = Lineage(runs=(one,)), Lineage(runs=(one, two))
+    found = [json.loads(lineage.to_json()) for lineage in (single, several)]
+    assert [f["version"] for f in found] == [1, 2]
+    assert ["sets" in run for f in found for run in f["lineage"]["runs"]] == [False, False, True]
+    for lineage in (single, several):
+        (tmp_path / FILE).write_text(lineage.to_json())
+        assert Lineage.load(tmp_path / FILE) == lineage
 
 
 def test_equal_names_get_a_position():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,20 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comtip_shards import ShardError, ShardSet
+from comtip_shards import ShardSet
 from comtip_shards.storage.remote import Remote
 
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import DataConfig
+from comtip_fast.data.augment.apply_views import apply_views
 from comtip_fast.data.expression.training_tables import training_tables
-from comtip_fast.data.loaders import base
-from comtip_fast.data.loaders import process as module
+from comtip_fast.data.loaders import base, factory
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.loaders.prepared import uses_own_process
 from comtip_fast.data.loaders.process import LoaderProcess, process_stream
 from comtip_fast.data.loaders.schedule import ScheduledBatch
-from comtip_fast.data.loaders.shared_slots import SharedSlots, flatten, restore
+from comtip_fast.data.loaders.shared_slots import SharedSlots, end_of, flatten, restore
 from comtip_fast.data.upload import PackedTensors, can_pin
 
 META = torch.device("meta")
@@ -124,9 +123,12 @@ def test_the_memory_of_a_batch_is_used_again_only_when_nobody_has_it(keep: int):
     assert step == 200
 
 
-def test_batches_that_are_larger_than_a_slot_pass_too():
-    with_room = started(arrays_of, 5, slot_bytes=100)
-    assert [(b.step, int(v.sum())) for b, v in process_stream(with_room)] == [(i, 5000 * i) for i in range(1, 6)]
+def test_batches_that_are_larger_than_a_slot_pass_too(caplog: pytest.LogCaptureFixture):
+    too_small = started(arrays_of, 5, slot_bytes=100)
+    assert [(b.step, int(v.sum())) for b, v in process_stream(too_small)] == [(i, 5000 * i) for i in range(1, 6)]
+    found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(found) == 1
+    assert "tiny: loader: a batch of 20000 bytes is larger than its 4096 bytes of shared memory" in found[0]
 
 
 def test_a_loader_with_small_slots_returns_the_same_batches(loader: Any, monkeypatch: pytest.MonkeyPatch):
@@ -141,6 +143,20 @@ def test_slots_are_large_enough_for_every_batch(loader: Any):
     for batch in islice(here.schedule.iterate(0, 0, 1), 2 * len(here.batches(0))):
         layout = flatten(here._load(batch))[2]
         assert sum(layout[-1]) <= here._largest_bytes()
+
+
+def test_slots_are_large_enough_for_batches_of_a_gpu(loader: Any):
+    """Regression test: the view plan was sent twice, so that batches of configs/1gpu.yaml did not fit."""
+    there = loader("data.workers=0", "data.batch_size=64", "data.jitter=0.2", "data.views=8", device=META)
+    for batch in islice(there.schedule.iterate(0, 0, 1), 3):
+        prepared = there._load(batch)
+        assert "view_lut" in prepared.packed.layout
+        n, genes = prepared.packed.layout["levels"][2]
+        _, arrays, layout = flatten(prepared)
+        gaps = 256 * (len(arrays) + len(prepared.packed.layout))  # covered by the constant part of the estimate
+        missing = 2 * (there.config.panel.max_genes - genes)  # the largest panel has levels and measured of more genes
+        # 65 spots, because a final batch of one spot is merged.
+        assert (end_of(layout) - gaps) / n + missing <= (there._largest_bytes() - 2**16) / 65
 
 
 def test_at_most_the_lent_slots_are_handed_out():
@@ -186,7 +202,11 @@ def test_a_remote_set_is_read_in_the_process(
 
 @pytest.mark.parametrize("more", [("data.loader=torch",), pytest.param(("data.loader=dali",), marks=needs_dali)])
 def test_a_device_gets_the_batches_of_a_cpu(loader: Any, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    """For a GPU, the process packs the tensors, and sends DALI's tiles to a decoder in the training process."""
+    """For a GPU, the process packs the tensors, and sends DALI's tiles to a decoder in the training process.
+
+    Views are computed as on a GPU, by batched operations, in both loaders: :mod:`.test_views` compares these with others.
+    """
+    monkeypatch.setattr(base, "apply_views", partial(apply_views, batched=True))
     monkeypatch.setattr(PackedTensors, "to", lambda self, device: self.split(self.buffer.clone()))
     monkeypatch.setattr(base, "upload", lambda tiles, device: tiles.clone())
     there, here = loader(*more, device=META), loader(*more, "data.workers=0")
@@ -196,31 +216,45 @@ def test_a_device_gets_the_batches_of_a_cpu(loader: Any, more: tuple[str, ...], 
         assert all(torch.equal(got.tensors()[n], t) for n, t in want.tensors().items())
 
 
-def test_the_process_does_not_use_cuda(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert can_pin(torch.device("cuda"))
-
-    def initialises_cuda() -> bool:
+@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_the_process_does_not_use_cuda(loader: Any, monkeypatch: pytest.MonkeyPatch, name: str):
+    def initialises_cuda() -> None:
         raise AssertionError("CUDA is initialised in a fork")
 
-    monkeypatch.setattr(torch.cuda, "is_available", initialises_cuda)
-    process = started(lambda batches: ([can_pin(torch.device("cuda"))] for _ in batches), 1)
-    assert list(process_stream(process)) == [[False]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", initialises_cuda)
+    assert can_pin(torch.device("cuda"))
+    there = loader(f"data.loader={name}", device="cuda")
+    work = there._fetched_apart if name == "dali" else there._threaded
+    process = there._from_process(work, there.schedule.iterate(0, 0, 1), 2)
+    got = next(process)
+    packed = (got.prepared if name == "dali" else got).packed
+    process.close()
+    assert packed.buffer.numel() > 0
+    assert ("decoded" in packed.layout) is (name == "torch")
 
 
 @pytest.mark.parametrize(
-    ("where", "workers", "device", "own"),
+    ("where", "workers", "device", "name", "own"),
     [
-        ("auto", 2, "cuda", True),
-        ("auto", 2, "cpu", False),
-        ("auto", 0, "cuda", False),
-        ("own", 2, "cpu", True),
-        ("own", 0, "cpu", False),
-        ("training", 2, "cuda", False),
+        ("auto", 2, "cuda", "dali", True),
+        ("auto", 2, "cuda", "torch", False),
+        ("auto", 2, "cpu", "dali", False),
+        ("auto", 0, "cuda", "dali", False),
+        ("own", 2, "cpu", "torch", True),
+        ("own", 2, "cuda", "torch", True),
+        ("own", 0, "cpu", "dali", False),
+        ("training", 2, "cuda", "dali", False),
     ],
 )
-def test_where_a_loader_runs(where: Any, workers: int, device: str, own: bool):
-    assert uses_own_process(DataConfig(loader_process=where, workers=workers), torch.device(device)) is own
+def test_where_a_loader_runs(where: Any, workers: int, device: str, name: str, own: bool):
+    assert uses_own_process(DataConfig(loader_process=where, workers=workers), torch.device(device), name) is own
+
+
+def test_a_daemonic_process_starts_no_other(monkeypatch: pytest.MonkeyPatch):
+    daemon = multiprocessing.get_context("fork").Process(daemon=True)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: daemon)
+    assert not uses_own_process(DataConfig(workers=2), torch.device("cuda"), "dali")
 
 
 def test_the_log_says_where_the_loader_runs(loader: Any, caplog: pytest.LogCaptureFixture):
@@ -229,13 +263,28 @@ def test_the_log_says_where_the_loader_runs(loader: Any, caplog: pytest.LogCaptu
         loader("data.loader_process=training")
         loader("data.loader=wds")
         loader("data.workers=0")
+        factory._log_choice("dali", loader("data.loader_process=auto").config, torch.device("cuda"), False)
+        factory._log_choice("torch", loader("data.loader_process=auto").config, torch.device("cuda"), True)
     found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("loader:")]
     assert found == [
         "loader: torch (data.loader=torch) on 2 threads of a process of its own (data.loader_process=own)",
         "loader: torch (data.loader=torch) on 2 threads of the training process (data.loader_process=training)",
         "loader: wds (data.loader=wds) in 2 processes",
         "loader: torch (data.loader=torch) in the thread of the step",
+        THREADS,
+        (
+            "loader: dali (data.loader=torch) on one thread of a process of its own, and 2 threads of DALI in the training process "
+            "(data.loader_process=auto)"
+        ),
+        THREADS,
+        (
+            "loader: torch (data.loader=torch) reads tiles once, in the thread of the step; then batches are features of the frozen "
+            "stem, from memory"
+        ),
     ]
+
+
+THREADS = "loader: torch (data.loader=torch) on 2 threads of the training process (data.loader_process=auto)"
 
 
 # -- the end of a process ------------------------------------------------------------------------------------
@@ -254,104 +303,27 @@ def test_a_killed_process_is_reported(loader: Any, monkeypatch: pytest.MonkeyPat
     assert ended(found[0].pid)
 
 
-def test_a_process_that_ends_by_itself_is_reported():
-    def leaves(batches: Iterator[ScheduledBatch]) -> Iterator[int]:
-        yield 1
-        os._exit(7)
-
-    process = started(leaves)
-    assert next(process) == 1
-    with pytest.raises(RuntimeError, match="ended with exit code 7"):
-        next(process)
-    assert list(process) == []
+@pytest.mark.parametrize("more", ["torch", "wds", pytest.param("dali", marks=needs_dali)])
+def test_a_stream_that_is_not_used_starts_no_process(loader: Any, more: str):
+    before = set(multiprocessing.active_children())
+    own = loader(f"data.loader={more}")
+    stream = own._stream(own.schedule.iterate(0, 0, 1))
+    assert set(multiprocessing.active_children()) == before
+    stream.close()
 
 
-class NotPickled(Exception):
-    """An error that cannot be passed to another process."""
+@needs_dali
+def test_a_decoder_that_fails_leaves_no_worker(loader: Any, monkeypatch: pytest.MonkeyPatch):
+    own = loader("data.loader=dali")
+    own.decodes_apart = True
+    before, running = set(multiprocessing.active_children()), []
 
-    def __init__(self, one: int, two: int) -> None:
-        super().__init__(f"{one} and {two}")
+    def fails() -> None:
+        running.extend(set(multiprocessing.active_children()) - before)
+        raise RuntimeError("no decoder")
 
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (OSError(5, "disk"), OSError),
-        (ShardError("a", kind="checksum"), ShardError),
-        (NotPickled(1, 2), RuntimeError),
-    ],
-    ids=["OSError", "ShardError", "not pickled"],
-)
-def test_errors_arrive_with_their_trace(error: Exception, kind: type[Exception]):
-    def fails(batches: Iterator[ScheduledBatch]) -> Iterator[int]:
-        yield 1
-        raise error
-
-    process = started(fails)
-    assert next(process) == 1
-    with pytest.raises(kind) as caught:
-        next(process)
-    assert str(error) in str(caught.value)
-    assert "in fails" in caught.value.__notes__[0]
-    assert ended(process.pid)
-
-
-def test_signals_of_the_training_process_do_not_end_it():
-    """A cluster sends SIGTERM to all processes; the training process then takes its last steps."""
-    process = started(arrays_of)
-    next(process)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        os.kill(process.pid, number)
-    assert [next(process)[0].step for _ in range(10)] == list(range(2, 12))
-    process.close()
-    assert ended(process.pid)
-
-
-def test_closing_ends_a_process_whose_pipe_a_later_process_holds():
-    first = started(arrays_of)
-    second = started(arrays_of)
-    next(first), next(second)
-    first.close()
-    assert first._process.exitcode == 0  # it was not killed after a wait
-    assert next(second)[0].step == 2
-    second.close()
-    assert second._process.exitcode == 0
-
-
-def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "END_S", 0.2)
-
-    def hangs(batches: Iterator[ScheduledBatch]) -> Iterator[int]:
-        yield 1
-        time.sleep(600)
-
-    process = started(hangs)
-    assert next(process) == 1
-    process.close()
-    assert process._process.exitcode == -signal.SIGKILL
-
-
-SCRIPT = """
-import sys, time
-from tests.comtip_fast.test_loader_process import arrays_of, started
-one, two = started(arrays_of), started(arrays_of)
-next(one), next(two)
-print(one.pid, two.pid, flush=True)
-if sys.argv[1] == "wait":
-    time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("how", ["wait", "return"])
-def test_processes_end_with_the_training_process(how: str):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, how], stdout=subprocess.PIPE, text=True, env=environment
-    ) as training:
-        assert training.stdout is not None
-        pids = [int(word) for word in training.stdout.readline().split()]
-        assert len(pids) == 2
-        if how == "wait":
-            training.kill()
-        assert training.wait() == (-signal.SIGKILL if how == "wait" else 0)
-        assert all(ended(pid) for pid in pids)
+    monkeypatch.setattr(own, "_make_decoder", fails)
+    with pytest.raises(RuntimeError, match="no decoder"):
+        next(own.iterate())
+    assert len(running) == 1, "the worker is forked before DALI starts threads"
+    assert set(multiprocessing.active_children()) == before

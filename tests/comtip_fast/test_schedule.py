@@ -119,6 +119,29 @@ def test_the_next_epoch_is_computed_ahead(monkeypatch: pytest.MonkeyPatch):
     assert sorted(schedule._epochs) == [0, 1]
 
 
+def test_each_epoch_is_computed_once(monkeypatch: pytest.MonkeyPatch):
+    """Regression test: the order that was computed ahead evicted that of the step's epoch, while batches were prefetched."""
+    schedule = schedule_of([400, 300], ["a", "b"], batch_size=64)
+    monkeypatch.setattr(module, "COMPUTED_AHEAD", 100)
+    computed: list[int] = []
+    real = EpochSchedule._compute
+
+    def counted(self: EpochSchedule, epoch: int) -> list[np.ndarray]:
+        computed.append(epoch)
+        return real(self, epoch)
+
+    monkeypatch.setattr(EpochSchedule, "_compute", counted)
+    prefetched: list[int] = []
+    for batch in schedule.iterate(0, 0, 1):
+        for t in threading.enumerate():
+            if t.name == "next epoch's order":
+                t.join(10)
+        prefetched.append(batch.epoch)
+        if len(prefetched) > 3 and len(schedule.batches(prefetched[-4])) and prefetched[-4] == 4:
+            break
+    assert computed == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_forked_worker_does_not_wait_for_a_lock_of_its_parent():
     schedule = schedule_of([400, 300], ["a", "b"], batch_size=64)
     with schedule._lock:

@@ -42,6 +42,10 @@ class ViewPlan:
         out = {"orientation": torch.from_numpy(self.orientation_N), "by_margin": torch.from_numpy(order)}
         return out if self.lut_N3V is None else out | {"lut": torch.from_numpy(self.lut_N3V)}
 
+    def margins_only(self) -> ViewPlan:
+        """Return the plan without what :meth:`tensors` has; batched operations read nothing else of a plan on the host."""
+        return ViewPlan(self.margin_N, self.orientation_N[:0], None)
+
     def select(self, rows: slice | np.ndarray) -> ViewPlan:
         """Return the plan of a subset of the tiles."""
         lut = None if self.lut_N3V is None else self.lut_N3V[rows]

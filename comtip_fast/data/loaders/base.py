@@ -13,14 +13,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from comtip_shards import RECORD_FAULTS, ShardError, ShardSet
 from scipy import sparse
 from torch import Tensor
-from tqdm import tqdm
 
 from comtip_fast.collectives import share_of
 from comtip_fast.config.schema import RunConfig
@@ -34,12 +33,12 @@ from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
 from comtip_fast.data.loaders.prepared import PreparedBatch, uses_own_process
 from comtip_fast.data.loaders.process import LoaderProcess
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
+from comtip_fast.data.loaders.stem_features import Stem, StemFeatures
 from comtip_fast.data.records import Csr, DecodedSpots, EncodedSpots, SpotReader
 from comtip_fast.data.upload import PackedTensors, upload
 from comtip_fast.genes.panel_sizes import padded_genes
 
 log = logging.getLogger("comtip_fast")
-Stem = Callable[[Tensor], Tensor]
 MAX_LOGGED_FAULTS = 20
 """Number of damaged records that are logged; further ones are only counted."""
 
@@ -72,6 +71,9 @@ class BaseLoader(ABC):
         ``rank`` is not from 0 to ``world - 1``.
     """
 
+    name: ClassVar[str]
+    """``data.loader`` of the class."""
+
     def __init__(
         self,
         shards: ShardSet,
@@ -92,8 +94,7 @@ class BaseLoader(ABC):
         self.records = SpotReader(shards, with_counts=tables.levels is None)
         self.faults: dict[int, ShardError] = {}
         """Errors of all damaged records of this rank so far, by spot index."""
-        self._stem = frozen_stem
-        self._stem_cache: Tensor | None = None
+        self._stem = None if frozen_stem is None else StemFeatures(frozen_stem, tables.spots, config.data.views)
         self._running: Generator[PreparedBatch, None, None] | None = None
         self._expected: tuple[int, int, int] | None = None
         """Epoch, step and position of the batch that ``_running`` yields next."""
@@ -107,7 +108,7 @@ class BaseLoader(ABC):
         Raises the errors of :meth:`tiles`.
         """
         if self._stem is not None:
-            self._stem_features()
+            self._stem.compute(self.tiles)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's global batches as int64 arrays of spot indices."""
@@ -213,7 +214,7 @@ class BaseLoader(ABC):
     def _next_prepared(self, spots: np.ndarray, step: int, epoch: int) -> PreparedBatch:
         """Return a batch from the stem cache, from the running stream, or loaded on demand."""
         if self._stem is not None:
-            return self._from_stem_cache(ScheduledBatch(epoch, 0, step, spots))
+            return self._from_stem(self._stem, ScheduledBatch(epoch, 0, step, spots))
         if self._running is None or not self._is_expected(spots, step, epoch):
             self.close()
             position = self.schedule.find(spots, epoch)
@@ -240,7 +241,7 @@ class BaseLoader(ABC):
     @property
     def has_own_process(self) -> bool:
         """Whether batches are prepared in a process of their own (``data.loader_process``)."""
-        return uses_own_process(self.config.data, self.device)
+        return uses_own_process(self.config.data, self.device, self.name)
 
     def _from_process(
         self,
@@ -264,7 +265,7 @@ class BaseLoader(ABC):
         data, S = self.config.data, self.shards.manifest.tile.px
         n_global = data.batch_size + 1  # a final batch of one spot is merged into the batch before it
         genes = padded_genes(self.config.panel.max_genes, self.config.engine.panel_sizes, self.config.panel.max_genes)
-        per_spot = 3 * S * S + 2 * genes + 1024  # tile, levels and measured, view and indices
+        per_spot = 3 * S * S + 2 * genes + 1024  # tile; levels and measured; view (792 bytes) and indices
         return -(-n_global // self.world) * per_spot + 16 * genes + 2**16
 
     def _load(self, scheduled: ScheduledBatch) -> PreparedBatch:
@@ -313,8 +314,9 @@ class BaseLoader(ABC):
             if tiles is not None:
                 tensors["decoded"] = tiles
             prepared.packed = PackedTensors.pack(tensors, self.device)
-            # The packed copies are used; a worker process sends only these.
+            # The packed copies are used; a worker process sends only these, and what is needed on the host.
             prepared.batch = batch.with_tensors(dict.fromkeys(batch.tensors(), torch.empty(0)))
+            prepared.view_plan = plan.margins_only()
         return prepared
 
     def _with_tiles(self, prepared: PreparedBatch, tiles: Tensor) -> PreparedBatch:
@@ -398,9 +400,9 @@ class BaseLoader(ABC):
 
     # -- frozen stem ----------------------------------------------------------------------------------
 
-    def _from_stem_cache(self, scheduled: ScheduledBatch) -> PreparedBatch:
-        """Return a batch of cached stem features; spots known to be damaged are replaced by other spots of the batch."""
-        features = self._stem_features()
+    def _from_stem(self, stem: StemFeatures, scheduled: ScheduledBatch) -> PreparedBatch:
+        """Return a batch of a frozen stem's features; spots known to be damaged are replaced by other spots of the batch."""
+        stem.compute(self.tiles)
         own = share_of(scheduled.spots.size, self.rank, self.world)
         spots = scheduled.spots[own].copy()
         for i in np.flatnonzero(np.isin(spots, list(self.faults))):
@@ -409,32 +411,5 @@ class BaseLoader(ABC):
         view = view_indices(self.config.data.views, spots, seed=self.seed, epoch=scheduled.epoch)
         csr = self.records.csr(self.records.fetch(spots)) if self.records.with_counts else None
         batch = self._without_tiles(scheduled, spots, csr)
-        rows = np.searchsorted(self.tables.spots, spots)
-        batch.features = features[torch.from_numpy(view), torch.from_numpy(rows)].float()
+        batch.features = stem.of(spots, view)
         return PreparedBatch(scheduled, batch)
-
-    def _stem_features(self) -> Tensor:
-        """Return the frozen stem's features, float16 (views, n_spots, P, c), computed at the first call."""
-        if self._stem_cache is None:
-            assert self._stem is not None
-            views = range(self.config.data.views)
-            self._stem_cache = torch.stack([self._run_stem(self._stem, view) for view in views])
-        return self._stem_cache
-
-    def _run_stem(self, stem: Stem, view: int, size: int = 128) -> Tensor:
-        """Return one view's features of all training spots, float16 (n_spots, P, c); the rows of damaged spots are zero."""
-        views, spots = self.config.data.views, self.tables.spots
-        log.info("computing the features of the frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
-        out: Tensor | None = None
-        label = f"frozen stem, view {view + 1} of {views}"
-        for start in tqdm(
-            range(0, spots.size, size), desc=label, unit=" tiles", unit_scale=size, leave=False, disable=None
-        ):
-            chunk = spots[start : start + size]
-            readable, tiles = self.tiles(chunk, np.full(chunk.shape, view))
-            features = stem(tiles).half()
-            if out is None:
-                out = torch.zeros((spots.size, *features.shape[1:]), dtype=torch.half)
-            out[torch.from_numpy(np.searchsorted(spots, readable))] = features
-        assert out is not None
-        return out

@@ -75,17 +75,19 @@ class DaliLoader(BaseLoader):
     checks them and computes levels, panels and views; tiles are decoded in the training process, which owns the GPU's context.
     """
 
+    name = "dali"
     decodes_apart: bool | None = None
     """Whether the training process decodes what another process has read; None: if it trains on a GPU."""
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data
         if not self.has_own_process:
-            return self._threaded(batches) if data.workers else self._decoded(self._fetched(batches))
-        if self.decodes_apart or (self.decodes_apart is None and self.device.type == "cuda"):
-            return self._decoded_here(batches)
-        ahead = data.prefetch + DEPTH_CPU + READY
-        return process_stream(self._from_process(lambda own: self._decoded(self._fetched(own)), batches, ahead))
+            yield from self._threaded(batches) if data.workers else self._decoded(self._fetched(batches))
+        elif self.decodes_apart or (self.decodes_apart is None and self.device.type == "cuda"):
+            yield from self._decoded_here(batches)
+        else:
+            ahead = data.prefetch + DEPTH_CPU + READY
+            yield from process_stream(self._from_process(lambda own: self._decoded(self._fetched(own)), batches, ahead))
 
     def _threaded(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         """Read and assemble batches in a thread of this process."""
@@ -97,13 +99,11 @@ class DaliLoader(BaseLoader):
 
     def _decoded_here(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         """Decode, with DALI's threads in this process, the tiles that another process reads."""
-        decoder = self._make_decoder()
-        # The tiles of batches inside DALI are kept until they are decoded.
-        process = self._from_process(
-            self._fetched_apart, batches, self.config.data.prefetch + READY, lent=decoder.depth + 2
-        )
+        # The tiles of batches inside DALI are kept until they are decoded. The process is forked before DALI starts threads here.
+        lent = depth_on(self._device_id) + 2
+        process = self._from_process(self._fetched_apart, batches, self.config.data.prefetch + READY, lent=lent)
         try:
-            yield from self._decoded(process, decoder)
+            yield from self._decoded(process)
         finally:
             process.close()
 
@@ -123,11 +123,9 @@ class DaliLoader(BaseLoader):
             tiles = fetched.tiles
             yield replace(fetched, tiles=JoinedTiles.of(tiles) if isinstance(tiles, list) else tiles)
 
-    def _decoded(
-        self, fetched: Iterator[FetchedBatch], decoder: Decoder | None = None
-    ) -> Generator[PreparedBatch, None, None]:
+    def _decoded(self, fetched: Iterator[FetchedBatch]) -> Generator[PreparedBatch, None, None]:
         """Yield the batches, of which up to ``Decoder.depth`` are decoded by DALI at the same time."""
-        decoder = decoder or self._make_decoder()
+        decoder = self._make_decoder()
         pending: Pending = deque()
         for batch in fetched:
             if batch.tiles is None:
@@ -144,8 +142,12 @@ class DaliLoader(BaseLoader):
     def _make_decoder(self) -> Decoder:
         """Return a decoder for this rank's largest batch."""
         size = self.config.data.batch_size + 1  # a final batch of one spot is merged into the batch before it
-        device_id = self.device.index or 0 if self.device.type == "cuda" else None
-        return Decoder(-(-size // self.world), max(1, self.config.data.workers), device_id)
+        return Decoder(-(-size // self.world), max(1, self.config.data.workers), self._device_id)
+
+    @property
+    def _device_id(self) -> int | None:
+        """The GPU that decodes; None for the CPU."""
+        return self.device.index or 0 if self.device.type == "cuda" else None
 
     def _fetch(self, scheduled: ScheduledBatch) -> EncodedSpots:
         """Read this rank's records; a tile whose header is invalid becomes a fault, so that DALI does not decode it."""
@@ -178,6 +180,11 @@ class DaliLoader(BaseLoader):
         return done
 
 
+def depth_on(device_id: int | None) -> int:
+    """Return the number of batches inside DALI on a GPU, or on the CPU if ``device_id`` is None."""
+    return DEPTH_CPU if device_id is None else DEPTH_GPU
+
+
 class Decoder:
     """DALI pipeline that decodes images from memory.
 
@@ -192,7 +199,7 @@ class Decoder:
     """
 
     def __init__(self, batch_size: int, threads: int, device_id: int | None) -> None:
-        self.depth = DEPTH_CPU if device_id is None else DEPTH_GPU
+        self.depth = depth_on(device_id)
         self._settings = (batch_size, threads, device_id)
         self._pipe = self._build()
 

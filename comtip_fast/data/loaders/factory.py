@@ -11,8 +11,9 @@ from comtip_shards import ShardSet
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.training_tables import TrainingTables
-from comtip_fast.data.loaders.base import BaseLoader, Stem
+from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.prepared import uses_own_process
+from comtip_fast.data.loaders.stem_features import Stem
 from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.data.loaders.webdataset import WdsLoader
 
@@ -46,7 +47,7 @@ def make_loader(
     name = config.data.loader
     if name == "auto":
         name = "dali" if device.type == "cuda" and dali_is_installed() and frozen_stem is None else "torch"
-    _log_choice(name, config, device)
+    _log_choice(name, config, device, frozen_stem is not None)
     kwargs: dict[str, Any] = {"rank": rank, "world": world, "device": device}
     if name == "torch":
         return TorchLoader(shards, tables, config, frozen_stem, **kwargs)
@@ -62,15 +63,23 @@ def make_loader(
     return DaliLoader(shards, tables, config, frozen_stem, **kwargs)
 
 
-def _log_choice(name: str, config: RunConfig, device: torch.device) -> None:
-    """Log which loader runs where."""
+def _log_choice(name: str, config: RunConfig, device: torch.device, has_features: bool) -> None:
+    """Log which loader runs where; ``has_features`` says whether features of a frozen stem are kept in memory."""
     data = config.data
-    if data.workers == 0:
+    own = name != "wds" and uses_own_process(data, device, name)
+    if has_features:
+        where = "reads tiles once, in the thread of the step; then batches are features of the frozen stem, from memory"
+    elif data.workers == 0:
         where = "in the thread of the step"
     elif name == "wds":
         where = f"in {data.workers} processes"
+    elif own and name == "dali" and device.type == "cuda":
+        where = (
+            f"on one thread of a process of its own, and {data.workers} threads of DALI in the training process "
+            f"(data.loader_process={data.loader_process})"
+        )
     else:
-        of = "a process of its own" if uses_own_process(data, device) else "the training process"
+        of = "a process of its own" if own else "the training process"
         where = f"on {data.workers} threads of {of} (data.loader_process={data.loader_process})"
     log.info("loader: %s (data.loader=%s) %s", name, data.loader, where)
 

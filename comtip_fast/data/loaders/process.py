@@ -1,8 +1,9 @@
 """A worker process that prepares batches, so that its threads do not take Python's lock from the training step.
 
 The training process sends the batches of the schedule ahead, and receives the prepared ones in the same order. Arrays and tensors
-are passed through shared memory (:mod:`.shared_slots`), everything else through a pipe. Nothing runs in the background of the training
-process: a batch is received in the thread that asks for it.
+are passed through shared memory (:mod:`.shared_slots`), everything else through a pipe. No thread of the training process waits for
+batches: a batch is received in the thread that asks for it. On large sets, a thread of the training process computes the next epoch's
+order (:mod:`.schedule`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -25,6 +27,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import torch
+from comtip_shards.storage.cache import remove_tmp_files
 
 from comtip_fast.data import upload
 from comtip_fast.data.loaders.schedule import ScheduledBatch
@@ -36,7 +39,7 @@ Work = Callable[[Iterator[ScheduledBatch]], Iterator[Any]]
 READY = 2
 """Slots that hold batches which the training process has not asked for yet."""
 END_S = 5.0
-"""Seconds that a worker has to end before it is killed."""
+"""Seconds that a worker has to end before it is killed. It ends itself after twice as long, if the training process does not exist."""
 ORPHAN_S = 2.0
 """Seconds between two checks of the worker that the training process still exists."""
 BATCH, FAILED, END = b"b", b"f", b"e"
@@ -55,7 +58,7 @@ class LoaderProcess:
     ahead
         Number of batches that are sent to the worker before their results are requested.
     slot_bytes
-        Expected bytes of all arrays of one result; a larger one is sent through the pipe.
+        Expected bytes of all arrays of one result; a larger one is sent through the pipe, and the first one is logged.
     lent
         Number of results that the caller keeps while it asks for the next one; further ones are copied.
     name
@@ -74,18 +77,22 @@ class LoaderProcess:
     ) -> None:
         self._batches, self._name = batches, name
         self._sent: deque[ScheduledBatch] = deque()
-        self._slots = SharedSlots(lent + READY, slot_bytes, lent)
+        self._slots, self._warned = SharedSlots(lent + READY, slot_bytes, lent), False
         context = multiprocessing.get_context("fork")
         self._pipe, end = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(work, end, self._pipe, self._slots), name="comtip-loader", daemon=True
+            target=_serve, args=(work, end, self._pipe, self._slots, os.getpid()), name="comtip-loader", daemon=True
         )
         with without_collecting():
             self._process.start()
         end.close()
         self._closed, self._owner = False, os.getpid()
         atexit.register(self.close)  # before multiprocessing waits for the process
-        self._send(list(range(self._slots.count)), ahead)
+        try:
+            self._send(list(range(self._slots.count)), ahead)
+        except BaseException:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -118,13 +125,17 @@ class LoaderProcess:
             return
         self._closed = True
         atexit.unregister(self.close)
-        with contextlib.suppress(OSError):
-            self._pipe.send_bytes(STOP)  # a process forked later may hold the pipe, so that closing it is not noticed
-        self._pipe.close()
-        self._process.join(END_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        try:
+            with contextlib.suppress(OSError):
+                self._pipe.send_bytes(
+                    STOP
+                )  # a process forked later may hold the pipe, so that closing it is not noticed
+            self._pipe.close()
+            self._process.join(END_S)
+        finally:  # also after Ctrl-C
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
 
     def _send(self, slots: list[int], count: int) -> None:
         """Send released slots and the next ``count`` batches; a worker that has ended is noticed by the next receipt."""
@@ -137,20 +148,33 @@ class LoaderProcess:
             slots = []
 
     def _received(self, layout: Layout) -> list[memoryview]:
-        """Receive the arrays of a result that was too large for a slot."""
+        """Receive the arrays of a result that was too large for a slot; log the first one."""
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: a batch of %d bytes is larger than its %d bytes of shared memory; such batches pass through a pipe, which is "
+                "slower",
+                self._name,
+                end_of(layout),
+                self._slots.size,
+            )
         return parts(memoryview(bytearray(self._pipe.recv_bytes())), layout)
 
     def _raise_dead(self) -> NoReturn:
         self._process.join(END_S)
-        code, pid = self._process.exitcode, self.pid
+        ended, pid = not self._process.is_alive(), self.pid
         self.close()
-        if code is not None and code < 0:
+        code = self._process.exitcode or 0
+        if not ended:
+            how = "closed its pipe"
+        elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
         raise RuntimeError(
             f"{self._name}: its process {pid} {how} before it sent the next batch; if the machine ran out of memory, lower "
-            "data.prefetch or data.workers, otherwise set data.loader_process=training to load in threads of the training process"
+            "data.prefetch or data.workers; otherwise set data.loader_process=training (instead of data.loader=wds, set "
+            "data.loader=torch too) to load in threads of the training process"
         )
 
 
@@ -182,32 +206,51 @@ def without_collecting() -> Iterator[None]:
 
 
 class _Inbox:
-    """What the training process sends: released slots and scheduled batches, received by a thread, so that no send waits."""
+    """What the training process sends: released slots and scheduled batches, received by a thread, so that no send waits.
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    ``parent`` is the process id of the training process.
+    """
+
+    def __init__(self, pipe: Connection, parent: int) -> None:
+        self._pipe, self._parent = pipe, parent
+        self._error: Exception | None = None
         self.slots: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.batches: queue.SimpleQueue[ScheduledBatch | None] = queue.SimpleQueue()
         threading.Thread(target=self._receive, name="comtip-loader-inbox", daemon=True).start()
 
+    def scheduled(self) -> Iterator[ScheduledBatch]:
+        """Yield the scheduled batches; raise the error that ended their receipt, if there was one."""
+        yield from iter(self.batches.get, None)
+        if self._error is not None:
+            raise self._error
+
     def _receive(self) -> None:
-        """Receive until the training process stops this one, closes the pipe or ends."""
-        parent = os.getppid()
-        with contextlib.suppress(EOFError, OSError):
-            while self._pipe.poll(ORPHAN_S) or os.getppid() == parent:
-                if not self._pipe.poll():
-                    continue
-                if (message := self._pipe.recv_bytes()) == STOP:
-                    break
-                slots, scheduled = pickle.loads(message)
-                for slot in slots:
-                    self.slots.put(slot)
-                self.batches.put(scheduled)
-        self.slots.put(None)
-        self.batches.put(None)
+        """Receive until the training process stops this one, closes the pipe or ends; then end this process if it does not end."""
+        try:
+            self._receive_all()
+        except (EOFError, OSError):
+            pass  # the training process has closed the pipe
+        except Exception as error:
+            self._error = error
+        finally:
+            self.batches.put(None)
+            self.slots.put(None)
+        time.sleep(2 * END_S)  # the training process kills this one earlier, if it still exists
+        _leave(1)
+
+    def _receive_all(self) -> None:
+        while self._pipe.poll(ORPHAN_S) or os.getppid() == self._parent:
+            if not self._pipe.poll():
+                continue
+            if (message := self._pipe.recv_bytes()) == STOP:
+                return
+            slots, scheduled = pickle.loads(message)
+            for slot in slots:
+                self.slots.put(slot)
+            self.batches.put(scheduled)
 
 
-def _serve(work: Work, pipe: Connection, other_end: Connection, slots: SharedSlots) -> None:
+def _serve(work: Work, pipe: Connection, other_end: Connection, slots: SharedSlots, parent: int) -> None:
     """Prepare batches until there are no more, or the training process closes the pipe or ends."""
     other_end.close()  # otherwise this process would not notice the end of the training process
     # The training process handles signals, and may need further batches to reach its next checkpoint.
@@ -215,8 +258,8 @@ def _serve(work: Work, pipe: Connection, other_end: Connection, slots: SharedSlo
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     upload.never_pin()
-    inbox = _Inbox(pipe)
-    messages = _flattened(work(iter(inbox.batches.get, None)))
+    inbox = _Inbox(pipe, parent)
+    messages = _flattened(work(inbox.scheduled()))
     with contextlib.suppress(OSError):  # the training process has closed the pipe
         for message in messages:
             if not _send(pipe, inbox, slots, *message):
@@ -224,7 +267,13 @@ def _serve(work: Work, pipe: Connection, other_end: Connection, slots: SharedSlo
     messages.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # objects of the training process must not be destroyed here
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the worker without destroying objects of the training process; running fetches leave no partial files."""
+    remove_tmp_files()
+    os._exit(code)
 
 
 def _flattened(results: Iterator[Any]) -> Generator[tuple[bytes, bytes, list[memoryview], Layout], None, None]:

@@ -70,13 +70,14 @@ class EpochSchedule:
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one batch.
 
-        The results of two epochs are cached; a second thread that requests an epoch waits for the first.
+        The results of three epochs are cached; a second thread that requests an epoch waits for the first.
         """
         if self._process != os.getpid():  # a forked worker may have inherited a lock that nobody releases
             self._lock, self._process = threading.Lock(), os.getpid()
         with self._lock:
             if epoch not in self._epochs:
-                while len(self._epochs) > 1:  # keep the current epoch, and the next one for prefetching
+                # The step's epoch, the next one, which batches are prefetched from, and the one after it, which is computed ahead.
+                while len(self._epochs) > 2:
                     self._epochs.pop(min(self._epochs))
                 self._epochs[epoch] = self._compute(epoch)
             return self._epochs[epoch]

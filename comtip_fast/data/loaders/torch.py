@@ -19,10 +19,13 @@ class TorchLoader(BaseLoader):
     when it is requested.
     """
 
+    name = "torch"
+
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         if self.has_own_process:
-            return process_stream(self._from_process(self._threaded, batches, self.config.data.prefetch + READY))
-        return self._threaded(batches)
+            yield from process_stream(self._from_process(self._threaded, batches, self.config.data.prefetch + READY))
+        else:
+            yield from self._threaded(batches)
 
     def _threaded(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         """Load the batches on threads of this process."""

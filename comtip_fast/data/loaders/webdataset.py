@@ -19,6 +19,8 @@ class WdsLoader(BaseLoader):
     process when it is requested.
     """
 
+    name = "wds"
+
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         n = self.config.data.workers
         if n == 0:

@@ -19,6 +19,24 @@ from comtip_fast.training.protocol import TrainingError
 log = logging.getLogger("comtip_fast")
 LOCK_FILE = "run.lock"
 """Name of the lock file in a run folder."""
+_held: set[int] = set()
+"""Descriptors of the lock files that this process holds."""
+
+
+def _drop_in_child() -> None:
+    """Close inherited descriptors of locks: a lock would otherwise be held until the last forked process ends.
+
+    The numbers stay in use, so that the file objects of the child do not close other files.
+    """
+    if _held:
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for descriptor in _held:
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+        _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
 
 
 class Signals:
@@ -82,8 +100,8 @@ def refuse_links(run_dir: Path) -> None:
 def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock on a run folder inside the block.
 
-    The kernel releases the lock when the process ends, so the lock file of a dead process does not block a new one. The
-    file contains the process id for messages only. On a file system without locks, a warning is logged instead.
+    The kernel releases the lock when the process ends, so the lock file of a dead process does not block a new one; forked processes
+    do not hold it. The file contains the process id for messages only. On a file system without locks, a warning is logged instead.
 
     Parameters
     ----------
@@ -129,4 +147,8 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        _held.add(descriptor)
+        try:
+            yield
+        finally:
+            _held.discard(descriptor)

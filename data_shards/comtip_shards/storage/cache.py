@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from comtip_shards.errors import ShardError
@@ -24,6 +24,8 @@ SLACK = 64
 processes may therefore exceed ``max_bytes`` by (P - 1) / 64 of it."""
 _unlisted: dict[str, int] = {}
 """Bytes that this process has added to a folder since it was listed last."""
+_tmp_paths: dict[Path, int] = {}
+"""Temporary files of fetches in progress, and the processes that write them: a forked process inherits those of its parent."""
 _DAY = 24 * 3600
 NETWORKED = (
     *("nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.s3fs"),
@@ -138,10 +140,12 @@ class FileCache:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self.unwritable(error) from error
+        _tmp_paths[path] = os.getpid()
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
+            del _tmp_paths[path]
 
     def put(self, tmp_path: Path, path: Path) -> None:
         """Move a complete file into the cache, and evict old files if it is full."""
@@ -232,3 +236,11 @@ class FileCache:
                     path.unlink()  # left by a killed process
             except OSError:
                 continue
+
+
+def remove_tmp_files() -> None:
+    """Remove the partial files of this process's fetches; for a process that ends without waiting for them."""
+    for path, pid in list(_tmp_paths.items()):
+        if pid == os.getpid():
+            with suppress(OSError):
+                path.unlink()
