@@ -78,6 +78,13 @@ def differences(folders: list[Path]) -> list[str]:
     return lines
 
 
+def _title(seeds: list[int]) -> str:
+    """Return what the cells of the tables are."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}: PCC"
+    return f"seeds {', '.join(map(str, seeds))}: mean PCC (range over seeds)"
+
+
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -90,13 +97,14 @@ def write_results(folders: list[Path]) -> None:
     lines = [
         "# Results of the demo",
         "",
-        f"`configs/demo_cpu.yaml` on the sample sections, seeds {', '.join(map(str, seeds))}: mean PCC (range over seeds).",
+        f"`configs/demo_cpu.yaml` on the sample sections, {_title(seeds)}.",
         "The page is written by `bench/demo_seeds.py`; its docstring lists the commands.",
         "",
         "- Test sections: breast her2st_A1 (patient_A, trained on patient_C); olfactory bulb mob_Rep9 (mouse_D, trained on",
         "  mouse_A and the unstated donor of mob_st2k).",
         "- The 50 most variable genes are chosen on the training sections.",
-        "- Ridge regression is fitted on the same training spots; its penalty is chosen by leave-one-section-out.",
+        "- Ridge regression is fitted on the same training spots; its penalty is chosen by leave-one-section-out, and so are its frozen",
+        "  features: those that the encoder embeds, or those of all stages of the stem ([ablations](ablations.md) has both, section 5).",
         "- A gene with an undefined PCC counts as 0; the last column counts such genes per seed.",
     ]
     for cohort in runs[0]["cohorts"]:
