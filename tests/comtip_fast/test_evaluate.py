@@ -22,6 +22,7 @@ from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor, SectionFeatures, section
 from comtip_fast.inference.feature_store import FeatureColumns
 from comtip_fast.metrics import pcc_per_gene
+from comtip_fast.models.readout.section_statistics import ADJACENT
 from testkit.tiny import TinySection, write_tiny_source
 
 TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
@@ -208,6 +209,10 @@ def test_features_of_a_section_are_read_in_blocks(
 ):
     """Features of all spots are never in memory at once, and the scores are those of one block."""
     untrained = with_other_cohort(predictor)  # without ridge baselines, whose fit needs all training spots
+    readout = untrained.bundle.readout
+    assert readout is not None
+    # Within 3.4 spacings of a block are nearly all spots of so small a section, so the second radius is that of adjacent spots, too.
+    monkeypatch.setattr(readout, "settings", replace(readout.settings, radii=(ADJACENT, ADJACENT)))
     whole = evaluate(untrained, tiny_shards, n_null=2)
     read: list[int] = []
     real = section.SpooledFeatures.read
