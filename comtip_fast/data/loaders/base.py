@@ -339,7 +339,7 @@ class BaseLoader(ABC):
         tiles = arrays.get("decoded", prepared.tiles_NSS3)
         if tiles is not None and prepared.view_plan is not None:
             view = {name.removeprefix("view_"): t for name, t in arrays.items() if name.startswith("view_")}
-            batch.tiles = apply_views(tiles, prepared.view_plan, tensors=view)
+            batch.tiles = apply_views(tiles, prepared.view_plan, batched=True, tensors=view)
         return batch
 
     def _record_faults(self, faults: dict[int, ShardError]) -> None:
