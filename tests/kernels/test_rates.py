@@ -47,7 +47,7 @@ def test_measured_rates_replace_those_of_the_datasheet(tmp_path: Path):
 
 def test_a_missing_measurement_is_named(tmp_path: Path):
     table = evidence(tmp_path / "evidence.csv", ["copy", "matrix product"])
-    with pytest.raises(ValueError, match=r"evidence.csv: no measured rate of L2 read; run .*--only ceilings"):
+    with pytest.raises(ValueError, match=r"evidence.csv: no measured rate of L2 read; run .* on a GPU"):
         rates.with_measured(rates.read_rates()["h100"], table)
 
 
