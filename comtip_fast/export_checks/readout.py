@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from comtip_fast.export_checks import FIX, ExportError, few
 from comtip_fast.models.comtip import CoMTIP
-from comtip_fast.models.readout import heads as readout
 from comtip_fast.models.readout.features import N_VIEWS, ReadoutSettings, feature_width
+from comtip_fast.models.readout.heads import FORMAT, NORMS, READABLE_VERSIONS
 from comtip_fast.models.readout.section_statistics import ADJACENT
 
 MOST_RADII, LARGEST_RADIUS = 4, 16.0
@@ -38,11 +38,11 @@ def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         found = (header.get("format"), header.get("version"))
     except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ExportError(f"{path}: not a valid readout ({error}); {FIX}") from error
-    if found[0] != readout.FORMAT:
-        raise ExportError(f"{path}: not a readout: format {found[0]!r}, expected {readout.FORMAT!r}; {FIX}")
-    if found[1] not in readout.READABLE_VERSIONS:
+    if found[0] != FORMAT:
+        raise ExportError(f"{path}: not a readout: format {found[0]!r}, expected {FORMAT!r}; {FIX}")
+    if found[1] not in READABLE_VERSIONS:
         raise ExportError(
-            f"{path}: version {found[1]!r}; this comtip-fast reads versions {', '.join(map(str, readout.READABLE_VERSIONS))}; use the release that "
+            f"{path}: version {found[1]!r}; this comtip-fast reads versions {', '.join(map(str, READABLE_VERSIONS))}; use the release that "
             "wrote it"
         )
     return arrays, header
@@ -89,7 +89,7 @@ def check_readout(
         _check_head(head, f"{path}: head {number}", set(trained), blocks)
         shapes |= {f"{number}.mean": (n_features,), f"{number}.std": (n_features,)}
         G = len(head["keys"])
-        for prefix, block in ((f"{number}.{b}.{norm}", b) for b in blocks for norm in readout.NORMS):
+        for prefix, block in ((f"{number}.{b}.{norm}", b) for b in blocks for norm in NORMS):
             C = settings.columns(block, n_features).size
             found = arrays.get(f"{prefix}.weight_FK", np.zeros((0, 0))).shape
             K = max(1, found[-1]) if found else 1
