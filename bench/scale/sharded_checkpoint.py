@@ -33,7 +33,7 @@ from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.content import Checkpoint
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
-from comtip_fast.training.checkpoint.resume import on_all_ranks
+from comtip_fast.training.checkpoint.reading import shared_reader
 from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.checkpoint.shard_saver import ShardSaver
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
@@ -108,13 +108,12 @@ def resume(folder: Path, millions: float, config: RunConfig, group: Group, row: 
     row["training"] = status("VmRSS")
     with measured(row):
         where = checkpoints.folder_of(folder, 2)
-        loaded = on_all_ranks(checkpoints.load(where) if group.rank == 0 else None, group)
-        load_weights(module, loaded, where)
-        loaded.model.clear()
-        engine = make_engine(module, config, group)
-        engine.restore(loaded.optim)
-        loaded.optim.clear()
-        del loaded
+        if group.rank == 0:
+            checkpoints.verify(where)
+        with shared_reader(checkpoints.open_reader, where, group) as reader:
+            load_weights(module, reader)
+            engine = make_engine(module, config, group)
+            engine.restore(reader)
         gc.collect()
         row["shard"] = status("VmRSS") - row["before"]
 
@@ -154,7 +153,8 @@ def rank(what: str, folder: Path, millions: float) -> None:
                 assert damage_of_parts(folder, group, no_pause) == {1: ""}
                 with ShardReader(checkpoints.folder_of(folder, 1)) as reader:
                     assert engine.shards is not None
-                    engine.shards.restore(reader)
+                    engine.shards.restore_weights(reader)
+                    engine.restore(reader)
             if group.size == 2:
                 row["equal"] = digest(engine) == (folder / f"digest{group.rank}").read_text(encoding="ascii")
     print("ROW " + json.dumps(row), flush=True)

@@ -42,13 +42,14 @@ from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.distributed import deepspeed_internals
 from comtip_fast.training.distributed.process_group import init_distributed
-from comtip_fast.training.engines.base import ParameterPart, PartSource, StepModule, Update, autocast_of
+from comtip_fast.training.engines.base import ParameterPart, StepModule, Update, autocast_of
 from comtip_fast.training.engines.deepspeed import DeepSpeedEngine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.engines.torch import TorchEngine
 from comtip_fast.training.engines.zero3_shards import Zero3Shards
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.optim import make_optimizer, set_rate
+from comtip_fast.training.protocol import PartSource
 from comtip_fast.training.task import build_task
 from testkit.distributed import run_distributed
 from testkit.tiny import tiny_shards
@@ -154,7 +155,7 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def restore(self, source: PartSource) -> None:
-        """See :class:`comtip_fast.training.engines.base.Shards`; after a step, so that the moments exist."""
+        """Replace weights and optimizer state by those of ``source``; called after a step, so that the moments exist."""
         for part in self.parts():
             for key, target in part.tensors.items():
                 value = source.read(part.name, key, part.start, part.start + target.numel())

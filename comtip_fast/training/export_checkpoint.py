@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import problem_of
+from comtip_fast.training.checkpoint.reading import HeldReader
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.checkpoint.run_state import GENES, changed_inputs, described_changes, with_earlier_values
 from comtip_fast.training.checkpoint.schema import check_state, load_weights
@@ -73,7 +75,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
             f"{run_dir}: the inputs differ from those of training ({shown}; the shard set is {', '.join(opened)}); "
             f"{_fix_of(changed)}"
         )
-    load_weights(task.module, loaded, folder)
+    load_weights(task.module, HeldReader(loaded, folder))
     load_averages(task.module, loaded.ema)
     task.module.eval()
     task.export(out)
@@ -110,7 +112,8 @@ def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
 
 def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     """Return the step and the content of the checkpoint that ``which`` selects."""
-    found = checkpoints.newest_good(root, moments=False) if which in ("newest", "best") else None
+    read = partial(checkpoints.load, moments=False)
+    found = checkpoints.newest_good(root, read) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
         return found
     available = ", ".join(str(s) for s in steps)

@@ -11,6 +11,7 @@ from torch import nn
 from comtip_fast.config.optim import OptimConfig, PartConfig, VisionPartConfig
 from comtip_fast.training.freezing import last_frozen_steps
 from comtip_fast.training.masked_adamw import MaskedAdamW
+from comtip_fast.training.protocol import MOMENTS, PartSource
 
 
 def make_optimizer(
@@ -113,21 +114,22 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return out
 
 
-def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the state that :func:`optimizer_tensors` returned, except for parameters that are frozen now."""
-    parameters = dict(module.named_parameters())
+def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, source: PartSource) -> None:
+    """Load the state of the trained parameters, which :func:`optimizer_tensors` returned; a parameter without state keeps its own."""
     counters: dict[float, torch.Tensor] = {}
-    for full, value in tensors.items():
-        name, key = full.rsplit("/", 1)
-        parameter = parameters[name]
-        if not parameter.requires_grad:  # frozen by a change of optim.freeze
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:  # also those that a change of optim.freeze has frozen
             continue
-        # AdamW keeps its step counter on the CPU, unless it is fused, and its moments on the parameter's device.
-        if key != "step":
-            optimizer.state[parameter][key] = value.to(parameter.device)
-        elif not isinstance(optimizer, MaskedAdamW):
-            optimizer.state[parameter][key] = value.to(parameter.device) if optimizer.defaults.get("fused") else value
-        else:
-            optimizer.state[parameter][key] = counters.setdefault(float(value), value.to(parameter.device))
+        state = {key: source.read(name, key, 0, parameter.numel()) for key in MOMENTS}
+        moments = {key: t.reshape(parameter.shape).to(parameter.device) for key, t in state.items() if t is not None}
+        if not moments:
+            continue
+        step = torch.tensor(source.step_of(name))
+        # AdamW keeps its step counter on the CPU, unless it is fused.
+        if isinstance(optimizer, MaskedAdamW):
+            step = counters.setdefault(float(step), step.to(parameter.device))
+        elif optimizer.defaults.get("fused"):
+            step = step.to(parameter.device)
+        optimizer.state[parameter].update(step=step, **moments)
     if isinstance(optimizer, MaskedAdamW):
         optimizer.forget()

@@ -29,6 +29,25 @@ ValidationResult = tuple[float, dict[str, float], dict[str, float]]
 """Score for early stopping (higher is better), its parts, and further numbers to log."""
 
 
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+"""Keys of the values of a parameter, and of its moments in AdamW's state."""
+
+
+class PartSource(Protocol):
+    """Reads elements of parameters and of their optimizer state, for example from a checkpoint.
+
+    All ranks read the same keys of the same parameters in the same order, because rank 0 may send them; the elements may differ.
+    """
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Tensor | None:
+        """Return elements ``start`` to ``stop`` of the flattened ``key`` of a parameter, 1-D; None if there is no such state."""
+        ...
+
+    def step_of(self, name: str) -> float:
+        """Return the number of optimizer steps of a parameter; 0 if it was frozen."""
+        ...
+
+
 class TrainingTask(Protocol):
     """Data, model and losses: everything that the training loop needs of a task."""
 

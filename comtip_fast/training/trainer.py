@@ -26,12 +26,13 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.runtime.garbage import collection_paused
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.content import Checkpoint
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
-from comtip_fast.training.checkpoint.resume import CHECKPOINTS, find_checkpoint
+from comtip_fast.training.checkpoint.reading import AVERAGE, HeldReader, shared_reader
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS, Found, find_checkpoint
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.checkpoint.schema import load_weights
-from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import ADVICE, RestartError, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
@@ -202,8 +203,8 @@ class Trainer:
             self._freezing.apply(self.task.module, 1)
             self._build_engine()
             return False
-        self._restore(*found)
-        log.info("resumed from step %d", found[0])
+        self._restore(found)
+        log.info("resumed from step %d", found.step)
         return True
 
     # -- loop -------------------------------------------------------------------------------------------
@@ -382,31 +383,37 @@ class Trainer:
         self._saver.save(self.progress, self.engine, self._average.tensors())
         self._saved_step = self.progress.step
 
-    def _restore(self, step: int, loaded: Checkpoint) -> None:
-        self.progress = RunState.from_plain(loaded.state)
-        # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
-        self._freezing.apply(self.task.module, self.progress.step + 1)
+    def _restore(self, found: Found) -> None:
+        self.progress, module = RunState.from_plain(found.state), self.task.module
+        self._freezing.apply(module, self.progress.step + 1)
         self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
-        if loaded.parts is None:
-            load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
-            loaded.model.clear()  # otherwise the host holds it until all is restored
-            self._build_engine(loaded.ema)
-            self.engine.restore(loaded.optim)
+        if found.in_parts and self._saver.in_parts:
+            self._restore_own_parts(found.folder)
         else:
-            self._restore_parts(loaded.parts)
+            self._restore_whole(found.folder)
         self.progress.reopen(self.config.train)
-        set_random_state(loaded.state, self.device)
+        set_random_state(found.state, self.device)
         self._saved_step = self.progress.step
         self._saver.check_best(self.progress)
 
-    def _restore_parts(self, folder: Path) -> None:
-        """Restore weights and optimizer state from a checkpoint in parts; every rank reads the elements that it owns."""
+    def _restore_whole(self, folder: Path) -> None:
+        """Restore weights and optimizer state, which rank 0 reads and sends one tensor at a time; a rank keeps what it owns."""
+        with shared_reader(checkpoints.open_reader, folder, self.group, self._watchdog.paused) as reader:
+            # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
+            load_weights(self.task.module, reader)
+            averages = reader.all_of(AVERAGE) if self.config.optim.ema is not None else ()
+            self._build_engine({name: average.to(self.device) for name, average in averages})
+            self.engine.restore(reader)
+
+    def _restore_own_parts(self, folder: Path) -> None:
+        """Restore weights and optimizer state from a checkpoint in parts, of which every rank reads the elements that it owns."""
         with ShardReader(folder) as reader:
             reader.check_fits(self.task.module)
             reader.load_untrained(self.task.module)
             self._build_engine()
             assert self.engine.shards is not None
-            self.engine.shards.restore(reader)
+            self.engine.shards.restore_weights(reader)
+            self.engine.restore(reader)
 
     def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
         """Build the engine for the current weights, and start their moving average, from ``averages`` of a checkpoint if given."""
@@ -422,7 +429,7 @@ class Trainer:
             gc.collect()  # DDP's wrapper and its buckets refer to each other
             self._freezing.apply(self.task.module, step)
             self._build_engine()
-        self.engine.restore(state)
+        self.engine.restore(HeldReader(Checkpoint({}, state, {})))
         frozen = len(self._freezing.frozen_at(step))
         log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
 

@@ -84,14 +84,14 @@ def test_newest_good_skips_damage_and_reports_it(tmp_path: Path, caplog: pytest.
         checkpoints.save(tmp_path, step, some(step))
     (checkpoints.folder_of(tmp_path, 30) / "model.safetensors").write_bytes(b"x")
     with caplog.at_level(logging.WARNING, "comtip_fast"):
-        found = checkpoints.newest_good(tmp_path)
+        found = checkpoints.newest_good(tmp_path, checkpoints.load)
     assert found is not None
     assert found[0] == 20
     assert found[1].model["a"][0, 0] == 20
     assert "step_00000030" in caplog.text
     shutil.rmtree(checkpoints.folder_of(tmp_path, 20))
     shutil.rmtree(checkpoints.folder_of(tmp_path, 10))
-    assert checkpoints.newest_good(tmp_path) is None
+    assert checkpoints.newest_good(tmp_path, checkpoints.load) is None
 
 
 def test_damaged_newer_checkpoints_are_not_counted_by_prune(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_with_its_rules(
 
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
-    step, newest = store.newest_good(run / "checkpoints")
+    step, newest = store.newest_good(run / "checkpoints", store.load)
     del newest.state["config"]["genes"]["detected_in"], newest.state["config"]["panel"]["balance"]
     store.replace_state(run / "checkpoints", step, newest.state)
     config = yaml.safe_load((run / "config.yaml").read_text())

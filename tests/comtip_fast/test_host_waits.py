@@ -18,6 +18,8 @@ from comtip_fast.config.io import load_config
 from comtip_fast.genes.tokens import take_genes
 from comtip_fast.objectives import PairMetadata, global_infonce
 from comtip_fast.runtime import devices
+from comtip_fast.training.checkpoint.content import Checkpoint
+from comtip_fast.training.checkpoint.reading import HeldReader
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.engines.torch import TorchEngine
 from comtip_fast.training.optim import make_optimizer, mask_steps, restore_optimizer
@@ -182,7 +184,11 @@ def test_a_fused_optimizer_counts_steps_on_the_device_of_its_parameters(like_a_g
     meta = Net().to("meta")
     fused = make_optimizer(meta, config.optim)
     fused.defaults["fused"] = True
-    restore_optimizer(meta, fused, {"body.0.weight/step": torch.tensor(3.0)})
+    shape, name = meta.body[0].weight.shape, "body.0.weight"
+    state = {f"{name}/{key}": torch.zeros(shape) for key in ("exp_avg", "exp_avg_sq")} | {
+        f"{name}/step": torch.tensor(3.0)
+    }
+    restore_optimizer(meta, fused, HeldReader(Checkpoint({}, state, {})))
     assert fused.state[meta.body[0].weight]["step"].device.type == "meta"
 
 

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import config_to_dict
-from comtip_fast.training.checkpoint import resume as resume_module
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import MAX_TEXT_BYTES, CheckpointError
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
@@ -61,14 +58,13 @@ def resume(run: Path) -> tuple[int, list[float]]:
     group = SingleProcessGroup()
     found = find_checkpoint(run, config_of(), FINGERPRINT, group, CPU, resume=True, in_parts=True, pause=nullcontext)
     assert found is not None
-    step, checkpoint = found
-    assert checkpoint.parts is not None
-    with ShardReader(checkpoint.parts) as reader:
+    assert found.in_parts
+    with ShardReader(found.folder) as reader:
         weights, moments = (reader.read("a", key, 0, 8) for key in ("weight", "exp_avg"))
     assert weights is not None
     assert moments is not None
     assert torch.equal(weights, moments)
-    return step, weights.tolist()
+    return found.step, weights.tolist()
 
 
 def weights_of(step: int) -> list[float]:
@@ -328,11 +324,7 @@ def test_unchanged_and_moved_checkpoints_resume(run: Path, tmp_path: Path) -> No
     assert (tmp_path / "old" / SUMS).is_file()  # only the link was deleted
 
 
-def test_a_rank_that_does_not_see_the_checkpoint_of_rank_zero_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_that_does_not_see_the_checkpoint_of_rank_zero_says_so(tmp_path: Path):
     """It does not wait for tensors that rank 0, which found a checkpoint in parts, will not send."""
-    monkeypatch.setattr(resume_module, "damage_of_parts", lambda *_: {})
-    monkeypatch.setattr(resume_module, "on_rank_zero", lambda *_: (NEW, True))
-    monkeypatch.setattr(resume_module, "broadcast_tensors", lambda *_: pytest.fail("waited for tensors"))
-    group: Any = SimpleNamespace(rank=1, size=2)
-    with pytest.raises(FileNotFoundError, match="step_00000010"):
-        find_checkpoint(tmp_path, config_of(), FINGERPRINT, group, CPU, resume=True, in_parts=True, pause=nullcontext)
+    with pytest.raises(CheckpointError, match=r"step_00000010/shards\.json: missing"):
+        ShardReader(checkpoints.folder_of(tmp_path, NEW))

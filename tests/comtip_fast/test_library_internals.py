@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,8 @@ ZERO_1_2 = (
     "scaled_global_norm",
     "clip_grad",
 )
+OF_PARAMETERS = "_hp_mapping"
+"""Attribute that ZeRO 1 and 2 add to parameters."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def defines(module: ModuleType, name: str) -> bool:
 
 
 def test_every_private_name_is_listed_here():
-    listed = {*ZERO_3, *ZERO_1_2, "__compatible_ops__"}
+    listed = {*ZERO_3, *ZERO_1_2, "__compatible_ops__", OF_PARAMETERS}
     assert private_attributes(MODULE) == {name for name in listed if name.startswith("_")}
     assert private_attributes(TORCH_MODULE) | private_imports(TORCH_MODULE) == {
         *TORCH.values(),
@@ -158,6 +161,17 @@ def test_names_of_zero_1_and_2(name: str, deepspeed: ModuleType):
     from deepspeed.runtime.zero import stage_1_and_2
 
     assert defines(stage_1_and_2, name), f"DeepSpeed {deepspeed.__version__} has no {name}"
+
+
+def test_names_of_zero_1_and_2_on_parameters(deepspeed: ModuleType):
+    from deepspeed.utils import mixed_precision_linkage
+    from deepspeed.utils.tensor_fragment import tensor_fragment as fragment
+
+    source = Path(mixed_precision_linkage.__file__).read_text(encoding="utf-8")
+    assert f"lp_param.{OF_PARAMETERS} = None" in source
+    assert f"lp_param.{OF_PARAMETERS} = get_hp_fragment_mapping(" in source
+    assert "lp_fragment_address" in fragment.__dataclass_fields__
+    assert "optim_fragment" in inspect.getsource(fragment.get_optim_state_fragment)
 
 
 def test_names_of_the_deepspeed_package(deepspeed: ModuleType):

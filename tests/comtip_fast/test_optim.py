@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from comtip_fast.config.schema import OptimConfig
+from comtip_fast.training.checkpoint.content import Checkpoint
+from comtip_fast.training.checkpoint.reading import HeldReader
 from comtip_fast.training.masked_adamw import MaskedAdamW
 from comtip_fast.training.optim import learning_rate, make_optimizer, mask_steps, optimizer_tensors, restore_optimizer
 
@@ -72,7 +74,7 @@ def test_state_restored_continues_bit_exactly() -> None:
     second = make_optimizer(b, CONFIG)
     tensors = {k: v.clone() for k, v in optimizer_tensors(a, first).items()}
     assert {"0.weight/step", "0.weight/exp_avg", "scale/exp_avg_sq"} <= tensors.keys()
-    restore_optimizer(b, second, tensors)
+    restore_optimizer(b, second, HeldReader(Checkpoint({}, tensors, {})))
     for _ in range(2):
         step(a, first)
         step(b, second)
@@ -97,7 +99,7 @@ def run_of_updates(masked: bool, restored_after: int) -> dict[str, torch.Tensor]
         if i == restored_after:
             tensors = {k: v.clone() for k, v in optimizer_tensors(module, optimizer).items()}
             optimizer = make_optimizer(module, CONFIG, fused=True, masked=masked)
-            restore_optimizer(module, optimizer, tensors)
+            restore_optimizer(module, optimizer, HeldReader(Checkpoint({}, tensors, {})))
     weights = {name: p.detach() for name, p in module.named_parameters()}
     return weights | optimizer_tensors(module, optimizer)
 
@@ -126,7 +128,7 @@ def test_parameters_that_are_updated_together_share_a_counter() -> None:
     # A file of tensors cannot hold several names of one memory.
     stored = [tensors[name] for name in tensors if name.endswith("/step")]
     assert len({s.data_ptr() for s in stored}) == 7
-    restore_optimizer(module, optimizer, tensors)
+    restore_optimizer(module, optimizer, HeldReader(Checkpoint({}, tensors, {})))
     assert len({state["step"].data_ptr() for state in optimizer.state.values()}) == 1
 
 

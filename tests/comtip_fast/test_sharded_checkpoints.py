@@ -259,9 +259,9 @@ def test_a_damaged_checkpoint_in_parts_is_skipped(tmp_path: Path, caplog: pytest
     part.write_bytes(part.read_bytes()[:-1] + b"\xff")
     damage = damage_of_parts(tmp_path, SingleProcessGroup(), nullcontext)
     assert (list(damage), damage[5]) == ([15, 10, 5], "")
-    found = checkpoints.newest_good(tmp_path, damage, in_parts=True)
+    found = checkpoints.newest_good(tmp_path, checkpoints.load_state, damage)
     assert found is not None
-    assert (found[0], found[1].parts) == (5, checkpoints.folder_of(tmp_path, 5))
+    assert (found[0], found[1]["step"]) == (5, 5)
     assert "step_00000015/part_00001.safetensors: missing" in caplog.text
     assert "step_00000010/part_00000.safetensors: the SHA-256 differs" in caplog.text
 
@@ -309,7 +309,7 @@ def test_a_kill_before_the_final_name_leaves_the_previous_checkpoint(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert len(list(tmp_path.glob(".*"))) == 1  # its files are complete
-    found = checkpoints.newest_good(tmp_path)
+    found = checkpoints.newest_good(tmp_path, checkpoints.load)
     assert found is not None
     assert found[0] == 5
     checkpoints.clear_leftovers(tmp_path)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from comtip_fast.config.io import load_config
@@ -400,7 +401,7 @@ def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> Non
     assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 12, 6, 0.5)
     assert checkpoints.steps_of(run / "checkpoints") == [6, 10, 12]
     best = checkpoints.load(run / "checkpoints/step_00000006").model
-    exported = checkpoints.load_file(run / "export/model.safetensors")
+    exported = load_file(run / "export/model.safetensors")
     assert all(torch.equal(best[k], exported[k]) for k in best)
 
 
@@ -408,7 +409,7 @@ def test_without_validation_the_last_weights_are_exported(tmp_path: Path) -> Non
     result = fit(tmp_path / "run", "train.validate_every=0")
     assert (result.best_step, result.stopped) == (0, "steps")
     last = checkpoints.load(tmp_path / "run/checkpoints/step_00000017").model
-    exported = checkpoints.load_file(tmp_path / "run/export/model.safetensors")
+    exported = load_file(tmp_path / "run/export/model.safetensors")
     assert all(torch.equal(last[k], exported[k]) for k in last)
 
 
@@ -446,7 +447,7 @@ def test_a_lost_best_checkpoint_is_reported_and_the_last_weights_are_exported(
     assert result.best_step == 0
     assert "cannot use the best checkpoint (step 2, score 1.0000)" in caplog.text
     last = checkpoints.load(run / "checkpoints/step_00000017").model
-    assert torch.equal(last["teacher"], checkpoints.load_file(run / "export/model.safetensors")["teacher"])
+    assert torch.equal(last["teacher"], load_file(run / "export/model.safetensors")["teacher"])
 
 
 # -- NaN -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """One of several ranks that freeze and thaw parameters, stop and resume; used by test_freezing.py.
 
-``thaw_worker.py FOLDER`` prints, as JSON, the losses and the first message of every run, and how many whole checkpoints this rank read.
+``thaw_worker.py FOLDER`` prints, as JSON, the losses and the first message of every run, and how many checkpoints this rank opened.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def losses(folder: Path) -> list[float]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     logging.getLogger("comtip_fast").setLevel(logging.ERROR)
-    with init_distributed(300.0, "cpu") as group, patch.object(store, "load", wraps=store.load) as load:
+    with init_distributed(300.0, "cpu") as group, patch.object(store, "open_reader", wraps=store.open_reader) as opened:
         fit(group, folder / "ddp", "engine.kind=ddp", THAWS, stop_at=8)
         fit(group, folder / "ddp", "engine.kind=ddp", THAWS, resume=True)
         out = {"ddp": [losses(folder / "ddp"), ""]}
@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
                 name = f"{work.__name__}{stage}"
                 message = work(group, folder / name, stage)
                 out[name] = [losses(folder / name), message]
-    print(json.dumps([out, load.call_count]))
+    print(json.dumps([out, opened.call_count]))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,6 @@ class Checkpoint:
     """JSON data: step, position in the epoch, best score, random state, config."""
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     """Averages of the trained weights, by parameter name; empty without ``optim.ema``."""
-    parts: Path | None = None
-    """Folder of a checkpoint in parts whose tensors have not been read; None if the tensors above are complete."""
 
 
 def sha256_of(path: Path) -> str:

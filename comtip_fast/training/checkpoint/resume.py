@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from comtip_shards.storage.atomic import write_atomic
@@ -17,8 +19,7 @@ from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES, keep_rows_up
 from comtip_fast.training.checkpoint.run_state import check_same_run
 from comtip_fast.training.checkpoint.schema import check_state
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
-from comtip_fast.training.checkpoint.store import Checkpoint
-from comtip_fast.training.distributed.process_group import Pause, broadcast, broadcast_tensors, on_rank_zero
+from comtip_fast.training.distributed.process_group import Pause, on_rank_zero
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -35,6 +36,17 @@ def refuse_second_run(run_dir: Path, resume: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint to resume from, whose tensors have not been read."""
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+    in_parts: bool
+    """Whether it has one file per rank."""
+
+
 def find_checkpoint(
     run_dir: Path,
     config: RunConfig,
@@ -45,7 +57,7 @@ def find_checkpoint(
     resume: bool,
     in_parts: bool,
     pause: Pause,
-) -> tuple[int, Checkpoint] | None:
+) -> Found | None:
     """Return the checkpoint to resume from on every rank, and write the config to the run folder; a collective call.
 
     Parameters
@@ -57,14 +69,14 @@ def find_checkpoint(
     resume
         Whether the folder may already hold a run.
     in_parts
-        Whether the tensors of a checkpoint in parts are left on disk; all ranks then verify its files together.
+        Whether every rank reads its own part of a checkpoint in parts; all ranks then verify its files together.
     pause
         See :func:`.process_group.on_rank_zero`.
 
     Returns
     -------
-    tuple or None
-        Step and checkpoint to resume from; None to start from step 0.
+    Found or None
+        None to start from step 0.
 
     Raises
     ------
@@ -72,34 +84,13 @@ def find_checkpoint(
         See :func:`prepare_run_folder`, which rank 0 calls; the other ranks raise :class:`TrainingError` with its message.
     """
     damage = damage_of_parts(run_dir / CHECKPOINTS, group, pause) if resume and in_parts else {}
-    own: list[tuple[int, Checkpoint]] = []
 
-    def choose() -> tuple[int, bool] | None:
-        found = prepare_run_folder(
-            run_dir, config, fingerprint, group.size, device, resume=resume, in_parts=in_parts, damage=damage
-        )
+    def choose() -> Found | None:
+        found = prepare_run_folder(run_dir, config, fingerprint, group.size, device, resume=resume, damage=damage)
         write_atomic(run_dir / "config.yaml", dump_config(config))
-        if found is None:
-            return None
-        own.append(found)
-        return found[0], found[1].parts is not None
+        return found
 
-    chosen = on_rank_zero(choose, group, pause)
-    if chosen is None:
-        return None
-    # Rank 0 also tells whether tensors stay on disk: another rank's view of a network file system may be older.
-    step, on_disk = chosen
-    if on_disk:
-        folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
-        return own[0] if own else (step, checkpoints.load_state_of_parts(folder))
-    return step, on_all_ranks(own[0][1] if own else None, group)
-
-
-def on_all_ranks(read: Checkpoint | None, group: Group) -> Checkpoint:
-    """Return rank 0's checkpoint ``read`` on every rank, so that a file server is read once; a collective call."""
-    read = read or Checkpoint({}, {}, {})
-    tensors = [broadcast_tensors(part, group) for part in (read.model, read.optim, read.ema)]
-    return Checkpoint(tensors[0], tensors[1], broadcast(read.state, group), tensors[2])
+    return on_rank_zero(choose, group, pause)
 
 
 def prepare_run_folder(
@@ -110,10 +101,9 @@ def prepare_run_folder(
     device: torch.device,
     *,
     resume: bool,
-    in_parts: bool = False,
     damage: Mapping[int, str] | None = None,
-) -> tuple[int, Checkpoint] | None:
-    """Load the newest valid checkpoint and clean the run folder; called on rank 0.
+) -> Found | None:
+    """Find the newest valid checkpoint and clean the run folder; called on rank 0.
 
     Incomplete folders of killed processes are removed, and checkpoints of later steps are renamed. Checkpoints that
     ``train.keep_checkpoints`` does not keep are deleted. Rows of later steps are dropped from ``nonfinite.jsonl`` and
@@ -127,13 +117,13 @@ def prepare_run_folder(
         Config, input hashes, number of ranks and device of the run.
     resume
         Whether the folder may already hold a run.
-    in_parts, damage
+    damage
         See :func:`.store.newest_good`.
 
     Returns
     -------
-    tuple or None
-        Step and checkpoint to resume from; None to start from step 0.
+    Found or None
+        None to start from step 0.
 
     Raises
     ------
@@ -149,7 +139,8 @@ def prepare_run_folder(
     checkpoints.clear_leftovers(folder)
     steps = checkpoints.steps_of(folder)
     refuse_second_run(run_dir, resume)
-    found = checkpoints.newest_good(folder, damage, in_parts=in_parts)
+    hashed = {checkpoints.folder_of(folder, known) for known in damage or {}}
+    found = checkpoints.newest_good(folder, lambda path: checkpoints.load_state(path, hashed=path in hashed), damage)
     if found is None:
         if steps:
             raise TrainingError(
@@ -161,12 +152,13 @@ def prepare_run_folder(
         for name in (NONFINITE, SPIKES):
             (run_dir / name).unlink(missing_ok=True)
         return None
-    step, checkpoint = found
-    check_state(checkpoint.state, checkpoints.folder_of(folder, step), step)
-    check_same_run(run_dir, checkpoint.state, config, fingerprint, size, device)
+    step, state = found
+    chosen = checkpoints.folder_of(folder, step)
+    check_state(state, chosen, step)
+    check_same_run(run_dir, state, config, fingerprint, size, device)
     checkpoints.quarantine_newer(folder, step)
-    best = checkpoint.state["best_step"]
+    best = state["best_step"]
     checkpoints.prune(folder, config.train.keep_checkpoints, best or None)  # as after every save
     for name in (NONFINITE, SPIKES):
         keep_rows_up_to(run_dir / name, step)
-    return found
+    return Found(step, chosen, state, checkpoints.is_in_parts(chosen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,9 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import nn
 
-from comtip_fast.training.checkpoint.content import DELETE, MISFIT, Checkpoint, CheckpointError
+from comtip_fast.training.checkpoint.content import DELETE, MISFIT, CheckpointError
+from comtip_fast.training.checkpoint.reading import AVERAGE, STEP, TensorReader
+from comtip_fast.training.protocol import MOMENTS, WEIGHT
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=1 << 20)]
@@ -78,38 +81,54 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
         raise CheckpointError(f"{where}: torch_rng is not a random state of this PyTorch; {DELETE}")
 
 
-def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None:
-    """Load the weights of a checkpoint into a module; check its optimizer state and averages against the module's parameters.
+@torch.no_grad()
+def load_weights(module: nn.Module, reader: TensorReader) -> None:
+    """Load the weights and buffers of a checkpoint into a module, one tensor at a time.
 
-    ``where`` is the folder of the checkpoint, for messages.
+    Optimizer state and averages are compared with the module's parameters by name and shape, and read later.
 
     Raises
     ------
     CheckpointError
         A tensor is missing, unknown, of another shape, or not finite, or the optimizer state of a parameter is incomplete.
     """
+    check_optimizer_state(module, reader)
+    # Tensors of one value in the stated shapes: PyTorch checks the names, and the module adds what earlier versions lack.
+    stated = {name: reader.content.tensors[name, WEIGHT] for name in reader.content.names(WEIGHT)}
     try:
-        module.load_state_dict(checkpoint.model)
+        module.load_state_dict({name: torch.zeros((), dtype=s.dtype).expand(s.shape) for name, s in stated.items()})
     except RuntimeError as error:  # missing, unknown, another shape
         text = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{where}: the weights do not fit the model of the config ({text}); {MISFIT}") from error
-    for name, tensor in (*checkpoint.model.items(), *checkpoint.optim.items(), *checkpoint.ema.items()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{where}: {name} holds values that are not finite; {DELETE}")
-    parameters = dict(module.named_parameters())
-    for name, tensor in checkpoint.ema.items():
-        if name not in parameters or tensor.shape != parameters[name].shape:
+        raise CheckpointError(
+            f"{reader.folder}: the weights do not fit the model of the config ({text}); {MISFIT}"
+        ) from error
+    targets = module.state_dict()
+    for name, value in reader.all_of(WEIGHT):
+        targets[name].copy_(value.reshape(targets[name].shape))
+
+
+def check_optimizer_state(module: nn.Module, reader: TensorReader) -> None:
+    """Compare optimizer state and averages of a checkpoint with the parameters of a module; raise :class:`CheckpointError`."""
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    keys: dict[str, set[str]] = {name: {STEP} for name in reader.content.steps}
+    for (name, key), stored in reader.content.tensors.items():
+        fits = name in shapes and (stored.shape == shapes[name] or stored.numel == math.prod(shapes[name]) == 1)
+        if key == AVERAGE and not fits:
             raise CheckpointError(
-                f"{where}: the moving average {name!r} does not fit a parameter of the model, by name or shape; {DELETE}"
+                f"{reader.folder}: the moving average {name!r} does not fit a parameter of the model, by name or shape; {DELETE}"
             )
-    keys: dict[str, set[str]] = {}
-    for full, tensor in checkpoint.optim.items():
-        name, _, key = full.rpartition("/")
-        if name not in parameters or tuple(tensor.shape) not in ((), (1,), tuple(parameters[name].shape)):
-            raise CheckpointError(
-                f"{where}: optimizer state {full!r} does not fit a parameter of the model, by name or shape; {DELETE}"
-            )
-        keys.setdefault(name, set()).add(key)
+        if key in MOMENTS:
+            keys.setdefault(name, set()).add(key)
+            if not fits:
+                raise CheckpointError(
+                    f"{reader.folder}: optimizer state {f'{name}/{key}'!r} does not fit a parameter of the model, by name or "
+                    f"shape; {DELETE}"
+                )
     for name, found in keys.items():
-        if found != set.union(*keys.values()):
-            raise CheckpointError(f"{where}: the optimizer state of {name} is incomplete; {DELETE}")
+        if name not in shapes:
+            raise CheckpointError(
+                f"{reader.folder}: optimizer state {f'{name}/{STEP}'!r} does not fit a parameter of the model, by name or shape; "
+                f"{DELETE}"
+            )
+        if found != {STEP, *MOMENTS}:
+            raise CheckpointError(f"{reader.folder}: the optimizer state of {name} is incomplete; {DELETE}")

@@ -14,16 +14,15 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comtip_shards.storage.atomic import atomic_folder, link_or_copy
 from comtip_shards.storage.disk import disk_fix, disk_trouble
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from comtip_fast.training.checkpoint.content import (
     DELETE,
@@ -39,9 +38,12 @@ from comtip_fast.training.checkpoint.content import (
 )
 from comtip_fast.training.checkpoint.parts.index import INDEX, ShardIndex, part_name, read_index
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
+from comtip_fast.training.checkpoint.reading import AVERAGE, STEP, FileReader, LocalReader
 from comtip_fast.training.distributed.failures import ADVICE, RestartError
+from comtip_fast.training.protocol import MOMENTS, WEIGHT
 
 log = logging.getLogger("comtip_fast")
+T = TypeVar("T")
 FORMAT, VERSION = "comtip-checkpoint", 1
 FILES = ("model.safetensors", "optim.safetensors", STATE)
 EMA = "ema.safetensors"
@@ -209,40 +211,66 @@ def _bytes(checkpoint: Checkpoint) -> int:
 
 
 def load(folder: Path, *, moments: bool = True) -> Checkpoint:
-    """Verify and read one checkpoint; the parts of a checkpoint in parts are joined into whole tensors.
+    """Verify a checkpoint and read it into memory; the parts of a checkpoint in parts are joined into whole tensors.
 
     Parameters
     ----------
     folder
         Folder of the checkpoint.
     moments
-        Whether the optimizer state of a checkpoint in parts is read.
+        Whether the optimizer state is read.
 
     Raises
     ------
     CheckpointError
-        A file is missing, does not match its hash or cannot be parsed, the checkpoint has another format version, or a tensor of a
-        checkpoint in parts is not finite.
+        A file is missing, does not match its hash or cannot be parsed, the checkpoint has another format version, or a tensor is not
+        finite.
     """
-    verify(folder)
+    state = load_state(folder)
+    with open_reader(folder) as reader:
+        model, optim = dict(reader.all_of(WEIGHT)), {}
+        if moments:
+            optim = {f"{name}/{key}": t for key in MOMENTS for name, t in reader.all_of(key)}
+            optim |= {f"{name}/{STEP}": torch.tensor(step) for name, step in reader.content.steps.items()}
+        return Checkpoint(model, optim, state, dict(reader.all_of(AVERAGE)))
+
+
+def load_state(folder: Path, *, hashed: bool = False) -> dict[str, Any]:
+    """Verify a checkpoint and return its state; its tensors stay on disk.
+
+    Parameters
+    ----------
+    folder
+        Folder of the checkpoint.
+    hashed
+        Whether its hashes have been checked already.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, does not match its hash or cannot be parsed, or the checkpoint has another format version.
+    """
+    if not hashed:
+        verify(folder)
     state = _state_of(folder)
-    if is_in_parts(folder):
-        with ShardReader(folder) as reader:
-            return Checkpoint(reader.model(), reader.optim() if moments else {}, state)
-    model, optim = (_tensors(folder / name) for name in FILES[:2])
-    averaged = EMA in stated_sums(folder / SUMS)
-    return Checkpoint(model, optim, state, _tensors(folder / EMA) if averaged else {})
+    if not is_in_parts(folder):
+        with open_reader(folder):
+            return state
+    return state
 
 
-def load_state_of_parts(folder: Path) -> Checkpoint:
-    """Return a checkpoint in parts with its state only; its hashes must have been checked.
+def open_reader(folder: Path) -> LocalReader:
+    """Return a reader of the tensors of a checkpoint, whose hashes must have been checked.
 
     Raises
     ------
     CheckpointError
-        The state cannot be parsed or has another format version.
+        A file cannot be parsed, or the index of a checkpoint in parts is invalid.
     """
-    return Checkpoint({}, {}, _state_of(folder), parts=folder)
+    if is_in_parts(folder):
+        return ShardReader(folder)
+    averaged = EMA in stated_sums(folder / SUMS)
+    return FileReader(folder, folder / FILES[0], folder / FILES[1], folder / EMA if averaged else None)
 
 
 def _state_of(folder: Path) -> dict[str, Any]:
@@ -259,14 +287,6 @@ def _state_of(folder: Path) -> dict[str, Any]:
             f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}; use the release that wrote it"
         )
     return state
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; raise :class:`CheckpointError` if it is invalid."""
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not safetensors ({error}); {DELETE}") from error
 
 
 def verify(folder: Path) -> None:
@@ -301,34 +321,25 @@ def verify_head(folder: Path) -> list[str]:
     return [file.name for file in index.files]
 
 
-def newest_good(
-    root: Path, damage: Mapping[int, str] | None = None, *, in_parts: bool = False, moments: bool = True
-) -> tuple[int, Checkpoint] | None:
+def newest_good(root: Path, read: Callable[[Path], T], damage: Mapping[int, str] | None = None) -> tuple[int, T] | None:
     """Return the step and content of the newest valid checkpoint, or None if there is none; log a warning for each damaged one.
 
     Parameters
     ----------
     root
         Folder of the checkpoints.
+    read
+        Verifies and reads the checkpoint in a folder; raises :class:`CheckpointError` if it is damaged.
     damage
         Result of :func:`.shard_verify.damage_of_parts`: the error of each verified checkpoint in parts, by step, or an empty
-        text if it is valid. Checkpoints that it does not list are verified here.
-    in_parts
-        Whether the tensors of a checkpoint in parts are left on disk.
-    moments
-        See :func:`load`.
+        text if it is valid.
     """
-    known = damage or {}
     for step in reversed(steps_of(root)):
         folder = folder_of(root, step)
         try:
-            if known.get(step):
-                raise CheckpointError(known[step])
-            if not (in_parts and is_in_parts(folder)):
-                return step, load(folder, moments=moments)
-            if step not in known:
-                verify(folder)
-            return step, load_state_of_parts(folder)
+            if damage and damage.get(step):
+                raise CheckpointError(damage[step])
+            return step, read(folder)
         except (CheckpointError, FileNotFoundError) as error:
             if folder.is_dir():  # otherwise a running process has just deleted it
                 log.warning("skipped a damaged checkpoint: %s", problem_of(error))

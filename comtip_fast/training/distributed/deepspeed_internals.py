@@ -83,6 +83,29 @@ def shards_of(zero_optimizer: Any, stage: int) -> list[tuple[int, Tensor]]:
     return [(zero_optimizer.sub_group_to_group_id[i], shard) for i, shard in enumerate(shards)]
 
 
+def own_moments(parameter: Any, names: Sequence[str]) -> tuple[int, dict[str, Tensor]]:
+    """Return this rank's part of the moments of a parameter under ZeRO 1 or 2.
+
+    Parameters
+    ----------
+    parameter
+        A trained parameter.
+    names
+        Names of the moments.
+
+    Returns
+    -------
+    tuple
+        Index of the first own element in the flattened parameter, and views of the own elements, 1-D, by name; empty if this rank
+        owns none.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, {}
+    own = {name: mapping.get_optim_state_fragment(name) for name in names}
+    return int(mapping.lp_fragment_address.start), own
+
+
 def create_moments(
     zero_optimizer: Any, stage: int, state: dict[Any, dict[str, Tensor]], names: Sequence[str], *, fused: bool = False
 ) -> None:

@@ -266,20 +266,11 @@ def broadcast(value: T, group: Group) -> T:
     return box[0]
 
 
-def broadcast_tensors(tensors: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Return rank 0's CPU tensors by name on every rank; a collective call.
-
-    Tensors are sent one at a time, so that a rank needs no memory beyond them.
-    """
-    if group.size == 1:
-        return tensors
-    layout = broadcast([(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()], group)
-    out = tensors if group.rank == 0 else {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in layout}
-    with _waiting(group) as waits:
-        for tensor in out.values():
-            if tensor.numel():  # as bytes, because gloo does not send every type
-                dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), src=0, group=waits)
-    return out
+def broadcast_into(tensor: Tensor, group: Group) -> None:
+    """Replace the values of a 1-D contiguous CPU tensor by those of rank 0; a collective call."""
+    if group.size > 1:
+        with _waiting(group) as waits:  # as bytes, because gloo does not send every type
+            dist.broadcast(tensor.view(torch.uint8), src=0, group=waits)
 
 
 def on_rank_zero(work: Callable[[], T], group: Group, pause: Pause = nullcontext) -> T:

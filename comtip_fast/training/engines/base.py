@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.runtime.weight_casts import ParameterNames, cast_together, linear_parameters
+from comtip_fast.training.protocol import PartSource
 from comtip_fast.training.update.spikes import SpikeLimit
 
 
@@ -60,18 +61,6 @@ class ParameterPart:
     """Number of optimizer steps; None for a frozen parameter."""
 
 
-class PartSource(Protocol):
-    """Reads elements of parameters and of their optimizer state, for example from a checkpoint."""
-
-    def read(self, name: str, key: str, start: int, stop: int) -> Tensor | None:
-        """Return elements ``start`` to ``stop`` of the flattened ``key`` of a parameter, 1-D; None if there is no such state."""
-        ...
-
-    def step_of(self, name: str) -> float:
-        """Return the number of optimizer steps of a parameter; 0 if it was frozen."""
-        ...
-
-
 class Shards(Protocol):
     """Access to this rank's part of the parameters, for an engine that divides them over ranks."""
 
@@ -79,14 +68,8 @@ class Shards(Protocol):
         """Yield this rank's part of every parameter; not a collective call."""
         ...
 
-    def restore(self, source: PartSource) -> None:
-        """Replace trained weights and optimizer state by those of ``source``; called on every rank before the first step.
-
-        Raises
-        ------
-        TrainingError
-            The engine updates some of the parameters together, but their step counts differ.
-        """
+    def restore_weights(self, source: PartSource) -> None:
+        """Replace the trained weights by those of ``source``; called on every rank before the first step."""
         ...
 
 
@@ -151,8 +134,10 @@ class Engine(Protocol):
         """Return the full optimizer state, ``<parameter>/<entry>``, on the CPU of rank 0 or of every rank; a collective call."""
         ...
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank.
+    def restore(self, source: PartSource) -> None:
+        """Replace the optimizer state by that of ``source``, saved under any engine; called on every rank before the first step.
+
+        A rank reads what it owns. Parameters that are frozen, or of which ``source`` has no state, are left as they are.
 
         Raises
         ------

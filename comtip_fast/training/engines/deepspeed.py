@@ -30,12 +30,11 @@ from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
 from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, clip, exceeds
 from comtip_fast.training.engines.zero3_shards import Zero3Shards
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
-from comtip_fast.training.protocol import TrainingError
+from comtip_fast.training.protocol import MOMENTS, PartSource, TrainingError
 from comtip_fast.training.update.spikes import SpikeLimit
 
 log = logging.getLogger("comtip_fast")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOAT = 4
 
 
@@ -127,9 +126,7 @@ class DeepSpeedEngine:
             )
         self.shards: Shards | None = None
         if self.stage == 3:
-            self.shards = Zero3Shards(
-                self.module, self._deepspeed.utils, group.rank, MOMENTS, self._steps_by_name, self._set_steps
-            )
+            self.shards = Zero3Shards(self.module, self._deepspeed.utils, group.rank, self._steps_by_name)
         skips = bool(self.stage) and config.optim.spike.policy == "skip"
         self._norm_limit = internals.NormLimit(self._engine.optimizer, self.stage) if skips else None
 
@@ -235,32 +232,32 @@ class DeepSpeedEngine:
                 out[f"{name}/step"] = torch.tensor(steps[self._group_of[name]])
         return out
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, source: PartSource) -> None:
         """See :meth:`.base.Engine.restore`."""
         if self.stage == 0:
-            restore_optimizer(self.module, self.optimizer, tensors)
+            restore_optimizer(self.module, self.optimizer, source)
             return
-        for name, parameter in self._trained():
-            for key in MOMENTS:
-                if f"{name}/{key}" in tensors:
-                    self._set_moment(parameter, key, tensors[f"{name}/{key}"].to(self._device()))
-        self._set_steps({name: float(tensors.get(f"{name}/step", 0.0)) for name in self._group_of})
+        if isinstance(self.shards, Zero3Shards):
+            self.shards.restore_moments(source)
+        else:
+            self._restore_moments(source)
+        self._set_steps({name: source.step_of(name) for name in self._group_of})
 
     def close(self) -> None:
         """See :meth:`.base.Engine.close`."""
         self._engine.destroy()
         self.optimizer.state.clear()
 
-    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        """Set the moment ``key`` of a parameter to the full tensor ``value``, of which ZeRO keeps this rank's shard."""
-        utils = self._deepspeed.utils
-        if self.stage < 3:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # ZeRO 3 pads a parameter to a multiple of the number of ranks, but its setter for full tensors does not.
-        length = utils.safe_get_local_optimizer_state(parameter, key).numel()
-        padded = nn.functional.pad(value.flatten(), (0, length * self.group.size - value.numel()))
-        utils.safe_set_local_optimizer_state(parameter, padded.split(length)[self.group.rank], key)
+    @torch.no_grad()
+    def _restore_moments(self, source: PartSource) -> None:
+        """Replace this rank's part of the moments under ZeRO 1 or 2; those that ``source`` lacks are not changed."""
+        for name, parameter in self._trained():
+            start, own = internals.own_moments(parameter, MOMENTS)
+            for key in MOMENTS:
+                length = own[key].numel() if own else 0
+                value = source.read(name, key, start, start + length)
+                if own and value is not None:
+                    own[key].copy_(value)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return the names and tensors of the trained parameters."""

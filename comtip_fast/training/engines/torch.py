@@ -16,6 +16,7 @@ from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, cast_groups_of, clip
 from comtip_fast.training.masked_adamw import MaskedAdamW
 from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, set_rate
+from comtip_fast.training.protocol import PartSource
 from comtip_fast.training.update.spikes import SpikeLimit
 
 
@@ -90,9 +91,9 @@ class TorchEngine:
         """See :meth:`Engine.optimizer_state`."""
         return optimizer_tensors(self.module, self.optimizer) if every_rank or self.group.rank == 0 else {}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, source: PartSource) -> None:
         """See :meth:`Engine.restore`."""
-        restore_optimizer(self.module, self.optimizer, tensors)
+        restore_optimizer(self.module, self.optimizer, source)
 
     def close(self) -> None:
         """See :meth:`Engine.close`; releases the wrapper of DDP, which holds its hooks."""

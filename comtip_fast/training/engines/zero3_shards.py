@@ -6,16 +6,15 @@ r ceil(n/W), and the shards of the last ranks are padded to ceil(n/W) elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from comtip_fast.training.engines.base import ParameterPart, PartSource
-
-WEIGHT = "weight"
+from comtip_fast.training.engines.base import ParameterPart
+from comtip_fast.training.protocol import MOMENTS, WEIGHT, PartSource
 
 
 class Zero3Shards:
@@ -29,12 +28,8 @@ class Zero3Shards:
         ``deepspeed.utils``.
     rank
         Rank of this process.
-    moments
-        Names of the moments in the optimizer state of a parameter.
     steps
         Returns the number of optimizer steps of each trained parameter, by name.
-    set_steps
-        Sets these numbers.
     """
 
     def __init__(
@@ -42,12 +37,9 @@ class Zero3Shards:
         module: nn.Module,
         utils: Any,
         rank: int,
-        moments: Sequence[str],
         steps: Callable[[], dict[str, float]],
-        set_steps: Callable[[dict[str, float]], None],
     ) -> None:
-        self._module, self._utils, self._rank, self._moments = module, utils, rank, moments
-        self._steps, self._set_steps = steps, set_steps
+        self._module, self._utils, self._rank, self._steps = module, utils, rank, steps
 
     def parts(self) -> Iterator[ParameterPart]:
         """Yield this rank's part of every parameter; see :meth:`.base.Shards.parts`."""
@@ -61,19 +53,20 @@ class Zero3Shards:
             }
             yield ParameterPart(name, tuple(parameter.ds_shape), start, tensors, steps.get(name))
 
-    @torch.no_grad()
-    def restore(self, source: PartSource) -> None:
-        """Replace trained weights and optimizer state as :meth:`.base.Shards.restore`; those that ``source`` lacks are not changed."""
-        trained = [(name, p) for name, p in self._named() if p.requires_grad]
-        for name, parameter in trained:
-            if parameter.ds_status.name == "AVAILABLE":  # gathered: the copy would hide the new weights
-                parameter.partition()
-            start, length = self._range(parameter)
-            for key in (WEIGHT, *self._moments):
-                value = source.read(name, key, start, start + length)
-                if value is not None:
-                    self._set(parameter, key, value)
-        self._set_steps({name: source.step_of(name) for name, _ in trained})
+    def restore_weights(self, source: PartSource) -> None:
+        """See :meth:`.base.Shards.restore_weights`."""
+        for name, parameter in self._named():
+            if parameter.requires_grad:
+                if parameter.ds_status.name == "AVAILABLE":  # gathered: the copy would hide the new weights
+                    parameter.partition()
+                self._read(source, name, parameter, WEIGHT)
+
+    def restore_moments(self, source: PartSource) -> None:
+        """Replace this rank's part of the moments; those that ``source`` lacks are not changed."""
+        for name, parameter in self._named():
+            if parameter.requires_grad:
+                for key in MOMENTS:
+                    self._read(source, name, parameter, key)
 
     @contextmanager
     def elementwise(self) -> Iterator[None]:
@@ -114,12 +107,18 @@ class Zero3Shards:
         """Return the padded shards of the weights and moments of a parameter; only the weights if the parameter is frozen."""
         if not parameter.requires_grad:
             return {WEIGHT: parameter.ds_tensor}
-        moments = {key: self._utils.safe_get_local_optimizer_state(parameter, key) for key in self._moments}
+        moments = {key: self._utils.safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
         return {WEIGHT: self._utils.safe_get_local_fp32_param(parameter), **moments}
 
-    def _set(self, parameter: Any, key: str, value: Tensor) -> None:
-        """Set the shard of the weights or of a moment to ``value``, which has no padding."""
-        padded = nn.functional.pad(value, (0, int(parameter.ds_tensor.ds_numel) - value.numel()))
+    @torch.no_grad()
+    def _read(self, source: PartSource, name: str, parameter: Any, key: str) -> None:
+        """Read the shard of the weights or of a moment, which has no padding; do nothing if ``source`` has none."""
+        start, length = self._range(parameter)
+        value = source.read(name, key, start, start + length)
+        if value is None:
+            return
+        missing = int(parameter.ds_tensor.ds_numel) - length
+        padded = nn.functional.pad(value, (0, missing)) if missing else value
         if key == WEIGHT:
             # The optimizer's copy and the copy that forward passes gather; without offloading they are one tensor.
             self._utils.safe_set_local_fp32_param(parameter, padded)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from comtip_fast.training.checkpoint.content import DELETE, MISFIT, CheckpointError
 from comtip_fast.training.checkpoint.parts.index import BUFFER, ShardIndex, part_name, read_index
-from comtip_fast.training.checkpoint.parts.writer import TYPES
+from comtip_fast.training.checkpoint.reading import Content, LocalReader
+from comtip_fast.training.checkpoint.tensor_file import OF_NAME, TYPES, Stored, TensorFile
+from comtip_fast.training.protocol import WEIGHT
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_OF_NAME = {name: dtype for dtype, name in TYPES.items()}
 
-
-class ShardReader:
-    """Reads slices of parameters; a context manager that closes the opened files on exit.
+class ShardReader(LocalReader):
+    """Reads slices of parameters; every rank can have its own reader.
 
     The hashes of the files must have been checked before.
 
@@ -38,14 +34,17 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.content = folder, Content()
         self.index: ShardIndex = read_index(folder)
         self._parameters = {p.name: p for p in self.index.parameters}
-        self._files: dict[int, Any] = {}
+        for p in self.index.parameters:
+            self.content.tensors |= {(p.name, key): Stored(tuple(p.shape), OF_NAME[p.dtype]) for key in p.keys}
+            if p.step is not None:
+                self.content.steps[p.name] = p.step
+        for b in self.index.buffers:
+            self.content.tensors[b.name, WEIGHT] = Stored(tuple(b.shape), OF_NAME[b.dtype])
+        self._files: dict[int, TensorFile] = {}
         self._stack = ExitStack()
-
-    def __enter__(self) -> ShardReader:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -53,40 +52,26 @@ class ShardReader:
         self._files.clear()
         self._stack.close()
 
-    def read(self, name: str, key: str, start: int, stop: int) -> Tensor | None:
-        """See :meth:`comtip_fast.training.engines.base.PartSource.read`."""
-        parameter = self._parameters[name]
-        if key not in parameter.keys:
-            return None
-        out = torch.empty(max(0, stop - start), dtype=_OF_NAME[parameter.dtype])
-        for rank, part in enumerate(parameter.slices):
-            low, high = max(start, part.offset), min(stop, part.offset + part.length)
+    def copy(self, out: Tensor, name: str, key: str, start: int) -> None:
+        """See :meth:`.reading.LocalReader.copy`; an element may be in the file of any rank."""
+        stop = start + out.numel()
+        for rank, offset, length, full in self._slices(name, key):
+            low, high = max(start, offset), min(stop, offset + length)
             if low < high:
-                found = self._slice(rank, f"{key}/{name}", [part.length], parameter.dtype)
-                piece = out[low - start : high - start]
-                piece.copy_(found[low - part.offset : high - part.offset])
-                self._refuse_not_finite(piece, rank, f"{key}/{name}")
-        return out
+                self._checked(rank, full, name).copy(out[low - start : high - start], full, low - offset)
 
-    def step_of(self, name: str) -> float:
-        """See :meth:`comtip_fast.training.engines.base.PartSource.step_of`."""
-        return self._parameters[name].step or 0.0
+    def where(self, name: str, key: str, start: int) -> str:
+        """See :meth:`.reading.TensorReader.where`."""
+        slices = [(rank, full) for rank, offset, length, full in self._slices(name, key) if start < offset + length]
+        rank, full = slices[0]
+        return f"{self.folder / part_name(rank)}: {full}"
 
-    def whole(self, name: str, key: str) -> Tensor | None:
-        """Return a full parameter or moment, in its shape; None if the checkpoint has no such moment."""
-        parameter = self._parameters[name]
-        flat = self.read(name, key, 0, math.prod(parameter.shape))
-        return None if flat is None else flat.reshape(parameter.shape)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers of the module by name."""
-        out = {}
-        for buffer in self.index.buffers:
-            name = f"{BUFFER}/{buffer.name}"
-            found = self._slice(0, name, buffer.shape, buffer.dtype)
-            out[buffer.name] = found[...] if buffer.shape else self._open(0).get_tensor(name)
-            self._refuse_not_finite(out[buffer.name], 0, name)
-        return out
+    def _slices(self, name: str, key: str) -> list[tuple[int, int, int, str]]:
+        """Return (rank, first element, number of elements, name in the file) of every slice of a parameter or buffer."""
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            return [(0, 0, self.content.tensors[name, key].numel, f"{BUFFER}/{name}")]
+        return [(rank, s.offset, s.length, f"{key}/{name}") for rank, s in enumerate(parameter.slices)]
 
     def check_fits(self, module: nn.Module) -> None:
         """Check that the checkpoint has exactly the parameters and buffers of a module, in the same shapes.
@@ -110,55 +95,29 @@ class ShardReader:
     @torch.no_grad()
     def load_untrained(self, module: nn.Module) -> None:
         """Load buffers and frozen parameters, which every rank holds, into a module."""
-        for name, buffer in self.buffers().items():
-            module.get_buffer(name).copy_(buffer)
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                value = self.whole(name, "weight")
-                assert value is not None  # the index requires it
-                parameter.copy_(value)
+        frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        for name, target in [*((name, module.get_buffer(name)) for name in buffer_names(module)), *frozen]:
+            value = self.whole(name)
+            assert value is not None  # see check_fits
+            target.copy_(value)
 
-    def model(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers, whole, by name."""
-        tensors = {p.name: self.whole(p.name, "weight") for p in self.index.parameters}
-        return {name: t for name, t in tensors.items() if t is not None} | self.buffers()
-
-    def optim(self) -> dict[str, Tensor]:
-        """Return the whole optimizer state, named ``<parameter>/<entry>``."""
-        out: dict[str, Tensor] = {}
-        for p in self.index.parameters:
-            if p.step is None:
-                continue
-            out |= {f"{p.name}/{key}": t for key in MOMENTS if (t := self.whole(p.name, key)) is not None}
-            out[f"{p.name}/step"] = torch.tensor(p.step)
-        return out
-
-    def _open(self, rank: int) -> Any:
+    def _checked(self, rank: int, full: str, name: str) -> TensorFile:
+        """Return the file of a rank; raise CheckpointError if its tensor ``full`` is not as the index states."""
         path = self.folder / part_name(rank)
         if rank not in self._files:
-            try:
-                self._files[rank] = self._stack.enter_context(safe_open(path, "pt"))
-            except (SafetensorError, ValueError, OSError) as error:
-                raise CheckpointError(f"{path}: not safetensors ({error}); {DELETE}") from error
-        return self._files[rank]
-
-    def _slice(self, rank: int, name: str, shape: list[int], dtype: str) -> Any:
-        """Return a tensor of a file as a slice that reads elements only when it is indexed."""
-        path = self.folder / part_name(rank)
-        try:
-            found = self._open(rank).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: no tensor {name!r} ({error}); {DELETE}") from error
-        if list(found.get_shape()) != shape or found.get_dtype() != dtype:
+            self._files[rank] = self._stack.enter_context(TensorFile(path))
+        found = self._files[rank].tensors.get(full)
+        if found is None:
+            raise CheckpointError(f"{path}: no tensor {full!r}; {DELETE}")
+        stated = self.content.tensors[name, WEIGHT]
+        if name in self._parameters:
+            stated = Stored((self._parameters[name].slices[rank].length,), stated.dtype)
+        if found != stated:
             raise CheckpointError(
-                f"{path}: {name} is {found.get_dtype()} {found.get_shape()}, not {dtype} {shape} as the index states; {DELETE}"
+                f"{path}: {full} is {TYPES[found.dtype]} {list(found.shape)}, not {TYPES[stated.dtype]} {list(stated.shape)} as the "
+                f"index states; {DELETE}"
             )
-        return found
-
-    def _refuse_not_finite(self, tensor: Tensor, rank: int, name: str) -> None:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            path = self.folder / part_name(rank)
-            raise CheckpointError(f"{path}: {name} holds values that are not finite; {DELETE}")
+        return self._files[rank]
 
 
 def buffer_names(module: nn.Module) -> list[str]:

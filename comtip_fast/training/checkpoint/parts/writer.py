@@ -22,20 +22,8 @@ from comtip_fast.training.checkpoint.parts.index import (
     Slice,
     part_name,
 )
+from comtip_fast.training.checkpoint.tensor_file import TYPES
 from comtip_fast.training.engines.base import ParameterPart
-
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass
