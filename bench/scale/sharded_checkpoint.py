@@ -5,8 +5,10 @@
 A synthetic model of linear layers in fp32 is trained for one step on two ranks and saved, then loaded on 1, 2 and 3 ranks. The shard of a
 rank is its part of weights and moments, 12 bytes per parameter and rank. *Added* is the highest resident memory during the operation
 minus that before it, from ``VmHWM``, which includes the pages of files that are read; *anonymous* leaves these out, and is sampled.
-``resume`` loads the whole checkpoint with an engine, as the trainer does; *shard* is then the memory that it adds in the end, beyond
-the model's weights. With two ranks and 200 million parameters, the machine needs 9 GB of memory and 5 GB of disk.
+``resume`` begins with the imports alone: it builds the model and the engine and restores them, as the trainer does, from whole files
+(``resume:ENGINE``) or from parts (``resume-parts``). *Shard* is then what stays in the end: weights, moments and buffers of the engine.
+*Before* is the resident memory at the start of the operation. With two ranks and 200 million parameters, the machine needs 9 GB of
+memory and 5 GB of disk.
 """
 
 from __future__ import annotations
@@ -102,18 +104,28 @@ def save_whole(engine: Engine, module: nn.Module, group: Group, folder: Path, ro
         writer.drain()
 
 
-def resume(folder: Path, millions: float, config: RunConfig, group: Group, row: dict[str, float]) -> None:
-    """Resume from the whole checkpoint as the trainer does; ``shard`` is what stays afterwards."""
-    module = model_of(millions, seed=1)
-    row["training"] = status("VmRSS")
+def resume(folder: Path, millions: float, config: RunConfig, group: Group, row: dict[str, float], parts: bool) -> None:
+    """Resume from whole files or from parts as the trainer does; ``shard`` is what stays afterwards."""
+    torch.ones(WIDTH).sum()
     with measured(row):
-        where = checkpoints.folder_of(folder, 2)
-        if group.rank == 0:
-            checkpoints.verify(where)
-        with shared_reader(checkpoints.open_reader, where, group) as reader:
-            load_weights(module, reader)
-            engine = make_engine(module, config, group)
-            engine.restore(reader)
+        module = model_of(millions, seed=1)
+        if parts:
+            assert damage_of_parts(folder, group, no_pause) == {1: ""}
+            with ShardReader(checkpoints.folder_of(folder, 1)) as reader:
+                reader.check_fits(module)
+                reader.load_untrained(module)
+                engine = make_engine(module, config, group)
+                assert engine.shards is not None
+                engine.shards.restore_weights(reader)
+                engine.restore(reader)
+        else:
+            where = checkpoints.folder_of(folder, 2)
+            if group.rank == 0:
+                checkpoints.verify(where)
+            with shared_reader(checkpoints.open_reader, where, group) as shared:
+                load_weights(module, shared)
+                engine = make_engine(module, config, group)
+                engine.restore(shared)
         gc.collect()
         row["shard"] = status("VmRSS") - row["before"]
 
@@ -125,7 +137,7 @@ def no_pause() -> Iterator[None]:
 
 
 def rank(what: str, folder: Path, millions: float) -> None:
-    """Measure as one rank and print its row: ``save``, ``whole``, ``load``, or ``resume:`` and the name of an engine.
+    """Measure as one rank and print its row: ``save``, ``whole``, ``load``, ``resume-parts``, or ``resume:`` and an engine.
 
     After ``save``, the digest of the rank's part is written to ``folder``.
     """
@@ -135,14 +147,15 @@ def rank(what: str, folder: Path, millions: float) -> None:
     config = load_config(None, [*engine_keys, "optim.clip=1.0", "train.device=cpu"])
     row: dict[str, float] = {}
     with init_distributed(600.0, "cpu") as group:
-        if what == "resume":
-            resume(folder, millions, config, group, row)
+        if what.startswith("resume"):
+            if "zero" in (kind or "zero3"):
+                import deepspeed  # noqa: F401 (belongs to the imports)
+            resume(folder, millions, config, group, row, parts=what == "resume-parts")
             print("ROW " + json.dumps(row), flush=True)
             return
         module = model_of(millions, seed=what == "load")
         row["shard"] = sum(p.numel() for p in module.parameters()) * 12 / group.size / MB
         engine = trained(module, config, group)
-        row["training"] = status("VmRSS")
         if what == "save":
             save(engine, group, folder, row)
             (folder / f"digest{group.rank}").write_text(digest(engine), encoding="ascii")
@@ -176,11 +189,11 @@ def main() -> None:
         rank(args.rank[0], Path(args.rank[1]), args.millions)
         return
     print(
-        "| operation | ranks | rank | training MB | shard MB | added MB | anonymous MB | added / shard | s | blocked s |"
+        "| operation | ranks | rank | before MB | shard MB | added MB | anonymous MB | added / shard | s | blocked s |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        parts = [("save", 2), ("load", 1), ("load", 2), ("load", 3)]
+        parts = [("save", 2), *((what, ranks) for what in ("load", "resume-parts") for ranks in (1, 2, 3))]
         whole = [("whole", 2), *((f"resume:{kind}", 2) for kind in ENGINES)]
         for what, world in {"parts": parts, "whole": whole, "both": parts + whole}[args.files]:
             arguments = [__file__, "--rank", what, folder, "--millions", str(args.millions)]
@@ -189,7 +202,7 @@ def main() -> None:
                 row = json.loads(next(line[4:] for line in text.splitlines() if line.startswith("ROW ")))
                 if not row.get("equal", True):
                     sys.exit(f"rank {i}: the loaded part differs from the saved one")
-                numbers = [f"{row[k]:,.0f}" for k in ("training", "shard", "added", "anonymous")]
+                numbers = [f"{row[k]:,.0f}" for k in ("before", "shard", "added", "anonymous")]
                 ratio, blocked = (
                     f"{row['added'] / row['shard']:.2f}",
                     f"{row['blocked']:.2f}" if "blocked" in row else "",
