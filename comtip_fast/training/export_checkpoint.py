@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,18 +111,17 @@ def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
 
 def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     """Return the step and the content of the checkpoint that ``which`` selects."""
-    read = partial(checkpoints.load, moments=False)
-    found = checkpoints.newest_good(root, read) if which in ("newest", "best") else None
+    found = checkpoints.newest_good(root, checkpoints.load_state) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
-        return found
+        return found[0], checkpoints.load(checkpoints.folder_of(root, found[0]), moments=False, hashed=True)
     available = ", ".join(str(s) for s in steps)
     if found is not None:
-        check_state(found[1].state, checkpoints.folder_of(root, found[0]), found[0])
+        check_state(found[1], checkpoints.folder_of(root, found[0]), found[0])
     elif which in ("newest", "best"):
         raise CheckpointError(
             f"{root}: none of the {len(steps)} checkpoints can be read (see the warnings above); export another run"
         )
-    step = found[1].state["best_step"] if found is not None else _step(which)
+    step = found[1]["best_step"] if found is not None else _step(which)
     if found is not None and step == 0:
         raise CheckpointError(
             f"{root}: no checkpoint has a validation score yet, so none is the best; choose newest or a step of {available}"

@@ -434,9 +434,9 @@ def test_a_checkpoint_that_a_live_run_deletes_is_read_again(
     root = run / "checkpoints"
     (last,) = checkpoints.steps_of(root)
     state = json.loads((checkpoints.folder_of(root, last) / "state.json").read_text())
-    plain, moves = checkpoints.load, [0]
+    plain, moves = checkpoints.load_state, [0]
 
-    def load(folder: Path, **more: bool) -> Any:
+    def load_state(folder: Path, **more: bool) -> Any:
         """Three times, the run replaces the checkpoint that is being read by a newer one."""
         if moves[0] < 3:
             moves[0] += 1
@@ -448,7 +448,7 @@ def test_a_checkpoint_that_a_live_run_deletes_is_read_again(
             (newer / checkpoints.SUMS).write_text(sums)
         return plain(folder, **more)
 
-    monkeypatch.setattr(checkpoints, "load", load)
+    monkeypatch.setattr(checkpoints, "load_state", load_state)
     assert exporting.export_checkpoint(run, which, tmp_path / "out") == last + 3
     assert moves == [3]
 

@@ -210,7 +210,7 @@ def _bytes(checkpoint: Checkpoint) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def load(folder: Path, *, moments: bool = True) -> Checkpoint:
+def load(folder: Path, *, moments: bool = True, hashed: bool = False) -> Checkpoint:
     """Verify a checkpoint and read it into memory; the parts of a checkpoint in parts are joined into whole tensors.
 
     Parameters
@@ -219,6 +219,8 @@ def load(folder: Path, *, moments: bool = True) -> Checkpoint:
         Folder of the checkpoint.
     moments
         Whether the optimizer state is read.
+    hashed
+        Whether its hashes have been checked already.
 
     Raises
     ------
@@ -226,7 +228,7 @@ def load(folder: Path, *, moments: bool = True) -> Checkpoint:
         A file is missing, does not match its hash or cannot be parsed, the checkpoint has another format version, or a tensor is not
         finite.
     """
-    state = load_state(folder)
+    state = load_state(folder, hashed=hashed)
     with open_reader(folder) as reader:
         model, optim = dict(reader.all_of(WEIGHT)), {}
         if moments:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from comtip_fast.training.checkpoint.content import DELETE, CheckpointError
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 4 << 20
 """Size in bytes of the pieces in which tensors are read, checked and sent."""
 TYPES = {
     torch.float64: "F64",
