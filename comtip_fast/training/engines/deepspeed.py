@@ -258,6 +258,7 @@ class DeepSpeedEngine:
                 value = source.read(name, key, start, start + length)
                 if own and value is not None:
                     own[key].copy_(value)
+                del value  # otherwise in memory while the next part is read
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return the names and tensors of the trained parameters."""
