@@ -43,16 +43,31 @@ def cell(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ({min(known):.3f} to {max(known):.3f})"
 
 
-def table(runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
+def table(folders: list[Path], runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
     """Return the lines of the Markdown table for one cohort and one normalisation (``cp10k`` or ``raw``)."""
-    lines = ["| method | " + " | ".join(HEADS) + " | undefined |", "|---|---|---|---|---|"]
+    bounds = [
+        _bounds(folder, run, cohort) if norm == "cp10k" else {} for folder, run in zip(folders, runs, strict=True)
+    ]
+    heads = [*HEADS, *(["95 % interval of the first"] if bounds[0] else []), "undefined"]
+    lines = ["| method | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(heads))]
     for key, name in NAMES.items():
         scores = [r["cohorts"][cohort][key][norm] for r in runs]
         cells = [cell([s[c] for s in scores]) for c in COLUMNS]
-        lines.append(
-            f"| {name} | " + " | ".join(cells) + f" | {', '.join(str(s['undefined_genes']) for s in scores)} |"
-        )
+        if bounds[0]:
+            known = [b[key] for b in bounds if key in b]
+            cells.append(" to ".join(f"{statistics.mean(x):.3f}" for x in zip(*known, strict=True)) if known else "-")
+        cells.append(", ".join(str(s["undefined_genes"]) for s in scores))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _bounds(folder: Path, run: dict[str, Any], cohort: str) -> dict[str, tuple[float, float]]:
+    """Return the bounds of the interval of each method on the one test section of the cohort; {} if there are several."""
+    own = run["cohorts"][cohort]["sections"]
+    if len(own) != 1:
+        return {}
+    rows = [r for r in _rows(folder / "intervals.csv") if r["section"] == own[0]]
+    return {r["predictor"]: (float(r["low"]), float(r["high"])) for r in rows}
 
 
 def differences(folders: list[Path]) -> list[str]:
@@ -105,11 +120,12 @@ def write_results(folders: list[Path]) -> None:
         "- The 50 most variable genes are chosen on the training sections.",
         "- Ridge regression is fitted on the same training spots; its penalty is chosen by leave-one-section-out, and so are its frozen",
         "  features: those that the encoder embeds, or those of all stages of the stem ([ablations](ablations.md) has both, section 5).",
+        "- Intervals are those of a bootstrap over spatial blocks of the section; bounds are means over seeds.",
         "- A gene with an undefined PCC counts as 0; the last column counts such genes per seed.",
     ]
     for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):
-            lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(runs, cohort, norm)]
+            lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(folders, runs, cohort, norm)]
     lines += differences(folders)
     lines += ["", "## Training", "| seed | stopped | best step | validation |", "|---|---|---|---|"]
     for folder, seed in zip(folders, seeds, strict=True):

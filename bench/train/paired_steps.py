@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -54,17 +55,26 @@ def worker(args: argparse.Namespace) -> None:
 
 
 class Checkout:
-    """The process of one checkout."""
+    """The process of one checkout, which waits between rounds.
 
-    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        paths = os.pathsep.join(str(folder / part) for part in (".", "kernels", "data_shards"))
+    Parameters
+    ----------
+    folder
+        Root of the checkout, working folder of the process.
+    command
+        Script and arguments. The script prints ``ready``, and then a line of numbers for each line of its standard input.
+    """
+
+    def __init__(self, folder: Path, command: Sequence[str]) -> None:
+        parts = (".", "kernels", "data_shards", "bench/kernels")
         # Threads of a process that waits must not spin, or it would slow the other one.
-        env = os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
-        options = [f"--set={item}" for item in args.set]
-        config = folder / args.config if not args.config.is_absolute() else args.config
-        own = [f"--config={config}", f"--shards={args.shards.resolve()}", f"--steps={args.steps}"]
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(str(folder / part) for part in parts),
+            "OMP_WAIT_POLICY": "passive",
+            "KMP_BLOCKTIME": "0",
+        }
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", *own, f"--threads={args.threads}", *options],
+            [sys.executable, *command],
             cwd=folder,
             env=env,
             stdin=subprocess.PIPE,
@@ -81,13 +91,28 @@ class Checkout:
                 return line
         raise SystemExit(f"the run of {self.process.args} ended")
 
-    def times(self) -> tuple[float, float]:
-        """Return (elapsed, CPU) seconds of one block of steps."""
+    def times(self) -> list[float]:
+        """Return the numbers of one round, in s."""
         assert self.process.stdin is not None
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
-        elapsed, cpu = self._read().split()
-        return float(elapsed), float(cpu)
+        return [float(text) for text in self._read().split()]
+
+
+def compare(before: Checkout, after: Checkout, names: Sequence[str], rounds: int) -> None:
+    """Run the rounds in alternating order, print each, and the ratio after / before of every number."""
+    ratios: list[list[float]] = [[] for _ in names]
+    for number in range(rounds):
+        order = (before, after) if number % 2 == 0 else (after, before)
+        times = {id(checkout): checkout.times() for checkout in order}
+        pairs = list(zip(times[id(before)], times[id(after)], strict=True))
+        for own, (earlier, later) in zip(ratios, pairs, strict=True):
+            own.append(later / earlier)
+        shown = "  ".join(f"{n} {1e3 * b:.2f} {1e3 * a:.2f} ms" for n, (b, a) in zip(names, pairs, strict=True))
+        print(f"round {number + 1}, before and after: {shown}", flush=True)
+    for name, own in zip(names, ratios, strict=True):
+        median, low, high = interval(own)
+        print(f"{name}, after / before: median {median:.3f}, 95 % interval {low:.3f} to {high:.3f}")
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -119,21 +144,20 @@ def main() -> None:
         return
     if args.before is None:
         parser.error("--before is missing: a checkout of the earlier commit")
-    before, after = Checkout(args.before.resolve(), args), Checkout(args.after.resolve(), args)
-    ratios: list[list[float]] = [[], []]
-    for number in range(args.rounds):
-        order = (before, after) if number % 2 == 0 else (after, before)
-        times = {id(checkout): checkout.times() for checkout in order}
-        for kind in (0, 1):
-            ratios[kind].append(times[id(after)][kind] / times[id(before)][kind])
-        (wall_b, cpu_b), (wall_a, cpu_a) = times[id(before)], times[id(after)]
-        print(
-            f"round {number + 1}: before {wall_b:.2f} s (CPU {cpu_b:.2f}), after {wall_a:.2f} s (CPU {cpu_a:.2f})",
-            flush=True,
+
+    def start(folder: Path) -> Checkout:
+        config = args.config if args.config.is_absolute() else folder / args.config
+        run = [
+            f"--config={config}",
+            f"--shards={args.shards.resolve()}",
+            f"--steps={args.steps}",
+            f"--threads={args.threads}",
+        ]
+        return Checkout(
+            folder, [str(Path(__file__).resolve()), "--worker", *run, *(f"--set={item}" for item in args.set)]
         )
-    for name, found in zip(("elapsed", "CPU"), ratios, strict=True):
-        median, low, high = interval(found)
-        print(f"{name} time, after / before: median {median:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+
+    compare(start(args.before.resolve()), start(args.after.resolve()), ("elapsed time", "CPU time"), args.rounds)
 
 
 if __name__ == "__main__":
