@@ -51,6 +51,11 @@ class Precision:
     """Whether autocast keeps a copy of the weights in the operands' precision."""
 
     @property
+    def casts(self) -> bool:
+        """Whether operands of products are cast from the residual stream's precision."""
+        return self.operand != self.stream
+
+    @property
     def is_bf16(self) -> bool:
         """Whether matrix products run in bf16."""
         return self.operand == 2
@@ -89,15 +94,43 @@ def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]
     return [*recomputed, Cost(name, saved=input_bytes)]
 
 
-def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, keep: bool = True) -> Cost:
-    """Return the cost of an ``i`` x ``o`` linear layer on n vectors; if ``keep`` is False, another operation stores its input."""
+def linear(
+    n: float,
+    i: int,
+    o: int,
+    p: Precision,
+    *,
+    input_grad: bool = True,
+    keep: bool = True,
+    bias: bool = True,
+    weights: bool = True,
+) -> Cost:
+    """Return the cost of an ``i`` x ``o`` linear layer on n vectors.
+
+    Parameters
+    ----------
+    n, i, o, p
+        Number of vectors, width of input and output, and bytes per element.
+    input_grad
+        Whether the input has a gradient.
+    keep
+        Whether the input is stored; otherwise another operation stores it.
+    bias
+        Whether the layer has a bias, whose gradient reads the output's gradient once more.
+    weights
+        Whether the weights are read here; not if these vectors are multiplied together with others.
+    """
     product, e = 2.0 * n * i * o, p.operand
+    own = i * o if weights else 0
+    # Weights are stored in fp32 and cast, and their gradients are cast back.
+    cast = own * (p.stream + e) if p.casts else 0
+    products = 2 if input_grad else 1
     return Cost(
         f"linear {i}x{o}",
         product,
-        (2 if input_grad else 1) * product,
-        (n * (i + o) + i * o) * e,
-        (2 * n * (i + o) + 2 * i * o) * e,
+        products * product,
+        (n * (i + o) + own) * e + cast,
+        products * (n * (i + o) + own) * e + bias * n * o * e + cast,
         n * i * e if keep else 0.0,
     )
 
@@ -108,13 +141,28 @@ def norm(n: float, d: int, p: Precision) -> Cost:
     return Cost("norm", 0, 0, 2 * n * d * e, 3 * n * d * e, n * d * e + 2 * n * STATISTIC)
 
 
+def cast(n: float, d: int, p: Precision, *, backward_only: bool = False) -> Cost:
+    """Return the cost of the cast of n x d elements of the residual stream to operands of a product, and of its gradient back.
+
+    With ``backward_only``, only a gradient is cast, because a sum in the stream's precision takes the operand as it is.
+    """
+    size = n * d * (p.stream + p.operand) if p.casts else 0.0
+    return Cost("cast", moved=0.0 if backward_only else size, back_moved=size)
+
+
+def residual(n: float, d: int, p: Precision) -> list[Cost]:
+    """Return the costs of adding n x d operands to the residual stream; its backward pass adds the gradients of both uses of the stream."""
+    moved = n * d * (2 * p.stream + p.operand)
+    return [Cost("add", moved=moved, back_moved=3 * n * d * p.stream), cast(n, d, p, backward_only=True)]
+
+
 def pointwise(n: float, d: int, e: int, *, reads: int = 1, keep: float = 1.0, name: str = "pointwise") -> Cost:
     """Return the cost of an elementwise operation on ``reads`` operands, each with n x d elements of ``e`` bytes.
 
     ``keep`` is the number of tensors of this size that are stored for the backward pass.
     """
     tensor = n * d * e
-    return Cost(name, 0, 0, (reads + 1) * tensor, (reads + 1) * tensor, keep * tensor)
+    return Cost(name, 0, 0, (reads + 1) * tensor, (reads + 1 + (keep > 0)) * tensor, keep * tensor)
 
 
 def attention(n: float, length: float, d: int, heads: int, p: Precision) -> Cost:
@@ -127,27 +175,64 @@ def attention(n: float, length: float, d: int, heads: int, p: Precision) -> Cost
     return Cost("attention", 2 * product, 5 * product, 4 * n * d * e, 8 * n * d * e, saved)
 
 
-def block(n: float, length: float, d: int, hidden: int, heads: int, p: Precision) -> list[Cost]:
+@dataclass(frozen=True, kw_only=True)
+class BlockKind:
+    """How the operations of a block run."""
+
+    compiled: bool = False
+    """Whether Inductor compiles the block."""
+    parts: bool = False
+    """Whether rows of several parts are processed together, whose attentions are concatenated (``models/vit_blocks.py``)."""
+    stacks: bool = True
+    """Whether the gradients of q, k and v are stacked; the packed kernels store them as one tensor."""
+    weights: bool = True
+    """Whether the weights are read for these rows."""
+
+
+def block(
+    n: float, length: float, d: int, hidden: int, heads: int, p: Precision, kind: BlockKind | None = None
+) -> list[Cost]:
     """Return the costs of a pre-norm transformer block on n tokens in sequences of ``length``.
 
     Per token, the block stores 2 d elements of the residual stream and (6 d + 2 hidden) operands.
     """
-    return [
+    kind = kind or BlockKind()
+    operand = n * d * p.operand
+    joined = Cost("join parts", moved=2 * operand, back_moved=6 * operand) if kind.parts else None
+    costs = [
         norm(n, d, p),
-        linear(n, d, 3 * d, p),
+        cast(n, d, p),
+        linear(n, d, 3 * d, p, weights=kind.weights),
         attention(n, length, d, heads, p),
-        linear(n, d, d, p),
-        pointwise(n, d, p.stream, reads=2, keep=0, name="add"),
-        *mlp(n, d, hidden, p),
+        *([Cost("stack gradients", back_moved=6 * operand)] if kind.stacks else []),
+        linear(n, d, d, p, weights=kind.weights),
+        *([joined] if joined else []),
+        *residual(n, d, p),
+        *mlp(n, d, hidden, p, weights=kind.weights),
     ]
+    return compiled(costs, n, d, p, kind) if kind.compiled else costs
 
 
-def mlp(n: float, d: int, hidden: int, p: Precision) -> list[Cost]:
+def compiled(costs: list[Cost], n: float, d: int, p: Precision, kind: BlockKind) -> list[Cost]:
+    """Return the costs of a block whose norms, casts and residual sums Inductor fuses; products and activations stay as they are.
+
+    The bytes are those of the kernels that ``bench/train/compiled_blocks.py`` finds. Forward: a norm, a sum with a norm, and a sum,
+    which computes the sum before it again. Backward: a cast, the two norms' input gradients, and their weight gradients together.
+    """
+    forward = 4 * p.stream + 5 * p.operand
+    back = 8 * p.stream + 7 * p.operand + (p.stream + p.operand if kind.parts else p.operand)
+    back += 6 * p.operand if kind.stacks else 0
+    kept = [c if c.flops or c.name == "gelu" else replace(c, moved=0.0, back_moved=0.0) for c in costs]
+    return [Cost("fused norms and sums", moved=forward * n * d, back_moved=back * n * d), *kept]
+
+
+def mlp(n: float, d: int, hidden: int, p: Precision, *, weights: bool = True) -> list[Cost]:
     """Return the costs of norm, MLP and residual addition."""
     return [
         norm(n, d, p),
-        linear(n, d, hidden, p),
+        cast(n, d, p),
+        linear(n, d, hidden, p, weights=weights),
         pointwise(n, hidden, p.operand, name="gelu"),
-        linear(n, hidden, d, p),
-        pointwise(n, d, p.stream, reads=2, keep=0, name="add"),
+        linear(n, hidden, d, p, weights=weights),
+        *residual(n, d, p),
     ]

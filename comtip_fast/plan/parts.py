@@ -14,16 +14,19 @@ from comtip_kernels.ledger.sizes import Sized
 from comtip_fast.plan.cost import (
     INDEX,
     STATISTIC,
+    BlockKind,
     Cost,
     Precision,
     attention,
     block,
+    cast,
     checkpointed,
     forward_only,
     linear,
     mlp,
     norm,
     pointwise,
+    residual,
     total,
 )
 from comtip_fast.plan.sizes import Sizes
@@ -66,6 +69,10 @@ class RankShare:
     gpu: bool
     checkpointing: bool = False
     """Whether activation checkpointing is used."""
+    compiled: bool = False
+    """Whether Inductor compiles the blocks."""
+    ring: bool = False
+    """Whether InfoNCE passes blocks of images around."""
 
     @property
     def micro_batch_spots(self) -> int:
@@ -112,17 +119,28 @@ def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
         # The full branch reads the features of the batch; the masked branch copies the visible ones.
         copied = masked or p.operand != 4
         start = [
+            *([] if s.has_stem or masked else [patches_of(b * patches * s.patch_inputs, p)]),
             linear(b * patches, s.patch_inputs, d, p, input_grad=False, keep=copied),
             pointwise(n, d, p.stream, reads=2, keep=0, name="positions"),
             Cost("patch indices", saved=2 * b * patches * INDEX if masked else 0),
         ]
-    vit_block = block(n, patches + s.prefix, d, s.mlp, s.heads, p)
+    # Rows of the visible patches are multiplied together with those of all patches.
+    kind = BlockKind(compiled=w.compiled, parts=in_one_pass(s, w), weights=not one_pass)
+    vit_block = block(n, patches + s.prefix, d, s.mlp, s.heads, p, kind)
     if s.layer_scale:
         vit_block += 2 * [pointwise(n, d, p.operand, name="layer scale")]
     if w.checkpointing:
         vit_block = checkpointed(vit_block, n * d * p.stream, "block input")
     costs = [*start, *(vit_block * s.depth), norm(n, d, p)]
     return costs if s.vision_trained else forward_only(costs)
+
+
+def patches_of(values: float, p: Precision) -> Cost:
+    """Return the cost of normalising the pixels of a batch, cutting them into patches, and casting them.
+
+    Bytes become fp32, which is divided by 255, centred, scaled and rearranged.
+    """
+    return Cost("patches", moved=values * (1 + 9 * 4 + (p.stream + p.operand if p.casts else 0)))
 
 
 def in_one_pass(s: Sizes, w: RankShare) -> bool:
@@ -181,17 +199,33 @@ def generator(s: Sizes, w: RankShare) -> list[Cost]:
     return [
         pointwise(nK, d, p.stream, reads=2, keep=0, name="queries"),
         norm(nK, d, p),
+        cast(nK, d, p),
         norm(nV, d, p),
+        cast(nV, d, p),
         linear(nK, d, d, p),
         linear(nV, d, 2 * d, p),
         cross,
         linear(nK, d, d, p),
-        pointwise(nK, d, p.stream, reads=2, keep=0, name="add"),
+        *residual(nK, d, p),
         *mlp(nK, d, 4 * d, p),
         linear(nK, d, d, p),
         pointwise(nK, d, 4, reads=2, keep=2, name="L_mfm"),
         Cost("patch indices", saved=nK * INDEX),
     ]
+
+
+TABLE_REST = (415, 94)
+"""Bytes per row and column of the encoded sentences, and of the whole table, that no other cost has; see :data:`DRAWS`."""
+DRAWS = 6120
+"""Bytes per (spot, gene) of drawing mispaired levels, of hashes of texts, and of the adversary's choice.
+
+Fitted, with :data:`TABLE_REST`, :data:`GATHERED` and :data:`RING`, to the steps in ``bench/rehearsal.csv``; a test compares the sum of
+all costs with each of them to 2 %.
+"""
+GATHERED = 34
+"""Bytes per (spot, gene) of all ranks of taking mispaired levels from other ranks' spots."""
+RING = 104
+"""Bytes per value of all ranks' image vectors of passing blocks of them around (``engine.loss_form: ring``)."""
 
 
 def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
@@ -202,24 +236,31 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     # On a CPU, attention runs per sentence length; the results per length are stored in addition to the concatenated one.
     attend = text_attention(s, w)
     by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
-    layer = block(n, s.attended, d, 4 * d, s.text_heads, p)
+    kind = BlockKind(compiled=w.compiled, stacks=not packed(s, w))
+    layer = block(n, s.attended, d, 4 * d, s.text_heads, p, kind)
     text_block = [by_length, *(attend if c.name == attend.name else c for c in layer)]
     if w.checkpointing:
         text_block = checkpointed(text_block, n * d * p.stream, "block input")
     last = [
         norm(n, d, p),
+        cast(n, d, p),
         linear(n, d, 3 * d, p),
         attend,
+        *([] if packed(s, w) else [Cost("stack gradients", back_moved=6 * n * d * p.operand)]),
         by_length,
+        first_rows(n, N, d, p),
         linear(N, d, d, p),
-        pointwise(N, d, p.stream, reads=2, keep=0, name="add"),
+        *residual(N, d, p),
         *mlp(N, d, 4 * d, p),
         Cost("first tokens", saved=N * INDEX),
     ]
     if w.checkpointing:
         last = checkpointed(last, n * d * p.stream, "block input")
     embed = Cost("embed", moved=n * d * p.stream, back_moved=n * d * p.stream, saved=n * 4)
+    # The rest of what the rehearsal counts: the last block's and the head's casts, gradients of equal tokens, sums of gradients.
+    rest = Cost("rest of the table", moved=TABLE_REST[0] * N * d + TABLE_REST[1] * rows * s.D)
     head = [
+        rest,
         norm(N, d, p),
         *projection(N, d, s.D, p),
         linear(N, d, 1, p, keep=False),
@@ -230,15 +271,31 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     return [embed, *(text_block * (s.text_depth - 1)), *last, *head]
 
 
+def first_rows(n: float, N: float, d: int, p: Precision) -> Cost:
+    """Return the cost of selecting the N first tokens of n in the stream and in the result of attention.
+
+    The gradients are scattered into zeros, and added to that of the norm over all tokens.
+    """
+    both = p.stream + p.operand
+    return Cost("first rows", moved=(n + N) * d * both, back_moved=3 * n * d * both + 3 * (n - N) * d * p.stream)
+
+
+def packed(s: Sizes, w: RankShare) -> bool:
+    """Return whether sentences are short enough for this package's kernel of attention on a GPU."""
+    return w.gpu and s.longest <= max(flops.ATTENTION_TILES)
+
+
 def text_attention(s: Sizes, w: RankShare) -> Cost:
     """Return the cost of attention within sentences; on a GPU, the packed kernel also multiplies what its mask removes."""
     n = w.table_rows * s.tokens
     cost = attention(n, s.attended, s.width, s.text_heads, w.precision)
-    if not w.gpu or s.longest > max(flops.ATTENTION_TILES):
+    if not packed(s, w):
         return cost
     E = s.width // s.text_heads
     issued = flops.packed_attention(n, s.text_heads, E, s.longest)
-    cost = replace(cost, flops=issued.forward, back_flops=issued.backward)
+    # The backward pass reads q, k, v and the gradient, and stores three gradients.
+    moved = 7 * n * s.width * w.precision.operand
+    cost = replace(cost, flops=issued.forward, back_flops=issued.backward, back_moved=moved)
     return on_l2(cost, w, sizes.packed_attention(ceil(n), s.text_heads, E, s.longest, 0, ""))
 
 
@@ -295,7 +352,8 @@ def infonce(s: Sizes, w: RankShare) -> list[Cost]:
     derivatives = 3 * pairs * w.precision.operand if w.gpu else 0
     kept = (w.images + w.columns) * STATISTIC + 4 * saved
     cost = Cost("logits", *issued, vectors, 3 * vectors + derivatives, kept)
-    return [on_l2(cost, w, sizes.infonce(w.images, w.columns, s.D, ""))]
+    ring = [Cost("ring", moved=RING * w.images * s.D)] if w.ring else []
+    return [on_l2(cost, w, sizes.infonce(w.images, w.columns, s.D, "")), *ring]
 
 
 def level(s: Sizes, w: RankShare) -> list[Cost]:
@@ -323,7 +381,8 @@ def pair(s: Sizes, w: RankShare) -> list[Cost]:
     once = on_l2(Cost("scores"), w, (forward, backward))
     loaded, back_loaded, programs = once.loaded, once.back_loaded, once.programs
     costs = [
-        Cost("adversary", scored * issued.forward, moved=scored * moved, loaded=scored * loaded, programs=programs)
+        Cost("draws", moved=DRAWS * pairs + (GATHERED * s.B * s.G if s.other_spots and w.images > w.spots else 0)),
+        Cost("adversary", scored * issued.forward, moved=scored * moved, loaded=scored * loaded, programs=programs),
     ]
     if s.has_pair:
         costs.append(

@@ -95,6 +95,13 @@ class Plan:
         return sum(p.sum("flops") + p.sum("back_flops") for p in self.parts)
 
     @property
+    def moved(self) -> float:
+        """Bytes that the operators of a rank's step read and write, every operand and result once, the optimizer's included."""
+        W = self.cluster.ranks if self.engine.zero_stage else 1
+        parts = sum(p.sum("moved") + p.sum("back_moved") for p in self.parts)
+        return parts + optimizer_cost(self.sizes.trained / W).moved
+
+    @property
     def utilisation(self) -> float:
         """Share of the device's peak FLOP/s that the step reaches."""
         peak = self.cluster.device.bf16 if self.engine.precision.is_bf16 else self.cluster.device.fp32
@@ -259,6 +266,8 @@ def rank_share(s: Sizes, e: EngineSpec, c: Cluster) -> RankShare:
         precision=e.precision,
         gpu=c.device.name != "cpu",
         checkpointing=e.activation_checkpointing,
+        compiled=e.compiled,
+        ring=e.loss_form == "ring" and c.ranks > 1,
     )
 
 

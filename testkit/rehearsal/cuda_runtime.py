@@ -105,7 +105,9 @@ class _Stream:
         self.mode.record.wait("a stream is waited for")
 
 
-class _Properties:
+class H100:
+    """Properties of the simulated device."""
+
     name = "NVIDIA H100 80GB HBM3"
     major, minor, multi_processor_count = 9, 0, 132
     total_memory = 80 * 2**30
@@ -170,8 +172,8 @@ def _runtime(mode: StandInMode, current: CurrentDevice) -> dict[str, Any]:
         "stream": lambda _s: current.guard(None),
         "Event": event,
         "Stream": stream,
-        "get_device_properties": lambda *_a: _Properties,
-        "get_device_name": lambda *_a: _Properties.name,
+        "get_device_properties": lambda *_a: H100,
+        "get_device_name": lambda *_a: H100.name,
         "get_device_capability": lambda *_a: (9, 0),
         "max_memory_allocated": lambda *_a: 0,
         "memory_allocated": lambda *_a: 0,
@@ -196,7 +198,7 @@ def _grouped(lists: Any, with_indices: bool = False) -> Any:
     return out
 
 
-def _enter_tensor_patches(stack: ExitStack) -> None:
+def enter_tensor_patches(stack: ExitStack) -> None:
     """Replace methods of tensors and modules that depend on the C++ device, until ``stack`` closes."""
     make = torch.Tensor._make_subclass
 
@@ -250,7 +252,7 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
         for name, value in _runtime(mode, current).items():
             if hasattr(torch.cuda, name):
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        _enter_tensor_patches(stack)
+        enter_tensor_patches(stack)
         _enter_optimizer_patches(stack)
         _enter_attention_and_autocast(stack)
         stack.callback(torch.set_float32_matmul_precision, precision)

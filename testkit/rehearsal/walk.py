@@ -107,7 +107,7 @@ def train(walk: Walk, *, graph_rules: bool = False) -> Record:
             if walk.ranks > 1:  # the ranks agree on the names of logged numbers in the first step
                 trainer._one_step(Signals())
             else:
-                _allocate(trainer)
+                allocate(trainer)
         # The step after this number is logged or not.
         trainer.progress.step = config.train.log_every - 1 if walk.part == "logged step" else 1
         rules = GraphRules(record)
@@ -118,7 +118,7 @@ def train(walk: Walk, *, graph_rules: bool = False) -> Record:
     return record
 
 
-def _allocate(trainer: Trainer) -> None:
+def allocate(trainer: Trainer) -> None:
     """Let the optimizer allocate its moments, as in the first step; DeepSpeed's stand-in has none."""
     optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
     if trainer.config.engine.kind == "deepspeed":

@@ -16,6 +16,7 @@ from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs
+from comtip_fast.plan.timing import optimizer_cost
 from testkit.synthetic_task import gene_names
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +37,9 @@ def tokens_of(names: int, panel: int, max_tokens: int, full_name: bool) -> float
     return float(genes.length_G[:: names // panel][:panel].double().mean())
 
 
-def planned(row: dict[str, str]) -> Plan:
-    """Return the plan of the config, engine and ranks of a row."""
-    overrides = [f"engine.{word}" for word in row["walk"].split()[1:]]
+def planned(row: dict[str, str], *, compiled: bool = False) -> Plan:
+    """Return the plan of the config, engine and ranks of a row; the rehearsal walks blocks that are not compiled."""
+    overrides = [f"engine.compile={compiled}".lower(), *(f"engine.{word}" for word in row["walk"].split()[1:])]
     config: RunConfig = load_config(ROOT / "configs" / f"{row['config']}.yaml", overrides)
     names, ranks = max(config.genes.per_cohort, config.panel.max_genes), int(row["ranks"])
     panel = min(config.panel.max_genes, names)
@@ -86,6 +87,25 @@ def test_saved_bytes_are_those_counted(pair: tuple[dict[str, str], Plan]):
     row, plan = pair
     saved = sum(part.saved for part in plan.parts) / 1e6
     assert saved == pytest.approx(float(row["saved_mb"]), rel=0.12 if plan.engine.activation_checkpointing else 0.02)
+
+
+def test_bytes_moved_are_those_counted(pair: tuple[dict[str, str], Plan]):
+    """Casts, bias gradients and sums of gradients included; the optimizer of DeepSpeed is not walked."""
+    row, plan = pair
+    moved = plan.moved
+    if plan.engine.kind == "deepspeed":
+        moved -= optimizer_cost(plan.sizes.trained / int(row["ranks"])).moved
+    assert moved / 1e9 == pytest.approx(float(row["moved_gb"]), rel=0.02)
+
+
+def test_compiled_blocks_move_the_bytes_that_inductor_fuses_to():
+    """The difference that ``engine.compile`` makes is that of ``bench/compiled_blocks.csv``, to 2 % of a step's bytes."""
+    with (ROOT / "bench" / "compiled_blocks.csv").open(encoding="utf-8") as file:
+        whole = next(row for row in csv.DictReader(file) if row["part"] == "step")
+    row = next(row for row in ROWS if (row["config"], row["walk"]) == ("1gpu", "step"))
+    eager, compiled = planned(row), planned(row, compiled=True)
+    saved = float(whole["pointwise_gb"]) - float(whole["compiled_gb"])
+    assert (eager.moved - compiled.moved) / 1e9 == pytest.approx(saved, abs=0.02 * float(row["moved_gb"]))
 
 
 def test_the_host_issues_the_operators_counted(pair: tuple[dict[str, str], Plan]):
