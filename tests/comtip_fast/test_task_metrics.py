@@ -17,7 +17,7 @@ from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import _predicted, _Shuffled, _with_control
-from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, read_gmt, set_closeness, set_scores
+from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, read_gmt, set_closeness, set_scores
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
     interval,
@@ -31,6 +31,7 @@ from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
 from comtip_fast.evaluation.tasks.retrieval import chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import TaskRow, table
+from comtip_fast.genes.families import families
 from comtip_fast.metrics import mean_pcc
 
 
