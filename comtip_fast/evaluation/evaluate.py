@@ -319,6 +319,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "hvg_from": parts[0]["hvg_from"],
         "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
+        "platforms_not_in_training": sorted({p["platform"] for p in parts if p["platform_seen_in_training"] is False}),
         "genes_not_measured": sorted({g for p in parts for g in p["genes_not_measured"]}),
     }
     for name in predictors_of(*parts):

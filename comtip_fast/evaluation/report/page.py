@@ -119,7 +119,7 @@ def _training(result: Evaluation) -> dict[str, Any]:
     not_in_training_set = [
         {
             k: getattr(s, k)
-            for k in ("section_id", "species", "tissue", "donor", "n_spots", "licence", "attribution")
+            for k in ("section_id", "species", "tissue", "donor", "platform", "n_spots", "licence", "attribution")
         }
         | {"split": "not in the training set", "scored": True}
         for s in result.shards.manifest.sections
