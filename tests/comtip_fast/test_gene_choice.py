@@ -13,7 +13,7 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.format.statistics import SectionStatistics
 from comtip_shards.sources import open_source
 
-from comtip_fast.config.io import load_config
+from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.config.schema import GenesConfig, PanelConfig
 from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes, draw_panel
 from comtip_fast.data.expression.training_tables import _more_genes, training_tables
@@ -155,6 +155,11 @@ def test_families_that_cannot_be_held_out_are_an_error():
     ):
         held_out("families", held_out_every=27)
     assert held_out("families", held_out_every=0) == set()
+
+
+def test_a_draw_of_no_genes_is_refused():
+    with pytest.raises(ConfigError, match=r"genes\.held_out_draw: random; needs genes\.held_out_every of at least 2"):
+        load_config(None, ["genes.held_out_draw=random", "genes.held_out_every=0"])
 
 
 def test_the_draw_is_that_of_the_runs_seed(tiny_shards: ShardSet, tiny_overrides: list[str]):
