@@ -24,6 +24,10 @@ NAMES = {
     "zero_shot": "**CoMTIP, zero-shot**",
     "zero_shot_levels": "CoMTIP, from level sentences alone",
     "zero_shot_unseen_genes": "CoMTIP, genes not in training",
+    "unseen_mean_map": "the same genes: mean map of the trained genes",
+    "unseen_names_shuffled": "the same genes: each with the name of another",
+    "unseen_vectors_shuffled": "the same genes: each with the gene vector of another",
+    "unseen_ridge": "the same genes: ridge trained on them (supervised)",
     "control_null": "spatial null: predicted map rotated and shifted",
     "ridge_colour": "ridge on mean colour (supervised)",
     "ridge_features": "ridge on encoder features (supervised)",
@@ -51,7 +55,10 @@ def table(folders: list[Path], runs: list[dict[str, Any]], cohort: str, norm: st
     heads = [*HEADS, *(["95 % interval of the first"] if bounds[0] else []), "undefined"]
     lines = ["| method | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(heads))]
     for key, name in NAMES.items():
-        scores = [r["cohorts"][cohort][key][norm] for r in runs]
+        scores = [r["cohorts"][cohort].get(key, {}).get(norm) for r in runs]
+        scores = [s for s in scores if s is not None]
+        if not scores:
+            continue
         cells = [cell([s[c] for s in scores]) for c in COLUMNS]
         if bounds[0]:
             known = [b[key] for b in bounds if key in b]
@@ -77,13 +84,14 @@ def differences(folders: list[Path]) -> list[str]:
         "",
         "## Difference to the baselines",
         "PCC of the zero-shot prediction minus PCC of the baseline over the 50 most variable genes, log1p CP10K, per seed, with its",
-        "95 % bootstrap interval over spatial blocks of the section (paired).",
+        "95 % bootstrap interval over spatial blocks of the section (paired). For references of genes not in training, the difference",
+        "is that of the model on these genes.",
         "",
         "| section | baseline | " + " | ".join(f"seed {_seed(f)}" for f in folders) + " |",
         "|---|---|" + "---|" * len(folders),
     ]
     for section, predictor in tables[0]:
-        if predictor in NAMES and predictor != "zero_shot":
+        if predictor in NAMES and predictor not in ("zero_shot", "zero_shot_unseen_genes"):
             cells = [t[section, predictor] for t in tables]
             texts = [
                 f"{float(c['difference']):+.3f} ({float(c['difference_low']):+.3f} to {float(c['difference_high']):+.3f})"
@@ -122,6 +130,9 @@ def write_results(folders: list[Path]) -> None:
         "  features: those that the encoder embeds, or those of all stages of the stem ([ablations](ablations.md) has both, section 5).",
         "- Intervals are those of a bootstrap over spatial blocks of the section; bounds are means over seeds.",
         "- A gene with an undefined PCC counts as 0; the last column counts such genes per seed.",
+        "- Genes not in training: the model knows what distinguishes them only as far as it scores above the mean map and above the",
+        "  control in which they exchange names; ridge regression that is trained on them shows how much these images allow",
+        "  ([evaluation](evaluation.md#unseen-genes)).",
     ]
     for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):

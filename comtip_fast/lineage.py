@@ -23,8 +23,8 @@ from comtip_fast._version import __version__
 
 FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
-FORMAT, VERSION = "comtip-lineage", 2
-"""Version 2 has ``sets``. A lineage without them is written as version 1, which earlier releases read."""
+FORMAT, VERSION = "comtip-lineage", 3
+"""Version 2 has ``sets``, version 3 ``platform``. A lineage without them is written as an earlier version, which earlier releases read."""
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = (
     "copy the file again, or write the export from a checkpoint of the run (`comtip export` with the option checkpoint)"
@@ -75,6 +75,8 @@ class LineageSection:
     attribution: Text = ""
     split: Split = ""
     n_spots: Annotated[int, Field(ge=0)] = 0
+    platform: Text = ""
+    """Assay, e.g. Visium; empty if unknown, as in lineages of version 1 and 2."""
     spots: Annotated[str, Field(max_length=1 << 12), AfterValidator(_check_spots)] = ""
     """Sketch of the spots' counts, which identifies the section under another id; empty in exports without lineage."""
     picture: Annotated[str, Field(max_length=1 << 8), AfterValidator(_check_picture)] = ""
@@ -194,6 +196,23 @@ class Lineage:
             if any(s.donor == donor and s.split == "train" for s in run.sections)
         ]
 
+    def runs_that_trained_on_platform(self, platform: str) -> list[str] | None:
+        """Return the labels of the runs with a section of ``platform``, in any case of letters, in split ``train``.
+
+        The result is None if it is unknown: ``platform`` is empty, or no section of it is known, but the parents or the platform of a
+        training section are unknown.
+        """
+        name = platform.strip().lower()
+        train = [
+            (label, s.platform.strip().lower())
+            for label, run in zip(self.labels(), self.runs, strict=True)
+            for s in run.sections
+            if s.split == "train"
+        ]
+        found = list(dict.fromkeys(label for label, other in train if other == name))
+        unknown = not name or not self.parents_known or any(not other for _, other in train)
+        return None if not name or (unknown and not found) else found
+
     def merged_sections(self) -> list[LineageSection]:
         """Return the distinct sections of all runs.
 
@@ -234,12 +253,16 @@ class Lineage:
     # -- file -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Return the text of ``lineage.json``, in version 1 unless a run has several sets."""
-        lineage = asdict(self)
+        """Return the text of ``lineage.json``, in the earliest version that has its fields."""
+        lineage, version = asdict(self), 1
         for run in lineage["runs"]:
             if not run["sets"]:
                 del run["sets"]
-        version = VERSION if any(run.sets for run in self.runs) else 1
+            version = max(version, 2 if "sets" in run else 1)
+            for section in run["sections"]:
+                if not section["platform"]:
+                    del section["platform"]
+                version = max(version, VERSION if "platform" in section else 1)
         return json.dumps({"format": FORMAT, "version": version, "lineage": lineage}, indent=1) + "\n"
 
     @classmethod

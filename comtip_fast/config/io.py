@@ -328,6 +328,10 @@ def _model_rules(c: RunConfig) -> list[Rule]:
     return [
         (genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene; use 0 or at least 2"),
         (
+            genes.held_out_draw == "rank" or genes.held_out_every > 0,
+            f"genes.held_out_draw: {genes.held_out_draw}; needs genes.held_out_every of at least 2, because 0 draws no gene",
+        ),
+        (
             c.panel.min_genes <= c.panel.max_genes,
             f"panel.max_genes: {c.panel.max_genes}; must not be below panel.min_genes ({c.panel.min_genes})",
         ),

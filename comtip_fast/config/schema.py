@@ -108,7 +108,11 @@ class GenesConfig:
     ``pooled`` spots of all sections, or in ``every`` section. With ``any``, a shallow or additional section removes no gene.
     Scores always use genes that pass in every section."""
     held_out_every: CountOrZero = 6
-    """n: every n-th gene from variance rank ``held_out_from`` is excluded from training, to test unseen genes; 0 excludes none."""
+    """n: one in n genes from variance rank ``held_out_from`` is excluded from training, to test unseen genes; 0 excludes none."""
+    held_out_draw: Literal["rank", "random", "families"] = "rank"
+    """Which genes are held out: ``rank``, every n-th by variance; ``random``, drawn with ``train.seed``; ``families``, whole families of
+    symbols (KRT5, KRT14, ...) drawn with ``train.seed``, until no further one fits the share. A family with a gene before rank
+    ``held_out_from`` is not drawn."""
     held_out_from: CountOrZero = 50
     """First variance rank (from 0) at which a gene may be held out; more variable genes are trained unless ``held_out`` names
     them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,36 +53,71 @@ def fit_ridge(
     ValueError
         There are fewer than 10 training spots.
     """
+    return fit_ridges(x_NF, [y_NG], section_N, fold_N)[0]
+
+
+def fit_ridges(
+    x_NF: np.ndarray, targets: Sequence[np.ndarray], section_N: np.ndarray, fold_N: np.ndarray | None = None
+) -> list[RidgeModel]:
+    """Fit several sets of targets, each as :func:`fit_ridge` does, with one decomposition of the inputs per fold for all sets.
+
+    Parameters and errors are those of :func:`fit_ridge`; ``targets`` has arrays (N, G), with an own alpha each. An item is read once
+    per fold and once at the end, so that a sequence that computes its items need not hold them.
+    """
     if len(x_NF) < 10:
         raise ValueError(f"ridge needs at least 10 training spots, but there are {len(x_NF)}; add training sections")
-    x_NF, y_NG = np.asarray(x_NF, np.float64), np.asarray(y_NG, np.float64)
+    x_NF = np.asarray(x_NF, np.float64)
     sections = np.unique(section_N)
     if fold_N is None:
         fold_N = section_N if sections.size > 1 else np.arange(len(x_NF)) % FOLDS
-    total = np.zeros(len(ALPHAS))
     folds = np.unique(fold_N)
+    total = np.zeros((len(targets), len(ALPHAS)))
     for fold in folds:
         held_out = fold_N == fold
-        models = _fit_all_alphas(x_NF[~held_out], y_NG[~held_out], section_N[~held_out])
-        # Cross-validation uses the evaluation's score: correlation within a section.
-        total += [mean_pcc(y_NG[held_out], m.predict(x_NF[held_out])) for m in models]
-    best = int(total.argmax())
-    return replace(_fit_all_alphas(x_NF, y_NG, section_N)[best], cv_pcc=float(total[best] / folds.size))
-
-
-def _fit_all_alphas(x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray) -> list[RidgeModel]:
-    """Fit one model per alpha from a single SVD."""
-    mean, std = x_NF.mean(0), x_NF.std(0)
-    std = np.where(std > 1e-12, std, 1.0)
-    z = (x_NF - mean) / std
-    intercept = y_NG.mean(0)
-    centred = np.empty_like(y_NG)
-    for s in np.unique(section_N):
-        rows = section_N == s
-        centred[rows] = y_NG[rows] - y_NG[rows].mean(0)
-    left, singular, right = np.linalg.svd(z, full_matrices=False)
-    projected = left.T @ centred
+        inputs = _Inputs(x_NF[~held_out], section_N[~held_out])
+        rotated = inputs.rotated(x_NF[held_out])
+        for i in range(len(targets)):
+            y = np.asarray(targets[i], np.float64)
+            projected, intercept = inputs.projected(y[~held_out]), y[~held_out].mean(0)
+            # Cross-validation uses the evaluation's score: correlation within a section.
+            total[i] += [
+                mean_pcc(y[held_out], rotated @ (projected * inputs.shrinkage(a)[:, None]) + intercept) for a in ALPHAS
+            ]
+    inputs, best = _Inputs(x_NF, section_N), total.argmax(1)
     return [
-        RidgeModel(mean, std, right.T @ (projected * (singular / (singular**2 + alpha))[:, None]), intercept, alpha)
-        for alpha in ALPHAS
+        replace(inputs.fit(np.asarray(targets[i], np.float64), ALPHAS[k]), cv_pcc=float(total[i, k] / folds.size))
+        for i, k in enumerate(best.tolist())
     ]
+
+
+class _Inputs:
+    """Standardised inputs of N spots and their singular value decomposition, which every alpha and set of targets shares."""
+
+    def __init__(self, x_NF: np.ndarray, section_N: np.ndarray) -> None:
+        self.mean, std = x_NF.mean(0), x_NF.std(0)
+        self.std = np.where(std > 1e-12, std, 1.0)
+        self.left, self.singular, self.right = np.linalg.svd((x_NF - self.mean) / self.std, full_matrices=False)
+        self.rows = [section_N == s for s in np.unique(section_N)]
+
+    def shrinkage(self, alpha: float) -> np.ndarray:
+        """Return the factor of each singular direction, float64 (R,)."""
+        factor: np.ndarray = self.singular / (self.singular**2 + alpha)
+        return factor
+
+    def projected(self, y_NG: np.ndarray) -> np.ndarray:
+        """Return targets, centred within each section, projected onto the singular directions, float64 (R, G)."""
+        centred = np.empty_like(y_NG)
+        for rows in self.rows:
+            centred[rows] = y_NG[rows] - y_NG[rows].mean(0)
+        out: np.ndarray = self.left.T @ centred
+        return out
+
+    def rotated(self, x_MF: np.ndarray) -> np.ndarray:
+        """Return other inputs in singular directions, float64 (M, R)."""
+        out: np.ndarray = ((x_MF - self.mean) / self.std) @ self.right.T
+        return out
+
+    def fit(self, y_NG: np.ndarray, alpha: float) -> RidgeModel:
+        """Return the model of one alpha."""
+        weight = self.right.T @ (self.projected(y_NG) * self.shrinkage(alpha)[:, None])
+        return RidgeModel(self.mean, self.std, weight, y_NG.mean(0), alpha)

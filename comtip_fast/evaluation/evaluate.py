@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,20 @@ from comtip_shards.storage.atomic import write_atomic
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.tile_sources import ShardTiles
 from comtip_fast.evaluation.gene_table import ScoredGenes, ScoringInputs, gene_table, resolve_list
-from comtip_fast.evaluation.metrics import (
-    mean_scores,
-    null_scores,
-    partial_pcc_per_gene,
-    score_columns,
-    score_from_genes,
-)
-from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
+from comtip_fast.evaluation.metrics import mean_scores
+from comtip_fast.evaluation.nulls import moved_spots, null_pcc
+from comtip_fast.evaluation.scoring import N_HVG, NORMALISATIONS, PREDICTORS, levels_pcc, score_section
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
-from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference, check_tiles, spot_inputs
+from comtip_fast.evaluation.train_reference import TrainReference, check_tiles, spot_inputs
 from comtip_fast.evaluation.trained import METHODS, TrainOptions
 from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
+from comtip_fast.evaluation.unseen import MEAN_MAP, SHUFFLES, UnseenGenes, unseen_references
 from comtip_fast.inference import GeneQuery, Predictor, SectionFeatures, SectionPrediction
-from comtip_fast.inference.feature_store import FeatureStore
 from comtip_fast.lineage import symbol_of
 from comtip_fast.metrics import finite_or_none, pcc_per_gene
 
 log = logging.getLogger("comtip_fast")
-N_HVG = 50
 HVG_FROM_LIST = "gene list"
-NORMALISATIONS = ("cp10k", "raw")
-PREDICTORS = (
-    "zero_shot",
-    "zero_shot_levels",
-    "zero_shot_unseen_genes",
-    "control_null",
-    "ridge_colour",
-    "ridge_features",
-    "ridge_frozen",
-)
 FORMAT, VERSION = "comtip-metrics", 1
 
 
@@ -83,6 +66,8 @@ class SectionData:
     """(N,) indices of the spots in the shard set."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
     """{name of a baseline or trained method: its prediction for the genes ``hvg``, CP10K (N, HVG)}."""
+    unseen_baselines: dict[str, np.ndarray] = field(default_factory=dict)
+    """{name of a reference: its prediction for the first 50 of the genes ``unseen``, CP10K (N, H)}."""
 
 
 @dataclass
@@ -176,6 +161,7 @@ def evaluate(
         "run": predictor.config.name,
         "seed": seed,
         "null_draws": n_null,
+        "shuffled_draws": SHUFFLES,
         "gene_list": None if genes is None else list(genes),
         "lineage": lineage_facts(predictor),
         "reference_sections": [train_shards.manifest.sections[n].section_id for n in reference.numbers],
@@ -247,14 +233,18 @@ def _evaluate_section(
             genes=genes,
             measured=measured,
             predicted=predicted,
-            from_levels=_levels_pcc(predictor, features, queries, measured, genes.hvg, covariates),
+            from_levels=levels_pcc(predictor, features, queries, measured, genes.hvg, covariates),
             covariates=covariates,
             ridge_inputs=ridge_inputs,
             moved=moved,
             null=null_pcc(measured["cp10k"], predicted["cp10k"], moved),
             trained={m.name: m.predict(tiles, stain, cohort, genes.keys) for m in trained if cohort in m.cohorts},
         )
-        scores, null_means, null_genes = _score_section(inputs, reference)
+        unseen = _unseen_genes(predictor, shards, number, inputs, features, xy, queries, seed)
+        inputs.unseen_references, mean = unseen_references(unseen) if genes.unseen.size else ({}, None)
+        if mean is not None:
+            inputs.unseen_baselines[MEAN_MAP] = np.repeat(mean["cp10k"], unseen.n_top, axis=1)
+        scores, null_means, null_genes = score_section(inputs, reference)
     data = SectionData(
         section_id=section_id,
         cohort=cohort,
@@ -271,32 +261,39 @@ def _evaluate_section(
         gene_table=gene_table(predictor, shards, number, inputs),
         spots=spots,
         baselines=inputs.baselines,
+        unseen_baselines=inputs.unseen_baselines,
     )
     return data, _section_facts(predictor, shards, number, genes) | scores
 
 
-def _levels_pcc(
+def _unseen_genes(
     predictor: Predictor,
+    shards: ShardSet,
+    number: int,
+    v: ScoringInputs,
     features: SectionFeatures,
-    queries: Sequence[GeneQuery],
-    measured: dict[str, np.ndarray],
-    hvg: np.ndarray,
-    covariates: np.ndarray,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return :attr:`ScoringInputs.from_levels`; only the predictions of some genes are in memory at a time."""
-    out = {norm: (np.full(len(queries), np.nan), np.full(hvg.size, np.nan)) for norm in NORMALISATIONS}
-    start = 0
-    for levels in predictor.sentence_levels(queries):
-        values = features.predict_levels(levels)
-        stop = start + values["cp10k"].shape[1]
-        own = np.flatnonzero((hvg >= start) & (hvg < stop))
-        for norm, (pcc, adjusted) in out.items():
-            part = measured[norm][:, start:stop]
-            pcc[start:stop] = pcc_per_gene(part, values[norm])
-            columns = hvg[own] - start
-            adjusted[own] = partial_pcc_per_gene(part[:, columns], values[norm][:, columns], covariates)
-        start = stop
-    return out
+    xy: np.ndarray,
+    queries: list[GeneQuery],
+    seed: int,
+) -> UnseenGenes:
+    """Return the unseen genes of a section, with the trained genes that it measured, for their references."""
+    trained = set(predictor.trained_genes)
+    seen = [g for g, m in zip(shards.genes, shards.measured(number), strict=True) if m and g.key in trained]
+    return UnseenGenes(
+        predictor=predictor,
+        features=features,
+        section_id=shards.manifest.sections[number].section_id,
+        cohort=v.cohort,
+        xy=xy,
+        queries=queries,
+        unseen=v.genes.unseen,
+        seen=[GeneQuery(g.symbol, g.name, g.key) for g in seen],
+        measured=v.measured,
+        predicted=v.predicted,
+        covariates=v.covariates,
+        n_top=min(N_HVG, v.genes.unseen.size),
+        seed=seed,
+    )
 
 
 def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: ScoredGenes) -> dict[str, Any]:
@@ -313,63 +310,6 @@ def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: S
     } | section_facts(predictor, shards, number)
 
 
-def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Return all scores and, for the null on CP10K values, the mean PCC of each draw and the PCC of the panel genes per draw."""
-    out: dict[str, Any] = {name: dict.fromkeys(NORMALISATIONS) for name in PREDICTORS}
-    genes, null = v.genes, (np.zeros(0), np.zeros((0, 0), np.float32))
-    scored = np.union1d(genes.panel, genes.hvg)  # some of the most variable genes may be held out
-    top, panel = np.searchsorted(scored, genes.hvg), np.searchsorted(scored, genes.panel)
-    first_unseen = np.arange(min(N_HVG, genes.unseen.size))
-    keys = [genes.keys[i] for i in scored]
-    for norm in NORMALISATIONS:
-        m, p = v.measured[norm], v.predicted[norm]
-        zero_shot = score_columns(m, partial(_columns, p), v.covariates, scored, top, panel)
-        out["zero_shot"][norm] = asdict(zero_shot)
-        levels_pcc, levels_partial = v.from_levels[norm]
-        out["zero_shot_levels"][norm] = asdict(score_from_genes(levels_pcc[scored], levels_partial, top, panel))
-        unseen = score_columns(m, partial(_columns, p), v.covariates, genes.unseen, first_unseen)
-        out["zero_shot_unseen_genes"][norm] = asdict(unseen)
-        pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m, p, v.moved, scored)
-        partial_null = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
-        out["control_null"][norm], draws = null_scores(
-            [score_from_genes(g, h, top, panel) for g, h in zip(pcc, partial_null, strict=True)],
-            zero_shot.mean_pcc_50_hvg,
-        )
-        if norm == "cp10k":
-            null = (draws, pcc[:, panel].astype(np.float32))
-        for name, x in v.ridge_inputs.items():
-            fit = reference.ridge(v.cohort, name, norm, keys)
-            out[name][norm] = None if fit is None else _ridge_score(fit, x, m, v.covariates, scored, top, panel)
-            if fit is not None and norm == "cp10k":
-                v.baselines[name] = fit.predict(x, len(m), top)
-    for name, values in v.trained.items():
-        found = score_columns(v.measured["cp10k"], partial(_columns, values), v.covariates, scored, top, panel)
-        out[name] = {"cp10k": asdict(found), "raw": None}
-        v.baselines[name] = values[:, genes.hvg]
-    return out, *null
-
-
-def _columns(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    return values[:, columns]
-
-
-def _ridge_score(
-    fit: RidgeFit,
-    x: dict[str, FeatureStore],
-    measured: np.ndarray,
-    covariates: np.ndarray,
-    scored: np.ndarray,
-    top: np.ndarray,
-    panel: np.ndarray,
-) -> dict[str, Any]:
-    """Return the scores of a ridge baseline that was fitted to the genes ``scored`` (ascending), with the facts of the fit."""
-
-    def predict(columns: np.ndarray) -> np.ndarray:
-        return fit.predict(x, len(measured), np.searchsorted(scored, columns))
-
-    return asdict(score_columns(measured, predict, covariates, scored, top, panel)) | fit.facts()
-
-
 def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the entry of a cohort: mean scores, sums of spots and undefined genes, and the 50 genes of the first section."""
     out: dict[str, Any] = {
@@ -379,6 +319,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "hvg_from": parts[0]["hvg_from"],
         "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
+        "platforms_not_in_training": sorted({p["platform"] for p in parts if p["platform_seen_in_training"] is False}),
         "genes_not_measured": sorted({g for p in parts for g in p["genes_not_measured"]}),
     }
     for name in predictors_of(*parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,8 +78,12 @@ class ScoringInputs:
     """(n_draws, G), PCC of every gene under the null, CP10K; NaN where undefined."""
     trained: dict[str, np.ndarray] = field(default_factory=dict)
     """Predictions of the trained methods, CP10K (N, G)."""
+    unseen_references: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Scores of :func:`comtip_fast.evaluation.unseen.unseen_references`."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
     """Predictions of baselines and trained methods for ``genes.hvg``, CP10K (N, HVG), filled in during scoring."""
+    unseen_baselines: dict[str, np.ndarray] = field(default_factory=dict)
+    """Predictions of the mean map and of ridge regression for the first 50 of ``genes.unseen``, CP10K (N, H), filled in too."""
 
 
 def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringInputs) -> pd.DataFrame:

@@ -60,13 +60,20 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
 
 
 def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[str, Any]:
-    """Return the entries of ``metrics.json`` that state which runs used a section and its donor."""
+    """Return the entries of ``metrics.json`` that state which runs used a section, its donor and its platform.
+
+    ``platform_seen_in_training`` is None if it is unknown, see :meth:`comtip_fast.lineage.Lineage.runs_that_trained_on_platform`.
+    """
     meta = shards.manifest.sections[number]
     lineage = predictor.lineage
     (uses,) = lineage.uses([LineageSection.of(meta)])
     trained, stopped = names_of_uses(uses, ("train",)), names_of_uses(uses, ("val",))
     donor = list(dict.fromkeys([*lineage.runs_that_trained_on(meta.donor), *trained]))
+    platform = lineage.runs_that_trained_on_platform(meta.platform)
     return {
+        "platform": meta.platform,
+        "platform_seen_in_training": None if platform is None else bool(platform),
+        "platform_seen_by": platform or [],
         "donor": meta.donor,
         "donor_seen_in_training": bool(donor),
         "donor_seen_by": donor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from scipy import sparse
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, TileSource
-from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
+from comtip_fast.evaluation.baselines import RidgeModel, fit_ridges
 from comtip_fast.inference import Predictor, SectionFeatures
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.inference.section import row_blocks
@@ -270,31 +270,50 @@ class TrainReference:
         RidgeFit or None
             The fit, computed once; None if the shard set has no training sections of the cohort.
         """
-        cache_key = (cohort, name, norm, tuple(keys))
-        if cache_key not in self._fits:
-            data = self._load(cohort)
-            fits = (
-                [] if data is None else [self._fit_groups(data, x, i, norm, keys) for i, x in data.inputs[name].items()]
-            )
-            self._fits[cache_key] = max(fits, key=lambda f: f.cv_pcc) if fits else None
-        return self._fits[cache_key]
+        self.fit(cohort, name, norm, [keys])
+        return self._fits[cohort, name, norm, tuple(keys)]
 
-    def _fit_groups(self, data: _TrainData, x: np.ndarray, name: str, norm: str, keys: list[str]) -> RidgeFit:
-        """Fit one model per group of genes that the same training sections measured, if these have at least 10 spots."""
+    def fit(self, cohort: str, name: str, norm: str, groups: Sequence[list[str]]) -> None:
+        """Compute and keep the fits of :meth:`ridge` for several groups of genes, each with its own penalty.
+
+        All groups share one decomposition of the inputs, which takes most of the time.
+        """
+        new = [keys for keys in groups if (cohort, name, norm, tuple(keys)) not in self._fits]
+        data = self._load(cohort) if new else None
+        fits = [] if data is None else [self._fit_groups(data, x, i, norm, new) for i, x in data.inputs[name].items()]
+        for g, keys in enumerate(new):
+            found = [of_input[g] for of_input in fits]
+            self._fits[cohort, name, norm, tuple(keys)] = max(found, key=lambda f: f.cv_pcc) if found else None
+
+    def _fit_groups(
+        self, data: _TrainData, x: np.ndarray, name: str, norm: str, groups: Sequence[list[str]]
+    ) -> list[RidgeFit]:
+        """Fit the groups of genes to one input.
+
+        Within a group, there is one model for the genes that the same training sections measured, if these have at least 10 spots.
+        """
         values = data.cp10k if norm == "cp10k" else data.raw
-        pattern = np.array(
-            [[k in self._row and bool(m[self._row[k]]) for m in data.measured.values()] for k in keys], bool
-        )
-        numbers = np.array(list(data.measured))
-        groups: list[tuple[np.ndarray, RidgeModel]] = []
-        for sections in np.unique(pattern, axis=0):
-            columns = np.flatnonzero((pattern == sections).all(1))
+        numbers, patterns = np.array(list(data.measured)), [self._measured_by(data, keys) for keys in groups]
+        models: list[list[tuple[np.ndarray, RidgeModel]]] = [[] for _ in groups]
+        for sections in np.unique(np.concatenate(patterns), axis=0):
             spots = np.isin(data.section, numbers[sections])
+            columns = [np.flatnonzero((pattern == sections).all(1)) for pattern in patterns]
+            own = [g for g, found in enumerate(columns) if found.size]
             if spots.sum() >= 10:
-                y = values[spots][:, [self._row[keys[c]] for c in columns]].toarray()
-                groups.append((columns, fit_ridge(x[spots], y, data.section[spots])))
-        total = sum(columns.size * model.cv_pcc for columns, model in groups)
-        return RidgeFit(name, groups, float(total / max(1, sum(columns.size for columns, _ in groups))))
+                rows = [[self._row[groups[g][c]] for c in columns[g]] for g in own]
+                y = [values[spots][:, r].toarray() for r in rows]
+                for g, model in zip(own, fit_ridges(x[spots], y, data.section[spots]), strict=True):
+                    models[g].append((columns[g], model))
+        out = []
+        for found in models:
+            total = sum(c.size * model.cv_pcc for c, model in found)
+            out.append(RidgeFit(name, found, float(total / max(1, sum(c.size for c, _ in found)))))
+        return out
+
+    def _measured_by(self, data: _TrainData, keys: list[str]) -> np.ndarray:
+        """Return which training sections measured each gene, bool (G, sections)."""
+        found = [[k in self._row and bool(m[self._row[k]]) for m in data.measured.values()] for k in keys]
+        return np.array(found, bool).reshape(len(keys), len(data.measured))
 
     def _cohort_sections(self, cohort: str) -> list[int]:
         """Return the numbers of the cohort's training sections."""

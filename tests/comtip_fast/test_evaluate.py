@@ -124,7 +124,8 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     assert set(x) == {"tile colour", "stain-normalised tile colour"}
     data = reference._load("human_breast")
     assert data is not None
-    both = {i: reference._fit_groups(data, v, i, "cp10k", keys).cv_pcc for i, v in data.inputs["ridge_colour"].items()}
+    colours = data.inputs["ridge_colour"].items()
+    both = {i: reference._fit_groups(data, v, i, "cp10k", [keys])[0].cv_pcc for i, v in colours}
     fit = reference.ridge("human_breast", "ridge_colour", "cp10k", keys)
     assert fit is not None
     facts, every = fit.facts(), np.arange(len(keys))
@@ -155,13 +156,13 @@ def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
     seen: list[tuple[int, int]] = []
     from comtip_fast.evaluation import train_reference as module
 
-    real = module.fit_ridge
+    real = module.fit_ridges
 
-    def spy(x, y, section):
-        seen.append((y.shape[1], np.unique(section).size))
-        return real(x, y, section)
+    def spy(x, targets, section):
+        seen.extend((y.shape[1], np.unique(section).size) for y in targets)
+        return real(x, targets, section)
 
-    monkeypatch.setattr(module, "fit_ridge", spy)
+    monkeypatch.setattr(module, "fit_ridges", spy)
     x = {i: FeatureColumns(v) for i, v in data.inputs["ridge_features"].items()}
     fit = reference.ridge("human_breast", "ridge_features", "raw", keys)
     assert fit is not None

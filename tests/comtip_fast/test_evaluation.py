@@ -9,11 +9,12 @@ import pytest
 from comtip_shards import ShardSet
 from scipy import stats
 
-from comtip_fast.evaluation.baselines import fit_ridge
-from comtip_fast.evaluation.evaluate import PREDICTORS, choose_sections, evaluate, summary_table, write_metrics
+from comtip_fast.evaluation.baselines import ALPHAS, fit_ridge, fit_ridges
+from comtip_fast.evaluation.evaluate import choose_sections, evaluate, summary_table, write_metrics
 from comtip_fast.evaluation.metrics import Score, null_scores, partial_pcc_per_gene, residuals, score
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.report import write_report
+from comtip_fast.evaluation.scoring import PREDICTORS
 from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.metrics import mean_pcc, mean_with_zeros, pcc_per_gene
 
@@ -122,6 +123,32 @@ def test_ridge_equals_the_normal_equations(rng):
     np.testing.assert_allclose(model.weight_FG, want, atol=1e-10)
 
 
+def test_sets_of_targets_are_fitted_as_if_each_were_alone(rng, monkeypatch: pytest.MonkeyPatch):
+    """Each set has its own penalty, chosen in the same folds; there is one decomposition per fold and one of all spots."""
+    x, section = rng.normal(size=(90, 30)), np.repeat([0, 1, 2], 30)
+    clear, noise = x[:, :2] @ rng.normal(size=(2, 3)), rng.normal(size=(90, 4))
+    alone = [fit_ridge(x, y, section) for y in (clear, noise)]
+    real, counted = np.linalg.svd, []
+    monkeypatch.setattr(np.linalg, "svd", lambda *a, **k: counted.append(1) or real(*a, **k))
+    both = fit_ridges(x, [clear, noise], section)
+    assert len(counted) == 4
+    assert both[0].alpha != both[1].alpha
+    for one, other in zip(alone, both, strict=True):
+        assert (one.alpha, one.cv_pcc) == (other.alpha, other.cv_pcc)
+        np.testing.assert_array_equal(one.weight_FG, other.weight_FG)
+    # The penalty with the highest mean PCC in sections that the fit did not see, by the normal equations.
+    scores = dict.fromkeys(ALPHAS, 0.0)
+    for s in range(3):
+        fit, own = section != s, section == s
+        mean, std = x[fit].mean(0), x[fit].std(0)
+        z, y = (x - mean) / std, noise - np.stack([noise[section == t].mean(0) for t in section])
+        for a in ALPHAS:
+            found = z[own] @ np.linalg.solve(z[fit].T @ z[fit] + a * np.eye(30), z[fit].T @ y[fit])
+            scores[a] += mean_pcc(noise[own], found) / 3
+    assert both[1].alpha == max(scores, key=lambda a: scores[a])
+    assert both[1].cv_pcc == pytest.approx(scores[both[1].alpha])
+
+
 def test_a_null_without_draws_has_no_p_value():
     summary, draws = null_scores([], 0.3)
     assert draws.size == 0
@@ -145,8 +172,9 @@ def test_metrics_contain_every_key_and_the_model_learned(evaluation, tmp_path: P
     entry = metrics["cohorts"]["human_breast"]
     assert entry["sections"] == ["x1"]
     assert not entry["donor_seen_in_training"]
+    assert entry["unseen_vectors_shuffled"] == {"cp10k": None, "raw": None}, "the model has no gene vectors"
     for name in PREDICTORS:
-        for norm in ("cp10k", "raw"):
+        for norm in ("cp10k", "raw") if name != "unseen_vectors_shuffled" else ():
             assert {"mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg", "undefined_genes"} <= set(
                 entry[name][norm]
             )

@@ -13,7 +13,7 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.format.statistics import SectionStatistics
 from comtip_shards.sources import open_source
 
-from comtip_fast.config.io import load_config
+from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.config.schema import GenesConfig, PanelConfig
 from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes, draw_panel
 from comtip_fast.data.expression.training_tables import _more_genes, training_tables
@@ -101,6 +101,76 @@ def test_scored_genes_are_trained_whatever_their_rank():
     assert set(range(5)) <= set(choice.trained.tolist())
     assert choice.ranked is scored
     assert not set(range(5)) & set(choice.held_out.tolist())
+
+
+# -- held-out genes ---------------------------------------------------------------------------------------------
+
+FAMILIES = [f"{root}{i}" for root in ("KRT", "COL", "HBB", "MMP", "ZNF") for i in range(1, 7)]
+SYMBOLS = [*(f"ONE{chr(65 + i)}" for i in range(30)), *FAMILIES]
+
+
+def held_out(draw: str, seed: int = 0, **more: int) -> set[str]:
+    config = GenesConfig(per_cohort=0, **{"held_out_every": 4, "held_out_from": 6} | more, held_out_draw=draw)
+    choice = choose_genes({"a": np.arange(len(SYMBOLS))}, SYMBOLS, config, seed=seed)
+    out = {SYMBOLS[r] for r in choice.held_out}
+    assert not out & {SYMBOLS[r] for r in choice.trained}
+    assert len(out) + choice.trained.size == len(SYMBOLS)
+    return out
+
+
+def test_held_out_genes_are_drawn_at_random_with_the_seed():
+    found = held_out("random")
+    assert len(found) == 14, "a quarter of the 54 genes from rank 6"
+    assert not found & set(SYMBOLS[:6])
+    assert found == held_out("random")
+    assert found != held_out("random", seed=1)
+    ranked = held_out("rank")
+    assert ranked == held_out("rank", seed=1) == set(SYMBOLS[6::4])
+    # Over many seeds, every gene from the first rank is drawn about equally often.
+    count = dict.fromkeys(SYMBOLS, 0)
+    for seed in range(400):
+        for name in held_out("random", seed=seed):
+            count[name] += 1
+    rates = np.array([count[s] / 400 for s in SYMBOLS[6:]])
+    assert abs(rates - 14 / 54).max() < 0.1
+
+
+def test_whole_families_are_held_out_together():
+    drawn = set()
+    for seed in range(10):
+        found = held_out("families", seed=seed)
+        assert len(found) == 12, "two families of six, a third would exceed 14"
+        for root in ("KRT", "COL", "HBB", "MMP", "ZNF"):
+            assert sum(name.startswith(root) for name in found) in (0, 6)
+        drawn |= found
+    assert drawn == set(FAMILIES)
+    # A family with a gene that scores need trained is not drawn, although its other genes could be.
+    assert not any("KRT1" in held_out("families", seed=s, held_out_from=31) for s in range(20))
+    assert not any("KRT2" in held_out("families", seed=s, held_out_from=31) for s in range(20))
+
+
+def test_families_that_cannot_be_held_out_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"draw=families: no gene family .* At most 2 of the 54 .* set genes\.held_out_draw=random"
+    ):
+        held_out("families", held_out_every=27)
+    assert held_out("families", held_out_every=0) == set()
+
+
+def test_a_draw_of_no_genes_is_refused():
+    with pytest.raises(ConfigError, match=r"genes\.held_out_draw: random; needs genes\.held_out_every of at least 2"):
+        load_config(None, ["genes.held_out_draw=random", "genes.held_out_every=0"])
+
+
+def test_the_draw_is_that_of_the_runs_seed(tiny_shards: ShardSet, tiny_overrides: list[str]):
+    def choice(*more: str) -> list[int]:
+        return training_tables(tiny_shards, load_config(None, [*tiny_overrides, *more])).genes.held_out.tolist()
+
+    by_rank, drawn = choice(), choice("genes.held_out_draw=random")
+    assert drawn != by_rank
+    assert choice("genes.held_out_draw=random") == drawn
+    assert choice("genes.held_out_draw=random", "train.seed=1") != drawn
+    assert choice("train.seed=1") == by_rank
 
 
 # -- gene lists of different size -------------------------------------------------------------------------------

@@ -104,6 +104,9 @@ def test_a_section_and_a_donor_of_an_ancestor_are_not_new(chain: dict[str, Path]
     assert first["section_seen_by"] == ["first"]
     assert first["donor_seen_in_training"]
     assert not new["donor_seen_in_training"]
+    assert first["platform"] == new["platform"] != ""
+    assert new["platform_seen_by"] == ["first", "second", "third"], "all sets have the same platform"
+    assert new["platform_seen_in_training"]
     assert not new["section_seen_in_training"]
     assert result.metrics["lineage"]["parents_known"]
     assert [r["run"] for r in result.metrics["lineage"]["runs"]] == ["first", "second", "third"]
@@ -318,7 +321,7 @@ def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
     export = shutil.copytree(chain["third"] / "export", tmp_path / "export")
     cases = {
         '{"format": "x"}': "format 'x', expected format 'comtip-lineage'; copy the file again",
-        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads versions 1 to 2; read it with the release",
+        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads versions 1 to 3; read it with the release",
         "[1]": "a JSON list, expected",
         "{": "not valid JSON",
     }
@@ -335,17 +338,36 @@ def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
         Lineage.load(tmp_path / FILE)
 
 
-def test_version_2_is_written_for_several_sets_only(tmp_path: Path):
-    """Releases that know version 1 only refuse unknown fields, so the lineage of a single set has none."""
-    one = LineageRun(name="one", shards="0" * 64)
+def test_a_lineage_is_written_in_the_earliest_version_that_has_its_fields(tmp_path: Path):
+    """Earlier releases refuse unknown fields, so a lineage has only those of its version."""
+    section = LineageSection(section_id="a", split="train")
+    one = LineageRun(name="one", shards="0" * 64, sections=(section,))
     two = LineageRun(name="two", shards="2" * 64, sets=("0" * 64, "1" * 64))
-    single, several = Lineage(runs=(one,)), Lineage(runs=(one, two))
-    found = [json.loads(lineage.to_json()) for lineage in (single, several)]
-    assert [f["version"] for f in found] == [1, 2]
-    assert ["sets" in run for f in found for run in f["lineage"]["runs"]] == [False, False, True]
-    for lineage in (single, several):
+    three = replace(one, sections=(section, replace(section, platform="Visium")))
+    chains = [Lineage(runs=runs) for runs in ((one,), (one, two), (three, one))]
+    found = [json.loads(lineage.to_json()) for lineage in chains]
+    assert [f["version"] for f in found] == [1, 2, 3]
+    assert ["sets" in run for f in found for run in f["lineage"]["runs"]] == [False, False, True, False, False]
+    sections = [s for f in found for run in f["lineage"]["runs"] for s in run["sections"]]
+    assert ["platform" in s for s in sections] == [False, False, False, True, False]
+    for lineage in chains:
         (tmp_path / FILE).write_text(lineage.to_json())
         assert Lineage.load(tmp_path / FILE) == lineage
+
+
+def test_a_platform_is_new_only_if_all_training_sections_have_another():
+    def chain(*platforms: str, known: bool = True) -> Lineage:
+        sections = [LineageSection(section_id=f"s{i}", split="train", platform=p) for i, p in enumerate(platforms)]
+        test = LineageSection(section_id="t", split="test", platform="Xenium")
+        runs = tuple(LineageRun(name=f"r{i}", sections=(s, test)) for i, s in enumerate(sections))
+        return Lineage(runs=runs, parents_known=known)
+
+    assert chain("Visium", "ST").runs_that_trained_on_platform("visium ") == ["r0"]
+    assert chain("Visium", "ST").runs_that_trained_on_platform("Xenium") == [], "a test section trains nothing"
+    assert chain("Visium", "").runs_that_trained_on_platform("Xenium") is None, "a platform is unknown"
+    assert chain("Visium", "").runs_that_trained_on_platform("Visium") == ["r0"]
+    assert chain("Visium", known=False).runs_that_trained_on_platform("Xenium") is None
+    assert chain("Visium").runs_that_trained_on_platform("") is None
 
 
 def test_equal_names_get_a_position():

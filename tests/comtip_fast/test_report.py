@@ -1,5 +1,6 @@
 """The report states how each section was used and how it was scored."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,24 @@ def test_sections_that_training_used_are_reported(tiny_run: Path, tiny_shards: S
     assert "t1 against chance" in page
     assert "best baseline: <strong>" in page
     assert page.count('src="data:image') >= 2 * 3
+
+
+def test_a_platform_that_training_lacks_is_reported(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
+    predictor = Predictor.load(tiny_run)
+    trained = predictor.lineage.own.sections
+    assert {s.platform for s in trained} == {tiny_shards.manifest.sections[0].platform}
+    for platform, seen in (("Xenium", False), ("", None)):
+        own = tuple(replace(s, platform=platform) for s in trained)
+        predictor.lineage = predictor.lineage.with_own(sections=own)
+        result = evaluate(predictor, tiny_shards, sections=["x1"], n_null=0)
+        entry = result.metrics["sections"]["x1"]
+        assert entry["platform_seen_in_training"] is seen
+        found = [] if seen is None else [entry["platform"]]
+        assert result.metrics["cohorts"]["human_breast"]["platforms_not_in_training"] == found
+        write_report(None, result, tmp_path / "report.html")
+        page = " ".join((tmp_path / "report.html").read_text().split())
+        assert ("; platform not in training" in page) == (seen is False)
+        assert (f"on a platform that is not in the training set ({entry['platform']})" in page) == (seen is False)
 
 
 def test_an_untrained_cohort_is_reported(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):

@@ -16,8 +16,8 @@ from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
-from comtip_fast.evaluation.tasks.expression import _predicted
-from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, read_gmt, set_closeness, set_scores
+from comtip_fast.evaluation.tasks.expression import _predicted, _Shuffled, _with_control
+from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, read_gmt, set_closeness, set_scores
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
     interval,
@@ -31,6 +31,8 @@ from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
 from comtip_fast.evaluation.tasks.retrieval import chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import TaskRow, table
+from comtip_fast.genes.families import families
+from comtip_fast.metrics import mean_pcc
 
 
 @pytest.fixture
@@ -263,13 +265,39 @@ def test_ridge_fits_a_gene_to_the_sections_that_measured_it(rng):
     y[number == 1, 1] = 0
     train = [SimpleNamespace(features={"e": x[number == s]}) for s in (0, 1)]
     known = np.array([[True, True], [True, False]])
-    got, control = _predicted(train, "e", y, known, x, seed=0)
+    got = _predicted(train, "e", y, known, x)
     np.testing.assert_allclose(got[:, 1], fit_ridge(x[:40], y[:40, 1:], number[:40]).predict(x)[:, 0])
     np.testing.assert_allclose(got[:, 0], fit_ridge(x, y[:, :1], number).predict(x)[:, 0])
     assert np.abs(np.corrcoef(got[:, 0], y[:, 0])[0, 1]) > 0.9
-    assert control.shape == got.shape
-    none = _predicted(train, "e", y, np.array([[True, False], [True, False]]), x, seed=0)[0]
+    none = _predicted(train, "e", y, np.array([[True, False], [True, False]]), x)
     assert (none[:, 1] == 0).all()
+    both, control = _with_control(train, "e", y, known, x, y, 30, seed=0)
+    np.testing.assert_array_equal(both, got)
+    assert abs(control) < 0.3
+    assert np.isnan(_with_control(train, "e", y, known, x, y, 0, seed=0)[1])
+
+
+def test_the_control_of_ridge_is_the_mean_over_targets_shuffled_within_sections(rng, monkeypatch: pytest.MonkeyPatch):
+    """Every draw is a regression of its own, but all draws share the decompositions of the features: one per fold and one of all."""
+    x, number = rng.normal(size=(60, 8)), np.repeat([0, 1, 2], 20)
+    y = x[:, :3] + rng.normal(size=(60, 3)) + 5.0 * number[:, None]
+    train = [SimpleNamespace(features={"e": x[number == s]}) for s in range(3)]
+    new, measured = rng.normal(size=(25, 8)), rng.normal(size=(25, 3))
+    real, counted = np.linalg.svd, []
+    monkeypatch.setattr(np.linalg, "svd", lambda *a, **k: counted.append(1) or real(*a, **k))
+    control = _with_control(train, "e", y, np.ones((3, 3), bool), new, measured, 20, seed=4)[1]
+    assert len(counted) == 4
+    targets = _Shuffled(y, number, 20, 4, "e")
+    assert len(targets) == 21
+    draws = []
+    for t in list(targets)[1:]:
+        for s in range(3):
+            own = number == s
+            assert sorted(t[own, 0]) == sorted(y[own, 0]), "values stay in their section"
+        assert (np.lexsort(t[:20].T) != np.lexsort(y[:20].T)).any()
+        draws.append(mean_pcc(measured, fit_ridge(x, t, number).predict(new)))
+    assert np.std(draws) > 0.02
+    assert control == pytest.approx(np.mean(draws))
 
 
 # -- files --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from comtip_shards.sampling.rng import generator
 from scipy import sparse
 
 from comtip_fast.config.schema import GenesConfig, PanelConfig
+from comtip_fast.data.expression.held_out import drawn_symbols
 
 _SIMULATED, _ITERATIONS = 512, 50
 """Numbers of simulated batches and of iterations with which :func:`assay_balance` fits its weights."""
@@ -129,6 +130,7 @@ def choose_genes(
     symbols: list[str],
     config: GenesConfig,
     eligible: dict[str, np.ndarray] | None = None,
+    seed: int = 0,
 ) -> GeneChoice:
     """Select trained and held-out genes from the rankings of all cohorts.
 
@@ -146,18 +148,20 @@ def choose_genes(
         Settings of the selection (``genes``).
     eligible
         Rows of the genes that may be trained for each cohort, by decreasing variance; None: the same as ``ranked``.
+    seed
+        Seed of ``config.held_out_draw``.
+
+    Raises
+    ------
+    ValueError
+        ``config.held_out_draw`` is ``families``, but no family can be held out.
     """
     names = np.array([s.upper() for s in symbols])
-    out = {s.upper() for s in config.held_out}
     eligible = ranked if eligible is None else eligible
-    for rows in eligible.values():
-        top = rows[: config.per_cohort] if config.per_cohort else rows
-        if config.held_out_every:
-            out.update(names[top[config.held_out_from :: config.held_out_every]])
-    # A cohort is scored on its most variable genes, so these are never held out by rank.
-    kept = {n for rows in ranked.values() for n in names[rows[: config.held_out_from]]}
-    out = {s.upper() for s in config.held_out} | (out - kept)
     selected = [r[: config.per_cohort] if config.per_cohort else r for r in eligible.values()]
+    # A cohort is scored on its most variable genes, so these are held out only by name.
+    kept = {n for rows in ranked.values() for n in names[rows[: config.held_out_from]].tolist()}
+    out = {s.upper() for s in config.held_out} | drawn_symbols(selected, names, kept, config, seed)
     # Genes that a cohort is scored on are trained at any variance rank among the eligible ones.
     scored = [r[: min(config.held_out_from, config.per_cohort or r.size)] for r in ranked.values()]
     chosen = np.unique(np.concatenate([*selected, *scored]))

@@ -140,7 +140,8 @@ def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[G
         scored[cohort], _ = own.ranked(config.genes.min_detection, "every")
         eligible[cohort] = own.ranked(config.genes.min_detection, config.genes.detected_in)
     symbols = [g.symbol for g in shards.genes]
-    genes = choose_genes(scored, symbols, config.genes, {c: rows for c, (rows, _) in eligible.items()})
+    trainable = {c: rows for c, (rows, _) in eligible.items()}
+    genes = choose_genes(scored, symbols, config.genes, trainable, config.train.seed)
     return genes, _variance(genes, eligible)
 
 

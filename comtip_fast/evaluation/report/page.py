@@ -19,11 +19,16 @@ from comtip_fast.evaluation.report import charts
 from comtip_fast.evaluation.report.payload import page_json, section_payload
 from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals
 from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
+from comtip_fast.evaluation.scoring import UNSEEN
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
     "zero_shot_levels": "CoMTIP, from level sentences alone (no linear readout)",
     "zero_shot_unseen_genes": "CoMTIP, unseen genes",
+    "unseen_mean_map": "Unseen genes: mean map of the trained genes, the same for every gene",
+    "unseen_names_shuffled": "Unseen genes, control: each with the name of another",
+    "unseen_vectors_shuffled": "Unseen genes, control: each with the gene vector of another",
+    "unseen_ridge": "Unseen genes: ridge on image features, trained on these genes (supervised)",
     "control_null": "Null: rotated and shifted predictions",
     "ridge_colour": "Ridge on mean tile colour (supervised)",
     "ridge_features": "Ridge on the image encoder's features (supervised)",
@@ -76,6 +81,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
         date=datetime.datetime.now().astimezone().date().isoformat(),
         metrics=result.metrics,
         labels=LABELS,
+        models=("zero_shot", UNSEEN),
         predictors=predictors_of(*result.metrics["cohorts"].values()),
         trained=result.metrics["trained_methods"],
         cohorts=_cohorts(result, sections),
@@ -111,7 +117,10 @@ def _training(result: Evaluation) -> dict[str, Any]:
     rows = [s | {"scored": s["section_id"] in scored} for s in sections]
     order = {"train": 0, "val": 1, "test": 2, "": 3}
     not_in_training_set = [
-        {k: getattr(s, k) for k in ("section_id", "species", "tissue", "donor", "n_spots", "licence", "attribution")}
+        {
+            k: getattr(s, k)
+            for k in ("section_id", "species", "tissue", "donor", "platform", "n_spots", "licence", "attribution")
+        }
         | {"split": "not in the training set", "scored": True}
         for s in result.shards.manifest.sections
         if s.section_id in scored and s.section_id not in {r["section_id"] for r in rows}

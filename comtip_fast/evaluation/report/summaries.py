@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from comtip_fast.evaluation.evaluate import Evaluation, SectionData
+from comtip_fast.evaluation.scoring import N_HVG, UNSEEN
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.intervals import block_weights, interval, spatial_blocks, weighted_pcc
 from comtip_fast.metrics import pcc_per_gene
@@ -31,19 +32,25 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
     DataFrame
         One row for the model (``zero_shot``) and each baseline and trained method: ``section``, ``predictor``, ``mean_pcc``,
         ``low``, ``high``, ``difference`` (mean PCC of the model minus mean PCC of the predictor), ``difference_low``,
-        ``difference_high`` and ``blocks``. The ends of the intervals are NaN with fewer than 5 blocks.
+        ``difference_high`` and ``blocks``. The ends of the intervals are NaN with fewer than 5 blocks. If there are unseen genes,
+        rows of the (up to 50) most variable of them follow: the model (``zero_shot_unseen_genes``), and the mean map and the ridge
+        regression, whose difference is to this row.
     """
-    measured = data.measured["cp10k"][:, data.hvg]
     block = spatial_blocks(data.xy, BLOCKS_PER_SIDE)
     n_blocks = int(block.max()) + 1
     weight = block_weights(block, DRAWS, seed=seed, section=data.section_id)
-    predictions = {"zero_shot": data.predicted["cp10k"][:, data.hvg], **data.baselines}
-    model = _means(measured, predictions["zero_shot"], weight)
-    rows = []
-    for name, predicted in predictions.items():
-        point, draws = _means(measured, predicted, weight)
-        ends, of_difference = interval(draws), interval(model[1] - draws)
-        rows.append((data.section_id, name, point, *ends, model[0] - point, *of_difference, n_blocks))
+    first, rows = data.unseen[:N_HVG], []
+    groups = [("zero_shot", data.hvg, data.baselines)]
+    if first.size:
+        groups.append((UNSEEN, first, data.unseen_baselines))
+    for own, columns, others in groups:
+        measured = data.measured["cp10k"][:, columns]
+        predictions = {own: data.predicted["cp10k"][:, columns], **others}
+        model = _means(measured, predictions[own], weight)
+        for name, predicted in predictions.items():
+            point, draws = _means(measured, predicted, weight)
+            ends, of_difference = interval(draws), interval(model[1] - draws)
+            rows.append((data.section_id, name, point, *ends, model[0] - point, *of_difference, n_blocks))
     names = ["section", "predictor", "mean_pcc", "low", "high", "difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=[*names, "blocks"])
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 from comtip_shards.storage.atomic import write_atomic
 
-from comtip_fast.evaluation.evaluate import NORMALISATIONS, Evaluation, predictors_of
+from comtip_fast.evaluation.evaluate import Evaluation, predictors_of
+from comtip_fast.evaluation.scoring import NORMALISATIONS
 from comtip_fast.runtime.csv_text import csv_text
 
 SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calibration.csv", "clusters.csv"

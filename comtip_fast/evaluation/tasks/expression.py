@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from comtip_shards.sampling.rng import generator
 
-from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.baselines import fit_ridges
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.gene_sets import members, set_scores
@@ -32,8 +32,8 @@ def probe_rows(context: TaskContext) -> list[TaskRow]:
 
     Targets are the 50 most variable genes, log1p CP10K. Scores are the mean PCC, with undefined correlations as 0, and the mean
     squared error. Up to 50 genes that were held out from training the model are scored too (``pcc_unseen``), next to ridge
-    regressions that are trained on these genes. The control of a ridge regression is the same regression on training features
-    that are shuffled within sections; the control of the zero-shot prediction is the spatial null. Cohorts with fewer than 10
+    regressions that are trained on these genes. The control of a ridge regression is the mean of 20 of the same regressions on
+    targets that are shuffled within sections; the control of the zero-shot prediction is the spatial null. Cohorts with fewer than 10
     training spots have zero-shot scores only.
     """
     rows = [row for section in context.sections for row in _probe_of(context, section)]
@@ -88,46 +88,103 @@ def _probe_section(
     mean = np.broadcast_to((values * known_NG).sum(0) / np.maximum(known_NG.sum(0), 1), measured.shape)
     rows += _expression_rows(section, MEAN, measured, mean, NAN, genes=genes)
     for name in encoders:
-        found, control = _predicted(train, name, values, known, section.features[name], context.options.seed)
-        wrong = mean_pcc(measured, control)
-        rows += _expression_rows(section, f"ridge, {name}", measured, found, wrong, genes=genes)
+        found, control = _with_control(
+            train,
+            name,
+            values,
+            known,
+            section.features[name],
+            measured,
+            context.options.n_null,
+            context.options.seed,
+        )
+        rows += _expression_rows(section, f"ridge, {name}", measured, found, control, genes=genes)
     return rows
 
 
 def _predicted(
-    train: list[SectionInputs], name: str, y_NG: np.ndarray, known_SG: np.ndarray, x_new_MF: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return predictions (M, G) of ridge regression on the training sections, and of its control.
-
-    A target is fitted to the sections that measured it (``known_SG``). The control is fitted to features shuffled within
-    each section.
-    """
-    parts = [np.asarray(t.features[name], np.float64) for t in train]
-    number = np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
-    rng = generator(seed, "shuffled-probe", name)
-    mixed = [p[rng.permutation(len(p))] for p in parts]
-    own, control = (
-        _ridge_by_section(np.concatenate(x), y_NG, number, known_SG, np.asarray(x_new_MF, np.float64))
-        for x in (parts, mixed)
-    )
-    return own, control
-
-
-def _ridge_by_section(
-    x_NF: np.ndarray, y_NG: np.ndarray, number_N: np.ndarray, known_SG: np.ndarray, x_new_MF: np.ndarray
+    train: list[SectionInputs], name: str, y_NG: np.ndarray, known_SG: np.ndarray, x_new_MF: np.ndarray
 ) -> np.ndarray:
-    """Return predictions (M, G) of one ridge model per group of targets that the same sections measured.
+    """Return predictions (M, G) of ridge regression on the training sections.
 
-    A target that fewer than 10 training spots measured is predicted as 0.
+    A target is fitted to the sections that measured it (``known_SG``); one that fewer than 10 training spots measured is predicted as 0.
     """
     out = np.zeros((len(x_new_MF), y_NG.shape[1]))
+    for columns, (found,) in _fits(train, name, y_NG, known_SG, x_new_MF, 0, 0):
+        out[:, columns] = found
+    return out
+
+
+def _with_control(
+    train: list[SectionInputs],
+    name: str,
+    y_NG: np.ndarray,
+    known_SG: np.ndarray,
+    x_new_MF: np.ndarray,
+    measured_MG: np.ndarray,
+    n_draws: int,
+    seed: int,
+) -> tuple[np.ndarray, float]:
+    """Return the predictions of :func:`_predicted`, and the mean PCC of its control over ``n_draws`` draws; NaN without draws.
+
+    In a draw, the same regression, with its own penalty, is fitted to targets that are shuffled within each section.
+    """
+    out, pcc = np.zeros(measured_MG.shape), np.zeros((n_draws, y_NG.shape[1]))
+    for columns, found in _fits(train, name, y_NG, known_SG, x_new_MF, n_draws, seed):
+        out[:, columns] = next(found)
+        for draw, control in enumerate(found):
+            pcc[draw, columns] = np.nan_to_num(pcc_per_gene(measured_MG[:, columns], control))
+    return out, float(pcc.mean()) if n_draws else NAN
+
+
+def _fits(
+    train: list[SectionInputs],
+    name: str,
+    y_NG: np.ndarray,
+    known_SG: np.ndarray,
+    x_new_MF: np.ndarray,
+    n_draws: int,
+    seed: int,
+) -> Iterator[tuple[np.ndarray, Iterator[np.ndarray]]]:
+    """Yield, for each group of targets that the same sections measured, its columns and its predictions, then those of the draws."""
+    parts = [np.asarray(t.features[name], np.float64) for t in train]
+    x_NF, x_new = np.concatenate(parts), np.asarray(x_new_MF, np.float64)
+    number_N = np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
     for sections in np.unique(known_SG, axis=1).T:
         columns = np.flatnonzero((sections == known_SG.T).all(1))
         spots = np.isin(number_N, np.flatnonzero(sections))
         if spots.sum() >= MIN_SPOTS:
-            model = fit_ridge(x_NF[spots], y_NG[spots][:, columns], number_N[spots])
-            out[:, columns] = model.predict(x_new_MF)
-    return out
+            targets = _Shuffled(y_NG[spots][:, columns], number_N[spots], n_draws, seed, name)
+            models = fit_ridges(x_NF[spots], targets, number_N[spots])
+            yield columns, (model.predict(x_new) for model in models)
+
+
+class _Shuffled(Sequence[np.ndarray]):
+    """Targets (N, G), followed by ``n_draws`` copies whose spots are shuffled within each section; a copy exists while it is used."""
+
+    def __init__(self, y_NG: np.ndarray, section_N: np.ndarray, n_draws: int, seed: int, name: str) -> None:
+        self._y, self._n, self._key = y_NG, n_draws, (seed, "shuffled-probe", name)
+        self._rows = [np.flatnonzero(section_N == s) for s in np.unique(section_N)]
+
+    def __len__(self) -> int:
+        return 1 + self._n
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index == 0:
+            return self._y
+        rng, order = generator(*self._key, index), np.empty(len(self._y), np.int64)
+        for rows in self._rows:
+            order[rows] = rng.permutation(rows)
+        shuffled: np.ndarray = self._y[order]
+        return shuffled
 
 
 def _null(context: TaskContext, section: SectionInputs, measured: np.ndarray, predicted: np.ndarray) -> float:
@@ -211,7 +268,7 @@ def _pathway_section(
         y = np.concatenate([set_scores(context.train_values(t, keys), members_of) for t in train])
         every = np.ones((len(train), len(names)), bool)
         for name, features in section.features.items():
-            found[f"ridge, {name}"] = _predicted(train, name, y, every, features, context.options.seed)[0]
+            found[f"ridge, {name}"] = _predicted(train, name, y, every, features)
     rows = []
     for method, scores in found.items():
         rows += _set_rows(context, section, method, names, measured, scores)

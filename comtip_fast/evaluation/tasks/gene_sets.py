@@ -1,11 +1,10 @@
-"""Gene sets from GMT files, symbol families and orthologues, and the similarity of genes within a set.
+"""Gene sets from GMT files, orthologues, and the similarity of genes within a set.
 
 Shapes: G genes, D width.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from comtip_fast.genes.families import MIN_GENES
+
 GeneSets = dict[str, list[str]]
-MAX_BYTES, MIN_GENES = 64 << 20, 3
+MAX_BYTES = 64 << 20
 MAX_PAIRS = 200_000
 """Largest number of pairs of genes that are sampled for comparison."""
-ROOT = re.compile(r"^([A-Z]{2,})-?\d+[A-Z]*\d*$")
 
 
 def read_gmt(path: Path) -> GeneSets:
@@ -55,17 +55,6 @@ def read_gmt(path: Path) -> GeneSets:
     if not sets:
         raise ValueError(f"{path}: no gene set; expected name, description and genes, separated by tabs")
     return sets
-
-
-def families(keys: Sequence[str]) -> GeneSets:
-    """Return gene families: at least three keys of one species whose symbols share the letters before a number (KRT5, KRT14)."""
-    found: GeneSets = {}
-    for key in keys:
-        species, _, symbol = key.partition(":")
-        match = ROOT.match(symbol.upper())
-        if match:
-            found.setdefault(f"{species}:{match.group(1)}", []).append(key)
-    return {name: genes for name, genes in found.items() if len(genes) >= MIN_GENES}
 
 
 def orthologues(keys: Sequence[str]) -> list[tuple[str, str]]:

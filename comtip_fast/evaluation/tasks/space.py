@@ -15,12 +15,13 @@ from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.domains import SCORES, agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import ZERO_SHOT, mean_rows
-from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, set_closeness
+from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, set_closeness
 from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, mean_interval, resampled, section_interval
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
 from comtip_fast.evaluation.tasks.retrieval import KS, chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
 from comtip_fast.evaluation.tasks.text import SpotSentences, gene_vectors
+from comtip_fast.genes.families import families
 from comtip_fast.inference import GeneQuery
 from comtip_fast.models.readout.section_statistics import neighbour_mean
 from comtip_fast.objectives import counted_swaps, permute_within_strata, take_from_other_spots
