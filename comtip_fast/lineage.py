@@ -24,7 +24,8 @@ from comtip_fast._version import __version__
 FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
 FORMAT, VERSION = "comtip-lineage", 2
-"""Version 2 has ``sets``. A lineage without them is written as version 1, which earlier releases read."""
+"""Version 2 has ``sets`` and ``scored_on``. A lineage without them is written as version 1, which earlier releases read."""
+FIELDS_OF_VERSION_2 = ("sets", "scored_on")
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = (
     "copy the file again, or write the export from a checkpoint of the run (`comtip export` with the option checkpoint)"
@@ -119,7 +120,15 @@ class LineageRun:
     validation: dict[Text, float] = field(default_factory=dict)
     """Mean PCC of the (up to 50) most variable trained genes on the validation sections, by cohort."""
     gene_scores: dict[GeneKey, float] = field(default_factory=dict)
-    """Mean PCC on the validation sections, by gene key."""
+    """Mean PCC by gene key: on the validation sections, or where :attr:`scored_on` says."""
+    scored_on: dict[GeneKey, Text] = field(default_factory=dict)
+    """What a gene of :attr:`gene_scores` was scored on, if not on the validation sections of this run. An adapted model has the scores
+    of its comparison, and those of its parent for genes that the section did not measure."""
+
+    def scores_with_origin(self) -> dict[str, tuple[float, str]]:
+        """Return the score of every scored gene, and what it was scored on."""
+        own = f"validation sections of {self.name}"
+        return {key: (score, self.scored_on.get(key, own)) for key, score in self.gene_scores.items()}
 
 
 @dataclass(frozen=True)
@@ -234,12 +243,13 @@ class Lineage:
     # -- file -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Return the text of ``lineage.json``, in version 1 unless a run has several sets."""
+        """Return the text of ``lineage.json``, in version 1 unless a run has several sets or names what genes were scored on."""
         lineage = asdict(self)
         for run in lineage["runs"]:
-            if not run["sets"]:
-                del run["sets"]
-        version = VERSION if any(run.sets for run in self.runs) else 1
+            for name in FIELDS_OF_VERSION_2:
+                if not run[name]:
+                    del run[name]
+        version = VERSION if any(getattr(run, name) for run in self.runs for name in FIELDS_OF_VERSION_2) else 1
         return json.dumps({"format": FORMAT, "version": version, "lineage": lineage}, indent=1) + "\n"
 
     @classmethod

@@ -335,15 +335,23 @@ def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
         Lineage.load(tmp_path / FILE)
 
 
-def test_version_2_is_written_for_several_sets_only(tmp_path: Path):
+def test_version_2_is_written_for_what_version_1_has_no_field_for(tmp_path: Path):
     """Releases that know version 1 only refuse unknown fields, so the lineage of a single set has none."""
     one = LineageRun(name="one", shards="0" * 64)
     two = LineageRun(name="two", shards="2" * 64, sets=("0" * 64, "1" * 64))
-    single, several = Lineage(runs=(one,)), Lineage(runs=(one, two))
-    found = [json.loads(lineage.to_json()) for lineage in (single, several)]
-    assert [f["version"] for f in found] == [1, 2]
-    assert ["sets" in run for f in found for run in f["lineage"]["runs"]] == [False, False, True]
-    for lineage in (single, several):
+    adapted = LineageRun(name="x", gene_scores={"human:A": 0.5}, scored_on={"human:A": "test spots of s"})
+    single, several, scored = Lineage(runs=(one,)), Lineage(runs=(one, two)), Lineage(runs=(one, adapted))
+    found = [json.loads(lineage.to_json()) for lineage in (single, several, scored)]
+    assert [f["version"] for f in found] == [1, 2, 2]
+    runs = [run for f in found for run in f["lineage"]["runs"]]
+    assert [[name for name in ("sets", "scored_on") if name in run] for run in runs] == [
+        [],
+        [],
+        ["sets"],
+        [],
+        ["scored_on"],
+    ]
+    for lineage in (single, several, scored):
         (tmp_path / FILE).write_text(lineage.to_json())
         assert Lineage.load(tmp_path / FILE) == lineage
 
