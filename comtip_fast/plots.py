@@ -274,7 +274,7 @@ def ranked_genes(adata: ad.AnnData, n: int = summaries.RANKED) -> pd.DataFrame:
     ['Best', 'Best', 'Median', 'Median', 'Worst', 'Worst']
     """
     if n < 1:
-        raise ValueError(f"`n` {n}: give a number of at least 1")
+        raise ValueError(f"n is {n}; give a number of genes of at least 1")
     names = _measured_genes(adata)
     pcc = pcc_per_gene(*_layers(adata, names))
     kinds = summaries.ranked_genes(pcc, n)

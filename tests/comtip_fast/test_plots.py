@@ -123,5 +123,5 @@ def test_best_median_and_worst_genes_are_those_of_the_report():
     few = plots.ranked_genes(adata, n=10)
     assert (few["rank"] == "All genes").all()
     assert len(few) == 30
-    with pytest.raises(ValueError, match="`n` 0: give a number of at least 1"):
+    with pytest.raises(ValueError, match="n is 0; give a number of genes of at least 1"):
         plots.ranked_genes(adata, n=0)
