@@ -24,7 +24,10 @@ from comtip_fast._version import __version__
 FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
 FORMAT, VERSION = "comtip-lineage", 3
-"""Version 2 has ``sets``, version 3 ``platform``. A lineage without them is written as an earlier version, which earlier releases read."""
+"""Version 2 has ``sets``, version 3 ``platform`` and ``scored_on``. A lineage without them is written as an earlier version, which
+earlier releases read."""
+OPTIONAL = {"sets": 2, "scored_on": 3}
+"""{field of a run that is written only if it has a value: first version with it}."""
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = (
     "copy the file again, or write the export from a checkpoint of the run (`comtip export` with the option checkpoint)"
@@ -121,7 +124,15 @@ class LineageRun:
     validation: dict[Text, float] = field(default_factory=dict)
     """Mean PCC of the (up to 50) most variable trained genes on the validation sections, by cohort."""
     gene_scores: dict[GeneKey, float] = field(default_factory=dict)
-    """Mean PCC on the validation sections, by gene key."""
+    """Mean PCC by gene key: on the validation sections, or where :attr:`scored_on` says."""
+    scored_on: dict[GeneKey, Text] = field(default_factory=dict)
+    """What a gene of :attr:`gene_scores` was scored on, if not on the validation sections of this run. An adapted model has the scores
+    of its comparison, and those of its parent for genes that the section did not measure."""
+
+    def scores_with_origin(self) -> dict[str, tuple[float, str]]:
+        """Return the score of every scored gene, and what it was scored on."""
+        own = f"validation sections of {self.name}"
+        return {key: (score, self.scored_on.get(key, own)) for key, score in self.gene_scores.items()}
 
 
 @dataclass(frozen=True)
@@ -256,13 +267,16 @@ class Lineage:
         """Return the text of ``lineage.json``, in the earliest version that has its fields."""
         lineage, version = asdict(self), 1
         for run in lineage["runs"]:
-            if not run["sets"]:
-                del run["sets"]
-            version = max(version, 2 if "sets" in run else 1)
+            for name, since in OPTIONAL.items():
+                if run[name]:
+                    version = max(version, since)
+                else:
+                    del run[name]
             for section in run["sections"]:
-                if not section["platform"]:
+                if section["platform"]:
+                    version = VERSION
+                else:
                     del section["platform"]
-                version = max(version, VERSION if "platform" in section else 1)
         return json.dumps({"format": FORMAT, "version": version, "lineage": lineage}, indent=1) + "\n"
 
     @classmethod

@@ -1,8 +1,8 @@
-"""Figures of measured and predicted expression, from the AnnData of :meth:`comtip_fast.Model.compare`.
+"""Figures and tables for notebooks, the same as those of the report of ``comtip evaluate``.
 
-:func:`maps`, :func:`pcc_distribution`, :func:`calibration` and the ``draw_*`` functions return a
-``matplotlib.figure.Figure`` that is not attached to a window; notebooks display it, and ``savefig`` writes it. The report of
-``comtip evaluate`` uses the same functions.
+:func:`maps`, :func:`pcc_distribution`, :func:`calibration`, :func:`clusters` and :func:`ranked_genes` take the AnnData of
+:meth:`comtip_fast.Model.compare`, :func:`scores` an evaluation. Figures are ``matplotlib.figure.Figure`` that are not attached to a
+window; notebooks display them, and ``savefig`` writes them.
 
 Shapes: N spots, G genes.
 """
@@ -13,24 +13,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anndata as ad
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from comtip_shards.sources.anndata_parts.picture import library_names
-from matplotlib.axes import Axes
-from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K
+from comtip_fast.drawing import (
+    ACCENT,
+    INK,
+    calibration_table,
+    draw_groups,
+    draw_histogram,
+    draw_maps,
+    draw_scores,
+    plain,
+    style_axis,
+)
+from comtip_fast.evaluation.evaluate import Evaluation
+from comtip_fast.evaluation.report import charts, summaries
+from comtip_fast.evaluation.tasks.domains import is_labelled
 from comtip_fast.metrics import pcc_per_gene
 
-INK, GRID, ACCENT, GREY = "#22303c", "#d9dee3", "#0b6e8f", "#b8c0c8"
-EXPRESSION_MAP, RESIDUAL_MAP = "viridis", "RdBu_r"
-RESIDUAL_LIMIT = 3.0
-"""Residuals are drawn from minus to plus this many standard deviations."""
-MAX_LABEL = 80
-LEVELS = 10
-"""Largest number of groups of predictions in the calibration."""
+OF_SCORES = ("section", "predictor", "mean_pcc", "low", "high")
 
 
 def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
@@ -149,205 +154,146 @@ def calibration(adata: ad.AnnData) -> Figure:
     return figure
 
 
-def calibration_table(measured_NG: np.ndarray, predicted_NG: np.ndarray, levels: int = LEVELS) -> pd.DataFrame:
-    """Return mean measured and predicted expression by level of the prediction.
+def clusters(adata: ad.AnnData, labels: str | Sequence[str], seed: int = 0) -> Figure:
+    """Draw the labels of the spots next to clusters of their measured and predicted expression.
 
-    All pairs (spot, gene) are sorted by their predicted value and divided into ``levels`` groups of nearly equal size;
-    equal predictions are not separated.
+    Principal components of the standardised measured genes are clustered by k-means, with as many clusters as labels. A cluster has
+    the colour of the label that it is matched to. The titles have the adjusted Rand index (ARI) with the labels: 0 is chance, 1
+    identity.
 
     Parameters
     ----------
-    measured_NG, predicted_NG
-        Expression (N, G).
-    levels
-        Largest number of groups.
-
-    Returns
-    -------
-    DataFrame
-        One row per group, ascending: ``level`` (from 1), ``n``, ``predicted`` and ``measured`` (means) and ``measured_sd``.
+    adata
+        Result of :meth:`comtip_fast.Model.compare`, with positions and an image.
+    labels
+        Column of ``adata.obs``, or one label per spot. Spots with an empty label, or one such as ``unknown``, are left out.
+    seed
+        Seed of the clustering.
 
     Raises
     ------
     ValueError
-        The shapes differ, or the arrays are empty.
+        There is no such column, the number of labels differs from that of the spots, fewer than 30 spots have a label, there are
+        fewer than 2 or more than 20 labels, or there is no measured layer, measured gene, position or image.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> from comtip_fast import plots
+    >>> joined = comtip_fast.load("run").compare("set:x1", ["ERBB2", "CD74"])
+    >>> left = joined.obsm["spatial"][:, 0] < joined.obsm["spatial"][:, 0].mean()
+    >>> len(plots.clusters(joined, ["left" if side else "right" for side in left]).axes)
+    3
     """
-    measured, predicted = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
-    if measured.shape != predicted.shape or not measured.size:
+    label = _labels(adata, labels)
+    image, per_px, diameter, _ = _picture(adata)
+    found = summaries.clusters_and_labels(label, *_layers(adata, _measured_genes(adata)), seed)
+    if found is None:
+        known = label[is_labelled(label)]
         raise ValueError(
-            f"calibration: measured has shape {measured.shape}, predicted {predicted.shape}; pass two arrays of the same, non-empty shape"
+            f"`labels`: {known.size} spots have one of {np.unique(known).size} labels; give at least {summaries.MIN_LABELLED} spots with "
+            f"2 to {summaries.MAX_CLUSTERS} labels"
         )
-    m, p = measured.ravel(), predicted.ravel()
-    edges = np.unique(np.quantile(p, np.linspace(0, 1, levels + 1)[1:-1]))
-    group = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]
-    n = np.bincount(group)
-    mean_m, mean_p = np.bincount(group, m) / n, np.bincount(group, p) / n
-    spread = np.sqrt(np.maximum(np.bincount(group, m**2) / n - mean_m**2, 0))
-    return pd.DataFrame(
-        {"level": np.arange(1, n.size + 1), "n": n, "predicted": mean_p, "measured": mean_m, "measured_sd": spread}
-    )
+    table, agreement = found
+    names, code = np.unique(table["label"].to_numpy(str), return_inverse=True)
+    panels = [("labels", code)]
+    for name in ("measured", "predicted"):
+        ari = round(agreement[name]["ari"], 2) + 0.0  # no -0.00
+        panels.append((f"clusters of {name}, ARI {ari:.2f}", table[name].to_numpy() - 1))
+    spots = np.asarray(adata.obsm["spatial"], float)[table["row"].to_numpy()] * per_px
+    return draw_groups(image, spots, diameter * per_px, names.tolist(), panels)
 
 
-def calibration_slope(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
-    """Return, for each gene, the slope of the regression of measured on predicted expression over N spots, float64 (G,).
-
-    The slope is 1 if a difference between two predictions comes, on average, with an equal difference in measured expression, below
-    1 if predictions vary too much, above 1 if they vary too little, and NaN where the prediction is constant.
-    """
-    m, p = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
-    p = p - p.mean(0)
-    power = (p**2).sum(0)
-    defined = power > 1e-12 * np.maximum((np.asarray(predicted_NG, np.float64) ** 2).sum(0), 1e-300)
-    slope: np.ndarray = np.where(defined, ((m - m.mean(0)) * p).sum(0) / np.where(defined, power, 1.0), np.nan)
-    return slope
-
-
-def residual_map(measured_N: np.ndarray, predicted_N: np.ndarray) -> np.ndarray:
-    """Return the standardised measured map minus the standardised predicted map, float64 (N,); a constant map counts as 0."""
-
-    def z(x: np.ndarray) -> np.ndarray:
-        x = np.asarray(x, np.float64) - np.mean(x)
-        deviation = float(x.std())
-        return x / deviation if deviation > 1e-12 else x * 0
-
-    out: np.ndarray = z(measured_N) - z(predicted_N)
-    return out
-
-
-# -- drawing on arrays --------------------------------------------------------------------------------------
-
-
-def draw_maps(
-    image: np.ndarray,
-    spots_N2: np.ndarray,
-    spot_px: float,
-    mpp: float,
-    genes: Sequence[tuple[str, np.ndarray, np.ndarray, float]],
-) -> Figure:
-    """Draw one row per gene: image, measured, predicted and residual map.
+def scores(result: Evaluation | pd.DataFrame) -> Figure:
+    """Draw the mean PCC of the model, the baselines and the trained methods over the 50 most variable genes, with intervals.
 
     Parameters
     ----------
-    image
-        RGB (H, W, 3), uint8.
-    spots_N2
-        Spot centres (N, 2), x and y in px of the image.
-    spot_px, mpp
-        Diameter of a spot in px of the image, and um per px of the image.
-    genes
-        Tuples (label, measured (N,), predicted (N,), PCC).
+    result
+        Result of :func:`comtip_fast.evaluate`, or the table ``intervals.csv`` that it writes.
+
+    Returns
+    -------
+    Figure
+        One panel per section. Lines are 95 % bootstrap intervals over spatial blocks; a section with fewer than 5 blocks has none.
+
+    Raises
+    ------
+    ValueError
+        The table has no rows, or lacks a column of ``intervals.csv``.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from comtip_fast import plots
+    >>> plots.scores(pd.read_csv("scores/intervals.csv")).axes[0].get_title(loc="left")
+    'x1'
     """
-    pad = 3 * spot_px
-    left, top = np.maximum(spots_N2.min(0) - pad, 0)
-    right, bottom = np.minimum(spots_N2.max(0) + pad, image.shape[1::-1])
-    width = 2.9
-    height = width * (bottom - top) / (right - left)
-    figure = Figure(figsize=(width * 4 + 1.4, (height + 0.36) * len(genes)), layout="constrained")
-    axes = np.atleast_2d(figure.subplots(len(genes), 4))
-    grey = image.astype(np.float32).mean(2, keepdims=True).repeat(3, 2) / 255 * 0.35 + 0.65
-    for row, (label, measured, predicted, pcc) in zip(axes, genes, strict=True):
-        low, high = np.percentile(np.concatenate([measured, predicted]), [1, 99])
-        shared, limit = (low, max(high, low + 1e-6)), RESIDUAL_LIMIT
-        score = f"PCC {pcc:.2f}" if np.isfinite(pcc) else "PCC undefined"
-        panels: list[tuple[str, np.ndarray | None, tuple[float, float], str]] = [
-            (f"{label}   {score}", None, shared, ""),
-            ("measured", measured, shared, EXPRESSION_MAP),
-            ("predicted", predicted, shared, EXPRESSION_MAP),
-            ("residual, SD", residual_map(measured, predicted), (-limit, limit), RESIDUAL_MAP),
-        ]
-        for axis, (title, values, limits, colours) in zip(row, panels, strict=True):
-            axis.imshow(image if values is None else grey, interpolation="bilinear")
-            axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-            weight = "bold" if values is None else "normal"
-            axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False, fontweight=weight)
-            for side in axis.spines.values():
-                side.set_color(GRID)
-            if values is None:
-                _scale_bar(axis, mpp, (left, right, top, bottom))
-                continue
-            marks = _draw_spots(axis, spots_N2, 1.15 * spot_px, values, limits, colours)
-            if title != "measured":
-                bar = figure.colorbar(marks, ax=axis, fraction=0.05, pad=0.02)
-                bar.ax.tick_params(labelsize=7)
-                bar.outline.set_visible(False)
+    table = result if isinstance(result, pd.DataFrame) else pd.concat([summaries.intervals(d) for d in result.sections])
+    missing = [name for name in OF_SCORES if name not in table.columns]
+    if missing or not len(table):
+        what = f"no column {missing[0]!r}" if missing else "no rows"
+        raise ValueError(f"the table of scores has {what}; pass intervals.csv, or the result of comtip_fast.evaluate")
+    sections = list(table.groupby("section", sort=False))
+    heights = [len(own) for _, own in sections]
+    figure = Figure(figsize=(5.4, 0.34 * sum(heights) + 0.9 * len(heights)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(sections), 1, height_ratios=heights))
+    for axis, (section, own) in zip(axes, sections, strict=True):
+        rows = own[["predictor", "mean_pcc", "low", "high"]].itertuples(index=False)
+        draw_scores(str(section), [(charts.NAMES.get(name, name), *numbers) for name, *numbers in rows], axis)
     return figure
 
 
-def draw_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Figure:
-    """Draw histograms of the PCC per gene, for the model (G,) and the null (draws, G); an undefined PCC counts as 0."""
-    figure = Figure(figsize=(5.4, 2.5), layout="constrained")
-    axis = figure.subplots()
-    bins = np.linspace(-0.6, 1, 49)
-    chance, values = np.nan_to_num(null_DG.ravel()), np.nan_to_num(pcc_G)
-    for x, colour, alpha, label in (
-        (chance, GREY, 0.9, "null, all genes and draws"),
-        (values, ACCENT, 0.7, "CoMTIP"),
-    ):
-        if x.size:
-            share = np.full(x.size, 100.0 / x.size)
-            clipped = np.clip(x, bins[0], bins[-1])
-            axis.hist(clipped, bins=bins.tolist(), weights=share, color=colour, alpha=alpha, label=label)
-    mean = float(values.mean()) if values.size else 0.0
-    axis.axvline(mean, color=INK, lw=1.5, label="CoMTIP, mean of all panel genes")
-    axis.legend(fontsize=7.5, frameon=False)
-    style_axis(axis, title, "PCC of one gene", "% of genes")
-    return figure
+def ranked_genes(adata: ad.AnnData, n: int = summaries.RANKED) -> pd.DataFrame:
+    """Return the best, median and worst predicted of the measured genes by PCC; an undefined PCC counts as 0.
 
+    Parameters
+    ----------
+    adata
+        Result of :meth:`comtip_fast.Model.compare`.
+    n
+        Number of genes of each kind.
 
-def plain(text: str) -> str:
-    """Return ``text`` for use in a figure: at most :data:`MAX_LABEL` characters, with ``?`` for unprintable characters.
+    Returns
+    -------
+    DataFrame
+        Indexed by gene, best first: ``rank`` (``Best``, ``Median`` or ``Worst``; ``All genes`` if there are at most 3 ``n``), ``pcc``
+        (NaN where undefined), and the columns ``pcc_partial``, ``detection``, ``training`` and ``validation_pcc`` of ``adata.var``.
 
-    Texts from files can have any length and content. Also pass ``parse_math=False`` to matplotlib, which otherwise reads
-    ``$`` as the start of a formula.
+    Raises
+    ------
+    ValueError
+        ``n`` is less than 1, there is no measured layer, or no gene was measured.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> from comtip_fast import plots
+    >>> joined = comtip_fast.load("run").compare("set:x1")
+    >>> plots.ranked_genes(joined, n=2)["rank"].tolist()
+    ['Best', 'Best', 'Median', 'Median', 'Worst', 'Worst']
     """
-    text = "".join(c if c.isprintable() else "?" for c in text[: MAX_LABEL + 1])
-    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
+    if n < 1:
+        raise ValueError(f"n is {n}; give a number of genes of at least 1")
+    names = _measured_genes(adata)
+    pcc = pcc_per_gene(*_layers(adata, names))
+    kinds = summaries.ranked_genes(pcc, n)
+    order = np.concatenate([found for _, found in kinds])
+    rank = [title for title, found in kinds for _ in found]
+    table = pd.DataFrame({"rank": rank, "pcc": pcc[order]}, index=pd.Index([names[i] for i in order], name="gene"))
+    columns = [c for c in ("pcc_partial", "detection", "training", "validation_pcc") if c in adata.var]
+    return table.join(adata.var[columns])
 
 
-def scale_length(width_um: float) -> int:
-    """Return the length of a scale bar in um: the largest of 1, 2, 5, 10, ... up to a third of the image's width; at least 1."""
-    steps = [n * 10**k for k in range(5) for n in (1, 2, 5)]
-    return max((s for s in steps if s <= width_um / 3), default=1)
-
-
-def style_axis(axis: Axes, title: str, x: str, y: str) -> None:
-    """Set the title and axis labels, and apply the style of the report."""
-    axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False)
-    axis.set_xlabel(x, fontsize=8, color=INK)
-    axis.set_ylabel(y, fontsize=8, color=INK)
-    axis.tick_params(labelsize=7.5, colors=INK)
-    axis.grid(color=GRID, lw=0.5)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def colour_table(name: str, n: int = 17) -> list[list[int]]:
-    """Return ``n`` RGB colours, 0 to 255, of a matplotlib colour map, for drawing in a browser."""
-    return [[round(255 * c) for c in rgba[:3]] for rgba in mpl.colormaps[name](np.linspace(0, 1, n)).tolist()]
-
-
-def _draw_spots(
-    axis: Axes, spots: np.ndarray, size: float, values: np.ndarray, limits: tuple[float, float], colours: str
-) -> EllipseCollection:
-    """Draw spots as circles of diameter ``size`` (px of the image), coloured by ``values``."""
-    options: dict[str, Any] = {"units": "x", "offsets": spots, "offset_transform": axis.transData, "linewidths": 0}
-    marks = EllipseCollection(size, size, 0, array=values, cmap=colours, clim=limits, **options)
-    axis.add_collection(marks)
-    return marks
-
-
-def _scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]) -> None:
-    """Draw a scale bar with its length in um at the lower left of ``extent`` (left, right, top, bottom)."""
-    left, right, top, bottom = extent
-    um = scale_length((right - left) * mpp)
-    length = um / mpp
-    x, y = left + 0.05 * (right - left), bottom - 0.05 * (bottom - top)
-    axis.plot([x, x + length], [y, y], color="white", lw=6, solid_capstyle="projecting", alpha=0.85)
-    axis.plot([x, x + length], [y, y], color="black", lw=3, solid_capstyle="butt")
-    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
-    above = y - 0.02 * (bottom - top)
-    axis.text(x + length / 2, above, f"{um:,} µm", ha="center", va="bottom", fontsize=7.5, bbox=box)
+def _labels(adata: ad.AnnData, labels: str | Sequence[str]) -> np.ndarray:
+    """Return one label per spot, as strings (N,)."""
+    if isinstance(labels, str):
+        if labels not in adata.obs:
+            raise ValueError(f"`labels` {labels!r}: no such column of adata.obs; choose one of {', '.join(adata.obs)}")
+        return np.array(adata.obs[labels].astype(str))
+    if len(labels) != adata.n_obs:
+        raise ValueError(f"`labels`: {len(labels)} labels for {adata.n_obs} spots; give one label per spot")
+    return np.array([str(v) for v in labels])
 
 
 def _measured_genes(adata: ad.AnnData) -> list[str]:

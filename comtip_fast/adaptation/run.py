@@ -24,7 +24,7 @@ from comtip_fast.evaluation.metrics import score
 from comtip_fast.export import SECTION_FIELDS
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.lineage import LineageRun
-from comtip_fast.metrics import finite_or_none
+from comtip_fast.metrics import finite_or_none, pcc_per_gene
 from comtip_fast.models.readout.heads import NORMS, CohortHead
 from comtip_fast.models.readout.section_statistics import standardise
 from comtip_fast.runtime.csv_text import csv_text
@@ -100,7 +100,8 @@ def adapt(
 
     The encoder stays frozen. A correction of the linear readout is fitted in closed form, and is used only where it
     predicts spatial folds of the fitted spots better. The adapted and the unadapted model, and ridge regression on the same
-    spots, are compared on test spots whose tiles share no pixel with those of the fitted blocks.
+    spots, are compared on test spots whose tiles share no pixel with those of the fitted blocks. The adapted model's mean score
+    over these splits becomes the validation score of each gene that the section measured.
 
     Parameters
     ----------
@@ -157,9 +158,11 @@ def adapt(
         raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=linear")
     found = read_section(predictor, section, stated_options(facts, pooling, counts), fmt)
     chosen = _splits(found, predictor.tile_um, fraction, splits, seed)
-    table = pd.concat([_compare(predictor, found, s, i) for i, s in enumerate(chosen)], ignore_index=True)
+    compared = [_compare(predictor, found, s, i) for i, s in enumerate(chosen)]
+    table = pd.concat([rows for rows, _ in compared], ignore_index=True)
     fit = chosen[0].fit if fraction < 1 else np.arange(len(found.xy_um))
-    adapted, corrections = _adapted(predictor, found, fit)
+    scores = dict(zip(found.keys, np.mean([pcc for _, pcc in compared], axis=0).tolist(), strict=True))
+    adapted, corrections = _adapted(predictor, found, fit, scores)
     record = _record(found, adapted, fraction, chosen[0], fit, corrections)
     result = Adaptation(table, record, adapted)
     if out is not None:
@@ -248,8 +251,17 @@ def _variable_genes(cp10k_NG: np.ndarray) -> np.ndarray:
 # -- comparison ---------------------------------------------------------------------------------------------
 
 
-def _compare(predictor: Predictor, section: AdaptSection, split: BlockSplit, number: int) -> pd.DataFrame:
-    """Score the adapted and the unadapted model and ridge regression on the test spots of one split."""
+def _compare(
+    predictor: Predictor, section: AdaptSection, split: BlockSplit, number: int
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Score the adapted and the unadapted model and ridge regression on the test spots of one split.
+
+    Returns
+    -------
+    table, pcc
+        Rows of :attr:`Adaptation.table`, and the PCC of the adapted model's log1p CP10K for each gene of the section, float64
+        (G,); an undefined PCC counts as 0.
+    """
     fitted = _fit(predictor, section, split.fit, [split.fit, split.test])
     genes = _variable_genes(section.measured["cp10k"][split.fit])
     fold = spatial_folds(section.xy_um[split.fit], FOLDS)
@@ -267,16 +279,21 @@ def _compare(predictor: Predictor, section: AdaptSection, split: BlockSplit, num
             found = score(measured[test], predictions[name][test], section.covariates[test], genes)
             sizes = {"fit_spots": split.fit.size, "test_spots": test.size}
             rows.append({"split": number, "normalisation": norm, "method": name, **sizes, **vars(found)})
-    return pd.DataFrame(rows)
+    pcc = pcc_per_gene(section.measured["cp10k"][split.test], fitted.adapted["cp10k"][split.test])
+    return pd.DataFrame(rows), np.nan_to_num(pcc)
 
 
 # -- the adapted model --------------------------------------------------------------------------------------
 
 
 def _adapted(
-    predictor: Predictor, section: AdaptSection, fit: np.ndarray
+    predictor: Predictor, section: AdaptSection, fit: np.ndarray, scores: dict[str, float]
 ) -> tuple[Predictor, dict[str, Correction | None]]:
-    """Return the model adapted to the spots ``fit``, with a run on the section added to its lineage, and its corrections."""
+    """Return the model adapted to the spots ``fit``, with a run on the section added to its lineage, and its corrections.
+
+    ``scores`` are the scores of the section's genes in the comparison. Other genes keep the score that the parent has for them, with
+    what it was scored on.
+    """
     parts = [np.arange(len(section.xy_um))]  # at prediction, neighbours are those of the complete section
     fitted = _fit(predictor, section, fit, parts)
     bundle = predictor.bundle
@@ -295,13 +312,18 @@ def _adapted(
         "adapted_spots": int(fit.size),
     }
     head = replace(fitted.head, facts={**fitted.head.facts, **note, "correction": chosen})
+    parent = bundle.lineage.own
+    origin = f"test spots of {section.facts.section_id}"
+    scored = parent.scores_with_origin() | {key: (score, origin) for key, score in scores.items()}
     own = LineageRun(
         name=name,
         comtip_fast=__version__,
         sections=(section.facts,),
-        trained_genes=bundle.lineage.own.trained_genes,
-        held_out_genes=bundle.lineage.own.held_out_genes,
-        vectors=bundle.lineage.own.vectors,
+        trained_genes=parent.trained_genes,
+        held_out_genes=parent.held_out_genes,
+        vectors=parent.vectors,
+        gene_scores={key: score for key, (score, _) in scored.items()},
+        scored_on={key: where for key, (_, where) in scored.items()},
     )
     adapted = replace(
         bundle,

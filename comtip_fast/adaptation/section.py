@@ -161,6 +161,7 @@ def _facts(
         species=species,
         tissue=facts.tissue or "",
         donor=facts.donor or "",
+        platform=facts.platform or "",
         licence=facts.licence or "",
         attribution=facts.attribution or "",
         split="train",

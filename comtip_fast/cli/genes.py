@@ -24,7 +24,10 @@ def add_vectors(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     text = "compute gene vectors from counts without images"
     parser = sub.add_parser("vectors", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.add_argument(
-        "counts", nargs="+", metavar="COUNTS", help="count matrices of cells or spots: .h5ad, 10x .h5 or .tsv(.gz)"
+        "counts",
+        nargs="+",
+        metavar="COUNTS",
+        help="count matrices of cells or spots: .h5ad, 10x .h5, folder with 10x matrix.mtx, or .tsv(.gz)",
     )
     parser.add_argument(
         "--species", choices=("human", "mouse"), help="species of symbols in COUNTS; not needed with Ensembl ids"

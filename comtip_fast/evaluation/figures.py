@@ -1,4 +1,4 @@
-"""Figures of :mod:`comtip_fast.plots` as data URIs."""
+"""Figures of :mod:`comtip_fast.drawing` as data URIs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import numpy as np
 from matplotlib.figure import Figure
 
-from comtip_fast.plots import draw_histogram, draw_maps, plain, scale_length
+from comtip_fast.drawing import draw_histogram, draw_maps, plain, scale_length
 
 __all__ = ["as_uri", "gene_histogram", "maps", "plain", "scale_length"]
 
@@ -22,7 +22,7 @@ def as_uri(figure: Figure, dpi: int = 110, kind: str = "png") -> str:
 
 
 def gene_histogram(pcc: np.ndarray, null: np.ndarray, title: str) -> str:
-    """Return the figure of :func:`comtip_fast.plots.draw_histogram` as the data URI of a PNG."""
+    """Return the figure of :func:`comtip_fast.drawing.draw_histogram` as the data URI of a PNG."""
     return as_uri(draw_histogram(pcc, null, title))
 
 
@@ -34,6 +34,6 @@ def maps(
     spot_um: float,
     genes: list[tuple[str, np.ndarray, np.ndarray, float]],
 ) -> str:
-    """Return the figure of :func:`comtip_fast.plots.draw_maps` as the data URI of a JPEG; ``xy`` is in px of the source image."""
+    """Return the figure of :func:`comtip_fast.drawing.draw_maps` as the data URI of a JPEG; ``xy`` is in px of the source image."""
     spots = xy * section_mpp / overview_mpp
     return as_uri(draw_maps(overview, spots, spot_um / overview_mpp, overview_mpp, genes), dpi=100, kind="jpeg")

@@ -18,6 +18,8 @@ from comtip_fast.inference.levels import GeneQuery
 from comtip_fast.inference.predictor import Predictor
 
 log = logging.getLogger("comtip_fast")
+UNSCORED = (float("nan"), "")
+"""Score of a gene that no run scored, and what it was scored on."""
 
 
 def species_of(model: Predictor, known: str, what: str) -> str:
@@ -110,7 +112,7 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
         raise ValueError(
             "`genes`: the list is empty; name genes to predict, or leave out `genes` to predict all trained genes"
         )
-    scores = model.lineage.own.gene_scores
+    scores = model.lineage.own.scores_with_origin()
     var = pd.DataFrame(
         {
             "key": [a.key for a in asked],
@@ -119,7 +121,8 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
             "name": [a.name for a in asked],
             "found_by": [a.found_by for a in asked],
             "training": [model.training_of(a.key) for a in asked],
-            "validation_pcc": np.array([scores.get(a.key, np.nan) for a in asked], np.float64),
+            "validation_pcc": np.array([scores.get(a.key, UNSCORED)[0] for a in asked], np.float64),
+            "validation_on": [scores.get(a.key, UNSCORED)[1] for a in asked],
         },
         index=pd.Index(_distinct([a.gene for a in asked]), dtype=object),
     )

@@ -21,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from comtip_fast.constants import UNS
-from comtip_fast.plots import plain
+from comtip_fast.drawing import plain
 
 ROWS = 4096
 """Number of rows per read."""

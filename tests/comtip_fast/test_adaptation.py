@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +218,23 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return ShardSet(folder / "set")
 
 
+def anndata_of(shards: ShardSet, number: int, path: Path, without: Sequence[str] = ()) -> Path:
+    """Write a section as an AnnData with an image, in the order of its source and without some genes."""
+    spots, meta = shards.source_order(number), shards.manifest.sections[number]
+    names = [g.symbol for g in shards.genes]
+    data = ad.AnnData(shards.counts(spots).astype(np.float32), var=pd.DataFrame(index=names))
+    overview, mpp = shards.overview(number)
+    data.obsm["spatial"] = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    factors = {
+        "tissue_hires_scalef": meta.mpp / mpp,
+        "spot_diameter_fullres": 100 / meta.mpp,
+        "microns_per_pixel": meta.mpp,
+    }
+    data.uns["spatial"] = {path.stem: {"images": {"hires": overview}, "scalefactors": factors}}
+    data[:, [n for n in names if n not in without]].write_h5ad(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def adapted(tiny_run: Path, large: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapted") / "out"
@@ -343,20 +361,45 @@ def test_an_adapted_model_is_evaluated_and_adapted_again(adapted: Path, tiny_sha
     assert [h.cohort for h in again.predictor.bundle.readout.heads] == ["human_breast"]
 
 
+def test_predictions_of_an_adapted_model_have_the_scores_of_the_comparison(
+    tiny_run: Path, large: ShardSet, tmp_path: Path
+):
+    """And those of the parent for genes that the section did not measure, through a chain of adaptations."""
+    parent = Predictor.load(tiny_run).lineage.own
+    opened = large.section_number("n1"), large.section_number("n2")
+    folder = anndata_of(large, opened[0], tmp_path / "n1.h5ad", without=["ERBB2", "CD74"])
+    facts = {"species": "human", "tissue": "breast", "donor": "me", "mpp": large.manifest.sections[opened[0]].mpp}
+    first = comtip_fast.adapt(tiny_run, folder, tmp_path / "a", fraction=0.3, splits=3, facts=facts, device="cpu")
+    var = comtip_fast.load(tmp_path / "a", "cpu").predict(f"{large.path}:n2", ["ERBB2", "GAPDH", "TTN"]).var
+    assert var["validation_on"].tolist() == [f"validation sections of {parent.name}", "test spots of n1", ""]
+    assert var["validation_pcc"].iloc[0] == parent.gene_scores["human:ERBB2"]
+    assert np.isnan(var["validation_pcc"].iloc[2])
+
+    # The score is the mean over the splits of the correlation on their test spots.
+    predictor = Predictor.load(tiny_run)
+    section = read_section(predictor, folder, stated_options(facts, None, None))
+    gene, found = section.keys.index("human:GAPDH"), []
+    for number in range(3):
+        split = split_blocks(section.xy_um, 0.3, TILE_UM, seed=0, number=number, section="n1")
+        fitted = adaptation._fit(predictor, section, split.fit, [split.fit, split.test])
+        pair = section.measured["cp10k"][split.test, gene], fitted.adapted["cp10k"][split.test, gene]
+        found.append(np.corrcoef(*pair)[0, 1])
+    assert var["validation_pcc"].iloc[1] == pytest.approx(np.mean(found))
+    assert len(set(found)) == 3
+    assert first.predictor.lineage.own.gene_scores.keys() >= set(section.keys) | {"human:ERBB2", "human:CD74"}
+
+    only = anndata_of(large, opened[1], tmp_path / "n2.h5ad", without=["ERBB2", "GAPDH"])
+    again = comtip_fast.adapt(tmp_path / "a", only, fraction=0.3, splits=1, facts=facts, device="cpu")
+    origin = {key: where for key, (_, where) in again.predictor.lineage.own.scores_with_origin().items()}
+    assert origin["human:ERBB2"] == f"validation sections of {parent.name}"
+    assert origin["human:GAPDH"] == "test spots of n1"
+    assert origin["human:CD74"] == "test spots of n2"
+    assert again.predictor.lineage.own.gene_scores["human:GAPDH"] == var["validation_pcc"].iloc[1]
+
+
 def test_an_anndata_states_its_donor(tiny_run: Path, large: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     n = large.section_number("n1")
-    spots = large.source_order(n)
-    names = [g.symbol for g in large.genes]
-    data = ad.AnnData(large.counts(spots).astype(np.float32), var=pd.DataFrame(index=names))
-    overview, mpp = large.overview(n)
-    meta = large.manifest.sections[n]
-    data.obsm["spatial"] = large.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
-    factors = {
-        "tissue_hires_scalef": meta.mpp / mpp,
-        "spot_diameter_fullres": 100 / meta.mpp,
-        "microns_per_pixel": meta.mpp,
-    }
-    data.uns["spatial"] = {"lib": {"images": {"hires": overview}, "scalefactors": factors}}
+    data, meta = ad.read_h5ad(anndata_of(large, n, tmp_path / "lib.h5ad")), large.manifest.sections[n]
     with pytest.raises(SourceError, match=r"section lib: `donor` is not stated; state it,"):
         comtip_fast.adapt(tiny_run, data, facts={"species": "human", "tissue": "breast", "mpp": meta.mpp}, device="cpu")
     facts = {"species": "human", "tissue": "breast", "donor": "me", "mpp": meta.mpp}

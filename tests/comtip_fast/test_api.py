@@ -31,6 +31,9 @@ EXAMPLES = (
     plots.maps,
     plots.pcc_distribution,
     plots.calibration,
+    plots.clusters,
+    plots.scores,
+    plots.ranked_genes,
 )
 
 

@@ -1,6 +1,7 @@
 """Gene vectors from counts: the decomposition, the formats, the bounds and the file."""
 
 import gzip
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from comtip_shards.errors import SourceError
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from scipy import io as scipy_io
 from scipy import sparse
 
 from comtip_fast.cli import main
@@ -89,6 +91,23 @@ def write_tenx(path: Path, counts: np.ndarray, symbols: list[str] = SYMBOLS) -> 
     return path
 
 
+def write_mtx(folder: Path, counts: np.ndarray, symbols: list[str] = SYMBOLS, *, genes_file: bool = False) -> Path:
+    """Write the three files of Cell Ranger (3 and later, packed; 2 has genes.tsv, unpacked)."""
+    folder.mkdir(parents=True)
+    matrix, kind = io.BytesIO(), [] if genes_file else ["Gene Expression"]
+    scipy_io.mmwrite(matrix, sparse.coo_matrix(counts.T), field="integer")
+    features = "".join("\t".join([s, s, *kind]) + "\n" for s in symbols)
+    parts = {
+        "matrix.mtx": matrix.getvalue(),
+        "genes.tsv" if genes_file else "features.tsv": features.encode(),
+        "barcodes.tsv": "".join(f"c{i}-1\n" for i in range(len(counts))).encode(),
+    }
+    for name, content in parts.items():
+        path = folder / name if genes_file else folder / f"{name}.gz"
+        path.write_bytes(content if genes_file else gzip.compress(content))
+    return folder
+
+
 def dense_loadings(parts: list[np.ndarray], k: int) -> np.ndarray:
     """The same vectors by a dense SVD of the standardised cells: an independent computation."""
     blocks = []
@@ -126,9 +145,50 @@ def test_every_format_gives_the_same_vectors(tmp_path: Path) -> None:
         "csc": write_h5ad(tmp_path / "c.h5ad", sparse.csc_matrix(counts.astype(np.float32))),
         "dense": write_h5ad(tmp_path / "d.h5ad", counts.astype(np.float32)),
         "tenx": write_tenx(tmp_path / "e.h5", counts),
+        "mtx": write_mtx(tmp_path / "f" / "filtered_feature_bc_matrix", counts),
+        "mtx of an output folder": tmp_path / "f",
+        "mtx of cell ranger 2": write_mtx(tmp_path / "g" / "GRCh38", counts, genes_file=True).parent,
     }
     computed = {name: gene_vectors([path], components=3, species="human") for name, path in sources.items()}
     assert len({v.sha256 for v in computed.values()}) == 1, {n: v.sha256[:8] for n, v in computed.items()}
+
+
+def test_an_mtx_folder_is_read_in_blocks_and_identified_by_its_three_files(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(counts_module, "BLOCK_ROWS", 16)
+    counts = make_counts(50)
+    folder = write_mtx(tmp_path / "sample", counts)
+    source = open_counts(folder)
+    blocks = [b.toarray() for b in source.blocks()]
+    assert [len(b) for b in blocks] == [16, 16, 16, 2]
+    np.testing.assert_array_equal(np.concatenate(blocks), counts)
+    monkeypatch.chdir(folder)
+    recorded = gene_vectors(["."], components=2, species="human").header["sources"][0]
+    assert (recorded["name"], recorded["sha256"], recorded["cells"]) == ("sample", source.sha256(), 50)
+    with gzip.open(folder / "barcodes.tsv.gz", "wb") as file:
+        file.write("".join(f"other{i}-1\n" for i in range(50)).encode())
+    assert open_counts(folder).sha256() != recorded["sha256"]
+
+
+def test_incomplete_and_ambiguous_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty: a folder without a 10x matrix .*; give an .h5ad"):
+        open_counts(tmp_path / "empty")
+    folder = write_mtx(tmp_path / "a" / "hg19", make_counts(20))
+    with pytest.raises(
+        SourceError, match=r"matrix.mtx.gz: one of the three files of a 10x matrix; give their folder, .*hg19$"
+    ):
+        open_counts(folder / "matrix.mtx.gz")
+    write_mtx(tmp_path / "a" / "mm10", make_counts(20))
+    with pytest.raises(SourceError, match=r"a: more than one matrix.mtx: .*hg19.*mm10"):
+        open_counts(tmp_path / "a")
+    (folder / "features.tsv.gz").unlink()
+    with pytest.raises(SourceError, match=r"hg19: features.tsv.gz does not exist"):
+        open_counts(folder)
+    lines = tmp_path / "a" / "mm10" / "barcodes.tsv.gz"
+    with gzip.open(lines, "wb") as file:
+        file.write(b"c0-1\n")
+    with pytest.raises(SourceError, match=r"the matrix shape is \(28, 20\), but there are 28 features and 1 barcodes"):
+        gene_vectors([lines.parent], species="human")
 
 
 def test_a_gene_measured_by_one_source_alone_has_a_vector_of_the_same_scale(tmp_path: Path) -> None:
@@ -206,8 +266,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ensembl = write_table(tmp_path / "e.tsv.gz", make_counts(5, genes=2), ["ENSG00000999991", "ENSG00000999992"])
     with pytest.raises(ValueError, match=r"known for human, e.g. 'ENSG00000999991'; correct the identifiers"):
         gene_vectors([ensembl], species="human")
-    with pytest.raises(FileNotFoundError, match="not a file; give a count matrix"):
-        open_counts(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"none.h5ad: no such file or folder; give a count matrix: an .h5ad, a 10x .h5, a 10x"
+    ):
+        open_counts(tmp_path / "none.h5ad")
     commas = tmp_path / "commas.tsv"
     commas.write_text("id,A,B\nc1,1,2\n")
     with pytest.raises(SourceError, match="the row after the header has no tab"):

@@ -344,12 +344,15 @@ def test_a_lineage_is_written_in_the_earliest_version_that_has_its_fields(tmp_pa
     one = LineageRun(name="one", shards="0" * 64, sections=(section,))
     two = LineageRun(name="two", shards="2" * 64, sets=("0" * 64, "1" * 64))
     three = replace(one, sections=(section, replace(section, platform="Visium")))
-    chains = [Lineage(runs=runs) for runs in ((one,), (one, two), (three, one))]
+    adapted = LineageRun(name="x", gene_scores={"human:A": 0.5}, scored_on={"human:A": "test spots of s"})
+    chains = [Lineage(runs=runs) for runs in ((one,), (one, two), (three, one), (one, adapted))]
     found = [json.loads(lineage.to_json()) for lineage in chains]
-    assert [f["version"] for f in found] == [1, 2, 3]
-    assert ["sets" in run for f in found for run in f["lineage"]["runs"]] == [False, False, True, False, False]
-    sections = [s for f in found for run in f["lineage"]["runs"] for s in run["sections"]]
-    assert ["platform" in s for s in sections] == [False, False, False, True, False]
+    assert [f["version"] for f in found] == [1, 2, 3, 3]
+    runs = [run for f in found for run in f["lineage"]["runs"]]
+    named = [[name for name in ("sets", "scored_on") if name in run] for run in runs]
+    assert named == [[], [], ["sets"], [], [], [], ["scored_on"]]
+    sections = [s for run in runs for s in run["sections"]]
+    assert ["platform" in s for s in sections] == [False, False, False, True, False, False]
     for lineage in chains:
         (tmp_path / FILE).write_text(lineage.to_json())
         assert Lineage.load(tmp_path / FILE) == lineage

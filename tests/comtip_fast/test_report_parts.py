@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K
+from comtip_fast.drawing import calibration_slope, calibration_table, residual_map
 from comtip_fast.evaluation.evaluate import SectionData
 from comtip_fast.evaluation.report import payload
 from comtip_fast.evaluation.report.charts import loss_curves, ticks
@@ -19,7 +20,7 @@ from comtip_fast.evaluation.report.payload import SectionPayload, page_json
 from comtip_fast.evaluation.report.summaries import BLOCKS_PER_SIDE, clusters, intervals
 from comtip_fast.evaluation.tasks.intervals import spatial_blocks, weighted_pcc
 from comtip_fast.metrics import pcc_per_gene
-from comtip_fast.plots import calibration_slope, calibration_table, maps, residual_map
+from comtip_fast.plots import maps
 
 
 def section(seed: int = 0, side: int = 12, genes: int = 5, noise: float = 0.5) -> SectionData:

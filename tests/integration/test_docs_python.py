@@ -24,6 +24,7 @@ SMALL = {
         '"runs/demo/shards:mob_Rep9", ["Penk", "Doc2g", "TTN"]': '"runs/demo/shards:C", ["ERBB2", "TTN"]',
         '{"mpp": 0.5, "species": "mouse"}': f'{{"mpp": {MPP}, "species": "human"}}',
     },
+    "docs/results.md": {'labels="label"': 'labels=["ab"[i % 2] for i in range(joined.n_obs)]'},
     "data_shards/README.md": {'"data_shards/samples", samples=["her2st_A1"]': '"my/sections", samples=["A"]'},
 }
 """{document: {text of the example: what stands for it on the tiny set}}."""

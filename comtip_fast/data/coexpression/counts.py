@@ -1,13 +1,14 @@
-"""Streaming readers of count matrices without images: AnnData, 10x h5 and legacy Spatial Transcriptomics tables.
+"""Streaming readers of count matrices without images: AnnData, 10x h5 and MTX, and legacy Spatial Transcriptomics tables.
 
 Each reader yields blocks of cells (or spots) x genes, so that memory is bounded by the size of a block and does not grow with
-the number of cells. Only AnnData matrices in compressed sparse columns and files of Cell Ranger 1 and 2 are read as a whole.
-Features that are not genes (antibodies, controls) are dropped.
+the number of cells. Only AnnData matrices in compressed sparse columns, files of Cell Ranger 1 and 2 and MTX folders (at most 8 GiB
+of text) are read as a whole. Features that are not genes (antibodies, controls) are dropped.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +24,17 @@ from comtip_shards.genes.identifiers import SPECIES
 from comtip_shards.sources.anndata_parts.counts import COUNTS, has_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
 from comtip_shards.sources.anndata_parts.store import is_anndata_file, open_h5ad, read_part
+from comtip_shards.sources.files.opening import input_sha256
 from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.sources.files.tables import as_counts
 from comtip_shards.sources.tenx.features import GENE_KIND
 from comtip_shards.sources.tenx.matrix import TenxMatrix
+from comtip_shards.sources.tenx.run import find_matrix_of
 from scipy import sparse
 
 BLOCK_ROWS = 4096
 TABLE_ROWS = 256
+ACCEPTED = "an .h5ad, a 10x .h5, a 10x folder with matrix.mtx, or a .tsv(.gz) of spots x genes"
 """Number of rows of a text table that are parsed at once; they are dense, with 8 bytes per gene."""
 
 
@@ -41,7 +45,7 @@ class CountSource:
     Attributes
     ----------
     path
-        Path of the file.
+        Path of the file, or of the folder of a 10x matrix.
     genes
         Identifiers of the columns.
     symbols
@@ -55,7 +59,7 @@ class CountSource:
     def blocks(self) -> Iterator[sparse.csr_matrix]:
         """Yield the counts as int32 CSR blocks with ``len(genes)`` columns.
 
-        A block has at most :data:`BLOCK_ROWS` rows; a file of Cell Ranger 1 or 2 is one block.
+        A block has at most :data:`BLOCK_ROWS` rows.
 
         Raises
         ------
@@ -68,6 +72,11 @@ class CountSource:
             yield as_counts(block, self.path, rows, self.genes)
             start += block.shape[0]
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file, or that of the hashes of the three files of an MTX folder, in hex."""
+        hashes = [input_sha256(file) for file in _reader(self.path).files(self.path)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
 
 def open_counts(path: str | Path) -> CountSource:
     """Open a count matrix and read its gene identifiers.
@@ -75,20 +84,20 @@ def open_counts(path: str | Path) -> CountSource:
     Parameters
     ----------
     path
-        ``.h5ad``, a 10x ``.h5``, or a tab-separated table (``.tsv``, ``.txt``, also ``.gz``) of spots x genes with a
-        header and an id column.
+        ``.h5ad``, a 10x ``.h5``, a folder with a 10x matrix (see :func:`comtip_shards.sources.tenx.run.find_matrix_of`), or a
+        tab-separated table (``.tsv``, ``.txt``, also ``.gz``) of spots x genes with a header and an id column.
 
     Raises
     ------
     FileNotFoundError
-        There is no such file, or it is a folder.
+        There is no such file or folder.
     SourceError
-        The format is none of these, the file cannot be read, or it has no genes.
+        The format is none of these, the file or folder cannot be read, or it has no genes.
     """
     path = Path(path)
-    if not path.is_file():
-        problem = "not a file" if path.exists() else "no such file"
-        raise FileNotFoundError(f"{path}: {problem}; give a count matrix (.h5ad, 10x .h5, .tsv or .tsv.gz)")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; give a count matrix: {ACCEPTED}")
+    path = path.resolve() if path.is_dir() else path  # its name is recorded, and "." has none
     genes, symbols = _reader(path).genes(path)
     if not genes:
         raise SourceError(f"{path}: the matrix has no gene column; give spots x genes with gene identifiers")
@@ -107,6 +116,10 @@ def species_of(genes: list[str]) -> str | None:
 
 class _Table:
     """A tab-separated text table, read row by row."""
+
+    @staticmethod
+    def files(path: Path) -> tuple[Path, ...]:
+        return (path,)
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
@@ -191,22 +204,42 @@ def _text(path: Path) -> Any:
 
 
 class _Tenx:
-    """A matrix in the h5 format of Cell Ranger and Space Ranger."""
+    """A matrix of Cell Ranger or Space Ranger: an h5 file, or a folder with MTX files."""
+
+    @staticmethod
+    def files(path: Path) -> tuple[Path, ...]:
+        return _Tenx._matrix(path).files
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
-        features = TenxMatrix(path, (path,)).features().only_genes()
+        features = _Tenx._matrix(path).features().only_genes()
         return features.ids, features.symbols
 
     @staticmethod
     def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
-        matrix = TenxMatrix(path, (path,))
+        matrix = _Tenx._matrix(path)
         for _, counts in matrix.chunks(matrix.features(), BLOCK_ROWS):
-            yield counts
+            for start in range(0, counts.shape[0], BLOCK_ROWS):
+                yield counts[start : start + BLOCK_ROWS]
+
+    @staticmethod
+    def _matrix(path: Path) -> TenxMatrix:
+        if path.is_file():
+            return TenxMatrix(path, (path,))
+        found = find_matrix_of(path)
+        if found is None:
+            raise SourceError(
+                f"{path}: a folder without a 10x matrix (matrix.mtx, or filtered_feature_bc_matrix); give {ACCEPTED}"
+            )
+        return found
 
 
 class _AnnData:
     """An AnnData file; reads the first of ``layers["counts"]``, ``X`` and ``raw.X`` that has raw counts."""
+
+    @staticmethod
+    def files(path: Path) -> tuple[Path, ...]:
+        return (path,)
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
@@ -259,12 +292,16 @@ class _AnnData:
 
 
 def _reader(path: Path) -> Any:
-    """Return the reader for a file by its name; raise SourceError for an unknown format."""
+    """Return the reader for a folder, or for a file by its name; raise SourceError for an unknown format."""
     name = path.name.lower()
+    if path.is_dir():
+        return _Tenx
+    if name.endswith((".mtx", ".mtx.gz")):
+        raise SourceError(f"{path}: one of the three files of a 10x matrix; give their folder, {path.parent}")
     if is_anndata_file(path):
         return _AnnData
     if name.endswith(".h5"):
         return _Tenx
     if name.endswith((".tsv", ".tsv.gz", ".txt.gz", ".txt")):
         return _Table
-    raise SourceError(f"{path}: unknown format; give an .h5ad, a 10x .h5, or a .tsv(.gz) of spots x genes")
+    raise SourceError(f"{path}: unknown format; give {ACCEPTED}")

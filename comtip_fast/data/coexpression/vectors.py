@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from comtip_shards.genes.identifiers import GeneResource, map_genes
-from comtip_shards.sources.files.opening import input_sha256
 from scipy import sparse
 
 from comtip_fast._version import __version__
@@ -163,7 +162,7 @@ class _Spool:
         self.sources.append(
             {
                 "name": source.path.name,
-                "sha256": input_sha256(source.path),
+                "sha256": source.sha256(),
                 "species": known,
                 "cells": cells,
                 "genes": len(genes.keys),

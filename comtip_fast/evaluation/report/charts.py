@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
-from comtip_fast.plots import plain
+from comtip_fast.drawing import plain
 
 LOSSES = (
     ("nce", "InfoNCE: image and genes"),
@@ -170,7 +170,7 @@ def gene_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Markup
 
 
 def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
-    """Draw the points of :func:`comtip_fast.plots.calibration_table` with a band of one standard deviation of measured values.
+    """Draw the points of :func:`comtip_fast.drawing.calibration_table` with a band of one standard deviation of measured values.
 
     The dashed line is perfect calibration.
     """

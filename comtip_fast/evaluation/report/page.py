@@ -13,11 +13,12 @@ from comtip_shards.storage.atomic import write_atomic
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from comtip_fast._version import __version__
+from comtip_fast.drawing import GROUPS
 from comtip_fast.evaluation import figures
 from comtip_fast.evaluation.evaluate import Evaluation, SectionData, predictors_of
 from comtip_fast.evaluation.report import charts
 from comtip_fast.evaluation.report.payload import page_json, section_payload
-from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals
+from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals, ranked_genes
 from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
 from comtip_fast.evaluation.scoring import UNSEEN
 
@@ -41,8 +42,6 @@ BASELINES = ("ridge_colour", "ridge_features", "ridge_frozen", "supervised", "bl
 """Supervised methods other than this model; a card of the page shows the best of them."""
 SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
 SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"
-RANKED = 8
-"""Number of genes in each of the lists of best, median and worst genes."""
 STATIC_BYTES = 3 << 19
 """Budget for the images for print and for readers without JavaScript, 1.5 MiB; once it is used, no section gets more images."""
 
@@ -92,6 +91,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
         tables=["genes.csv", *write_tables(tables, out.parent)],
         shown_genes=SHOWN_GENES,
         shown_unseen=SHOWN_UNSEEN,
+        groups=GROUPS,
     )
     write_atomic(out, page)
 
@@ -229,12 +229,8 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
 
 def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return (title, rows of ``genes.csv`` with their index) for the best, median and worst genes by PCC, or all if few."""
-    table = data.gene_table.assign(index=np.arange(len(data.keys)), order=np.nan_to_num(data.pcc))
-    rows: list[dict[str, Any]] = table.sort_values("order", ascending=False, kind="stable").to_dict("records")  # type: ignore[assignment]
-    if len(rows) <= 3 * RANKED:
-        return [("All genes", rows)]
-    middle = (len(rows) - RANKED) // 2
-    return [("Best", rows[:RANKED]), ("Median", rows[middle : middle + RANKED]), ("Worst", rows[-RANKED:])]
+    rows: list[dict[str, Any]] = data.gene_table.assign(index=np.arange(len(data.keys))).to_dict("records")  # type: ignore[assignment]
+    return [(title, [rows[i] for i in found]) for title, found in ranked_genes(data.pcc)]
 
 
 def _examples(data: SectionData) -> list[int]:

@@ -16,9 +16,9 @@ from comtip_shards.sampling.rng import generator
 from markupsafe import Markup
 from PIL import Image
 
+from comtip_fast.drawing import EXPRESSION_MAP, GROUPS, RESIDUAL_LIMIT, RESIDUAL_MAP, colour_table, plain
 from comtip_fast.evaluation.evaluate import Evaluation, SectionData
 from comtip_fast.metrics import finite_or_none
-from comtip_fast.plots import EXPRESSION_MAP, RESIDUAL_LIMIT, RESIDUAL_MAP, colour_table, plain
 
 VALUES_BYTES = 9 << 19
 """Intended size of the encoded values of all sections, 4.5 MiB, so that the page with all its images stays below 8 MB."""
@@ -88,6 +88,7 @@ def page_json(payloads: list[SectionPayload]) -> Markup:
         "expression": colour_table(EXPRESSION_MAP),
         "residual": colour_table(RESIDUAL_MAP),
         "limit": RESIDUAL_LIMIT,
+        "groups": GROUPS,
     }
     text = json.dumps(finite_or_none(found), separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

@@ -8,15 +8,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from comtip_fast.drawing import calibration_slope, calibration_table
 from comtip_fast.evaluation.evaluate import Evaluation, SectionData
 from comtip_fast.evaluation.scoring import N_HVG, UNSEEN
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.intervals import block_weights, interval, spatial_blocks, weighted_pcc
 from comtip_fast.metrics import pcc_per_gene
-from comtip_fast.plots import calibration_slope, calibration_table
 
 DRAWS, BLOCKS_PER_SIDE = 500, 6
 """Draws of the bootstrap, and blocks along the longer side of a section."""
+RANKED = 8
+"""Number of genes in each of the lists of best, median and worst genes."""
 MIN_LABELLED, MAX_CLUSTERS = 30, 20
 """Smallest number of labelled spots, and largest number of labels, of a section whose clusters are compared with labels."""
 
@@ -69,7 +71,7 @@ def calibration_rows(data: SectionData) -> tuple[pd.DataFrame, np.ndarray]:
     Returns
     -------
     table, slopes
-        :func:`comtip_fast.plots.calibration_table` with a first column ``section``, and the slope of each gene, float64 (G,).
+        :func:`comtip_fast.drawing.calibration_table` with a first column ``section``, and the slope of each gene, float64 (G,).
     """
     genes = data.panel if data.panel.size else np.arange(len(data.keys))
     measured, predicted = data.measured["cp10k"][:, genes], data.predicted["cp10k"][:, genes]
@@ -94,21 +96,50 @@ def clusters(
         if the section has fewer than 30 labelled spots, fewer than 2 labels or more than 20.
     """
     spots = result.shards.spots.loc[data.spots]
-    label = spots["label"].astype(str).to_numpy()
-    rows = np.flatnonzero(is_labelled(label))
-    k = np.unique(label[rows]).size
+    genes = data.panel if data.panel.size else np.arange(len(data.keys))
+    measured, predicted = data.measured["cp10k"][:, genes], data.predicted["cp10k"][:, genes]
+    found = clusters_and_labels(spots["label"].astype(str).to_numpy(), measured, predicted, seed)
+    if found is None:
+        return None
+    table, scores = found
+    table.insert(0, "section", data.section_id)
+    table.insert(1, "spot", spots["spot_id"].to_numpy()[table["row"]])
+    return table, scores
+
+
+def clusters_and_labels(
+    label_N: np.ndarray, measured_NG: np.ndarray, predicted_NG: np.ndarray, seed: int = 0
+) -> tuple[pd.DataFrame, dict[str, dict[str, float]]] | None:
+    """Cluster labelled spots by measured and by predicted expression, see :func:`clusters`.
+
+    Returns
+    -------
+    tuple or None
+        As for :func:`clusters`, without the columns ``section`` and ``spot``.
+    """
+    rows = np.flatnonzero(is_labelled(label_N))
+    label = label_N[rows]
+    k = np.unique(label).size
     if rows.size < MIN_LABELLED or not 2 <= k <= MAX_CLUSTERS:
         return None
-    table = pd.DataFrame(
-        {"section": data.section_id, "spot": spots["spot_id"].to_numpy()[rows], "row": rows, "label": label[rows]}
-    )
-    scores = {}
-    for name, values in (("measured", data.measured["cp10k"]), ("predicted", data.predicted["cp10k"])):
-        x = values[rows][:, data.panel if data.panel.size else slice(None)]
-        found = cluster(x, k, seed)
-        table[name] = _matched(label[rows], found)
-        scores[name] = agreement(label[rows], found)
+    table, scores = pd.DataFrame({"row": rows, "label": label}), {}
+    for name, values in (("measured", measured_NG), ("predicted", predicted_NG)):
+        found = cluster(values[rows], k, seed)
+        table[name] = _matched(label, found)
+        scores[name] = agreement(label, found)
     return table, scores
+
+
+def ranked_genes(pcc_G: np.ndarray, n: int = RANKED) -> list[tuple[str, np.ndarray]]:
+    """Return (``Best``, ``Median`` or ``Worst``, indices of ``n`` genes, best first); (``All genes``, indices) if they are few.
+
+    An undefined PCC counts as 0.
+    """
+    order = np.argsort(-np.nan_to_num(pcc_G), kind="stable")
+    if order.size <= 3 * n:
+        return [("All genes", order)]
+    middle = (order.size - n) // 2
+    return [("Best", order[:n]), ("Median", order[middle : middle + n]), ("Worst", order[-n:])]
 
 
 def _matched(label: np.ndarray, cluster: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 "use strict";
 (function () {
   const page = JSON.parse(document.getElementById("maps-data").textContent);
-  const GROUPS = ["#3b7dd8", "#e0803a", "#5aa845", "#c94f9b", "#8a5fb0", "#17a2a2", "#d9b51c", "#d9534f", "#7a6a58", "#6c8ea4"];
   const CHOSEN_WIDTH = 520;
   let printing = false;
   document.documentElement.classList.add("js");
@@ -141,7 +140,7 @@
     }
     groups(name) {
       const code = bytes(this.data.labels[name]), [context, scale] = this.veiled(this.canvas["group-" + name]);
-      this.dots(context, scale, i => code[i] === 255 ? null : GROUPS[code[i] % GROUPS.length]);
+      this.dots(context, scale, i => code[i] === 255 ? null : page.groups[code[i] % page.groups.length]);
     }
     scaleBar(canvas) {
       const context = canvas.getContext("2d"), px = canvas.width / this.image.naturalWidth / this.data.um;

@@ -107,6 +107,28 @@ def find_matrix(folder: Path, stem: str) -> TenxMatrix | None:
     return None if path is None else next(iter(found.values()))
 
 
+def find_matrix_of(folder: Path) -> TenxMatrix | None:
+    """Return the matrix that a folder is given for, or None if it has none.
+
+    The folder is that of the MEX files, the one above it that Cell Ranger 1 and 2 write (``GENOME/matrix.mtx``), or an output folder
+    with ``filtered_feature_bc_matrix``.
+
+    Raises
+    ------
+    SourceError
+        There are several matrices, or the features or barcodes of a matrix are missing.
+    """
+    flat = find_flat_mex(folder)
+    if flat:
+        path = only([m.path for m in flat.values()], "matrix.mtx")
+        return next(m for m in flat.values() if m.path == path)
+    filtered = find_matrix(folder, "filtered_feature_bc_matrix")
+    if filtered is not None:
+        return filtered
+    matrix = only(find(folder, "*/*matrix.mtx*"), "matrix.mtx")
+    return None if matrix is None else _mex(matrix)
+
+
 def _mex(matrix: Path) -> TenxMatrix:
     prefix = re.split(r"matrix\.mtx", matrix.name, flags=re.IGNORECASE)[0]
     files = [matrix]
