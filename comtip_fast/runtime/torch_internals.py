@@ -58,7 +58,8 @@ def attention_backend(heads: int, tokens: int, head_dim: int, device: torch.devi
         Device and dtype of q, k and v.
     """
     qkv = torch.empty(1, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
-    chosen = torch._fused_sdp_choice(*(x.transpose(1, 2) for x in qkv.unbind(2)))
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    chosen = torch._fused_sdp_choice(q, k, v)
     return SDPBackend(chosen).name.lower().removesuffix("_attention")
 
 
