@@ -7,7 +7,7 @@ RUN ?= runs/demo
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly check lint types layers spelling ledger rehearsal rehearsal-grid mutants bench format clean
+.PHONY: help demo test nightly nightly-tests check lint types layers spelling ledger rehearsal rehearsal-grid mutants bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,7 +35,9 @@ demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (10
 test: $(VENV)/installed-dev  ## all tests but those of nightly
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-nightly: $(VENV)/installed-dev  ## tests that take minutes or need root or an S3 server: hosts whose links are cut, storage that fails
+nightly: nightly-tests rehearsal-grid mutants  ## slow tests, every combination of the rehearsal, and mutants; make -k nightly runs all parts even if one fails
+
+nightly-tests: $(VENV)/installed-dev  ## tests that take minutes or need root or an S3 server: hosts whose links are cut, storage that fails
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[s3-test]"
 	$(BIN)/python -m pytest -m nightly -s
 	$(BIN)/python -m pytest tests/data_shards/test_s3.py
@@ -61,7 +63,7 @@ ledger: $(VENV)/installed-dev  ## compile changed GPU kernels ahead of time and 
 rehearsal: $(VENV)/installed-dev  ## walk GPU steps of every config on stand-in tensors and compare with bench/rehearsal.csv and graph_rules.csv
 	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check $(REHEARSAL)
 
-rehearsal-grid: $(VENV)/installed-dev  ## nightly: the ledger with the oldest and newest Triton, and every combination of walks
+rehearsal-grid: $(VENV)/installed-dev  ## nightly: the ledger with the oldest and newest Triton, and walks of every combination of options (half an hour of CPU time)
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.6
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.9
 	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check --all

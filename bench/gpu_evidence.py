@@ -7,8 +7,8 @@
 
 The script needs PyTorch, Triton, timm, tokenizers and NumPy; this checkout need not be installed. Batches are generated. Each part
 runs in its own process with a deadline, and its rows are written as soon as they are measured, so a part that fails or hangs
-affects only its own rows. Comparisons with packages that are not installed are skipped, and a row states it. docs/scaling.md
-describes the columns.
+affects only its own rows. In a dry run, all deadlines are 10 times as long. Comparisons with packages that are not installed are
+skipped, and a row states it. docs/scaling.md describes the columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "data_shards")
 
 from bench.evidence.bare import replace_pydantic, replace_unused  # noqa: E402 (after sys.path)
 from bench.evidence.rows import DRY_RUN, GPU, Rows, Table, today  # noqa: E402
-from bench.evidence.runner import Part, environment, python, run_parts  # noqa: E402
+from bench.evidence.runner import DRY_FACTOR, Part, environment, longer, python, run_parts  # noqa: E402
 
 PARTS = (
     Part("ceilings", 45, "versions, matrix products in bf16 and tf32, a copy, reads from L2"),
@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     log = out.with_suffix(".log")
     script = Path(__file__).resolve()
-    outcomes = run_parts(
-        chosen, lambda p: python(script, p, args.dry_run), table, seconds=60 * args.minutes, log=log, env=env
-    )
+    seconds = 60 * args.minutes * (DRY_FACTOR if args.dry_run else 1)
+    parts = longer(chosen, args.dry_run)
+    outcomes = run_parts(parts, lambda p: python(script, p, args.dry_run), table, seconds=seconds, log=log, env=env)
     table.close()
     print(f"{sum(o.rows for o in outcomes.values())} rows in {out}; output of the parts in {log}")
     return int(any(o.status != "ok" for o in outcomes.values()))

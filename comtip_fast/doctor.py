@@ -147,9 +147,11 @@ def _flash_attn() -> DoctorCheck:
 
 
 def _attention() -> DoctorCheck:
-    """Report which values of ``text.attention`` work here, and what ``auto`` runs."""
+    """Report which values of ``text.attention`` work here, what ``auto`` runs, and what the image encoder runs."""
     import torch
     from comtip_kernels.packed_attention import attention_name
+
+    from comtip_fast.runtime.torch_internals import attention_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -158,7 +160,10 @@ def _attention() -> DoctorCheck:
         with suppress(ValueError):
             works.append(attention_name(name, device, dtype, 18))
     auto = attention_name("auto", device, dtype, 18)
-    return DoctorCheck("Attention", "ok", f"text.attention=auto runs {auto}; {', '.join(works)} can be chosen")
+    text = f"text.attention=auto runs {auto}; {', '.join(works)} can be chosen"
+    # ViT-B/32, the encoder of the GPU configs, with tiles of 224 px.
+    image = attention_backend(12, 49, 64, device, dtype)
+    return DoctorCheck("Attention", "ok", f"{text}; the image encoder runs sdpa ({image})")
 
 
 def _deepspeed() -> DoctorCheck:

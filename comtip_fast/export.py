@@ -36,6 +36,7 @@ from comtip_fast.lineage import (
     parse_section,
 )
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.comtip import reshape_scalars
 from comtip_fast.models.pretrained import fill_normalisation
 from comtip_fast.models.readout.heads import LinearReadout
 
@@ -226,6 +227,7 @@ class Bundle:
         weights = _read_tensors(load_file, folder / "model.safetensors")
         for encoder in ("vision.", "teacher."):  # absent in exports of earlier versions
             fill_normalisation(weights, encoder)
+        reshape_scalars(weights)
         model = CoMTIP(config, sizes)
         export_checks.check_weights(weights, model.state_dict(), folder / "model.safetensors")
         model.load_state_dict(weights)

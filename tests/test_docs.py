@@ -126,3 +126,11 @@ def test_a_broken_link_is_detected(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("# A heading\n[a](#a-heading) [b](#none) [c](gone.md) [d](https://example.org/x)\n")
     assert [link.rpartition(": ")[2] for link in broken_links(page)] == ["#none", "gone.md#"]
+
+
+def test_nightly_runs_every_target_that_is_called_nightly():
+    rules = re.findall(r"^([a-z-]+):([^#\n]*)##(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    called = {name for name, _, text in rules if text.strip().startswith("nightly:")}
+    assert called >= {"rehearsal-grid", "mutants"}
+    needs = {name: set(others.split()) for name, others, _ in rules}
+    assert called <= needs["nightly"], called - needs["nightly"]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.evidence.rows import CHANNEL, Row, Table
@@ -22,6 +22,8 @@ from bench.evidence.rows import CHANNEL, Row, Table
 LEAST_S = 10.0
 """Minimum remaining time in s with which a part is started."""
 POLL_S = 0.5
+DRY_FACTOR = 10.0
+"""Factor on the deadlines in a dry run. Deadlines are chosen for a GPU; interpreted kernels on shared CPU cores need longer."""
 GRACE_S = 5.0
 """Time in s in which a killed process must end; on a hung GPU it may not."""
 
@@ -191,6 +193,11 @@ def environment(dry: bool) -> dict[str, str]:
     if dry:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return env
+
+
+def longer(parts: Sequence[Part], dry: bool) -> list[Part]:
+    """Return parts with the deadlines of a dry run, or unchanged."""
+    return [replace(p, seconds=DRY_FACTOR * p.seconds) for p in parts] if dry else list(parts)
 
 
 def python(script: Path, part: Part, dry: bool) -> list[str]:

@@ -88,11 +88,16 @@ def _scalar_parameter(value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor([value]))
 
 
-def _reshape_scalars(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Reshape the scalars of version 0.1, which have shape (), when weights are loaded."""
+def reshape_scalars(state: dict[str, Tensor], prefix: str = "") -> None:
+    """Reshape the scalars of weights of version 0.1, which have shape (); ``state`` is changed in place."""
     for name in ("log_scale_nce", "log_scale_level", "pair_head.log_scale"):
-        if prefix + name in state:
+        if prefix + name in state and state[prefix + name].ndim == 0:
             state[prefix + name] = state[prefix + name].reshape(1)
+
+
+def _reshape(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Reshape the scalars of earlier versions when they are loaded."""
+    reshape_scalars(state, prefix)
 
 
 class Projection(nn.Module):
@@ -140,7 +145,7 @@ class CoMTIP(nn.Module):
         self.max_log_scale = math.log(config.align.max_scale)
         self.log_scale_nce = _scalar_parameter(math.log(1 / config.align.temperature))
         self.log_scale_level = _scalar_parameter(math.log(10.0))
-        self.register_load_state_dict_pre_hook(_reshape_scalars)
+        self.register_load_state_dict_pre_hook(_reshape)
         self.vision.recompute = self.genes.recompute = config.engine.activation_checkpointing
         if config.loss.mfm <= 0:
             # Without MFM, no loss depends on the generator; it is frozen so that weight decay does not change it.

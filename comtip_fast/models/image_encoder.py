@@ -23,7 +23,7 @@ from comtip_fast.models.adapters import add_adapters
 from comtip_fast.models.pretrained import fill_normalisation, load_weights, normalisation
 from comtip_fast.models.recompute import run_block
 from comtip_fast.models.stems import EfficientNetLite0Stem
-from comtip_fast.models.vit_blocks import take_parts
+from comtip_fast.models.vit_blocks import attention_name, take_parts
 
 
 class ImageTokens(NamedTuple):
@@ -165,6 +165,10 @@ class VisionEncoder(nn.Module):
         checkpointing, because recomputing both parts together would need more memory.
         """
         return self.takes_parts and not self.recompute
+
+    def attention_name(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return the implementation of attention for all patches of a tile; see :func:`.vit_blocks.attention_name`."""
+        return attention_name(self.blocks, self.n_patches, device, dtype)
 
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:
         """Encode all patches and, separately, only those of ``visible_BV``; return both outputs.

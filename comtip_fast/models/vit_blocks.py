@@ -21,6 +21,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comtip_fast.runtime.torch_internals import attention_backend
+
 TESTED = (1, 0, 31)
 """Newest release of timm that the tests ran with. ``pyproject.toml`` has the oldest."""
 _BLOCK = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -108,6 +110,33 @@ def take_parts(blocks: Sequence[nn.Module]) -> bool:
         attn.norms_heads = not (_is_identity(attn.q_norm) and _is_identity(attn.k_norm))
         attn.norms_output = not _is_identity(getattr(attn, "norm", nn.Identity()))
     return True
+
+
+def attention_name(blocks: nn.Module, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the implementation of attention in the blocks of an image encoder, for the log.
+
+    Parameters
+    ----------
+    blocks
+        The blocks.
+    tokens
+        Number of tokens of a tile.
+    device, dtype
+        Device and dtype of the forward pass.
+
+    Returns
+    -------
+    str
+        ``sdpa`` (PyTorch's ``scaled_dot_product_attention``) with the backend that PyTorch chooses for these sizes, ``eager`` if timm's
+        fused attention is switched off, or ``timm`` for attention of another kind.
+    """
+    found = [m for m in blocks.modules() if hasattr(m, "fused_attn")]
+    if not found or not all(hasattr(m, "num_heads") and hasattr(m, "head_dim") for m in found):
+        return "timm"
+    first: Any = found[0]
+    if not first.fused_attn:
+        return "eager"
+    return f"sdpa ({attention_backend(first.num_heads, tokens, first.head_dim, device, dtype)})"
 
 
 def _is_identity(module: nn.Module) -> bool:

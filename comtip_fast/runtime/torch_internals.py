@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -22,6 +23,7 @@ __all__ = [
     "TESTED",
     "TorchDispatchMode",
     "add_to_all",
+    "attention_backend",
     "build_folder",
     "call_after_backward",
     "call_uncompiled",
@@ -43,6 +45,22 @@ TESTED = (2, 14)
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 """Operators of the fused attention on CPUs, for which PyTorch's FLOP counter has no formula."""
+
+
+def attention_backend(heads: int, tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that ``scaled_dot_product_attention`` chooses in training, in lower case, such as ``flash`` or ``math``.
+
+    Parameters
+    ----------
+    heads, tokens, head_dim
+        Sizes of q, k and v, which have the strides of one projection to all three.
+    device, dtype
+        Device and dtype of q, k and v.
+    """
+    qkv = torch.empty(1, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    chosen = torch._fused_sdp_choice(q, k, v)
+    return SDPBackend(chosen).name.lower().removesuffix("_attention")
 
 
 def untested(version: str | None = None) -> str | None:

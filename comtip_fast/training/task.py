@@ -118,6 +118,8 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
     attention = check_attention(config, device, sizes.longest)
     model.genes.set_attention(config.text.attention)
     log.info("attention of the sentence encoder: %s", attention)
+    dtype = torch.bfloat16 if in_bf16(config.train.precision, device) else torch.float32
+    log.info("attention of the image encoder: %s", model.vision.attention_name(device, dtype))
     if config.loss.mfm > 0:
         passes = "one pass" if model.vision.in_one_pass else "two passes"
         log.info("image encoder: all patches and the visible ones in %s", passes)

@@ -238,7 +238,7 @@ class Validation:
         spots, inputs = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
         if self.model.vision.stem is not None:
             size = STEM_CHUNK if self.device.type == "cpu" else CHUNK
-            parts = [self.model.vision.stem_features(x.to(self.device)).cpu() for x in inputs.split(size)]
+            parts = [self.model.vision.stem_features(upload(x, self.device)).cpu() for x in inputs.split(size)]
             inputs = torch.cat(parts)
         if self._kept_bytes + inputs.nbytes <= KEPT_BYTES:
             self._kept_bytes += inputs.nbytes

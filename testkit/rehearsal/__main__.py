@@ -17,8 +17,8 @@ from comtip_kernels.ledger.__main__ import parsed, read
 from comtip_kernels.ledger.entries import entries
 
 from testkit.rehearsal.costs import SENT_KINDS
-from testkit.rehearsal.evaluation import PARTS
 from testkit.rehearsal.graphs import Rows, changed_rules, read_rules, write_rules
+from testkit.rehearsal.grid import walks
 from testkit.rehearsal.record import ROOT
 from testkit.rehearsal.table import (
     Walked,
@@ -30,7 +30,6 @@ from testkit.rehearsal.table import (
     write_launches,
     write_table,
 )
-from testkit.rehearsal.walk import Walk
 
 TABLE, LEDGER, GRAPH_RULES = (ROOT / "bench" / name for name in ("rehearsal.csv", "ledger.csv", "graph_rules.csv"))
 NOT_ABOVE = (
@@ -50,28 +49,6 @@ NOT_ABOVE = (
     "saved_mb",
 )
 """Columns that must not increase: what a GPU launches, computes, moves and stores, and what ranks send."""
-MICRO, CHECKPOINTING, RING = "engine.micro_batches=4", "engine.activation_checkpointing=true", "engine.loss_form=ring"
-PADDED = "engine.panel_sizes=4"
-RANKS = {"1gpu": 1, "8xa100": 8, "8xh100": 8, "multinode_h100": 64, "demo_cpu": 1, "paper_h100": 8}
-
-
-def walks(everything: bool = False) -> list[Walk]:
-    """Return the walks of CI or, with ``everything``, all combinations of options; the longest walks come first."""
-    out = []
-    for config, ranks in RANKS.items():
-        forms = ("", RING) if ranks > 1 else ("",)
-        for form in forms:
-            for micro in ("", MICRO):
-                for again in ("", CHECKPOINTING):
-                    options = tuple(o for o in (form, micro, again) if o)
-                    short = len(options) == 0 or options in ((RING,), (MICRO, CHECKPOINTING))
-                    if everything or (short and not (config in ("8xa100", "demo_cpu", "paper_h100") and options)):
-                        out.append(Walk(config, ranks, options))
-    out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
-    out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]
-    out.append(Walk("1gpu", overrides=(PADDED,)))
-    out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed", *PARTS)]
-    return sorted(out, key=lambda w: (MICRO not in w.overrides, RING not in w.overrides, w.config))
 
 
 def keys_of_ci() -> set[tuple[str, str, str]]:
@@ -94,7 +71,7 @@ def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]
         key = (row["config"], row["ranks"], row["walk"])
         old = known.get(key)
         if old is None:
-            # Walks that only --all runs have no row; their variants and spills are checked, but not their counts.
+            # Walks that only --all runs have no row; their variants, spills and waits are checked, but not their other counts.
             out += [f"{where}: not in {TABLE.name}; run python -m testkit.rehearsal"] if key in required else []
             continue
         out += [f"{where}: {n} is {row[n]}, the table has {old[n]}" for n in NOT_ABOVE if float(row[n]) > float(old[n])]
@@ -113,6 +90,21 @@ def better(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str
         where = f"{row['config']}, ranks {row['ranks']}, {row['walk']}"
         out += [f"{where}: {n} is {row[n]}, the table has {old[n]}" for n in fewer]
     return out
+
+
+def steps_that_wait(rows: list[dict[str, str]]) -> list[str]:
+    """Return a message for each step that logs nothing and has a host wait, or an upload other than its pinned batch.
+
+    The walks of ``--all`` have no committed counts, but these hold for every step.
+    """
+    wanted = {"waits": "0", "data_shapes": "0", "uploads": "1", "pageable_mb": "0.0"}
+    steps = [row for row in rows if row["walk"].split()[0] == "step"]
+    return [
+        f"{row['config']}, ranks {row['ranks']}, {row['walk']}: {name} is {row[name]}, a step must have {value}"
+        for row in steps
+        for name, value in wanted.items()
+        if row[name] != value
+    ]
 
 
 def graph_rules(walked: list[Walked]) -> tuple[Rows, Rows]:
@@ -149,7 +141,9 @@ def main() -> int:
         "--check", action="store_true", help="compare with the committed table and ledger; write nothing"
     )
     parser.add_argument(
-        "--all", action="store_true", help="run every combination of loss form, micro-batches and checkpointing"
+        "--all",
+        action="store_true",
+        help="run every combination of engine, loss form, micro-batches and checkpointing, and inference, of every config",
     )
     parser.add_argument("--only", default="", help="run only the walks of this config; nothing is written")
     parser.add_argument(
@@ -163,7 +157,7 @@ def main() -> int:
         show(one)
         walked.append(one)
     if not args.check and not args.only:
-        write_launches(walked, keep=bool(args.part))
+        write_launches(walked, keep=bool(args.part) or not args.all)  # only all walks show that a variant is not used
         sys.argv = [
             "ledger",
             "--table",
@@ -176,7 +170,7 @@ def main() -> int:
         ledger_main()  # it prints its own problems; spills are also reported as problems of a walk
     rows, names = ledger_rows()
     out = table(walked, rows, names)
-    problems = [*missing_rows(walked, rows, names), *slow_products(walked, rows, names)]
+    problems = [*missing_rows(walked, rows, names), *slow_products(walked, rows, names), *steps_that_wait(out)]
     lower: list[str] = []
     if args.check:
         problems += worse(out, read_table(TABLE))

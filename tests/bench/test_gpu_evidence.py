@@ -124,6 +124,23 @@ def test_deadlines_and_order_fit_nine_minutes():
     assert sum(p.seconds for p in command.PARTS[: len(core)]) <= 9 * 60 - 15
 
 
+@pytest.mark.parametrize(("more", "factor"), [(["--dry-run"], runner.DRY_FACTOR), ([], 1.0)])
+def test_a_dry_run_has_longer_deadlines(
+    more: list[str], factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = {}
+
+    def record(parts: list[Part], *_: object, seconds: float, **__: object) -> dict[str, Outcome]:
+        given.update({p.name: p.seconds for p in parts}, total=seconds)
+        return {}
+
+    monkeypatch.setattr(command, "run_parts", record)
+    monkeypatch.setattr(command, "describe", lambda dry, env: {"gpu": "one", "mode": DRY_RUN if dry else GPU})
+    assert command.main([*more, "--minutes", "2", "--out", str(tmp_path / "x.csv")]) == 0
+    assert given == {p.name: factor * p.seconds for p in command.PARTS} | {"total": factor * 120}
+    assert f"{runner.DRY_FACTOR:.0f} times as long" in command.__doc__
+
+
 @pytest.fixture(scope="module")
 def dry_rows() -> list[dict[str, str]]:
     """Rows of every part; in one process, because imports take longer than the parts."""

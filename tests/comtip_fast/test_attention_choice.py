@@ -12,10 +12,11 @@ import torch
 from comtip_kernels import packed_attention, packed_attention_qkv
 from comtip_kernels.packed_attention import attention_name, peers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from comtip_fast.config.io import load_config
 from comtip_fast.doctor import _attention
-from comtip_fast.models import gene_encoder
+from comtip_fast.models import gene_encoder, vit_blocks
 from comtip_fast.runtime import devices
 from comtip_fast.training import task
 from comtip_fast.training.task import build_task
@@ -213,10 +214,27 @@ def test_flash_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_doctor_and_log_name_the_implementation(tiny_overrides: list[str], caplog: pytest.LogCaptureFixture):
-    assert _attention().detail == "text.attention=auto runs cpu; sdpa can be chosen"
+    text = "text.attention=auto runs cpu; sdpa can be chosen"
+    assert _attention().detail == f"{text}; the image encoder runs sdpa (flash)"
     with caplog.at_level("INFO", "comtip_fast"):
         build_task(load_config(None, [*tiny_overrides, "text.attention=sdpa"]), CPU)
     assert "attention of the sentence encoder: sdpa" in caplog.messages
+    assert "attention of the image encoder: sdpa (flash)" in caplog.messages
+
+
+def test_the_backend_of_the_image_encoder_is_the_one_that_runs(tiny_overrides: list[str]):
+    model = build_task(load_config(None, tiny_overrides), CPU).model
+    x = torch.rand(2, model.vision.n_patches, model.vision.width)
+    for backend, name in ((SDPBackend.FLASH_ATTENTION, "flash"), (SDPBackend.MATH, "math")):
+        with sdpa_kernel(backend), torch.profiler.profile() as profile:
+            assert model.vision.attention_name(CPU, torch.float32) == f"sdpa ({name})"
+            model.vision.blocks[0](x)
+        ran = {e.key for e in profile.key_averages()}
+        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (name == "flash")
+        assert ("aten::_scaled_dot_product_attention_math" in ran) == (name == "math")
+    model.vision.blocks[0].attn.fused_attn = False
+    assert model.vision.attention_name(CPU, torch.float32) == "eager"
+    assert vit_blocks.attention_name(torch.nn.Linear(2, 2), 4, CPU, torch.float32) == "timm"
 
 
 def test_first_tokens_are_computed_once_for_all_layers(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -60,7 +60,9 @@ TORCH = {
 """{object: private name that it must have}; with the names below, all that are used."""
 MORE_OF_TORCH = {"_foreach_copy_": "torch", "_pytree": "torch.utils", "_dynamo": "torch"}
 MORE_OF_TORCH |= dict.fromkeys(("_compiled_call_impl", "_call_impl"), "torch.nn.Module()")
-MORE_OF_TORCH |= dict.fromkeys(("_foreach_sub", "_foreach_mul_", "_foreach_add_", "_fused_adamw_"), "torch")
+MORE_OF_TORCH |= dict.fromkeys(
+    ("_foreach_sub", "_foreach_mul_", "_foreach_add_", "_fused_adamw_", "_fused_sdp_choice"), "torch"
+)
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 STANDARD_LIBRARY = {"_exit": "os._exit is public", "_SubParsersAction": "argparse has no public name for it"}
 STANDARD_LIBRARY |= {"_actions": "the options of an argparse parser"}

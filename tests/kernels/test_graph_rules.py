@@ -17,9 +17,10 @@ from comtip_kernels.tl_common import launch
 from comtip_fast.config.io import load_config
 from comtip_fast.config.optim import SpikeConfig
 from comtip_fast.training.update.spikes import NormHistory
-from testkit.rehearsal.__main__ import GRAPH_RULES, walks
+from testkit.rehearsal.__main__ import GRAPH_RULES
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.graphs import RULES, GraphRules, changed_rules, read_rules, write_rules
+from testkit.rehearsal.grid import walks
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record
 from testkit.rehearsal.stand_in import CUDA

@@ -28,15 +28,21 @@ def test_every_path_of_the_gpu_bench():
     interpret("interpreted/gpu_paths.py", timeout=1700)
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_large_cases_under_the_interpreter():
+    interpret("interpreted/test_infonce.py", timeout=1700, marks="nightly")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_under_the_interpreter(name: str):
     interpret(name)
 
 
-def interpret(name: str, timeout: float = 580) -> None:
+def interpret(name: str, timeout: float = 580, marks: str = "not nightly") -> None:
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # A session of its own: its rootdir, and so its settings, are those of this one.
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(HERE / name)]
     done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout

@@ -26,9 +26,11 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.data.upload import upload
 from comtip_fast.training.task import CoMTIPTask
 from testkit.rehearsal import autocast
-from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, better, walks, worse
+from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, better, steps_that_wait, worse
 from testkit.rehearsal.costs import by_kind, count_saved
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
+from testkit.rehearsal.grid import INFERENCE, MOST_SPOTS, walks
+from testkit.rehearsal.inference import infer
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record, RehearsalError
 from testkit.rehearsal.stand_in import CUDA, StandInMode
@@ -348,6 +350,43 @@ def test_every_config_is_walked_and_has_its_rows():
     assert set(chosen) <= set(walks(everything=True))
 
 
+@pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+def test_the_grid_has_every_combination_for_every_config(config: str):
+    """One process, DDP over 2 ranks and ZeRO, both loss forms, micro-batches 1 and 4, checkpointing on and off; inference."""
+    found, engines = set(), {(1, "single"), (2, "ddp"), ("any", "deepspeed 1"), ("any", "deepspeed 3")}
+    for walk in (w for w in walks(everything=True) if w.config == config and w.part == "step"):
+        loaded = walk.load()
+        e = loaded.engine
+        assert -(-loaded.data.batch_size // walk.ranks) <= MOST_SPOTS
+        if e.panel_sizes:
+            continue
+        kind = f"deepspeed {e.zero_stage}" if e.kind == "deepspeed" else e.kind
+        assert kind == "single" or walk.ranks > 1 or e.kind == "auto"
+        ranks = walk.ranks if (walk.ranks, kind) in engines else "any"
+        found.add((ranks, kind, e.loss_form, e.micro_batches, e.activation_checkpointing))
+    for ranks, kind in engines:
+        forms = ("gather",) if ranks == 1 else ("gather", "ring")
+        combinations = {(ranks, kind, form, n, again) for form in forms for n in (1, 4) for again in (False, True)}
+        assert combinations <= found, combinations - found
+    parts = {w.part for w in walks(everything=True) if w.config == config}
+    assert parts >= {"validation", "predict", "embed", "evaluate", "evaluate tasks"} == set(INFERENCE)
+
+
+def test_no_walk_of_the_grid_is_listed_twice():
+    every = walks(everything=True)
+    assert len({(w.config, w.ranks, w.name) for w in every}) == len(every)
+
+
+def test_a_step_of_the_grid_that_waits_is_reported():
+    row = {"config": "1gpu", "ranks": "2", "walk": "step kind=ddp", "waits": "0", "data_shapes": "0", "uploads": "1"}
+    row["pageable_mb"] = "0.0"
+    assert steps_that_wait([row]) == []
+    assert steps_that_wait([row | {"waits": "1"}]) == ["1gpu, ranks 2, step kind=ddp: waits is 1, a step must have 0"]
+    assert len(steps_that_wait([row | {"uploads": "2", "pageable_mb": "1.0"}])) == 2
+    assert steps_that_wait([row | {"walk": "predict", "waits": "6"}]) == []
+    assert steps_that_wait([row | {"walk": "logged step", "waits": "24"}]) == []
+
+
 def test_a_step_that_logs_nothing_waits_for_nothing_and_uploads_the_batch_once():
     """The committed table is compared with the walks by ``make rehearsal``; here, with what it must show."""
     steps = [r for r in read_table(TABLE) if r["walk"].split()[0] == "step"]
@@ -359,6 +398,31 @@ def test_a_step_that_logs_nothing_waits_for_nothing_and_uploads_the_batch_once()
     assert [(u.pinned, u.blocking) for u in walked.uploads] == [(True, False)]
 
 
+def test_the_table_before_and_after_states_todays_counts():
+    """docs/performance.md has the first and the present count of every step in one table."""
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    section = text.partition("## Before and after")[2].partition("\n## ")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    columns = [
+        "operators",
+        "launches",
+        "variants",
+        "waits",
+        "uploads",
+        "uploads_mb",
+        "pageable_mb",
+        "hgmma_share",
+        "spills",
+    ]
+    found = {}
+    for config, ranks, options, *cells in rows[1:]:
+        walk = "step" if options == "-" else f"step {options}"
+        now = [cell.split(", ")[1].replace(",", "") for cell in cells]
+        found[config, ranks, walk] = dict(zip(columns, now, strict=True))
+    steps = [r for r in read_table(TABLE) if r["walk"].split()[0] == "step" and "panel_sizes" not in r["walk"]]
+    assert found == {(r["config"], r["ranks"], r["walk"]): {c: r[c] for c in columns} for r in steps}
+
+
 def test_inference_copies_from_pinned_memory_and_reads_little():
     """The committed table is compared with the walks by ``make rehearsal``; here, with what it must show."""
     rows = {r["walk"]: r for r in read_table(TABLE) if r["walk"].split()[0] in ("predict", "embed", "evaluate")}
@@ -368,6 +432,12 @@ def test_inference_copies_from_pinned_memory_and_reads_little():
     # One copy to the host per chunk of tiles (4), and one per chunk of genes (2).
     assert int(rows["embed"]["waits"]) == 4
     assert int(rows["predict"]["waits"]) == 6
+
+
+def test_validation_with_a_frozen_stem_uploads_from_pinned_memory():
+    record = infer(Walk("demo_cpu", part="validation"))
+    assert max(u.bytes for u in record.uploads) > 10_000_000  # tiles, for the stem
+    assert all(u.pinned and not u.blocking for u in record.uploads), record.uploads
 
 
 def test_an_upload_comes_from_pinned_memory(mode: StandInMode):

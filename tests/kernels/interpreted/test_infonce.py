@@ -84,9 +84,15 @@ def exact_loss(x: torch.Tensor, y: torch.Tensor, scale: float) -> float:
     return float((s.logsumexp(1) + s.logsumexp(0) - 2 * s.diagonal()).mean() / 2)
 
 
-@pytest.mark.parametrize(
-    ("B", "cosine"), [(1024, 0.0), (1024, 0.5), (1024, 1.0), pytest.param(4096, 1.0, marks=pytest.mark.slow)]
-)
+SIZES = [
+    *((1024, cosine) for cosine in (0.0, 0.5, 1.0)),
+    *(pytest.param(4096, cosine, marks=pytest.mark.nightly) for cosine in (0.0, 0.5)),
+    pytest.param(4096, 1.0, marks=pytest.mark.slow),
+]
+"""(B, cosine of the positives)."""
+
+
+@pytest.mark.parametrize(("B", "cosine"), SIZES)
 @pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 and bf16"])
 def test_the_loss_has_no_bias(B: int, cosine: float, image_dtype: torch.dtype, tensor_cores: None):
     x, y = pairs_of_cosine(B, 512, cosine)
@@ -95,13 +101,16 @@ def test_the_loss_has_no_bias(B: int, cosine: float, image_dtype: torch.dtype, t
     assert abs(float(loss) - exact_loss(*unit_vectors(x, y, dtype=torch.bfloat16), 100.0)) < 2e-5
 
 
-@pytest.mark.parametrize("cosine", [0.0, 0.5, 1.0])
+LARGE_FP32 = [pytest.param(4096, cosine, marks=pytest.mark.nightly) for cosine in (0.0, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("B", "cosine"), [*SIZES[:3], *LARGE_FP32])
 @pytest.mark.parametrize("precision", ["highest", "high"])
-def test_the_loss_in_fp32_has_no_bias(precision: str, cosine: float, tensor_cores: None):
+def test_the_loss_in_fp32_has_no_bias(precision: str, B: int, cosine: float, tensor_cores: None):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        x, y = pairs_of_cosine(1024, 512, cosine)
+        x, y = pairs_of_cosine(B, 512, cosine)
         loss = infonce(x, y, torch.tensor(100.0), impl="triton")
         rounded = unit_vectors(x, y, dtype=torch.float32)
     finally:
