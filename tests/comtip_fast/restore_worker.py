@@ -22,7 +22,7 @@ from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
-from comtip_fast.training.protocol import MOMENTS
+from comtip_fast.training.protocol import MOMENTS, TrainingError
 
 ENGINES = {
     "ddp": ["engine.kind=ddp"],
@@ -117,6 +117,22 @@ def main(folder: Path) -> None:
             assert key in message, message
             assert "holds values that are not finite" in message, message
             print(f"OK {key}", flush=True)
+        message = ""
+        try:
+            with shared_reader(checkpoints.open_reader, checkpoints.folder_of(folder, 1), group) as reader:
+                assert isinstance(reader, SharedReader)
+                if reader._own is not None:
+                    reader._own.copy = unreadable  # type: ignore[method-assign]
+                load_weights(net(seed=1), reader)
+        except (CheckpointError, TrainingError) as error:
+            assert isinstance(error, CheckpointError) == (group.rank == 0)
+            message = str(error)
+        assert message == ("" if group.rank == 0 else "rank 0: ") + "a file that only rank 0 reads", message
+        print("OK an error of rank 0", flush=True)
+
+
+def unreadable(*_: object) -> None:
+    raise CheckpointError("a file that only rank 0 reads")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,9 @@ class FileReader(LocalReader):
             file = opened.enter_context(TensorFile(optim))
             entries = {full: _split(folder, full) for full in file.tensors}
             steps = {full: name for full, (name, key) in entries.items() if key == STEP}
+            several = next((full for full in steps if file.tensors[full].numel != 1), None)
+            if several is not None:  # not read, because it may be as large as the file
+                raise _misfit(folder, several)
             self.content.steps = {name: _step(folder, full, file.whole(full)) for full, name in steps.items()}
             self._add(file, {full: entry for full, entry in entries.items() if entry[1] != STEP})
             self._stack = opened.pop_all()
@@ -175,12 +178,12 @@ class HeldReader(LocalReader):
                 self.content.steps[name] = _step(folder, full, tensor)
             else:
                 named.append(((name, key), tensor))
-        self._held = dict(named)
+        self._held = {entry: t.detach().reshape(-1) for entry, t in named}
         self.content.tensors = {entry: Stored(tuple(t.shape), t.dtype) for entry, t in named}
 
     def copy(self, out: Tensor, name: str, key: str, start: int) -> None:
         """See :meth:`LocalReader.copy`."""
-        out.copy_(self._held[name, key].detach().reshape(-1)[start : start + out.numel()])
+        out.copy_(self._held[name, key][start : start + out.numel()])
 
 
 class SharedReader(TensorReader):
@@ -210,15 +213,32 @@ class SharedReader(TensorReader):
             return None
         out = torch.empty(max(0, stop - start), dtype=stored.dtype)
         for low, high in pieces(stored.numel, out.element_size()):
-            piece = torch.empty(high - low, dtype=stored.dtype)
-            if self._own is not None:
-                self._own.copy(piece, name, key, low)
-            broadcast_into(piece, self._group)
+            piece = self._sent(stored, name, key, low, high)
             self.refuse_not_finite(piece, name, key, low)
             first, last = max(start, low), min(stop, high)
             if first < last:
                 out[first - start : last - start] = piece[first - low : last - low]
         return out
+
+    def _sent(self, stored: Stored, name: str, key: str, low: int, high: int) -> Tensor:
+        """Return elements ``low`` to ``high`` on every rank; if rank 0 cannot read them, every rank raises its error."""
+        size, error = (high - low) * stored.dtype.itemsize, None
+        sent = torch.zeros(size + 1, dtype=torch.uint8)
+        piece = sent[:size].view(stored.dtype)
+        try:
+            if self._own is not None:
+                self._own.copy(piece, name, key, low)
+        except Exception as failed:
+            error, sent[-1] = failed, 1  # the last byte tells the other ranks, which wait for the piece
+        broadcast_into(sent, self._group)
+        if sent[-1]:
+            on_rank_zero(lambda: _raise(error), self._group)
+        return piece
+
+
+def _raise(error: Exception | None) -> None:
+    assert error is not None
+    raise error
 
 
 @contextmanager

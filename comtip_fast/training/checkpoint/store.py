@@ -255,9 +255,9 @@ def load_state(folder: Path, *, hashed: bool = False) -> dict[str, Any]:
     if not hashed:
         verify(folder)
     state = _state_of(folder)
-    if not is_in_parts(folder):
-        with open_reader(folder):
-            return state
+    with open_reader(folder) as reader:
+        if isinstance(reader, ShardReader):
+            reader.check_files()
     return state
 
 

@@ -22,6 +22,8 @@ from comtip_fast.training.checkpoint.content import DELETE, CheckpointError
 
 PIECE_BYTES = 4 << 20
 """Size in bytes of the pieces in which tensors are read, checked and sent."""
+MOST_ELEMENTS = 1 << 48
+"""Largest dimension of a tensor; PyTorch has no dimension of 2^63 elements."""
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -73,15 +75,33 @@ class TensorFile:
             self._file = path.open("rb", buffering=0)
         except (SafetensorError, ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not safetensors ({error}); {DELETE}") from error
+        self.tensors: dict[str, Stored] = {}
+        self._begin: dict[str, int] = {}
+        try:
+            self._read_header()
+        except CheckpointError:
+            self._file.close()
+            raise
+        except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+            # The library also reads headers in forms that no writer of safetensors writes.
+            self._file.close()
+            raise CheckpointError(
+                f"{path}: its header is not one that a library of safetensors writes; {DELETE}"
+            ) from error
+
+    def _read_header(self) -> None:
+        """Read shape, type and position of every tensor."""
         header_bytes = int.from_bytes(self._file.read(8), "little")
         header = json.loads(os.pread(self._file.fileno(), header_bytes, 8))
         header.pop("__metadata__", None)
-        unknown = sorted({entry["dtype"] for entry in header.values()} - OF_NAME.keys())
-        if unknown:
-            self._file.close()
-            raise CheckpointError(f"{path}: tensors of type {unknown[0]}, which no model has; {DELETE}")
-        self.tensors = {name: Stored(tuple(entry["shape"]), OF_NAME[entry["dtype"]]) for name, entry in header.items()}
-        self._begin = {name: 8 + header_bytes + entry["data_offsets"][0] for name, entry in header.items()}
+        for name, entry in header.items():
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            if dtype not in OF_NAME:
+                raise CheckpointError(f"{self.path}: tensors of type {dtype}, which no model has; {DELETE}")
+            if max(shape, default=0) > MOST_ELEMENTS:
+                raise CheckpointError(f"{self.path}: {name} has the shape {list(shape)}, which no model has; {DELETE}")
+            self.tensors[name] = Stored(shape, OF_NAME[dtype])
+            self._begin[name] = 8 + header_bytes + entry["data_offsets"][0]
 
     def __enter__(self) -> Self:
         return self

@@ -73,6 +73,19 @@ class ShardReader(LocalReader):
             return [(0, 0, self.content.tensors[name, key].numel, f"{BUFFER}/{name}")]
         return [(rank, s.offset, s.length, f"{key}/{name}") for rank, s in enumerate(parameter.slices)]
 
+    def check_files(self) -> None:
+        """Check that every file has the tensors that the index states, in shape and type; values are not read.
+
+        Raises
+        ------
+        CheckpointError
+            A file is not safetensors, or a tensor is missing or differs from the index.
+        """
+        for name, key in self.content.tensors:
+            for rank, _, length, full in self._slices(name, key):
+                if length or name not in self._parameters:
+                    self._checked(rank, full, name)
+
     def check_fits(self, module: nn.Module) -> None:
         """Check that the checkpoint has exactly the parameters and buffers of a module, in the same shapes.
 
