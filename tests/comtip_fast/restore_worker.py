@@ -117,7 +117,7 @@ def main(folder: Path) -> None:
             assert key in message, message
             assert "holds values that are not finite" in message, message
             print(f"OK {key}", flush=True)
-        message = ""
+        message, own = "", False
         try:
             with shared_reader(checkpoints.open_reader, checkpoints.folder_of(folder, 1), group) as reader:
                 assert isinstance(reader, SharedReader)
@@ -125,8 +125,8 @@ def main(folder: Path) -> None:
                     reader._own.copy = unreadable  # type: ignore[method-assign]
                 load_weights(net(seed=1), reader)
         except (CheckpointError, TrainingError) as error:
-            assert isinstance(error, CheckpointError) == (group.rank == 0)
-            message = str(error)
+            message, own = str(error), isinstance(error, CheckpointError)
+        assert own == (group.rank == 0)
         assert message == ("" if group.rank == 0 else "rank 0: ") + "a file that only rank 0 reads", message
         print("OK an error of rank 0", flush=True)
 
