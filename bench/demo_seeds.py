@@ -15,6 +15,7 @@ import base64
 import csv
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ def cell(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ({min(known):.3f} to {max(known):.3f})"
 
 
-def table(folders: list[Path], runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
-    """Return the lines of the Markdown table for one cohort and one normalisation (``cp10k`` or ``raw``)."""
-    bounds = [
-        _bounds(folder, run, cohort) if norm == "cp10k" else {} for folder, run in zip(folders, runs, strict=True)
-    ]
-    heads = [*HEADS, *(["95 % interval of the first"] if bounds[0] else []), "undefined"]
+Bounds = dict[str, tuple[float, float]]
+"""Lower and upper bound of the interval of each method."""
+
+
+def table(runs: list[dict[str, Any]], cohort: str, norm: str, bounds: Sequence[Bounds] = ()) -> list[str]:
+    """Return the lines of the Markdown table for one cohort and one normalisation (``cp10k`` or ``raw``).
+
+    ``bounds``, one per run, are those of the mean PCC over the 50 most variable genes; without them there is no such column.
+    """
+    heads = [*HEADS, *(["95 % interval of the first"] if bounds else []), "undefined"]
     lines = ["| method | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(heads))]
     for key, name in NAMES.items():
         scores = [r["cohorts"][cohort].get(key, {}).get(norm) for r in runs]
@@ -60,7 +65,7 @@ def table(folders: list[Path], runs: list[dict[str, Any]], cohort: str, norm: st
         if not scores:
             continue
         cells = [cell([s[c] for s in scores]) for c in COLUMNS]
-        if bounds[0]:
+        if bounds:
             known = [b[key] for b in bounds if key in b]
             cells.append(" to ".join(f"{statistics.mean(x):.3f}" for x in zip(*known, strict=True)) if known else "-")
         cells.append(", ".join(str(s["undefined_genes"]) for s in scores))
@@ -68,13 +73,12 @@ def table(folders: list[Path], runs: list[dict[str, Any]], cohort: str, norm: st
     return lines
 
 
-def _bounds(folder: Path, run: dict[str, Any], cohort: str) -> dict[str, tuple[float, float]]:
-    """Return the bounds of the interval of each method on the one test section of the cohort; {} if there are several."""
-    own = run["cohorts"][cohort]["sections"]
-    if len(own) != 1:
-        return {}
-    rows = [r for r in _rows(folder / "intervals.csv") if r["section"] == own[0]]
-    return {r["predictor"]: (float(r["low"]), float(r["high"])) for r in rows}
+def bounds_of(folders: list[Path], sections: list[str]) -> list[Bounds]:
+    """Return the bounds of each run for the one test section of a cohort; none if there are several."""
+    if len(sections) != 1:
+        return []
+    tables = [[r for r in _rows(folder / "intervals.csv") if r["section"] == sections[0]] for folder in folders]
+    return [{r["predictor"]: (float(r["low"]), float(r["high"])) for r in rows} for rows in tables]
 
 
 def differences(folders: list[Path]) -> list[str]:
@@ -136,7 +140,9 @@ def write_results(folders: list[Path]) -> None:
     ]
     for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):
-            lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(folders, runs, cohort, norm)]
+            # Intervals are computed on CP10K alone.
+            bounds = bounds_of(folders, runs[0]["cohorts"][cohort]["sections"]) if norm == "cp10k" else []
+            lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(runs, cohort, norm, bounds)]
     lines += differences(folders)
     lines += ["", "## Training", "| seed | stopped | best step | validation |", "|---|---|---|---|"]
     for folder, seed in zip(folders, seeds, strict=True):

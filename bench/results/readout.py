@@ -11,7 +11,8 @@ python bench/results/readout.py runs/demo --split test --cohort human_breast --v
 python bench/results/readout.py runs/demo --split test --cohort mouse_main_olfactory_bulb --vectors bulb.safetensors \
     --only mob2k_1,mob2k_2,mob2k_3
 
-Each line: mean PCC over the 50 most variable genes / the same with colour and depth regressed out, log1p CP10K, then raw.
+Each line: mean PCC over the 50 most variable genes / the same with colour and depth regressed out, log1p CP10K, then raw. With several
+runs, the last table has the mean over them.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Lab:
         self.shards = open_sets(self.predictor.config.data.shards)
         self.keys = [g.key for g in self.shards.genes]
         self.row = {k: i for i, k in enumerate(self.keys)}
+        self.scores: dict[tuple[str, str], list[float]] = {}
+        """What :meth:`show` printed, by section and method."""
 
     def sections(self, cohort: str, split: str) -> list[int]:
         """Return the numbers of a cohort's sections in one split."""
@@ -91,13 +94,15 @@ class Lab:
         return [k for k in keys if ok[self.row[k]]]
 
     def show(self, name: str, section: int, keys: list[str], predicted: Values) -> None:
-        """Print the scores of one prediction of a section."""
-        cells = []
+        """Print and keep the scores of one prediction of a section."""
+        found = []
         for norm in NORMS:
             measured = self.values(section, keys)[norm].astype(np.float64)
             s = score(measured, np.asarray(predicted[norm], np.float64), self.counts(section)[1], np.arange(len(keys)))
-            cells.append(f"{s.mean_pcc_50_hvg:.4f} / {s.partial_pcc_50_hvg:.4f}")
-        print(f"{self.shards.manifest.sections[section].section_id:12s} {name:46s} {'   '.join(cells)}", flush=True)
+            found += [s.mean_pcc_50_hvg, s.partial_pcc_50_hvg]
+        row = self.shards.manifest.sections[section].section_id, name
+        self.scores[row] = found
+        print(f"{row[0]:12s} {row[1]:46s} " + "{:.4f} / {:.4f}   {:.4f} / {:.4f}".format(*found), flush=True)
 
     # -- readouts -------------------------------------------------------------------------------------------
 
@@ -224,6 +229,8 @@ def table(lab: Lab, cohort: str, split: str) -> None:
             "frozen + levels": mean_of(frozen, read),
             "z + frozen + levels": mean_of(z, frozen, read),
             "z + 2 frozen + levels (the default)": mean_of(z, frozen, frozen, read),
+            "z + 3 frozen + levels": mean_of(z, frozen, frozen, frozen, read),
+            "z + 2 frozen": mean_of(z, frozen, frozen),
             "ridge, encoder features": lab.ridge(train, section, keys, "encoder"),
             "ridge, frozen features": lab.ridge(train, section, keys, ENCODED_NAME),
             "ridge, frozen features, all stages": lab.ridge(train, section, keys, STAGES_NAME),
@@ -261,18 +268,37 @@ def unseen(lab: Lab, cohort: str, split: str, vectors: GeneVectors, only: list[s
 def main() -> None:
     """Print the chosen table for each cohort."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a training run whose model has a linear readout")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders of training runs whose models have a linear readout, such as seeds"
+    )
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to predict (default val)")
     parser.add_argument("--cohort", help="cohort to predict (default: every cohort of the model)")
     parser.add_argument("--vectors", type=Path, help="gene vectors: print the table of unseen genes")
     parser.add_argument("--only", default="", help="with --vectors: training sections to use, comma-separated ids")
     args = parser.parse_args()
-    lab = Lab(args.run)
+    tables = [of_run(run, args) for run in args.runs]
+    if len(tables) > 1:
+        summarise(tables)
+
+
+def of_run(run: Path, args: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
+    """Print the tables of one run and return its scores by section and method."""
+    lab = Lab(run)
     for cohort in [args.cohort] if args.cohort else [h.cohort for h in lab.readout.heads]:
         if args.vectors:
             unseen(lab, cohort, args.split, GeneVectors.load(args.vectors), [s for s in args.only.split(",") if s])
         else:
             table(lab, cohort, args.split)
+    return lab.scores
+
+
+def summarise(tables: list[dict[tuple[str, str], list[float]]]) -> None:
+    """Print the mean over runs of every row, with the lowest and the highest value."""
+    print(f"\nmean over {len(tables)} runs (lowest to highest)")
+    for section, name in tables[0]:
+        columns = zip(*(scores[section, name] for scores in tables), strict=True)
+        cells = [f"{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns]
+        print(f"{section:12s} {name:46s} {cells[0]} / {cells[1]}   {cells[2]} / {cells[3]}")
 
 
 if __name__ == "__main__":

@@ -27,3 +27,10 @@ def test_a_predictor_without_scores_has_no_row():
         == "| **CoMTIP, zero-shot** | 0.200 (0.200 to 0.200) | 0.200 (0.200 to 0.200) | 0.200 (0.200 to 0.200) | 2, 2 |"
     )
     assert lines[3].startswith("| the same genes: mean map of the trained genes | 0.100 | ")
+
+
+def test_bounds_are_means_over_runs():
+    bounds = [{"zero_shot": (0.1, 0.3)}, {"zero_shot": (0.2, 0.4)}]
+    head, _, row = table([run(zero_shot=0.2), run(zero_shot=0.3)], "human_breast", "cp10k", bounds)
+    assert "| 95 % interval of the first |" in head
+    assert row.endswith("| 0.150 to 0.350 | 2, 2 |")
