@@ -35,7 +35,7 @@ LINKS = (
 
 
 def checkpoint() -> Checkpoint:
-    return Checkpoint({"w": torch.zeros(2)}, {"m": torch.zeros(2)}, {"step": 1})
+    return Checkpoint({"w": torch.zeros(2)}, {"w/exp_avg": torch.zeros(2)}, {"step": 1})
 
 
 @pytest.mark.parametrize("name", LINKS)
