@@ -41,7 +41,8 @@ class SyntheticShards:
 
     def __init__(self, genes: list[ExportGene], tile_px: int, tile_um: float, min_mpp: float) -> None:
         self.genes = genes
-        facts = {"dataset": "synthetic", "species": "human", "tissue": "breast", "licence": "CC0", "attribution": ""}
+        facts = {"dataset": "synthetic", "species": "human", "tissue": "breast", "platform": ""}
+        facts |= {"licence": "CC0", "attribution": ""}
         sections = [
             SimpleNamespace(section_id=s, donor=d, split=split, n_spots=SPOTS, source={}, **facts)
             for s, d, split in SECTIONS
