@@ -71,21 +71,58 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Tape(TorchDispatchMode):
-    """Records operators, views included, with copies of their arguments."""
+class Tape(TorchDispatchMode):
+    """Records operators, views included, with copies of their arguments.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    share
+        Whether the arguments of operators that change none are kept, not copied; they then stay allocated.
+    """
+
+    def __init__(self, *, share: bool = False) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.share = share
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append((func, tree_map(_copy, tuple(args)), tree_map(_copy, kwargs or {})))
+        keep = _detached if self.share and not func._schema.is_mutable else _copy
+        self.calls.append((func, tree_map(keep, tuple(args)), tree_map(keep, kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
 def _copy(value: Any) -> Any:
     """Return a copy of a tensor with the same strides, if it has no overlapping elements; any other value as it is."""
     return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def replayed(tape: Tape) -> tuple[Callable[[], None], int, int]:
+    """Return a function that calls the recorded operators, their number, and the number of those that are left out.
+
+    Operators that fail when they are called again are left out, such as views of memory outside of a copy.
+    """
+    calls = [call for call in tape.calls if _runs(*call)]
+
+    @torch.no_grad()
+    def repeat() -> None:
+        for func, args, kwargs in calls:
+            func(*args, **kwargs)
+
+    return repeat, len(calls), len(tape.calls) - len(calls)
+
+
+@torch.no_grad()
+def _runs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a recorded operator can be called again."""
+    try:
+        func(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -115,31 +152,12 @@ def operators_of_step(trainer: Trainer) -> int:
 
 
 def time_bare(trainer: Trainer, rounds: int, steps: int) -> tuple[int, int, list[float]]:
-    """Return (operators called, operators left out, medians of the CPU time of all calls in ms); see the module docstring.
-
-    Operators that fail on copies of their arguments are left out, such as views of memory outside of a copy.
-    """
-    with _Tape() as tape:
+    """Return (operators called, operators left out, medians of the CPU time of all calls in ms); see the module docstring."""
+    with Tape() as tape:
         trainer._one_step(Signals())
-    calls = [call for call in tape.calls if _runs(*call)]
-
-    @torch.no_grad()
-    def repeat() -> None:
-        for func, args, kwargs in calls:
-            func(*args, **kwargs)
-
+    repeat, called, left_out = replayed(tape)
     torch.set_flush_denormal(True)  # products in place are repeated
-    return len(calls), len(tape.calls) - len(calls), [_median(repeat, steps) for _ in range(rounds)]
-
-
-@torch.no_grad()
-def _runs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a recorded operator can be called again."""
-    try:
-        func(*args, **kwargs)
-    except RuntimeError:
-        return False
-    return True
+    return called, left_out, [_median(repeat, steps) for _ in range(rounds)]
 
 
 def main() -> None:

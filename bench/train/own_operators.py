@@ -16,13 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from bench.train.host_time import Tape, replayed
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import load_config
 from comtip_fast.training.distributed.signals import Signals
@@ -35,53 +32,11 @@ CPU = torch.device("cpu")
 TILE_PX = 128
 
 
-class Tape(TorchDispatchMode):
-    """Records operators with their arguments, which stay allocated; operators that change an argument get a copy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        keep = _copy if func._schema.is_mutable else _detached
-        self.calls.append((func, tree_map(keep, tuple(args)), tree_map(keep, kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
 def timed(call: Callable[[], object]) -> tuple[float, float]:
     """Return elapsed and CPU time of a call in ms."""
     began, used = time.perf_counter(), time.process_time()
     call()
     return 1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - used)
-
-
-def replayed(tape: Tape) -> tuple[Callable[[], None], int]:
-    """Return a function that calls the recorded operators, and the number of those that cannot be called again."""
-    calls = [call for call in tape.calls if _runs(*call)]
-
-    @torch.no_grad()
-    def repeat() -> None:
-        for func, args, kwargs in calls:
-            func(*args, **kwargs)
-
-    return repeat, len(tape.calls) - len(calls)
-
-
-@torch.no_grad()
-def _runs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        func(*args, **kwargs)
-    except RuntimeError:
-        return False
-    return True
 
 
 def measure(settings: list[str], rounds: int) -> None:
@@ -103,9 +58,9 @@ def measure(settings: list[str], rounds: int) -> None:
 
         for _ in range(3):
             step()
-        with Tape() as tape:
+        with Tape(share=True) as tape:
             step()
-        repeat, left_out = replayed(tape)
+        repeat, _, left_out = replayed(tape)
         torch.set_flush_denormal(True)  # products in place are repeated
         repeat()
         pairs = []

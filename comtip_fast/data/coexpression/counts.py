@@ -34,8 +34,9 @@ from scipy import sparse
 
 BLOCK_ROWS = 4096
 TABLE_ROWS = 256
-ACCEPTED = "an .h5ad, a 10x .h5, a 10x folder with matrix.mtx, or a .tsv(.gz) of spots x genes"
 """Number of rows of a text table that are parsed at once; they are dense, with 8 bytes per gene."""
+ACCEPTED = "an .h5ad, a 10x .h5, a 10x folder with matrix.mtx, or a .tsv(.gz) of spots x genes"
+"""Accepted formats, for messages."""
 
 
 @dataclass(frozen=True)
