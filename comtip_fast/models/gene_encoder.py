@@ -9,14 +9,18 @@ Shapes: N sentences of at most T tokens, S tokens in total, G genes drawn for th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from comtip_kernels import (
+    SentencePlan,
     SentenceSizes,
+    copy_sentence_rows,
     first_tokens,
     gene_sentence_embedding,
     packed_attention_qkv,
     plan_panel,
+    plan_sentences,
     sentence_start,
 )
 from comtip_kernels.packed_attention import Attention
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
-from comtip_fast.models.recompute import run_block
+from comtip_fast.models.recompute import run_block, run_recomputed
 from comtip_fast.runtime import devices, torch_internals
 
 
@@ -46,6 +50,7 @@ class SentenceBlock(nn.Module):
         longest: int,
         first_N: Tensor | None = None,
         first_S: Tensor | None = None,
+        qkv_SC: Tensor | None = None,
     ) -> Tensor:
         """Return the output of the block, (S, d), or only its rows at the ``[GENE]`` tokens, (N, d).
 
@@ -59,9 +64,11 @@ class SentenceBlock(nn.Module):
             Indices of the ``[GENE]`` tokens, to compute only their rows; None computes all rows.
         first_S
             For each token, the index of the ``[GENE]`` token of its sentence, which attention on a GPU needs.
+        qkv_SC
+            Result of :meth:`project` for the S tokens, (S, 3 d); None computes it.
         """
         S, d = x_Sd.shape
-        qkv_S3HE = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads)
+        qkv_S3HE = (self.project(x_Sd) if qkv_SC is None else qkv_SC).view(S, 3, self.heads, d // self.heads)
         attended = packed_attention_qkv(
             qkv_S3HE, length_N, longest=longest, first_S=first_S, impl=self.attention
         ).reshape(S, d)
@@ -69,6 +76,11 @@ class SentenceBlock(nn.Module):
             x_Sd, attended = x_Sd[first_N], attended[first_N]
         x_Sd = x_Sd + self.out(attended)
         return x_Sd + self.mlp(self.norm_mlp(x_Sd))
+
+    def project(self, x_Rd: Tensor) -> Tensor:
+        """Return queries, keys and values (R, 3 d) of any rows."""
+        qkv_RC: Tensor = self.qkv(self.norm_attention(x_Rd))
+        return qkv_RC
 
 
 class GeneEncoder(nn.Module):
@@ -175,8 +187,10 @@ class GeneEncoder(nn.Module):
         genes = genes.rows(order_N)
         level_lo_N = level_lo_N[order_N]
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
-        plan = None if panel is None else plan_panel(genes.ids_GT, length_N, level_lo_N, panel[0][order_N], panel[1])
-        x_Sd = gene_sentence_embedding(
+        plan = self._plan(
+            genes, length_N, level_lo_N, mix_N is not None, None if panel is None else (panel[0][order_N], panel[1])
+        )
+        rows_Ud = gene_sentence_embedding(
             genes.ids_GT,
             length_N,
             level_lo_N,
@@ -192,19 +206,51 @@ class GeneEncoder(nn.Module):
             bias_D=self.norm_in.bias,
             eps=self.norm_in.eps,
             plan=plan,
+            distinct=True,
         )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)[: back_N.shape[0]]
-        if self.project_vector is not None and genes.vector_GK is not None:
-            vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
-            x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
         if any(torch_internals.is_compiled(block) for block in self.blocks):
             # A number is a constant of compiled code, so each length of the longest sentence would compile another variant.
             longest = self.longest
-        first_S = None if devices.reads_are_free(x_Sd.device) else first_tokens(length_N, x_Sd.shape[0])
-        for i, block in enumerate(self.blocks):
-            rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used
+        first_S = None if devices.reads_are_free(rows_Ud.device) else first_tokens(length_N, plan.row_S.shape[0])
+        # After the last block only [GENE] is used.
+        used = [*(None for _ in self.blocks[1:]), first_N]
+        rest = (length_N, longest, used[0], first_S)
+        if self.project_vector is not None and genes.vector_GK is not None:
+            # The vector of its gene belongs to each [GENE] token, so equal rows are equal tokens no longer.
+            vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
+            x_Sd = copy_sentence_rows(rows_Ud, plan)
+            x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
+            x_Sd = run_block(self.blocks[0], x_Sd, *rest, recompute=self.recompute)
+        else:
+            x_Sd = run_recomputed(self._first_block, rows_Ud, plan, *rest, recompute=self.recompute)
+        for block, rows in zip(self.blocks[1:], used[1:], strict=True):
             x_Sd = run_block(block, x_Sd, length_N, longest, rows, first_S, recompute=self.recompute)
         return self.norm_out(x_Sd).index_select(0, back_N)
+
+    def _first_block(self, rows_Ud: Tensor, plan: SentencePlan, *rest: Any) -> Tensor:
+        """Return the output of the first block, whose queries, keys and values are computed once for equal tokens.
+
+        A panel repeats each name once per level, so there are many times fewer rows than tokens.
+        """
+        block = self.blocks[0]
+        assert isinstance(block, SentenceBlock)
+        qkv_SC = copy_sentence_rows(block.project(rows_Ud), plan)
+        return run_block(block, copy_sentence_rows(rows_Ud, plan), *rest, qkv_SC, recompute=False)
+
+    def _plan(
+        self,
+        genes: GeneTokens,
+        length_N: Tensor,
+        level_N: Tensor,
+        mixed: bool,
+        panel: tuple[Tensor, SentenceSizes] | None,
+    ) -> SentencePlan:
+        """Return which tokens of the sentences are equal; ``panel`` is that of :meth:`encode`, in the order of the sentences."""
+        if panel is not None:
+            return plan_panel(genes.ids_GT, length_N, level_N, *panel)
+        identity_N = None if self.identity_Id is None else genes.identity_G
+        return plan_sentences(genes.ids_GT, length_N, level_N, identity_N=identity_N, mixed=mixed)
 
 
 def _with_padding(length_N: Tensor, order_N: Tensor, tokens: int, added: int, longest: int) -> tuple[Tensor, Tensor]:

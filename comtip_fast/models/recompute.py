@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +22,15 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
         if not block.training:
             return torch_internals.call_uncompiled(block, *args)
         _mark_sizes(args)
+    return run_recomputed(block, *args, recompute=recompute)
+
+
+def run_recomputed(function: Callable[..., Tensor], *args: Any, recompute: bool) -> Tensor:
+    """Call ``function(*args)``; with ``recompute``, keep its arguments alone for the backward pass, and call it again there."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+        out: Tensor = checkpoint(function, *args, use_reentrant=False)
+        return out
+    return function(*args)
 
 
 def _mark_sizes(args: tuple[Any, ...]) -> None:

@@ -7,6 +7,7 @@ from comtip_kernels.dispatch import Impl, prefer
 from comtip_kernels.gene_sentence_embedding import (
     SentencePlan,
     SentenceSizes,
+    copy_sentence_rows,
     first_tokens,
     gene_sentence_embedding,
     plan_panel,
@@ -26,6 +27,7 @@ __all__ = [
     "InfoNCE",
     "SentencePlan",
     "SentenceSizes",
+    "copy_sentence_rows",
     "first_tokens",
     "gene_sentence_embedding",
     "infonce",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose, with_triton
-from comtip_kernels.gene_sentence_embedding.cpu import gene_sentence_embedding_cpu
+from comtip_kernels.gene_sentence_embedding.cpu import copy_rows_cpu, gene_sentence_embedding_cpu
 from comtip_kernels.gene_sentence_embedding.plan import (
     SentencePlan,
     SentenceSizes,
@@ -14,11 +14,12 @@ from comtip_kernels.gene_sentence_embedding.plan import (
     plan_sentences,
     sentence_start,
 )
-from comtip_kernels.gene_sentence_embedding.reference import gene_sentence_embedding_reference
+from comtip_kernels.gene_sentence_embedding.reference import copy_rows_reference, gene_sentence_embedding_reference
 
 __all__ = [
     "SentencePlan",
     "SentenceSizes",
+    "copy_sentence_rows",
     "first_tokens",
     "gene_sentence_embedding",
     "gene_sentence_embedding_reference",
@@ -30,6 +31,11 @@ _IMPLEMENTATIONS = {
     "reference": gene_sentence_embedding_reference,
     "cpu": gene_sentence_embedding_cpu,
     "triton": with_triton("comtip_kernels.gene_sentence_embedding.triton_op", "gene_sentence_embedding_triton"),
+}
+_COPIES = {
+    "reference": copy_rows_reference,
+    "cpu": copy_rows_cpu,
+    "triton": with_triton("comtip_kernels.gene_sentence_embedding.triton_op", "copy_rows_triton"),
 }
 
 
@@ -50,6 +56,7 @@ def gene_sentence_embedding(
     bias_D: Tensor | None = None,
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
+    distinct: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Embed the tokens of gene sentences as sums of token, type and position rows, with LayerNorm if a gain is given.
@@ -75,21 +82,28 @@ def gene_sentence_embedding(
     plan
         Result of :func:`plan_sentences` or :func:`plan_panel` for these ids, lengths, levels and identities; if None,
         ``cpu`` and ``triton`` call :func:`plan_sentences`. ``reference`` needs no plan.
+    distinct
+        Return the distinct rows of ``plan``, which is then required, instead of the tokens: what is computed of each row alone needs
+        to be computed once only. :func:`copy_sentence_rows` turns them into the tokens.
     impl
         Implementation; see :mod:`comtip_kernels.dispatch`.
 
     Returns
     -------
     Tensor
-        (S, D), the tokens of the concatenated sentences, S = ``length_N.sum()``; in the dtype of the token table on Triton
-        kernels, otherwise in the widest dtype of the tables.
+        (S, D), the tokens of the concatenated sentences, S = ``length_N.sum()``, or with ``distinct`` (U, D), the rows of the plan;
+        in the dtype of the token table on Triton kernels, otherwise in the widest dtype of the tables.
 
     Raises
     ------
     ValueError
-        If only one of ``level_hi_N`` and ``mix_N`` is given, or ``identity_ID`` without ``identity_N``, or if ``impl`` does not
-        support the operands.
+        If only one of ``level_hi_N`` and ``mix_N`` is given, or ``identity_ID`` without ``identity_N``, or ``distinct`` without
+        ``plan``, or if ``impl`` does not support the operands.
     """
+    if distinct and plan is None:
+        raise ValueError(
+            "gene_sentence_embedding: distinct=True returns the rows of a plan; pass plan, e.g. of plan_sentences"
+        )
     if (level_hi_N is None) != (mix_N is None):
         raise ValueError("gene_sentence_embedding: pass both level_hi_N and mix_N, or neither")
     if identity_ID is not None and identity_N is None:
@@ -110,5 +124,33 @@ def gene_sentence_embedding(
         bias_D=bias_D,
         eps=eps,
         plan=plan,
+        distinct=distinct,
     )
+    return out
+
+
+def copy_sentence_rows(rows_UC: Tensor, plan: SentencePlan, *, impl: Impl = "auto") -> Tensor:
+    """Return the row of each token, ``rows_UC[plan.row_S]``; gradients of equal tokens are summed in a fixed order, in fp32 on a GPU.
+
+    Parameters
+    ----------
+    rows_UC
+        A row of any width for each of the distinct rows of a plan, for example those of :func:`gene_sentence_embedding` with
+        ``distinct=True``, or a projection of them.
+    plan
+        Result of :func:`plan_sentences` or :func:`plan_panel`.
+    impl
+        Implementation; see :mod:`comtip_kernels.dispatch`.
+
+    Returns
+    -------
+    Tensor
+        (S, C), in the dtype of the rows.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` does not support the operands.
+    """
+    out: Tensor = choose("copy_sentence_rows", impl, (rows_UC,), _COPIES)(rows_UC, plan)
     return out

@@ -68,8 +68,9 @@ def gene_sentence_embedding_cpu(
     bias_D: Tensor | None = None,
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
+    distinct: bool = False,
 ) -> Tensor:
-    """Return the embedded tokens y (S, D) of all sentences; see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
+    """Return the embedded tokens y (S, D), or the distinct rows; see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
     if plan is None:
         own = identity_N if identity_ID is not None else None
         plan = plan_sentences(ids_NT, length_N, level_lo_N, identity_N=own, mixed=mix_N is not None)
@@ -78,4 +79,9 @@ def gene_sentence_embedding_cpu(
     )
     if gain_D is not None:
         x_UD = F.layer_norm(x_UD, x_UD.shape[-1:], gain_D, bias_D, eps)
-    return _CopyRows.apply(x_UD, plan.row_S, plan.order_S, plan.start_U1)
+    return x_UD if distinct else copy_rows_cpu(x_UD, plan)
+
+
+def copy_rows_cpu(rows_UC: Tensor, plan: SentencePlan) -> Tensor:
+    """Return (S, C); see :func:`comtip_kernels.copy_sentence_rows`."""
+    return _CopyRows.apply(rows_UC, plan.row_S, plan.order_S, plan.start_U1)

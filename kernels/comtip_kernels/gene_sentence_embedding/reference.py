@@ -35,11 +35,12 @@ def gene_sentence_embedding_reference(
     bias_D: Tensor | None = None,
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
+    distinct: bool = False,
 ) -> Tensor:
     """Return the embedded tokens y (S, D): the S tokens of all sentences, one sentence after another.
 
     The formula is in the docstring of this module, and the parameters are those of
-    :func:`comtip_kernels.gene_sentence_embedding.gene_sentence_embedding`. ``plan`` is not used.
+    :func:`comtip_kernels.gene_sentence_embedding.gene_sentence_embedding`. ``plan`` is used with ``distinct`` only.
     """
     T = ids_NT.shape[1]
     slot_T = torch.arange(T, device=ids_NT.device)
@@ -56,4 +57,13 @@ def gene_sentence_embedding_reference(
         word_NTD = word_NTD + own_ND[:, None] * (slot_T == 0).to(own_ND.dtype)[None, :, None]
     word_NTD = torch.where(value_NT[..., None], level_ND[:, None, :], word_NTD)
     x_SD = (word_NTD + F.embedding(kind_NT, type_3D) + position_TD[:T])[inside_NT]
-    return x_SD if gain_D is None else F.layer_norm(x_SD, x_SD.shape[-1:], gain_D, bias_D, eps)
+    y_SD = x_SD if gain_D is None else F.layer_norm(x_SD, x_SD.shape[-1:], gain_D, bias_D, eps)
+    if not distinct or plan is None:
+        return y_SD
+    # Any token of a row will do; a row that no token has is not read.
+    return y_SD[plan.order_S[plan.start_U1[:-1].clamp_max(max(y_SD.shape[0] - 1, 0))]]
+
+
+def copy_rows_reference(rows_UC: Tensor, plan: SentencePlan) -> Tensor:
+    """Return (S, C); see :func:`comtip_kernels.copy_sentence_rows`."""
+    return rows_UC[plan.row_S]

@@ -245,8 +245,15 @@ NARROW_NORM: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
 NORM_ROWS = tiles.NORM_ROWS
 COPY: dict[str, Any] = {"R": 4, "num_warps": 4, "num_stages": 1}
 SUM: dict[str, Any] = {"R": 8, "num_warps": 4, "num_stages": 2}
+WIDEST = 8192
+"""Most elements of a tile of ``copy_rows`` and ``sum_pieces``: wider rows, such as those of q, k and v, are taken fewer at once."""
 PIECE = 256
 """Shortest length of a piece, in tokens; ``triton_op.sum_equal_tokens`` uses longer pieces for very frequent rows."""
+
+
+def rows_options(options: dict[str, Any], width: int) -> dict[str, Any]:
+    """Return the options of ``copy_rows`` or ``sum_pieces`` (``COPY``, ``SUM``) for rows padded to ``width`` elements."""
+    return options | {"R": max(1, min(int(options["R"]), WIDEST // width)), "BD": width}
 
 
 def norm_options(width: int) -> dict[str, Any]:

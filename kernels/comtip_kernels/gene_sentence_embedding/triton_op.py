@@ -130,8 +130,8 @@ def copy_rows(rows: Tensor, row_S: Tensor, order_S: Tensor, start_U1: Tensor, mo
     S, D = row_S.shape[0], rows.shape[1]
     out = torch.empty(S, D, device=rows.device, dtype=rows.dtype)
     if S:
-        grid, options = (triton.cdiv(S, kernels.COPY["R"]),), {"BD": power_of_2(D)} | kernels.COPY
-        launch(kernels.copy_rows, grid, rows.contiguous(), row_S, out, S, D, **options)
+        options = kernels.rows_options(kernels.COPY, power_of_2(D))
+        launch(kernels.copy_rows, (triton.cdiv(S, options["R"]),), rows.contiguous(), row_S, out, S, D, **options)
     return out
 
 
@@ -167,7 +167,7 @@ def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int)
 def _sum(x: Tensor, order: Maybe, first: Tensor, last: Tensor, target: Tensor, out: Tensor) -> None:
     """Launch ``sum_pieces``; ``x`` and ``out`` may be the same buffer if no row is both read and written."""
     tensors = (x, target if order is None else order, first, last, target, out)
-    options = {"ORDERED": order is not None, "BD": power_of_2(x.shape[1])} | kernels.SUM
+    options = {"ORDERED": order is not None} | kernels.rows_options(kernels.SUM, power_of_2(x.shape[1]))
     launch(kernels.sum_pieces, (first.shape[0],), *tensors, x.shape[1], *x.stride(), **options)
 
 
@@ -244,8 +244,9 @@ def gene_sentence_embedding_triton(
     bias_D: Maybe = None,
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
+    distinct: bool = False,
 ) -> Tensor:
-    """Return the embedded tokens y (S, D) of all sentences; see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
+    """Return the embedded tokens y (S, D), or the distinct rows; see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
     if plan is None:
         own = identity_N if identity_ID is not None else None
         plan = plan_sentences(ids_NT, length_N, level_lo_N, identity_N=own, mixed=mix_N is not None)
@@ -274,4 +275,9 @@ def gene_sentence_embedding_triton(
         plan.genes,
         plan.names,
     )
-    return copy_rows(rows_UD, plan.row_S, plan.order_S, plan.start_U1, plan.most)
+    return rows_UD if distinct else copy_rows_triton(rows_UD, plan)
+
+
+def copy_rows_triton(rows_UC: Tensor, plan: SentencePlan) -> Tensor:
+    """Return (S, C); see :func:`comtip_kernels.copy_sentence_rows`."""
+    return copy_rows(rows_UC, plan.row_S, plan.order_S, plan.start_U1, plan.most)
