@@ -187,6 +187,8 @@ class BlockKind:
     """Whether the gradients of q, k and v are stacked; the packed kernels store them as one tensor."""
     weights: bool = True
     """Whether the weights are read for these rows."""
+    projects: bool = True
+    """Whether the block computes q, k and v of all rows; the first block of the sentence encoder copies those of equal tokens."""
 
 
 def block(
@@ -199,10 +201,9 @@ def block(
     kind = kind or BlockKind()
     operand = n * d * p.operand
     joined = Cost("join parts", moved=2 * operand, back_moved=6 * operand) if kind.parts else None
+    projection = [norm(n, d, p), cast(n, d, p), linear(n, d, 3 * d, p, weights=kind.weights)]
     costs = [
-        norm(n, d, p),
-        cast(n, d, p),
-        linear(n, d, 3 * d, p, weights=kind.weights),
+        *(projection if kind.projects else []),
         attention(n, length, d, heads, p),
         *([Cost("stack gradients", back_moved=6 * operand)] if kind.stacks else []),
         linear(n, d, d, p, weights=kind.weights),
@@ -218,10 +219,13 @@ def compiled(costs: list[Cost], n: float, d: int, p: Precision, kind: BlockKind)
 
     The bytes are those of the kernels that ``bench/train/compiled_blocks.py`` finds. Forward: a norm, a sum with a norm, and a sum,
     which computes the sum before it again. Backward: a cast, the two norms' input gradients, and their weight gradients together.
+    Without a projection there is one norm less: its input and result forward, and backward its input, its gradient and the sum.
     """
     forward = 4 * p.stream + 5 * p.operand
     back = 8 * p.stream + 7 * p.operand + (p.stream + p.operand if kind.parts else p.operand)
     back += 6 * p.operand if kind.stacks else 0
+    if not kind.projects:
+        forward, back = forward - p.stream - p.operand, back - 3 * p.stream - p.operand
     kept = [c if c.flops or c.name == "gelu" else replace(c, moved=0.0, back_moved=0.0) for c in costs]
     return [Cost("fused norms and sums", moved=forward * n * d, back_moved=back * n * d), *kept]
 

@@ -233,29 +233,6 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     p, d, N, rows = w.precision, s.width, w.table_rows, s.G * s.Q
     n = N * s.tokens
     keep_cast = p.operand != p.stream
-    # On a CPU, attention runs per sentence length; the results per length are stored in addition to the concatenated one.
-    attend = text_attention(s, w)
-    by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
-    kind = BlockKind(compiled=w.compiled, stacks=not packed(s, w))
-    layer = block(n, s.attended, d, 4 * d, s.text_heads, p, kind)
-    text_block = [by_length, *(attend if c.name == attend.name else c for c in layer)]
-    if w.checkpointing:
-        text_block = checkpointed(text_block, n * d * p.stream, "block input")
-    last = [
-        norm(n, d, p),
-        cast(n, d, p),
-        linear(n, d, 3 * d, p),
-        attend,
-        *([] if packed(s, w) else [Cost("stack gradients", back_moved=6 * n * d * p.operand)]),
-        by_length,
-        first_rows(n, N, d, p),
-        linear(N, d, d, p),
-        *residual(N, d, p),
-        *mlp(N, d, 4 * d, p),
-        Cost("first tokens", saved=N * INDEX),
-    ]
-    if w.checkpointing:
-        last = checkpointed(last, n * d * p.stream, "block input")
     embed = Cost("embed", moved=n * d * p.stream, back_moved=n * d * p.stream, saved=n * 4)
     # The rest of what the rehearsal counts: the last block's and the head's casts, gradients of equal tokens, sums of gradients.
     rest = Cost("rest of the table", moved=TABLE_REST[0] * N * d + TABLE_REST[1] * rows * s.D)
@@ -268,7 +245,54 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
         linear(rows, s.D, s.D, p, keep=keep_cast),
         pointwise(rows, s.D, p.operand, keep=2 if s.has_pair else 1, name="pair scale"),
     ]
-    return [embed, *(text_block * (s.text_depth - 1)), *last, *head]
+    return [embed, *sentence_blocks(s, w), *head]
+
+
+def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:
+    """Return the costs of the blocks of the sentence encoder."""
+    p, d, N = w.precision, s.width, w.table_rows
+    n = N * s.tokens
+    # On a CPU, attention runs per sentence length; the results per length are stored in addition to the concatenated one.
+    attend = text_attention(s, w)
+    by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
+    kind = BlockKind(compiled=w.compiled, stacks=not packed(s, w))
+
+    def block_of(kind: BlockKind) -> list[Cost]:
+        layer = block(n, s.attended, d, 4 * d, s.text_heads, p, kind)
+        return [by_length, *(attend if c.name == attend.name else c for c in layer)]
+
+    every = [norm(n, d, p), cast(n, d, p), linear(n, d, 3 * d, p)]
+    once = first_qkv(s, w) if s.equal_tokens else every
+    first = [*once, *block_of(replace(kind, projects=False))] if s.equal_tokens else block_of(kind)
+    last = [
+        *(once if s.text_depth == 1 else every),
+        attend,
+        *([] if packed(s, w) else [Cost("stack gradients", back_moved=6 * n * d * p.operand)]),
+        by_length,
+        first_rows(n, N, d, p),
+        linear(N, d, d, p),
+        *residual(N, d, p),
+        *mlp(N, d, 4 * d, p),
+        Cost("first tokens", saved=N * INDEX),
+    ]
+    blocks = [first, *([block_of(kind)] * (s.text_depth - 2)), last] if s.text_depth > 1 else [last]
+    if w.checkpointing:
+        stream = d * p.stream
+        stored = [distinct_tokens(s, w) if s.equal_tokens else n, *([n] * (s.text_depth - 1))]
+        blocks = [checkpointed(b, tokens * stream, "block input") for b, tokens in zip(blocks, stored, strict=True)]
+    return [cost for b in blocks for cost in b]
+
+
+def distinct_tokens(s: Sizes, w: RankShare) -> float:
+    """Return an upper bound of the distinct tokens of a rank's sentences: per gene, per token of a name, and per level and slot."""
+    return min(w.table_rows * s.tokens, w.table_rows / s.Q * (s.tokens - 1) + s.Q * s.longest)
+
+
+def first_qkv(s: Sizes, w: RankShare) -> list[Cost]:
+    """Return the costs of q, k and v of the distinct tokens in the first block, and of copying them to all tokens."""
+    d, p, U = s.width, w.precision, distinct_tokens(s, w)
+    copied = (w.table_rows * s.tokens + U) * 3 * d * p.operand
+    return [norm(U, d, p), cast(U, d, p), linear(U, d, 3 * d, p), Cost("copy q, k, v", moved=copied, back_moved=copied)]
 
 
 def first_rows(n: float, N: float, d: int, p: Precision) -> Cost:

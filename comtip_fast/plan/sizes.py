@@ -125,6 +125,8 @@ class Sizes:
     other_spots: bool
     """Whether mispaired levels may come from other spots of the section."""
     text_context: bool
+    equal_tokens: bool
+    """Whether equal tokens of a panel's sentences have equal inputs, so that the first block projects each once."""
     groups: tuple[ParameterGroup, ...]
     tile_bytes: float
     loader: str
@@ -262,6 +264,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         hard_columns=paat.hard_columns,
         other_spots=paat.mode != "strata",
         text_context=paat.context == "text",
+        equal_tokens=not text.gene_vectors,
         groups=parameter_groups(model, frozen),
         tile_bytes=inputs.tile_bytes,
         loader=config.data.loader,

@@ -82,6 +82,51 @@ def test_the_table_equals_encoding_each_sentence_of_each_spot():
         torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-9, atol=1e-10)
 
 
+def test_equal_tokens_are_projected_once_in_the_first_block():
+    """A gene vector makes tokens unequal, so that vectors of zeros give the values without sharing."""
+    panel, enc = genes(), encoder()
+    torch.manual_seed(0)
+    unshared = GeneEncoder(TEXT, 4, 40, 6, 7, vector_dim=3).double()
+    unshared.load_state_dict(enc.state_dict(), strict=False)
+    with_zeros = replace(panel, vector_GK=torch.zeros(6, 3, dtype=torch.float64))
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found, rows = [], []
+    for each, tokens in ((enc, panel), (unshared, with_zeros)):
+        each.blocks[0].qkv.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+        out = each(tokens)
+        (out * weight).sum().backward()
+        found.append((out, {n: p.grad for n, p in each.named_parameters() if n != "project_vector.weight"}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-12)
+    S = 4 * int(panel.length_G.sum())
+    distinct = {
+        (int(t), i) for ids, n in zip(panel.ids_GT, panel.length_G, strict=True) for i, t in enumerate(ids[1 : n - 1])
+    }
+    values = 4 * len(set(panel.length_G.tolist()))
+    assert rows == [6 + len(distinct) + values, S]
+
+
+def test_recomputation_keeps_the_distinct_rows_of_the_first_block_only():
+    panel, widest, grads = genes(), [], []
+    for recompute in (False, True):
+        enc, sizes = encoder(), []
+        enc.recompute = recompute
+
+        def keep(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.untyped_storage().nbytes())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = enc(panel)
+        out.square().sum().backward()
+        widest.append(max(sizes))
+        grads.append({n: p.grad for n, p in enc.named_parameters()})
+    tokens = (
+        4 * int(panel.length_G.sum()) * 16 * 8
+    )  # bytes of the stream; q, k and v of all tokens are three times as many
+    assert widest == [4 * tokens, tokens]  # the hidden layer of an MLP; the input of the second block
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+
+
 def test_a_sentence_depends_on_its_own_tokens_only():
     enc, panel = encoder(), genes()
     before = enc(panel).view(6, 4, 16)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comtip_kernels import gene_sentence_embedding
+from comtip_kernels import copy_sentence_rows, gene_sentence_embedding, plan_sentences
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 KINDS = ["", "norm", "mix", "identity", "mix identity norm"]
@@ -146,3 +146,25 @@ def test_fp16_is_refused_by_triton(fast):
         with pytest.raises(ValueError, match=r"does not support torch.float16; cast the operands to torch.bfloat16"):
             gene_sentence_embedding(**on[0], **on[1], impl="triton")
     assert gene_sentence_embedding(**on[0], **on[1]).dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", ["", "mix identity norm"])
+def test_distinct_rows_are_those_of_the_tokens(fast, kind: str):
+    sentences, tables, more = case(17, 6, 24)
+    chosen = tables | {k: v for name in kind.split() for k, v in more[name].items()}
+    on = {k: v.to(fast.device) for k, v in (sentences | chosen).items()}
+    plan = plan_sentences(
+        *(on[k] for k in ("ids_NT", "length_N", "level_lo_N")), identity_N=on.get("identity_N"), mixed="mix" in kind
+    )
+    tokens = gene_sentence_embedding(**on, plan=plan, impl=fast.impl)
+    for impl in (fast.impl, "reference"):
+        rows = gene_sentence_embedding(**on, plan=plan, distinct=True, impl=impl)
+        assert rows.shape == (plan.kind_U.shape[0], 24)
+        assert rows.shape[0] < tokens.shape[0]
+        torch.testing.assert_close(copy_sentence_rows(rows, plan, impl=impl), tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_distinct_rows_need_a_plan():
+    sentences, tables, _ = case(4, 5, 8)
+    with pytest.raises(ValueError, match="pass plan"):
+        gene_sentence_embedding(**sentences, **tables, distinct=True)

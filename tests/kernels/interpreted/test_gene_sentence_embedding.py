@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
-from comtip_kernels import gene_sentence_embedding, plan_sentences
+from comtip_kernels import copy_sentence_rows, gene_sentence_embedding, plan_sentences
 from comtip_kernels.gene_sentence_embedding import triton_kernels
 from comtip_kernels.gene_sentence_embedding import triton_op as op
 
@@ -87,3 +87,31 @@ def test_opcheck_and_flops():
     with FlopCounterMode(display=False) as counter:
         op.sentence_rows(*arguments).sum().backward()
     assert counter.get_total_flops() == 2 * at.shape[0] * 16 * (3 + 5 + 5)
+
+
+@pytest.mark.parametrize("width", [24, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_any_width_are_copied_and_their_gradients_summed(width: int, dtype: torch.dtype):
+    sentences, _, _ = case(9, 5, 8)
+    plan = plan_sentences(**sentences)
+    g = torch.Generator().manual_seed(width)
+    rows = torch.randn(plan.kind_U.shape[0], width, generator=g).to(dtype)
+    weight = torch.randn(plan.row_S.shape[0], width, generator=g).to(dtype)
+    found = []
+    for impl in ("triton", "reference"):
+        leaf = rows.clone().requires_grad_()
+        out = copy_sentence_rows(leaf, plan, impl=impl)
+        out.backward(weight)
+        found.append((out, leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    exact = torch.zeros(rows.shape, dtype=torch.float64).index_add_(0, plan.row_S.long(), weight.double())
+    torch.testing.assert_close(found[0][1].double(), exact, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-5)
+
+
+def test_wide_rows_are_taken_fewer_at_once():
+    for options in (triton_kernels.COPY, triton_kernels.SUM):
+        for width in (16, 512, 1024, 2048, 4096, 16384):
+            chosen = triton_kernels.rows_options(options, width)
+            assert chosen["R"] == 1 or chosen["R"] * width <= triton_kernels.WIDEST
+            assert chosen["R"] <= options["R"]
+            assert chosen["BD"] == width
