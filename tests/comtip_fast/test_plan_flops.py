@@ -8,6 +8,7 @@ sentences are custom operators with data-dependent shapes; they are replaced by 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models import CoMTIP
 from comtip_fast.models import gene_encoder as gene_encoder_module
 from comtip_fast.plan.cost import AUTOCAST, Cost, total
-from comtip_fast.plan.parts import RankShare, generator, image_head, sentence_table, vision
+from comtip_fast.plan.parts import RankShare, distinct_tokens, generator, image_head, sentence_table, vision
 from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -70,8 +71,12 @@ def test_image_side(planned: tuple[CoMTIP, Sizes, RankShare]):
 
 def test_sentence_table_without_attention(planned: tuple[CoMTIP, Sizes, RankShare], monkeypatch: pytest.MonkeyPatch):
     model, s, share = planned
-    embedded = torch.empty(GENES * s.Q * TOKENS, s.width, device=META, requires_grad=True)
-    monkeypatch.setattr(gene_encoder_module, "gene_sentence_embedding", lambda *_a, **_k: embedded * 1)
+    distinct, tokens = round(distinct_tokens(s, share)), GENES * s.Q * TOKENS
+    rows = torch.empty(distinct, s.width, device=META, requires_grad=True)
+    plan = SimpleNamespace(row_S=torch.empty(tokens, device=META))
+    monkeypatch.setattr(gene_encoder_module, "plan_sentences", lambda *_a, **_k: plan)
+    monkeypatch.setattr(gene_encoder_module, "gene_sentence_embedding", lambda *_a, **_k: rows * 1)
+    monkeypatch.setattr(gene_encoder_module, "copy_sentence_rows", lambda x, _: x.mean(0).expand(tokens, -1))
     monkeypatch.setattr(gene_encoder_module, "packed_attention_qkv", lambda qkv, *_a, **_k: qkv.sum(1))
     ids = torch.empty(GENES, TOKENS, dtype=torch.long, device=META)
     length, identity = (torch.empty(GENES, dtype=torch.long, device=META) for _ in range(2))
