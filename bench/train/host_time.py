@@ -1,10 +1,13 @@
 """Host time of an eager training step: the step of ``configs/1gpu.yaml`` with as many layers, but near-empty tensors.
 
-    PYTHONPATH=.:kernels:data_shards python bench/train/host_time.py [--rounds 7] [--steps 20] [--bare] [--set KEY=VALUE ...]
+    PYTHONPATH=.:kernels:data_shards python bench/train/host_time.py [--rounds 7] [--steps 20] [--bare] [--wrappers] [--set KEY=VALUE ...]
 
 What a GPU computes takes next to no time here, so that the time of a step is what the host needs to launch its operators. The step
 takes the path of a GPU (masked updates, no value read between logged rows), with this project's CPU operators instead of its
 kernels, in one thread. The time depends on the machine: compare two commits on one machine, in alternating rounds.
+
+``--wrappers`` calls the operators that launch this project's kernels instead, with launches that do nothing: what the host does for a
+kernel on a GPU but for Triton's launch itself. Results are then arbitrary numbers.
 
 ``--bare`` also calls the operators of a step one after another from a list, with their arguments and nothing else: no modules, no
 autograd, no trainer. Operators of the backward pass, which the step calls in C++, are called from Python here.
@@ -17,15 +20,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from comtip_kernels import dispatch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from triton.runtime.jit import JITFunction
 
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import load_config
@@ -126,6 +131,17 @@ def _runs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 @contextmanager
+def kernel_wrappers() -> Iterator[None]:
+    """Call the operators of the Triton kernels on tensors of the CPU inside the block, with launches that do nothing."""
+    with (
+        patch.object(JITFunction, "run", lambda *_args, **_options: None),
+        patch.object(dispatch, "can_launch", lambda device: True),
+        patch.dict(dispatch._PREFERENCE, cpu=("triton", "reference")),
+    ):
+        yield
+
+
+@contextmanager
 def near_empty_trainer(settings: Sequence[str] = ()) -> Iterator[Trainer]:
     """Yield a trainer of near-empty steps, after its first steps; ``settings`` are further overrides.
 
@@ -168,10 +184,11 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="further overrides (repeatable)"
     )
+    parser.add_argument("--wrappers", action="store_true", help="operators that launch kernels, without the launches")
     parser.add_argument("--bare", action="store_true", help="also time the bare operators of a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with near_empty_trainer(args.set) as trainer:
+    with kernel_wrappers() if args.wrappers else nullcontext(), near_empty_trainer(args.set) as trainer:
         operators = operators_of_step(trainer)
         medians = [_median(lambda: trainer._one_step(Signals()), args.steps) for _ in range(args.rounds)]
         if args.bare:
