@@ -20,6 +20,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.lineage import Lineage
 from comtip_fast.pretraining import pretrain
 from comtip_fast.training.checkpoint.content import sha256_of
+from comtip_fast.training.checkpoint.resume import first_sets_of
 from comtip_fast.training.checkpoint.run_state import changed_inputs
 from comtip_fast.training.checkpoint.set_changes import FIRST, SETS, further_sets
 from comtip_fast.training.export_checkpoint import export_checkpoint
@@ -126,9 +127,9 @@ def test_a_killed_extended_run_is_the_uninterrupted_one(
     folder, expected = extended
     killed = shutil.copytree(begun, tmp_path / "killed")
     seen: Seen = {}
-    # Before the first checkpoint with the set, after a step, at the second extension, and with a checkpoint of it.
+    # Before the first checkpoint with the set, after one in the middle of its first epoch, and the same for the second extension.
     for end, shards in ((4, sets[:2]), (6, sets[:2]), (7, sets[:2]), (7, sets), (9, sets), (NEVER, sets)):
-        part = train(killed, shards, end=end)
+        part = train(killed, shards, "train.checkpoint_every=1", end=end)
         assert all(seen.get(step, part[step]) == part[step] for step in part)
         seen |= part
     assert seen == expected
@@ -351,6 +352,17 @@ def test_a_finished_run_is_extended_only_with_more_steps(
     with pytest.raises(TrainingError, match=rf"cannot train on {sets[1]}: .* ended at step 9 by train.steps; raise"):
         train(folder, sets[:2])
     assert [*train(folder, sets[:2], "train.steps=10")] == [10]
+
+
+def test_the_first_sets_are_those_that_a_readable_checkpoint_states(
+    sets: list[Path], extended: tuple[Path, Seen], tmp_path: Path
+) -> None:
+    assert first_sets_of(tmp_path) == ()
+    for path in (extended[0] / "checkpoints").glob("step_*/state.json"):
+        copy = tmp_path / path.relative_to(extended[0])
+        copy.parent.mkdir(parents=True)
+        copy.write_text("{" if "00000009" in str(path) else path.read_text())
+    assert first_sets_of(tmp_path) == _digests(sets[:1])
 
 
 def test_fingerprints_with_further_sets_are_compared() -> None:
