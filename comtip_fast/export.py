@@ -372,7 +372,7 @@ def _card_runs(lineage: Lineage) -> str:
         vectors = "" if run.vectors is None else f"; gene vectors {run.vectors.sha256[:16]}"
         licence = "" if run.vectors is None else f" (licence: {_markdown(run.vectors.licence or 'not stated')})"
         lines.append(
-            f"- {_markdown(label)}: {len(run.trained_genes)} genes trained{vectors}{licence}"
+            f"- {_markdown(label)}: {len(run.trained_genes)} genes trained{vectors}{licence}{_card_extensions(run)}"
             + (f"; validation PCC: {scores}" if scores else "")
         )
     own = [s for s in lineage.own.sections if s.split == "test"]
@@ -384,6 +384,12 @@ def _card_runs(lineage: Lineage) -> str:
                 f"{_markdown(', '.join(runs))}.**"
             )
     return "\n".join(lines) + "\n"
+
+
+def _card_extensions(run: LineageRun) -> str:
+    """Return the model card's text on sets that a run did not start with; empty if there are none."""
+    parts = [f"{len(e.sets)} from step {e.step + 1} on" for e in run.extensions]
+    return f"; further shard sets: {', '.join(parts)} (genes and levels are those of the first sets)" if parts else ""
 
 
 def _card_adaptation(bundle: Bundle) -> str:

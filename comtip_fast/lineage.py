@@ -23,11 +23,13 @@ from comtip_fast._version import __version__
 
 FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
-FORMAT, VERSION = "comtip-lineage", 3
-"""Version 2 has ``sets``, version 3 ``platform`` and ``scored_on``. A lineage without them is written as an earlier version, which
-earlier releases read."""
-OPTIONAL = {"sets": 2, "scored_on": 3}
+FORMAT, VERSION = "comtip-lineage", 4
+"""Version 2 has ``sets``, version 3 ``platform`` and ``scored_on``, version 4 ``extensions``. A lineage without them is written as an
+earlier version, which earlier releases read."""
+OPTIONAL = {"sets": 2, "scored_on": 3, "extensions": 4}
 """{field of a run that is written only if it has a value: first version with it}."""
+WITH_PLATFORM = 3
+"""First version with the platforms of sections."""
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
 _FIX = (
     "copy the file again, or write the export from a checkpoint of the run (`comtip export` with the option checkpoint)"
@@ -105,6 +107,17 @@ class LineageVectors:
 
 @_strict
 @dataclass(frozen=True, kw_only=True)
+class LineageExtension:
+    """Shard sets that were appended to the data of a run when it resumed."""
+
+    step: Annotated[int, Field(ge=0)]
+    """Last step without these sets."""
+    sets: Annotated[tuple[Sha256, ...], Field(min_length=1, max_length=10_000)]
+    """Digest of each set's manifest; :attr:`LineageRun.sets` has them too."""
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True)
 class LineageRun:
     """One run that contributed to the weights: its data, genes, gene vectors and validation scores."""
 
@@ -115,6 +128,9 @@ class LineageRun:
     """Digest of the shard set's manifest, or of those of all sets; empty if unknown."""
     sets: Annotated[tuple[Sha256, ...], Field(max_length=10_000)] = ()
     """Digest of each set's manifest, in the order of ``data.shards``; empty for a single set, and if unknown."""
+    extensions: Annotated[tuple[LineageExtension, ...], Field(max_length=10_000)] = ()
+    """Sets that the run did not start with, oldest first. Their sections of split ``val`` have no split here: the run used none of
+    them."""
     weights: Sha256 = ""
     """SHA-256 of the exported ``model.safetensors``; empty if unknown."""
     sections: Annotated[tuple[LineageSection, ...], Field(max_length=1_000_000)] = ()
@@ -274,7 +290,7 @@ class Lineage:
                     del run[name]
             for section in run["sections"]:
                 if section["platform"]:
-                    version = VERSION
+                    version = max(version, WITH_PLATFORM)
                 else:
                     del section["platform"]
         return json.dumps({"format": FORMAT, "version": version, "lineage": lineage}, indent=1) + "\n"

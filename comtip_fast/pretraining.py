@@ -15,10 +15,10 @@ from comtip_fast.lineage import FILE
 from comtip_fast.plan.live import step_cost
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.runtime.torch_internals import untested
-from comtip_fast.training.checkpoint.resume import CHECKPOINTS, refuse_second_run
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS, first_sets_of, refuse_second_run
 from comtip_fast.training.checkpoint.store import steps_of
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
-from comtip_fast.training.distributed.process_group import init_distributed
+from comtip_fast.training.distributed.process_group import init_distributed, on_rank_zero
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import check_engine
 from comtip_fast.training.task import CoMTIPTask, build_task
@@ -54,7 +54,7 @@ def pretrain(
         (:func:`comtip_fast.training.warm_start.start_from`).
     resume
         Continue from the newest valid checkpoint in ``out``, or start from step 0 if the folder has no checkpoint. By default, a
-        folder that holds a run is refused.
+        folder that holds a run is refused. ``data.shards`` may have further sets after those of the checkpoint.
     device
         ``cpu`` or ``cuda``, which replaces ``train.device`` of the config; ``auto`` keeps the value of the config, by default
         a GPU if there is one.
@@ -102,7 +102,8 @@ def pretrain(
         # A checkpoint holds all weights; the file of initial weights may no longer exist.
         fresh = not (resume and steps_of(out / CHECKPOINTS))
         parents = parents_of(run, None if fresh else out, required=fresh)
-        task = build_task(run, target, group, initialise=fresh, parents=parents)
+        first = () if fresh else on_rank_zero(lambda: first_sets_of(out), group)
+        task = build_task(run, target, group, initialise=fresh, parents=parents, first_sets=first)
         log.info("%s", task.describe())
         if group.rank == 0:
             _record_parents(task, out)

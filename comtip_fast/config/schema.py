@@ -26,7 +26,8 @@ class DataConfig:
 
     shards: str | Annotated[tuple[str, ...], Field(min_length=1)] = "runs/demo/shards"
     """Folder or URL of a shard set (``manifest.json`` and its tar files), or a list of several, e.g. ``[hest, own]``, which are read
-    as one set: sections in this order, and the union of the genes. Their tiles must have been cut with the same settings."""
+    as one set: sections in this order, and the union of the genes. Their tiles must have been cut with the same settings. Further sets
+    may be appended when a run resumes; genes and levels remain those of the first ones."""
     tile_px: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Expected width of the set's tiles in px (S); training on another set is refused. ``null`` accepts any width."""
     tile_um: Positive | None = None

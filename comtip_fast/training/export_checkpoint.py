@@ -8,14 +8,21 @@ from pathlib import Path
 import torch
 from comtip_shards.storage.remote import is_url
 
-from comtip_fast.config.io import load_config
+from comtip_fast.config.io import config_from_dict, load_config
 from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import problem_of
 from comtip_fast.training.checkpoint.reading import HeldReader
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
-from comtip_fast.training.checkpoint.run_state import GENES, changed_inputs, described_changes, with_earlier_values
+from comtip_fast.training.checkpoint.run_state import (
+    GENES,
+    RunState,
+    changed_inputs,
+    described_changes,
+    with_earlier_values,
+)
 from comtip_fast.training.checkpoint.schema import check_state, load_weights
+from comtip_fast.training.checkpoint.set_changes import first_sets, further_sets
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
 from comtip_fast.training.update.ema import load_averages
@@ -37,8 +44,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
     out
         Folder of the export.
     shards
-        Shard set that the run was trained on, or a sequence of all its sets; None searches for the sets that the run's config
-        names (:func:`comtip_fast.shards.shards_of_run`).
+        Shard set that the run was trained on up to this step, or a sequence of these sets; None searches for the sets that the run's
+        config names (:func:`comtip_fast.shards.shards_of_run`).
 
     Raises
     ------
@@ -57,19 +64,24 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
     check_state(loaded.state, folder, step)
     config = with_earlier_values(loaded.state["config"], load_config(run_dir / "config.yaml"))
+    stated = names_of_sets(config.data.shards)
+    stated = stated[: len(names_of_sets(config_from_dict(loaded.state["config"], str(folder)).data.shards))]
     if shards is None:
-        opened = tuple(_stated_set(run_dir, name) for name in names_of_sets(config.data.shards))
+        # Sets that were appended after this step did not influence its weights.
+        opened = tuple(_stated_set(run_dir, name) for name in stated)
     else:
         opened = names_of_sets(shards)
-    stated = names_of_sets(config.data.shards)
     config = replace(config, data=replace(config.data, shards=opened[0] if len(opened) == 1 else opened))
     # The checkpoint holds all weights; no initial weights are loaded.
     parents = parents_of(config, run_dir, required=False)
-    task = build_task(config, torch.device("cpu"), initialise=False, parents=parents)
-    changed = changed_inputs(loaded.state["fingerprint"], task.fingerprint())
+    then = loaded.state["fingerprint"]
+    cpu = torch.device("cpu")
+    task = build_task(config, cpu, initialise=False, parents=parents, first_sets=first_sets(then))
+    task.note_extensions(RunState.from_plain(loaded.state).extensions)
+    now = task.fingerprint()
+    changed = ["shards"] if further_sets(then, now) else changed_inputs(then, now)
     if changed:
-        then = opened if shards is None else stated
-        shown = described_changes(changed, loaded.state["fingerprint"], task.fingerprint(), then, opened)
+        shown = described_changes(changed, then, now, opened if shards is None else stated, opened)
         raise CheckpointError(
             f"{run_dir}: the inputs differ from those of training ({shown}; the shard set is {', '.join(opened)}); "
             f"{_fix_of(changed)}"
@@ -89,7 +101,7 @@ def _fix_of(changed: list[str]) -> str:
         return "restore the file that text.gene_vectors names"
     if changed == [GENES]:
         return "restore the keys genes.* in the run's config.yaml, or use the release that trained the run"
-    return "give the shard set of the run with `shards`"
+    return "give the shard sets that the run had at this step with `shards`"
 
 
 def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:

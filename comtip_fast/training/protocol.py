@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,18 @@ from torch import Tensor, nn
 
 class TrainingError(ValueError):
     """Training cannot start or continue. The message names the problem, its location and the fix."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Shard sets that were appended to the data of a run when it resumed."""
+
+    step: int
+    """Last step before the extension."""
+    epoch: int
+    """First epoch over all sets; it begins at the next step."""
+    sets: tuple[str, ...]
+    """Digest of the manifest of each appended set, in their order in ``data.shards``."""
 
 
 @dataclass
@@ -58,6 +70,10 @@ class TrainingTask(Protocol):
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of the input data by name; a run may resume only if they have not changed."""
+        ...
+
+    def note_extensions(self, extensions: Sequence[Extension]) -> None:
+        """Take note of all extensions of the run, which an export records; called before the first batch, if there are any."""
         ...
 
     def prepare(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from comtip_fast.collectives import Group, SingleProcessGroup, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expected_tile import check_expected_tile
+from comtip_fast.data.expression.further_sets import count_of_first, extended_tables, without_further_validation
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.factory import make_loader
 from comtip_fast.data.loaders.torch import TorchLoader
@@ -30,16 +31,16 @@ from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens, vector_rows
 from comtip_fast.genes.vectors import GeneVectors, load_vectors
 from comtip_fast.inference import Predictor
-from comtip_fast.lineage import Lineage
+from comtip_fast.lineage import Lineage, LineageExtension
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.adapters import merged_state
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.checkpoint.run_state import GENES
-from comtip_fast.training.checkpoint.set_changes import SETS
+from comtip_fast.training.checkpoint.set_changes import FIRST, SETS
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
-from comtip_fast.training.protocol import ValidationResult
+from comtip_fast.training.protocol import Extension, ValidationResult
 from comtip_fast.training.readout.fit import fit_readout
 from comtip_fast.training.validation import SectionScore, Validation, validation_scores
 from comtip_fast.training.warm_start import parent_leaks, parents_of, start_from
@@ -54,6 +55,7 @@ def build_task(
     *,
     initialise: bool = True,
     parents: Lineage | None = None,
+    first_sets: Sequence[str] = (),
 ) -> CoMTIPTask:
     """Open the shard set, compute the training tables and build the model from the config; the same on all ranks.
 
@@ -71,21 +73,26 @@ def build_task(
         are always loaded from their package.
     parents
         Lineage of the model that the run starts from; None reads it from ``train.start_from``.
+    first_sets
+        Digests of the sets that the run started with, if further sets were appended since; genes are selected and levels fitted on
+        these. Empty: all sets.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        The shard set, the settings, the gene vectors or the initial weights cannot be used.
+        The shard set, a further set, the settings, the gene vectors or the initial weights cannot be used.
     """
     torch.manual_seed(config.train.seed)
     shards = open_sets(config.data.shards)
     shards.read_by_ranges(config.data.fetch == "ranges")
+    n_first = count_of_first(shards, first_sets)
+    without_further_validation(shards, n_first)
     check_expected_tile(config, shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
     vectors = load_vectors(config.text)
     # On one rank, because the statistics read tens of thousands of spots of all shards.
-    tables = on_rank_zero(lambda: training_tables(shards, config), group or SingleProcessGroup())
+    tables = on_rank_zero(lambda: _tables(shards, n_first, config), group or SingleProcessGroup())
     tokenizer = GeneTokenizer.load()
     sizes = ModelSizes(
         tile_px=shards.manifest.tile.px,
@@ -98,13 +105,19 @@ def build_task(
     model = _build_model(config, device, sizes, initialise)
     parents = parents_of(config, required=initialise) if parents is None else parents
     group = group or SingleProcessGroup()
-    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors)
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors, n_first)
     if config.train.start_from and initialise:
         # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
         keys = [shards.genes[row].key for row in tables.genes.trained]
         sha256 = "" if vectors is None else vectors.sha256
         start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
     return task
+
+
+def _tables(shards: ShardSet, n_first: int, config: RunConfig) -> TrainingTables:
+    """Return the training tables, with genes and levels of the first ``n_first`` sets."""
+    whole = n_first == len(shards.digests)
+    return training_tables(shards, config) if whole else extended_tables(shards, n_first, config)
 
 
 def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool) -> CoMTIP:
@@ -180,7 +193,10 @@ class CoMTIPTask:
         group: Group,
         parents: Lineage,
         vectors: GeneVectors | None = None,
+        n_first: int | None = None,
     ) -> None:
+        self._n_first = len(shards.digests) if n_first is None else n_first
+        self._extensions: tuple[Extension, ...] = ()
         self.config, self.shards, self.tables, self.sizes, self.group = config, shards, tables, sizes, group
         self.parents, self.vectors = parents, vectors
         self.model, self.tokenizer = model, tokenizer
@@ -229,6 +245,10 @@ class CoMTIPTask:
     def leaks(self) -> list[str]:
         """Return warnings of leakage: the messages of :func:`comtip_fast.training.warm_start.parent_leaks`."""
         return parent_leaks(self.parents, self.shards, self.tables)
+
+    def note_extensions(self, extensions: Sequence[Extension]) -> None:
+        """Take note of the extensions of the run, which :meth:`bundle` records in the lineage."""
+        self._extensions = tuple(extensions)
 
     def prepare(self) -> None:
         """Compute the frozen-stem features of all training tiles, if the loader keeps such features in memory."""
@@ -371,7 +391,7 @@ class CoMTIPTask:
 
     def bundle(self) -> Bundle:
         """Return the contents of an export: config, model, levels, genes, sections and lineage; without a readout."""
-        return Bundle.from_training(
+        bundle = Bundle.from_training(
             self.config,
             self.sizes,
             self.model,
@@ -381,6 +401,8 @@ class CoMTIPTask:
             self.parents,
             self.vectors,
         )
+        further = tuple(LineageExtension(step=e.step, sets=tuple(e.sets)) for e in self._extensions)
+        return replace(bundle, lineage=bundle.lineage.with_own(extensions=further))
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of the shard sets, tokenizer, gene vectors (if any) and trained genes, which must not change on resume."""
@@ -388,6 +410,8 @@ class CoMTIPTask:
         genes = hashlib.sha256("\n".join(self.shards.genes[r].key for r in self.tables.genes.trained).encode())
         inputs = {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
         inputs[SETS] = " ".join(self.shards.digests)
+        if self._n_first < len(self.shards.digests):
+            inputs[FIRST] = " ".join(self.shards.digests[: self._n_first])
         return inputs | vectors | {GENES: genes.hexdigest()}
 
     def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:

@@ -33,6 +33,7 @@ from comtip_fast.training.checkpoint.resume import CHECKPOINTS, Found, find_chec
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.checkpoint.schema import load_weights
+from comtip_fast.training.checkpoint.set_changes import further_sets
 from comtip_fast.training.distributed.failures import ADVICE, RestartError, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
@@ -392,9 +393,18 @@ class Trainer:
         else:
             self._restore_whole(found.folder)
         self.progress.reopen(self.config.train)
+        self._extend(found.state["fingerprint"])
         set_random_state(found.state, self.device)
         self._saved_step = self.progress.step
         self._saver.check_best(self.progress)
+
+    def _extend(self, then: dict[str, str]) -> None:
+        """Begin an epoch over all sets if sets were appended since the checkpoint, whose fingerprint is ``then``."""
+        further = further_sets(then, self.task.fingerprint())
+        if further:
+            self.progress.extend(further)
+        if self.progress.extensions:
+            self.task.note_extensions(self.progress.extensions)
 
     def _restore_whole(self, folder: Path) -> None:
         """Restore weights and optimizer state, which rank 0 reads and sends one tensor at a time; a rank keeps what it owns."""

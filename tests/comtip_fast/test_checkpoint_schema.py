@@ -71,6 +71,11 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "a step without end": (state(step=10**30), "step: "),
     "a best step to come": (state(best_step=10**9), "do not fit the folder of step 8"),
     "a validation to come": (state(validated=9), "do not fit the folder of step 8"),
+    "an extension to come": (
+        state(extensions=[{"step": 9, "epoch": 1, "sets": ["0" * 64]}]),
+        "do not fit the folder of step 8",
+    ),
+    "an extension without sets": (state(extensions=[{"step": 1, "epoch": 1, "sets": []}]), "extensions.0.sets: "),
     "a score of text": (state(best_score="x"), "best_score: "),
     "a position before the epoch": (state(position=-1), "position: "),
     "no epoch": (state(epoch=...), "epoch: Field required"),

@@ -20,7 +20,7 @@ from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.export import Bundle, lineage_of
 from comtip_fast.export_checks import FIRST_WITH_LINEAGE, HASHED, READOUT, SUMS, ExportError, write_sums
 from comtip_fast.inference import Predictor
-from comtip_fast.lineage import FILE, Lineage, LineageRun, LineageSection
+from comtip_fast.lineage import FILE, Lineage, LineageExtension, LineageRun, LineageSection
 from comtip_fast.training.export_checkpoint import export_checkpoint
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -321,7 +321,7 @@ def test_another_version_is_refused(chain: dict[str, Path], tmp_path: Path):
     export = shutil.copytree(chain["third"] / "export", tmp_path / "export")
     cases = {
         '{"format": "x"}': "format 'x', expected format 'comtip-lineage'; copy the file again",
-        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads versions 1 to 3; read it with the release",
+        '{"format": "comtip-lineage", "version": 9}': "version 9, but .* reads versions 1 to 4; read it with the release",
         "[1]": "a JSON list, expected",
         "{": "not valid JSON",
     }
@@ -345,14 +345,15 @@ def test_a_lineage_is_written_in_the_earliest_version_that_has_its_fields(tmp_pa
     two = LineageRun(name="two", shards="2" * 64, sets=("0" * 64, "1" * 64))
     three = replace(one, sections=(section, replace(section, platform="Visium")))
     adapted = LineageRun(name="x", gene_scores={"human:A": 0.5}, scored_on={"human:A": "test spots of s"})
-    chains = [Lineage(runs=runs) for runs in ((one,), (one, two), (three, one), (one, adapted))]
+    added = replace(two, extensions=(LineageExtension(step=3, sets=("1" * 64,)),))
+    chains = [Lineage(runs=runs) for runs in ((one,), (one, two), (three, one), (one, adapted), (three, added))]
     found = [json.loads(lineage.to_json()) for lineage in chains]
-    assert [f["version"] for f in found] == [1, 2, 3, 3]
+    assert [f["version"] for f in found] == [1, 2, 3, 3, 4]
     runs = [run for f in found for run in f["lineage"]["runs"]]
-    named = [[name for name in ("sets", "scored_on") if name in run] for run in runs]
-    assert named == [[], [], ["sets"], [], [], [], ["scored_on"]]
+    named = [[name for name in ("sets", "scored_on", "extensions") if name in run] for run in runs]
+    assert named == [[], [], ["sets"], [], [], [], ["scored_on"], [], ["sets", "extensions"]]
     sections = [s for run in runs for s in run["sections"]]
-    assert ["platform" in s for s in sections] == [False, False, False, True, False, False]
+    assert ["platform" in s for s in sections] == [False, False, False, True, False, False, False, True]
     for lineage in chains:
         (tmp_path / FILE).write_text(lineage.to_json())
         assert Lineage.load(tmp_path / FILE) == lineage

@@ -77,7 +77,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
             f"{shards.name}: {genes.trained.size} genes can be trained, but at least 2 are needed; {_more_genes(genes, config.genes)}"
         )
     with shards.by_ranges():  # a few records of every shard
-        sample, fit, damaged = _read_sample(shards, train, genes.trained, config)
+        sample, fit, damaged = read_sample(shards, train, genes.trained, config)
     train = np.setdiff1d(train, damaged)
     n_sections, section = len(shards.manifest.sections), shards.sections_of(fit)
     measured_SG = np.stack([shards.measured(s)[genes.trained] for s in range(n_sections)])
@@ -86,9 +86,9 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     mean_SG, detection_SG = (torch.from_numpy(a) for a in sample.level_means(table, section, n_sections))
     strata = gene_strata(mean_SG, detection_SG, torch.from_numpy(measured_SG), config.loss.paat.strata)
     levels: np.ndarray | None = None
-    if _keep_in_memory(train, genes.trained.size, config):
+    if keeps_levels_in_memory(train.size, genes.trained.size, config):
         if fit.size < train.size:
-            train, levels = _all_levels(shards, train, genes.trained, table, config, damaged.size)
+            train, levels = all_levels(shards, train, genes.trained, table, config, damaged.size)
         else:
             levels = sample.levels(table)
     return TrainingTables(
@@ -145,9 +145,9 @@ def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[G
     return genes, _variance(genes, eligible)
 
 
-def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
+def keeps_levels_in_memory(n_spots: int, n_genes: int, config: RunConfig) -> bool:
     """Return whether the levels of all training spots are kept in memory (``data.expression``)."""
-    small = train.size <= TABLE_SPOTS and train.size * n_genes <= TABLE_BYTES
+    small = n_spots <= TABLE_SPOTS and n_spots * n_genes <= TABLE_BYTES
     return config.data.expression == "table" or (config.data.expression == "auto" and small)
 
 
@@ -167,18 +167,20 @@ def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
     return np.concatenate([own[: max(1, own.size * most // train.size)] for own in parts])
 
 
-def _read_sample(
-    shards: ShardSet, train: np.ndarray, genes: np.ndarray, config: RunConfig
+def read_sample(
+    shards: ShardSet, train: np.ndarray, genes: np.ndarray, config: RunConfig, damaged_before: int = 0
 ) -> tuple[CountSample, np.ndarray, np.ndarray]:
     """Return the counts of ``genes`` in the readable spots to fit on, these spots, and the damaged ones.
 
     Counts are read in chunks and reduced to ``genes``, so that memory does not depend on the number of genes in the set.
+    ``damaged_before`` is as in :func:`_read_counts`.
     """
     chosen = _fit_spots(shards, train, config.levels.fit_spots)
     sample, fit = CountSample(genes.size), []
     damaged: list[np.ndarray] = []
     for start in range(0, chosen.size, CHUNK):
-        spots, counts, bad = _read_counts(shards, chosen[start : start + CHUNK], config, sum(d.size for d in damaged))
+        n_damaged = damaged_before + sum(d.size for d in damaged)
+        spots, counts, bad = _read_counts(shards, chosen[start : start + CHUNK], config, n_damaged)
         sample.add(counts, genes)
         fit.append(spots)
         damaged.append(bad)
@@ -207,7 +209,7 @@ def _read_counts(
     return np.setdiff1d(spots, damaged), counts, damaged
 
 
-def _all_levels(
+def all_levels(
     shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig, damaged_before: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the readable training spots and their levels, uint8 (n, G), read in chunks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from comtip_fast.data.tile_sources import TileSource
 from comtip_fast.evaluation.trained.data import TrainingData, ValidationSection
 from comtip_fast.metrics import mean_pcc
 from comtip_fast.runtime.devices import autocast
-from comtip_fast.training.protocol import ValidationResult
+from comtip_fast.training.protocol import Extension, ValidationResult
 
 Share = list[tuple[str, dict[str, float]]]
 """Per validation section: its cohort and its scores by setting."""
@@ -82,6 +82,9 @@ class ExpressionTask(ABC):
         targets = hashlib.sha256("\n".join([*self.data.section_ids, "", *self.data.targets.keys]).encode())
         inputs = {"shards": self.data.shards.manifest.digest, "model": self.data.predictor.fingerprint}
         return inputs | {"targets": targets.hexdigest()}
+
+    def note_extensions(self, extensions: Sequence[Extension]) -> None:  # noqa: B027 - the data is that of a finished run
+        """Do nothing."""
 
     def prepare(self) -> None:
         """Compute the features of a frozen stem, if the loader keeps them in memory."""

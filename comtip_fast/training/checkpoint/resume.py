@@ -15,9 +15,11 @@ from comtip_fast.collectives import Group
 from comtip_fast.config.io import dump_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.content import CheckpointError
 from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
 from comtip_fast.training.checkpoint.schema import check_state
+from comtip_fast.training.checkpoint.set_changes import first_sets
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.distributed.process_group import Pause, on_rank_zero
 from comtip_fast.training.protocol import TrainingError
@@ -34,6 +36,21 @@ def refuse_second_run(run_dir: Path, resume: bool) -> None:
         raise TrainingError(
             f"{run_dir}: already holds a run (step {steps[-1]}); continue it with `resume`, or train into another folder"
         )
+
+
+def first_sets_of(run_dir: Path) -> tuple[str, ...]:
+    """Return the digests of the sets that the run in ``run_dir`` started with; empty without a readable checkpoint that states them.
+
+    All checkpoints of a run state the same, so none of them is verified here; :func:`find_checkpoint` verifies the one it chooses.
+    """
+    folder = run_dir / CHECKPOINTS
+    for step in reversed(checkpoints.steps_of(folder)):
+        try:
+            fingerprint = checkpoints.unverified_state(checkpoints.folder_of(folder, step))["fingerprint"]
+            return tuple(first_sets(fingerprint))
+        except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
+            continue
+    return ()
 
 
 @dataclass(frozen=True)

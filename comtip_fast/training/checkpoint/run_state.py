@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from comtip_fast.config.io import config_from_dict, config_to_dict, flatten
 from comtip_fast.config.schema import EngineConfig, RunConfig, TrainConfig, WatchConfig
-from comtip_fast.training.checkpoint.set_changes import SETS, changed_sets
-from comtip_fast.training.protocol import TrainingError
+from comtip_fast.training.checkpoint.set_changes import APPEND, FIRST, SETS, changed_sets, first_sets, further_sets
+from comtip_fast.training.protocol import Extension, TrainingError
 
 log = logging.getLogger("comtip_fast")
 # The keys after the schedule change weights and losses by rounding at most. The paths of the shard set and of the gene vectors
@@ -99,10 +99,16 @@ def with_earlier_values(then: dict[str, Any], config: RunConfig) -> RunConfig:
 def changed_inputs(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """Return the keys whose values differ between two fingerprints.
 
-    :data:`GENES` is compared only if ``then`` has it. The hash of each set is not compared: ``shards`` is the hash of all of them.
+    :data:`GENES` is compared only if ``then`` has it. The hash of each set is not compared: ``shards`` is the hash of all of them, and
+    may differ if sets were appended (:func:`.set_changes.further_sets`).
     """
     different = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    return [k for k in different if k != SETS and (k != GENES or k in then)]
+    ignored = {SETS} | ({GENES} - then.keys())
+    if further_sets(then, now):
+        ignored |= {"shards"}
+    if first_sets(then) == first_sets(now):
+        ignored |= {FIRST}
+    return [k for k in different if k not in ignored]
 
 
 def described_changes(
@@ -138,15 +144,31 @@ class RunState:
     """Last step after which a validation was completed; 0 if none was. Checkpoints of earlier versions count as validated."""
     stopped: str = ""
     """``steps`` or ``patience`` once training has finished, empty before."""
+    extensions: list[Extension] = field(default_factory=list)
+    """Sets that were appended to the data of the run, oldest first."""
+
+    def ends_by(self, train: TrainConfig) -> str:
+        """Return the key of ``train`` by which the run has no step left, empty if it has one."""
+        if self.step >= train.steps:
+            return "train.steps"
+        patience_lost = train.patience and self.bad_validations >= train.patience
+        return "train.patience" if self.stopped == "patience" and patience_lost else ""
 
     def reopen(self, train: TrainConfig) -> None:
         """Clear ``stopped`` if ``train.steps`` or ``train.patience`` now allow a finished run to continue."""
-        longer = self.stopped == "steps" and self.step < train.steps
-        patient = self.stopped == "patience" and not (train.patience and self.bad_validations >= train.patience)
-        if longer or (patient and self.step < train.steps):
+        if self.stopped and not self.ends_by(train):
             reason = "train.steps" if self.stopped == "steps" else "train.patience"
             log.info("the run had ended after %d steps (by %s) and continues", self.step, reason)
             self.stopped = ""
+
+    def extend(self, sets: Sequence[str]) -> None:
+        """Record the digests of appended sets, and begin a new epoch, which has the spots of all sets.
+
+        The rest of the current epoch is not replayed, because its order does not have the appended spots.
+        """
+        if self.position:
+            self.epoch, self.position = self.epoch + 1, 0
+        self.extensions = [*self.extensions, Extension(self.step, self.epoch, tuple(sets))]
 
     def as_plain(self) -> dict[str, Any]:
         """Return the state as a dict for JSON; a best score that is not finite becomes None."""
@@ -156,8 +178,9 @@ class RunState:
     def from_plain(cls, state: dict[str, Any]) -> RunState:
         """Return the state from the dict of :meth:`as_plain`; further keys are ignored."""
         # Checkpoints of earlier versions were written after the validation of their step, and have no entries for spikes.
-        state = {"validated": state["step"], "spikes": 0, "norms": []} | state
+        state = {"validated": state["step"], "spikes": 0, "norms": [], "extensions": []} | state
         own = {f.name: state[f.name] for f in fields(cls)}
+        own["extensions"] = [Extension(e["step"], e["epoch"], tuple(e["sets"])) for e in own["extensions"]]
         return cls(**own | {"best_score": float("-inf") if own["best_score"] is None else own["best_score"]})
 
 
@@ -186,7 +209,8 @@ def check_same_run(
     Raises
     ------
     TrainingError
-        A key outside :data:`FREE_KEYS` or the input data has changed, or ``train.steps`` is below the step of the checkpoint.
+        A key outside :data:`FREE_KEYS` or the input data has changed, ``train.steps`` is below the step of the checkpoint, or sets
+        were appended but the run has no step left.
     ConfigError
         The config in the checkpoint cannot be read.
     """
@@ -218,7 +242,9 @@ def check_same_run(
         shown = described_changes(other, state["fingerprint"], fingerprint, then.data.shards, config.data.shards)
         raise TrainingError(
             f"{run_dir}: cannot resume, the input data has changed: {shown}; restore it or train into another folder"
+            + (f"; {APPEND}" if "shards" in other else "")
         )
+    _log_further_sets(run_dir, state, config, fingerprint)
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
             "%s: the checkpoint was written by an earlier version of comtip-fast. If the shard set has more than levels.fit_spots=%d "
@@ -238,6 +264,27 @@ def check_same_run(
     for what, now in (("device", device.type), ("torch", torch.__version__)):
         if state.get(what, now) != now:
             log.warning("%s changed from %s to %s; results may differ by rounding", what, state[what], now)
+
+
+def _log_further_sets(run_dir: Path, state: dict[str, Any], config: RunConfig, fingerprint: dict[str, str]) -> None:
+    """Log from which step on appended sets are trained on; raise :class:`TrainingError` if the run has no step left for them."""
+    n = len(further_sets(state["fingerprint"], fingerprint))
+    if not n:
+        return
+    progress = RunState.from_plain(state)
+    shown, key = ", ".join(config.data.shards[-n:]), progress.ends_by(config.train)
+    if key:
+        raise TrainingError(
+            f"{run_dir}: cannot train on {shown}: the run has ended at step {progress.step} by {key}; raise {key} to continue it with "
+            "further sets, or give the sets of the checkpoint alone"
+        )
+    log.warning(
+        "data.shards has %d further sets (%s): from step %d on, epochs are over the spots of all sets; genes and levels remain those of "
+        "the sets that the run started with",
+        n,
+        shown,
+        progress.step + 1,
+    )
 
 
 def random_state(device: torch.device) -> dict[str, str]:

@@ -22,6 +22,16 @@ Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=1 << 20)]
 
 @with_config(ConfigDict(strict=True, extra="ignore", allow_inf_nan=False))
 @dataclass(frozen=True)
+class _Extension:
+    """An entry of ``RunState.extensions``."""
+
+    step: Count
+    epoch: Count
+    sets: Annotated[list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]], Field(min_length=1, max_length=10_000)]
+
+
+@with_config(ConfigDict(strict=True, extra="ignore", allow_inf_nan=False))
+@dataclass(frozen=True)
 class _State:
     """Content of ``state.json`` as :class:`CheckpointSaver` writes it; further keys are ignored."""
 
@@ -39,6 +49,7 @@ class _State:
     validated: Count = 0
     spikes: Count = 0
     norms: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=4096)] = field(default_factory=list)
+    extensions: Annotated[list[_Extension], Field(max_length=10_000)] = field(default_factory=list)
     world_size: Annotated[int, Field(ge=1, lt=1 << 31)] = 1
     cuda_rng: Hex = "00"
     device: str = ""
@@ -72,10 +83,10 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {DELETE}") from error
-    if found.step != step or max(found.best_step, found.validated) > step:
+    if found.step != step or max(found.best_step, found.validated, *(e.step for e in found.extensions)) > step:
         raise CheckpointError(
-            f"{where}: step {found.step}, best_step {found.best_step} and validated {found.validated} do not fit the "
-            f"folder of step {step}; {DELETE}"
+            f"{where}: step {found.step}, best_step {found.best_step}, validated {found.validated} and the steps of extensions do "
+            f"not fit the folder of step {step}; {DELETE}"
         )
     if len(found.torch_rng) != 2 * torch.get_rng_state().numel():
         raise CheckpointError(f"{where}: torch_rng is not a random state of this PyTorch; {DELETE}")

@@ -254,7 +254,7 @@ def load_state(folder: Path, *, hashed: bool = False) -> dict[str, Any]:
     """
     if not hashed:
         verify(folder)
-    state = _state_of(folder)
+    state = unverified_state(folder)
     with open_reader(folder) as reader:
         if isinstance(reader, ShardReader):
             reader.check_files()
@@ -275,8 +275,14 @@ def open_reader(folder: Path) -> LocalReader:
     return FileReader(folder, folder / FILES[0], folder / FILES[1], folder / EMA if averaged else None)
 
 
-def _state_of(folder: Path) -> dict[str, Any]:
-    """Return the content of ``state.json``; raise :class:`CheckpointError` if it cannot be parsed or has another version."""
+def unverified_state(folder: Path) -> dict[str, Any]:
+    """Return the content of ``state.json``, whose hash is not checked.
+
+    Raises
+    ------
+    CheckpointError
+        The file cannot be parsed, or has another format version.
+    """
     try:
         state = json.loads(read_text_file(folder / STATE).decode("utf-8"))
     except (ValueError, RecursionError) as error:
