@@ -193,10 +193,10 @@ class Lineage:
         lineage, ids alone are compared.
         """
         known = [(label, s) for label, run in zip(self.labels(), self.runs, strict=True) for s in run.sections]
-        same = _duplicates(sections, [s for _, s in known])
+        same = same_sections(sections, [s for _, s in known])
         return [
-            [SectionUse(label, s.split) for j, (label, s) in enumerate(known) if (i, j) in same or _same_id(section, s)]
-            for i, section in enumerate(sections)
+            [SectionUse(label, s.split) for j, (label, s) in enumerate(known) if (i, j) in same]
+            for i in range(len(sections))
         ]
 
     def runs_that_trained_on(self, donor: str) -> list[str]:
@@ -231,11 +231,8 @@ class Lineage:
         """
         merged: list[LineageSection] = []
         for run in self.runs:
-            same = _duplicates(run.sections, merged)
-            found = [
-                next((j for j, m in enumerate(merged) if (i, j) in same or _same_id(s, m)), None)
-                for i, s in enumerate(run.sections)
-            ]
+            same = same_sections(run.sections, merged)
+            found = [next((j for j in range(len(merged)) if (i, j) in same), None) for i in range(len(run.sections))]
             for section, j in zip(run.sections, found, strict=True):
                 if j is None:
                     merged.append(section)
@@ -345,6 +342,15 @@ def symbol_of(key: str) -> str:
 def names_of_uses(uses: Iterable[SectionUse], splits: Collection[str]) -> list[str]:
     """Return the labels of the runs that used a section in one of ``splits``, each once."""
     return list(dict.fromkeys(use.run for use in uses if use.split in splits))
+
+
+def same_sections(a: Sequence[LineageSection], b: Sequence[LineageSection]) -> set[tuple[int, int]]:
+    """Return the pairs (index in ``a``, index in ``b``) that are the same section, by the rule of :meth:`Lineage.uses`."""
+    by_id: dict[str, list[int]] = {}
+    for j, s in enumerate(b):
+        by_id.setdefault(s.section_id, []).append(j)
+    named = {(i, j) for i, s in enumerate(a) for j in by_id.get(s.section_id, []) if _same_id(s, b[j])}
+    return _duplicates(a, b) | named
 
 
 def _same_id(a: LineageSection, b: LineageSection) -> bool:

@@ -112,7 +112,6 @@ class Predictor:
         # A gene that a parent trained is not unseen, even if this run held it out.
         self.held_out_genes = [g.key for g in bundle.genes if g.held_out and symbol_of(g.key) not in self._by_parents]
         self._held_out = frozenset(self.held_out_genes)
-        self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self.normalises_stain = self.config.data.stain == "section"
         self.view_width = 0 if bundle.readout is None else feature_width(self.model, bundle.readout.settings)

@@ -21,6 +21,7 @@ from comtip_fast.evaluation.report.payload import page_json, section_payload
 from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals, ranked_genes
 from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
 from comtip_fast.evaluation.scoring import UNSEEN
+from comtip_fast.lineage import LineageSection, same_sections
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
@@ -111,10 +112,13 @@ def _training(result: Evaluation) -> dict[str, Any]:
     """Return the page's data about training: runs and their sections, numbers of genes and spots, credits, encoder and tiles."""
     predictor = result.predictor
     lineage = predictor.lineage
-    sections = [asdict(section) for section in lineage.merged_sections()]
+    merged = lineage.merged_sections()
+    sections = [asdict(section) for section in merged]
     donors = {s["donor"] for s in sections if s["split"] == "train"}
-    scored = {d.section_id for d in result.sections}
-    rows = [s | {"scored": s["section_id"] in scored} for s in sections]
+    manifest = {s.section_id: s for s in result.shards.manifest.sections}
+    scored = [manifest[d.section_id] for d in result.sections]
+    same = same_sections([LineageSection.of(s) for s in scored], merged)
+    rows = [s | {"scored": any(j == row for _, j in same)} for row, s in enumerate(sections)]
     order = {"train": 0, "val": 1, "test": 2, "": 3}
     not_in_training_set = [
         {
@@ -122,8 +126,8 @@ def _training(result: Evaluation) -> dict[str, Any]:
             for k in ("section_id", "species", "tissue", "donor", "platform", "n_spots", "licence", "attribution")
         }
         | {"split": "not in the training set", "scored": True}
-        for s in result.shards.manifest.sections
-        if s.section_id in scored and s.section_id not in {r["section_id"] for r in rows}
+        for i, s in enumerate(scored)
+        if not any(i == section for section, _ in same)
     ]
     return {
         "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + not_in_training_set,
