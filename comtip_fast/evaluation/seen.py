@@ -62,26 +62,33 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
 def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[str, Any]:
     """Return the entries of ``metrics.json`` that state which runs used a section, its donor and its platform.
 
-    ``platform_seen_in_training`` is None if it is unknown, see :meth:`comtip_fast.lineage.Lineage.runs_that_trained_on_platform`.
+    ``donor_seen_in_training`` and ``platform_seen_in_training`` are None if it is unknown, see
+    :meth:`comtip_fast.lineage.Lineage.runs_that_trained_on`.
     """
     meta = shards.manifest.sections[number]
     lineage = predictor.lineage
     (uses,) = lineage.uses([LineageSection.of(meta)])
     trained, stopped = names_of_uses(uses, ("train",)), names_of_uses(uses, ("val",))
-    donor = list(dict.fromkeys([*lineage.runs_that_trained_on(meta.donor), *trained]))
+    of_donor = lineage.runs_that_trained_on(meta.donor)
+    donor = list(dict.fromkeys([*(of_donor or []), *trained]))
     platform = lineage.runs_that_trained_on_platform(meta.platform)
     return {
         "platform": meta.platform,
         "platform_seen_in_training": None if platform is None else bool(platform),
         "platform_seen_by": platform or [],
         "donor": meta.donor,
-        "donor_seen_in_training": bool(donor),
+        "donor_seen_in_training": None if of_donor is None and not donor else bool(donor),
         "donor_seen_by": donor,
         "section_seen_in_training": bool(trained),
         "section_seen_by": trained,
         "section_stopped_training": bool(stopped) and not trained,
         "section_stopped_by": stopped,
     }
+
+
+def any_known(values: Sequence[bool | None]) -> bool | None:
+    """Return whether any value is true; None if none is, but one is unknown."""
+    return True if any(values) else None if None in values else False
 
 
 def gene_seen(predictor: Predictor, key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import comtip_fast
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.report.page import _training
+from comtip_fast.evaluation.seen import any_known, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference
 from comtip_fast.inference import Predictor
-from comtip_fast.lineage import LineageSection
+from comtip_fast.lineage import Lineage, LineageRun, LineageSection
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,69 @@ def test_a_training_section_is_found_under_another_id(predictor: Predictor, tiny
         "t1",
         "t2",
     ]
+
+
+# -- donors -------------------------------------------------------------------------------------------------
+
+
+def trained_on(donors: Sequence[str], *, known: bool = True) -> Lineage:
+    sections = tuple(LineageSection(section_id=f"s{i}", split="train", donor=d) for i, d in enumerate(donors))
+    return Lineage(runs=(LineageRun(name="run", sections=sections),), parents_known=known)
+
+
+@pytest.mark.parametrize(
+    ("donors", "donor", "known", "runs"),
+    [
+        (["a", "b"], "c", True, []),
+        (["a", "b"], "b", True, ["run"]),
+        (["Patient_A"], " patient_a", True, ["run"]),
+        (["a", "unstated:s1"], "c", True, None),
+        (["a", "unstated:s1"], "a", True, ["run"]),
+        (["a", "unknown"], "", True, None),
+        (["unknown"], "NA", True, None),
+        (["unstated:x1"], "unstated:x1", True, None),
+        (["a"], "c", False, None),
+        (["a"], "a", False, ["run"]),
+    ],
+)
+def test_a_donor_is_new_only_if_all_donors_are_stated(
+    donors: list[str], donor: str, known: bool, runs: list[str] | None
+):
+    assert trained_on(donors, known=known).runs_that_trained_on(donor) == runs
+
+
+def test_an_unknown_donor_is_reported_as_unknown(predictor: Predictor, tiny_shards: ShardSet, tmp_path: Path):
+    sections = predictor.lineage.own.sections
+    hidden = tuple(replace(s, donor=f"unstated:{s.section_id}") for s in sections)
+    lineages = {
+        "known": predictor.lineage,
+        "unstated": predictor.lineage.with_own(sections=hidden),
+        "parents": replace(predictor.lineage, parents_known=False),
+    }
+    words = {
+        "known": ("donor not in the training set", "from a donor that is not in the training set"),
+        "unstated": (
+            "unknown whether the donor is in the training set",
+            "because the donor of some training sections is not stated",
+        ),
+        "parents": ("donor not in the known training sets", "from a donor that is not in the known training sets"),
+    }
+    for name, lineage in lineages.items():
+        model = Predictor(replace(predictor.bundle, lineage=lineage))
+        facts = section_facts(model, tiny_shards, tiny_shards.section_number("x1"))
+        assert facts["donor_seen_in_training"] is (False if name == "known" else None)
+        trained = section_facts(model, tiny_shards, tiny_shards.section_number("t1"))
+        assert trained["donor_seen_in_training"] is True, "the section itself was trained on"
+        result = evaluate(model, tiny_shards, sections=["x1"], n_null=0)
+        assert result.metrics["cohorts"]["human_breast"]["donor_seen_in_training"] is facts["donor_seen_in_training"]
+        page = page_of(result, tmp_path)
+        for other, texts in words.items():
+            assert all((text in page) == (other == name) for text in texts), (name, other)
+        # v1 shares donor_b with t2; if donors are not stated, nothing is claimed.
+        assert ("from a donor who is also in training" in page) == (name != "unstated")
+
+
+def test_a_cohort_is_unknown_only_if_no_section_is_known_to_be_seen():
+    assert any_known([False, None, True]) is True
+    assert any_known([False, None]) is None
+    assert any_known([False, False]) is False
