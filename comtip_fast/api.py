@@ -123,9 +123,10 @@ class Model:
         AnnData
             ``X`` and ``layers["log1p_cp10k"]``: float32 log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of counts
             at the depth of the training sections. ``var`` has the columns ``key``, ``symbol``, ``ensembl``, ``name``,
-            ``found_by`` (how the identifier was resolved), ``training`` (``trained``, ``trained by a parent``, ``held out``
-            or ``never seen``), ``validation_pcc`` (mean PCC; NaN if no run scored the gene) and ``validation_on`` (what it was
-            scored on: the validation sections of a run, or the test spots of a section that the model was adapted to).
+            ``found_by`` (how the identifier was resolved), ``training`` (``trained``, ``trained by a parent``,
+            ``orthologue trained``, ``held out`` or ``never seen``), ``validation_pcc`` (mean PCC; NaN if no run scored the gene)
+            and ``validation_on`` (what it was scored on: the validation sections of a run, or the test spots of a section that
+            the model was adapted to).
             ``obs_names`` are those of the section. ``uns["comtip"]["readout"]`` names the cohorts (species and organ) whose heads
             of the linear readout predicted the section; several if its tissue is unknown or was not trained.
 

@@ -178,8 +178,7 @@ def _choose_genes(
     """Choose the genes to score in a section, from the model or from a list; raise ValueError if the section measured none."""
     if listed is not None:
         keys, not_measured = resolve_list(listed, shards, number)
-        seen = {symbol_of(k) for k in predictor.trained_genes} | predictor.lineage.genes_of_ancestors()
-        new = np.array([i for i, k in enumerate(keys) if symbol_of(k) not in seen], np.int64)
+        new = np.array([i for i, k in enumerate(keys) if symbol_of(k) not in predictor.trained_symbols], np.int64)
         every = np.arange(len(keys))
         return ScoredGenes(keys, every[:N_HVG], every, new, HVG_FROM_LIST, not_measured)
     measured = {g.key for g, m in zip(shards.genes, shards.measured(number), strict=True) if m}

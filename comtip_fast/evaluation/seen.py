@@ -15,6 +15,7 @@ log = logging.getLogger("comtip_fast")
 GENE_SEEN = {
     "trained": "trained with image",
     "trained by a parent": "trained with image by a parent",
+    "orthologue trained": "orthologue trained with image",
     "held out": "held out",
     "never seen": "name only",
 }

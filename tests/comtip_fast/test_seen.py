@@ -14,7 +14,7 @@ import comtip_fast
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.report.page import _training
-from comtip_fast.evaluation.seen import any_known, section_facts
+from comtip_fast.evaluation.seen import any_known, gene_seen, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage, LineageRun, LineageSection
@@ -128,3 +128,19 @@ def test_a_cohort_is_unknown_only_if_no_section_is_known_to_be_seen():
     assert any_known([False, None, True]) is True
     assert any_known([False, None]) is None
     assert any_known([False, False]) is False
+
+
+# -- genes --------------------------------------------------------------------------------------------------
+
+
+def test_an_orthologue_has_one_answer_in_every_run(predictor: Predictor):
+    own = predictor.lineage.own
+    gene = own.trained_genes[0]
+    mouse = f"mouse:{gene.split(':')[1].capitalize()}"
+    child_run = replace(own, name="child", trained_genes=("human:TTN",), gene_scores={}, scored_on={})
+    others = [replace(g, trained=False) for g in predictor.bundle.genes]
+    child = Predictor(replace(predictor.bundle, genes=others, lineage=predictor.lineage.followed_by(child_run)))
+    assert [predictor.training_of(k) for k in (gene, mouse)] == ["trained", "orthologue trained"]
+    assert [child.training_of(k) for k in (gene, mouse)] == ["trained by a parent", "orthologue trained"]
+    assert gene_seen(predictor, mouse) == gene_seen(child, mouse) == "orthologue trained with image"
+    assert gene_seen(predictor, "mouse:Actb2l") == "name only"
