@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from comtip_shards import ShardSet
 
 import comtip_fast
 from comtip_fast.evaluation.evaluate import evaluate
+from comtip_fast.evaluation.gene_table import COLUMNS
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.report.page import _training
+from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.evaluation.seen import any_known, gene_seen, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference
+from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage, LineageRun, LineageSection
 
@@ -144,3 +149,48 @@ def test_an_orthologue_has_one_answer_in_every_run(predictor: Predictor):
     assert [child.training_of(k) for k in (gene, mouse)] == ["trained by a parent", "orthologue trained"]
     assert gene_seen(predictor, mouse) == gene_seen(child, mouse) == "orthologue trained with image"
     assert gene_seen(predictor, "mouse:Actb2l") == "name only"
+
+
+def test_genes_csv_says_what_a_validation_score_was_measured_on(predictor: Predictor, tiny_shards: ShardSet):
+    own = predictor.lineage.own
+    first, second, *_ = own.trained_genes
+    scores = {first: 0.25, second: 0.5}
+    lineage = predictor.lineage.with_own(gene_scores=scores, scored_on={second: "test spots of x1"})
+    table = evaluate(Predictor(replace(predictor.bundle, lineage=lineage)), tiny_shards, n_null=0).gene_table()
+    assert tuple(table.columns) == COLUMNS
+    found = table.set_index("key")[["validation_pcc", "validation_on"]]
+    assert found.loc[first].tolist() == [0.25, f"validation sections of {own.name}"]
+    assert found.loc[second].tolist() == [0.5, "test spots of x1"]
+    others = found.drop(index=[first, second])
+    assert len(others) > 5
+    assert others["validation_pcc"].isna().all()
+    assert set(others["validation_on"]) == {""}
+
+
+# -- gene vectors -------------------------------------------------------------------------------------------
+
+
+def test_gene_vectors_of_an_evaluation_are_recorded(
+    predictor: Predictor, tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path
+):
+    keys = [g.key for g in tiny_shards.genes]
+    vectors = GeneVectors(
+        keys,
+        np.random.default_rng(0).normal(size=(len(keys), 3)).astype(np.float32),
+        np.ones((len(keys), 4), np.float32),
+        np.ones(len(keys), np.float32),
+        {"licence": "CC-BY-SA-4.0", "sources": [{"name": "atlas.h5ad", "cells": 9, "genes": 9, "species": "human"}]},
+    )
+    vectors.save(tmp_path / "v.safetensors")
+    out = tmp_path / "out"
+    evaluate_run(tiny_run, tiny_shards.path, out, gene_vectors=tmp_path / "v.safetensors", null_draws=0, device="cpu")
+    lineage = json.loads((out / "metrics.json").read_text())["lineage"]
+    given = {"sha256": vectors.sha256, "licence": "CC-BY-SA-4.0", "sources": ["atlas.h5ad"]}
+    assert lineage["gene_vectors_given"] == given
+    assert "CC-BY-SA-4.0" in lineage["licences"]
+    page = " ".join((out / "report.html").read_text().split())
+    assert f"(SHA-256 {vectors.sha256[:16]}, licence CC-BY-SA-4.0), computed from atlas.h5ad" in page
+    assert "--seed 0 --gene-vectors FILE" in page
+    plain = evaluate(predictor, tiny_shards, n_null=0)
+    assert plain.metrics["lineage"]["gene_vectors_given"] is None
+    assert "--gene-vectors" not in page_of(plain, tmp_path)
