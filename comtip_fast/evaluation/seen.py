@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from comtip_shards import ShardSet
 
+from comtip_fast.export import vectors_record
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import LEARNING, LineageSection, names_of_uses
 
@@ -105,8 +107,12 @@ def gene_seen(predictor: Predictor, key: str) -> str:
 
 
 def lineage_facts(predictor: Predictor) -> dict[str, Any]:
-    """Return the entry ``lineage`` of ``metrics.json``: all runs, whether the parents are known, and the licences."""
+    """Return the entry ``lineage`` of ``metrics.json``: all runs, whether the parents are known, gene vectors and licences.
+
+    ``gene_vectors_given`` describes the gene vectors that were given to predict genes that were not trained; it is None without them.
+    """
     lineage = predictor.lineage
+    given = None if predictor.given_vectors is None else vectors_record(predictor.given_vectors)
     return {
         "runs": [
             {
@@ -122,5 +128,6 @@ def lineage_facts(predictor: Predictor) -> dict[str, Any]:
             for label, run in zip(lineage.labels(), lineage.runs, strict=True)
         ],
         "parents_known": lineage.parents_known,
-        "licences": lineage.licences(),
+        "gene_vectors_given": None if given is None else {**asdict(given), "sources": list(given.sources)},
+        "licences": sorted({*lineage.licences(), *([given.licence] if given is not None and given.licence else [])}),
     }

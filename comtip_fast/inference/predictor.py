@@ -98,6 +98,8 @@ class Predictor:
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", vectors: GeneVectors | None = None) -> None:
         self.bundle, self.device = bundle, torch.device(device)
         self.sentence_vectors, self.vectors = _vectors_of(bundle, vectors)
+        self.given_vectors = vectors
+        """The gene vectors that were given, if any; those of the export are ``bundle.vectors``."""
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
