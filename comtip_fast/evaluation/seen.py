@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from comtip_shards import ShardSet
+from comtip_shards.sections.duplicates import spot_hashes
 
 from comtip_fast.export import vectors_record
 from comtip_fast.inference import Predictor
@@ -79,6 +80,7 @@ def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[s
         "platform": meta.platform,
         "platform_seen_in_training": None if platform is None else bool(platform),
         "platform_seen_by": platform or [],
+        "in_gene_vectors": in_gene_vectors(predictor, shards, number),
         "donor": meta.donor,
         "donor_seen_in_training": None if of_donor is None and not donor else bool(donor),
         "donor_seen_by": donor,
@@ -87,6 +89,25 @@ def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[s
         "section_stopped_training": bool(stopped) and not trained,
         "section_stopped_by": stopped,
     }
+
+
+def in_gene_vectors(predictor: Predictor, shards: ShardSet, number: int) -> bool | None:
+    """Return whether the sources of the gene vectors of the model, or of those that were given, contain a section.
+
+    The result is None if it is unknown, because a file has no hashes of cells. A warning is logged if they contain the section.
+    """
+    files = [v for v in (predictor.bundle.vectors, predictor.given_vectors) if v is not None]
+    if not files:
+        return False
+    hashes = spot_hashes(shards.counts(shards.select(sections=[number])), [g.key for g in shards.genes])
+    found = any_known([v.shares_cells(hashes) for v in files])
+    if found:
+        log.warning(
+            "section %s: its spots are among the sources of the gene vectors, so the scores of genes that were not trained are not "
+            "scores on new data; compute the vectors without this section and its donor",
+            shards.manifest.sections[number].section_id,
+        )
+    return found
 
 
 def any_known(values: Sequence[bool | None]) -> bool | None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from comtip_shards import ShardSet
 
 import comtip_fast
+from comtip_fast.data.coexpression.vectors import gene_vectors
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.gene_table import COLUMNS
 from comtip_fast.evaluation.report import write_report
@@ -20,6 +24,7 @@ from comtip_fast.evaluation.report.page import _training
 from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.evaluation.seen import any_known, gene_seen, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference
+from comtip_fast.genes import vectors as vectors_module
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage, LineageRun, LineageSection
@@ -191,6 +196,56 @@ def test_gene_vectors_of_an_evaluation_are_recorded(
     page = " ".join((out / "report.html").read_text().split())
     assert f"(SHA-256 {vectors.sha256[:16]}, licence CC-BY-SA-4.0), computed from atlas.h5ad" in page
     assert "--seed 0 --gene-vectors FILE" in page
+    (entry,) = json.loads((out / "metrics.json").read_text())["sections"].values()
+    assert entry["in_gene_vectors"] is None, "the file has no hashes of cells"
     plain = evaluate(predictor, tiny_shards, n_null=0)
+    assert plain.metrics["sections"]["x1"]["in_gene_vectors"] is False
     assert plain.metrics["lineage"]["gene_vectors_given"] is None
     assert "--gene-vectors" not in page_of(plain, tmp_path)
+
+
+def vectors_of(shards: ShardSet, sections: Sequence[str], folder: Path) -> GeneVectors:
+    """Compute gene vectors from the counts of some sections, with the genes in another order, and read them from a file."""
+    spots = shards.select(sections=[shards.section_number(s) for s in sections])
+    data = ad.AnnData(shards.counts(spots).astype(np.float32), var=pd.DataFrame(index=[g.symbol for g in shards.genes]))
+    data[:, ::-1].copy().write_h5ad(folder / "counts.h5ad")
+    gene_vectors([folder / "counts.h5ad"], species="human", components=3).save(folder / "v.safetensors")
+    return GeneVectors.load(folder / "v.safetensors")
+
+
+def test_a_scored_section_among_the_sources_of_gene_vectors_is_reported(
+    predictor: Predictor, tiny_shards: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, "comtip_fast")
+    for sections, contained in ((["t1", "t2"], False), (["t1", "x1"], True)):
+        model = Predictor(predictor.bundle, vectors=vectors_of(tiny_shards, sections, tmp_path))
+        result = evaluate(model, tiny_shards, sections=["x1"], n_null=0)
+        assert result.metrics["sections"]["x1"]["in_gene_vectors"] is contained
+        assert ("section x1: its spots are among the sources of the gene vectors" in caplog.text) is contained
+        assert ("computed from counts that include the spots of x1" in page_of(result, tmp_path)) is contained
+
+
+def test_hashes_of_cells_are_compared_up_to_the_largest_that_is_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vectors_module, "MAX_CELLS", 10)
+    cells = vectors_module.smallest(np.arange(0, 400, 10, dtype=np.uint64), np.array([5, 10], np.uint64))
+    assert cells.tolist() == [0, 5, *range(10, 90, 10)]
+    one = GeneVectors([], np.zeros((0, 1)), np.zeros((0, 4)), np.zeros(0), cells=cells)
+    # 3 of 5 hashes up to 80 are known, and those above 80 cannot be compared.
+    assert one.shares_cells(np.array([0, 5, 10, 11, 12, *range(101, 200)], np.uint64)) is True
+    assert one.shares_cells(np.array([0, 11, 12, 13, 14, 15], np.uint64)) is False, "one may be equal by chance"
+    assert one.shares_cells(np.array([0, 5, *range(21, 30)], np.uint64)) is False, "too small a share"
+    assert one.shares_cells(np.array([0, *range(101, 200)], np.uint64)) is None, "too few can be compared"
+    assert GeneVectors([], np.zeros((0, 1)), np.zeros((0, 4)), np.zeros(0)).shares_cells(cells) is None
+
+
+def test_damaged_hashes_of_cells_are_refused(tmp_path: Path):
+    for cells in (
+        np.zeros(3, np.float32),
+        np.zeros((2, 2), np.uint64),
+        np.zeros(vectors_module.MAX_CELLS + 1, np.uint64),
+    ):
+        bad = GeneVectors(
+            ["human:A"], np.ones((1, 2), np.float32), np.ones((1, 4), np.float32), np.ones(1, np.float32), cells=cells
+        )
+        with pytest.raises(ValueError, match="the array cells has dtype"):
+            bad.check(tmp_path)
