@@ -28,7 +28,7 @@ from comtip_fast.evaluation.compare import joined_with_measured
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.evaluation.tasks.run import evaluate_tasks
 from comtip_fast.inference import Predictor, predict_section
-from comtip_fast.inference.answers import gene_queries, provenance, species_of
+from comtip_fast.inference.answers import cohorts_of, gene_queries, provenance, single, species_of
 from comtip_fast.pretraining import pretrain
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, build_shards, open_sections, stated_options
@@ -113,8 +113,8 @@ class Model:
             genes of the section's species.
         facts, pooling, counts
             Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``), and options for pooling and for
-            counts and positions in an AnnData. A stated tissue, donor, platform, licence or attribution is recorded in
-            ``uns["comtip"]``.
+            counts and positions in an AnnData. The tissue selects the head of the linear readout, as in an evaluation. A stated
+            tissue, donor, platform, licence or attribution is recorded in ``uns["comtip"]``.
         fmt
             Format of a source folder, see :func:`comtip_shards.sources.open_source`.
 
@@ -123,10 +123,12 @@ class Model:
         AnnData
             ``X`` and ``layers["log1p_cp10k"]``: float32 log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of counts
             at the depth of the training sections. ``var`` has the columns ``key``, ``symbol``, ``ensembl``, ``name``,
-            ``found_by`` (how the identifier was resolved), ``training`` (``trained``, ``trained by a parent``, ``held out``
-            or ``never seen``), ``validation_pcc`` (mean PCC; NaN if no run scored the gene) and ``validation_on`` (what it was
-            scored on: the validation sections of a run, or the test spots of a section that the model was adapted to).
-            ``obs_names`` are those of the section.
+            ``found_by`` (how the identifier was resolved), ``training`` (``trained``, ``trained by a parent``,
+            ``orthologue trained``, ``held out`` or ``never seen``), ``validation_pcc`` (mean PCC; NaN if no run scored the gene)
+            and ``validation_on`` (what it was scored on: the validation sections of a run, or the test spots of a section that
+            the model was adapted to).
+            ``obs_names`` are those of the section. ``uns["comtip"]["readout"]`` names the cohorts (species and organ) whose heads
+            of the linear readout predicted the section; several if its tissue is unknown or was not trained.
 
         Raises
         ------
@@ -193,15 +195,16 @@ class Model:
         return answer
 
     def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
-        var, queries = gene_queries(
-            self.predictor, genes, species_of(self.predictor, opened.species, f"section {opened.section_id}")
-        )
+        where = f"section {opened.section_id}"
+        species = species_of(self.predictor, opened.species, where)
+        cohorts = cohorts_of(self.predictor, species, opened.tissue, where)
+        var, queries = gene_queries(self.predictor, genes, species)
         xy = np.asarray(opened.template.obsm["spatial"], np.float64)
-        out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries)
+        out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries, single(cohorts))
         data = opened.template.copy()
         answer = ad.AnnData(X=out["cp10k"], obs=data.obs, var=var, obsm=dict(data.obsm), uns=dict(data.uns))
         answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
-        answer.uns[UNS] = provenance(self.predictor, opened.species, opened.stated)
+        answer.uns[UNS] = provenance(self.predictor, opened.species, opened.stated, cohorts)
         return answer
 
     def embed(
@@ -272,8 +275,8 @@ class Model:
         out
             The ``.h5ad`` to write, which may be larger than memory; None returns the result in memory.
         facts
-            ``mpp`` (default: the scale of the file), ``trust_mpp`` and ``species``. Tissue, donor, platform, licence and
-            attribution are recorded in ``uns["comtip"]``; other facts raise an error.
+            ``mpp`` (default: the scale of the file), ``trust_mpp``, ``species`` and ``tissue``, which selects the head of the linear
+            readout. Tissue, donor, platform, licence and attribution are recorded in ``uns["comtip"]``; other facts raise an error.
         grid
             Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``); None uses the defaults.
         progress
@@ -322,6 +325,7 @@ class Model:
         genes: Sequence[str] | None = None,
         *,
         species: str | None = None,
+        tissue: str | None = None,
         xy: np.ndarray | None = None,
         stain: StainStats | None = None,
     ) -> ad.AnnData:
@@ -340,6 +344,8 @@ class Model:
             As in :meth:`predict`.
         species
             ``human`` or ``mouse``; may be None if the model was trained on one species, which is then used.
+        tissue
+            Selects the head of the linear readout; None uses the mean over the heads of the species.
         xy
             Centres of the tiles (N, 2) in any unit, which determine neighbours; None predicts without neighbours.
         stain
@@ -374,16 +380,17 @@ class Model:
             raise ValueError(
                 f"xy: {lost} of {len(fitted)} positions are not finite; leave out these tiles, or correct their positions"
             )
-        found, _, _ = parse_facts({"species": species})
+        found, _, _ = parse_facts({"species": species, "tissue": tissue})
         kind = species_of(self.predictor, found.species or "", "the tiles")
+        cohorts = cohorts_of(self.predictor, kind, found.tissue or "", "the tiles")
         var, queries = gene_queries(self.predictor, genes, kind)
         if stain is None and self.predictor.normalises_stain:
             stain = stain_stats(fitted)
-        out = predict_section(self.predictor, ArrayTiles(fitted), stain, positions, queries)
+        out = predict_section(self.predictor, ArrayTiles(fitted), stain, positions, queries, single(cohorts))
         obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(fitted))], dtype=object))
         answer = ad.AnnData(X=out["cp10k"], obs=obs, var=var, obsm={} if positions is None else {"spatial": positions})
         answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
-        answer.uns[UNS] = provenance(self.predictor, kind, SectionFacts(mpp=mpp))
+        answer.uns[UNS] = provenance(self.predictor, kind, SectionFacts(mpp=mpp, tissue=found.tissue), cohorts)
         return answer
 
     def _slide_request(
@@ -398,11 +405,13 @@ class Model:
                 f"{slide}: {', '.join(unused)} {has} no effect here: a slide has no spots, no counts and no other image; leave {it} out"
             )
         kind = species_of(self.predictor, options.facts.species or "", f"slide {slide.name}")
+        cohorts = cohorts_of(self.predictor, kind, options.facts.tissue or "", f"slide {slide.name}")
         var, queries = gene_queries(self.predictor, genes, kind)
         return SlideRequest(
             queries=queries,
             var=var,
-            provenance=provenance(self.predictor, kind, recorded_facts(options)),
+            cohort=single(cohorts),
+            provenance=provenance(self.predictor, kind, recorded_facts(options), cohorts),
             mpp=options.facts.mpp,
             trust_mpp=bool(options.facts.trust_mpp),
             grid=grid,

@@ -116,7 +116,7 @@ class Bundle:
             sections=tuple(sections),
             trained_genes=tuple(g.key for g in genes if g.trained),
             held_out_genes=tuple(g.key for g in genes if g.held_out),
-            vectors=None if vectors is None else _vectors_record(vectors),
+            vectors=None if vectors is None else vectors_record(vectors),
         )
         return cls(
             config,
@@ -241,8 +241,8 @@ class Bundle:
         return cls(config, sizes, model, levels, genes, *rest, readout, lineage, vectors, initial_weights)
 
 
-def _vectors_record(vectors: GeneVectors) -> LineageVectors:
-    """Return the lineage entry of gene vectors."""
+def vectors_record(vectors: GeneVectors) -> LineageVectors:
+    """Return hash, licence and names of the sources of gene vectors, as recorded in a lineage."""
     sources = vectors.header.get("sources")
     names = tuple(str(s.get("name", "")) for s in sources) if isinstance(sources, list) else ()
     return LineageVectors(sha256=vectors.sha256, licence=str(vectors.header.get("licence") or ""), sources=names)

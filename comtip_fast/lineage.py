@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from comtip_shards.format.manifest import ManifestSection
 from comtip_shards.sections.duplicates import duplicate_pairs
+from comtip_shards.sections.splits import is_stated
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from comtip_fast._version import __version__
@@ -209,29 +210,31 @@ class Lineage:
         lineage, ids alone are compared.
         """
         known = [(label, s) for label, run in zip(self.labels(), self.runs, strict=True) for s in run.sections]
-        same = _duplicates(sections, [s for _, s in known])
+        same = same_sections(sections, [s for _, s in known])
         return [
-            [SectionUse(label, s.split) for j, (label, s) in enumerate(known) if (i, j) in same or _same_id(section, s)]
-            for i, section in enumerate(sections)
+            [SectionUse(label, s.split) for j, (label, s) in enumerate(known) if (i, j) in same]
+            for i in range(len(sections))
         ]
 
-    def runs_that_trained_on(self, donor: str) -> list[str]:
-        """Return the labels of the runs with a section of ``donor`` in split ``train``."""
-        return [
-            label
-            for label, run in zip(self.labels(), self.runs, strict=True)
-            if any(s.donor == donor and s.split == "train" for s in run.sections)
-        ]
+    def runs_that_trained_on(self, donor: str) -> list[str] | None:
+        """Return the labels of the runs with a section of ``donor`` in split ``train``; names are compared by :func:`donor_name`.
+
+        The result is None if it is unknown: ``donor`` is not stated, or no section of it is known, but the parents or the donor of a
+        training section are unknown.
+        """
+        return self._runs_that_trained(donor_name(donor), lambda s: donor_name(s.donor))
 
     def runs_that_trained_on_platform(self, platform: str) -> list[str] | None:
         """Return the labels of the runs with a section of ``platform``, in any case of letters, in split ``train``.
 
-        The result is None if it is unknown: ``platform`` is empty, or no section of it is known, but the parents or the platform of a
-        training section are unknown.
+        The result is None if it is unknown, as for :meth:`runs_that_trained_on`.
         """
-        name = platform.strip().lower()
+        return self._runs_that_trained(platform.strip().lower(), lambda s: s.platform.strip().lower())
+
+    def _runs_that_trained(self, name: str, name_of: Callable[[LineageSection], str]) -> list[str] | None:
+        """Return the labels of the runs with a training section of this name, or None if it is unknown; names may be empty."""
         train = [
-            (label, s.platform.strip().lower())
+            (label, name_of(s))
             for label, run in zip(self.labels(), self.runs, strict=True)
             for s in run.sections
             if s.split == "train"
@@ -247,11 +250,8 @@ class Lineage:
         """
         merged: list[LineageSection] = []
         for run in self.runs:
-            same = _duplicates(run.sections, merged)
-            found = [
-                next((j for j, m in enumerate(merged) if (i, j) in same or _same_id(s, m)), None)
-                for i, s in enumerate(run.sections)
-            ]
+            same = same_sections(run.sections, merged)
+            found = [next((j for j in range(len(merged)) if (i, j) in same), None) for i in range(len(run.sections))]
             for section, j in zip(run.sections, found, strict=True):
                 if j is None:
                     merged.append(section)
@@ -358,9 +358,23 @@ def symbol_of(key: str) -> str:
     return (key.partition(":")[2] or key).upper()
 
 
+def donor_name(donor: str) -> str:
+    """Return a donor's name for comparison: lower case without white space; empty if the donor is not stated."""
+    return "".join(donor.split()).lower() if is_stated(donor) else ""
+
+
 def names_of_uses(uses: Iterable[SectionUse], splits: Collection[str]) -> list[str]:
     """Return the labels of the runs that used a section in one of ``splits``, each once."""
     return list(dict.fromkeys(use.run for use in uses if use.split in splits))
+
+
+def same_sections(a: Sequence[LineageSection], b: Sequence[LineageSection]) -> set[tuple[int, int]]:
+    """Return the pairs (index in ``a``, index in ``b``) that are the same section, by the rule of :meth:`Lineage.uses`."""
+    by_id: dict[str, list[int]] = {}
+    for j, s in enumerate(b):
+        by_id.setdefault(s.section_id, []).append(j)
+    named = {(i, j) for i, s in enumerate(a) for j in by_id.get(s.section_id, []) if _same_id(s, b[j])}
+    return _duplicates(a, b) | named
 
 
 def _same_id(a: LineageSection, b: LineageSection) -> bool:

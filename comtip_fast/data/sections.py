@@ -24,7 +24,7 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
-from comtip_shards.sources import open_source
+from comtip_shards.sources import SectionSource, open_source
 from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_slide
 from comtip_shards.sources.anndata_parts.store import MemoryStore, is_anndata_file
 from comtip_shards.sources.anndata_source import view_library
@@ -38,8 +38,10 @@ log = logging.getLogger("comtip_fast")
 OVERVIEW_PX = 1024
 MPP_RANGE = (0.05, 50.0)
 """Plausible um per px of an image that tiles are cut from."""
+NO_TISSUE = "unstated"
+"""Tissue with which a source is read that does not state one."""
 RECORDED_FACTS = ("tissue", "donor", "platform", "licence", "attribution")
-"""Facts that do not affect tiles and are recorded in ``uns["comtip"]`` of the result."""
+"""Facts that do not affect tiles and are recorded in ``uns["comtip"]`` of the result. The tissue selects the readout's head."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class SectionTiles:
     section_id: str
     species: str
     """``human`` or ``mouse``; empty for an AnnData whose species is unknown."""
+    tissue: str
+    """Tissue that the shard set, the source, the AnnData or the caller states; empty if it is unknown."""
     tiles: TileSource
     template: ad.AnnData
     """AnnData to which results are added: ``obs``, ``obsm["spatial"]`` and ``uns["spatial"]``, with the image if there is one."""
@@ -120,16 +124,24 @@ def open_section(
         _refuse_format(fmt, f"{path} is a shard set")
         _refuse_options(options, str(path))
         return _from_shards(ShardSet(path), section_id, tile)
-    # Tiles do not depend on the tissue, so a source that does not state it is accepted.
-    recorded = recorded_facts(options)
-    options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
-    sources = open_source(path, samples=[section_id] if section_id else None, fmt=fmt, overrides=options)
+    sources = _open_sources(path, [section_id] if section_id else None, fmt, options)
     if len(sources) != 1:
         ids = ", ".join(s.meta.section_id for s in sources)
         raise SourceError(
             f"{path} contains {len(sources)} sections ({ids}); name one of them, e.g. {path}:{sources[0].meta.section_id}"
         )
-    return _from_section(sources[0].read_spots(), tile, recorded)
+    return _from_section(sources[0].read_spots(), tile, recorded_facts(options))
+
+
+def _open_sources(path: Path, samples: list[str] | None, fmt: str, options: SourceOptions) -> list[SectionSource]:
+    """Open a source, also one that does not state the tissue, on which tiles do not depend."""
+    try:
+        return open_source(path, samples=samples, fmt=fmt, overrides=options)
+    except SourceError:
+        if options.facts.tissue:
+            raise
+        options = replace(options, facts=replace(options.facts, tissue=NO_TISSUE))
+        return open_source(path, samples=samples, fmt=fmt, overrides=options)
 
 
 def recorded_facts(options: SourceOptions) -> SectionFacts:
@@ -183,7 +195,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     template, spots, number = section_template(shards, section_id)
     meta = shards.manifest.sections[number]
     return SectionTiles(
-        section_id, meta.species, ShardTiles(shards, spots), template, shards.stain(number), mpp=meta.mpp
+        section_id, meta.species, meta.tissue, ShardTiles(shards, spots), template, shards.stain(number), mpp=meta.mpp
     )
 
 
@@ -225,7 +237,8 @@ def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) ->
         small, factor = slide.overview(OVERVIEW_PX)
         attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
     tiles = SlideTiles(section.open_slide, section.xy, meta.mpp, tile)
-    return SectionTiles(meta.section_id, meta.species, tiles, template, stated=stated, mpp=meta.mpp)
+    tissue = "" if meta.tissue == NO_TISSUE else meta.tissue
+    return SectionTiles(meta.section_id, meta.species, tissue, tiles, template, stated=stated, mpp=meta.mpp)
 
 
 def _from_anndata(
@@ -264,6 +277,7 @@ def _from_anndata(
     return SectionTiles(
         library.value or library.key or name,
         view.facts.species,
+        view.facts.tissue,
         SlideTiles(opener, xy, mpp, tile),
         template,
         stated=recorded_facts(options),

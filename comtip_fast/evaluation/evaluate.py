@@ -20,7 +20,7 @@ from comtip_fast.evaluation.gene_table import ScoredGenes, ScoringInputs, gene_t
 from comtip_fast.evaluation.metrics import mean_scores
 from comtip_fast.evaluation.nulls import moved_spots, null_pcc
 from comtip_fast.evaluation.scoring import N_HVG, NORMALISATIONS, PREDICTORS, levels_pcc, score_section
-from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
+from comtip_fast.evaluation.seen import any_known, choose_sections, lineage_facts, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference, check_tiles, spot_inputs
 from comtip_fast.evaluation.trained import METHODS, TrainOptions
 from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
@@ -178,8 +178,7 @@ def _choose_genes(
     """Choose the genes to score in a section, from the model or from a list; raise ValueError if the section measured none."""
     if listed is not None:
         keys, not_measured = resolve_list(listed, shards, number)
-        seen = {symbol_of(k) for k in predictor.trained_genes} | predictor.lineage.genes_of_ancestors()
-        new = np.array([i for i, k in enumerate(keys) if symbol_of(k) not in seen], np.int64)
+        new = np.array([i for i, k in enumerate(keys) if symbol_of(k) not in predictor.trained_symbols], np.int64)
         every = np.arange(len(keys))
         return ScoredGenes(keys, every[:N_HVG], every, new, HVG_FROM_LIST, not_measured)
     measured = {g.key for g, m in zip(shards.genes, shards.measured(number), strict=True) if m}
@@ -317,7 +316,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "n_spots": sum(p["n_spots"] for p in parts),
         "genes_50_hvg": parts[0]["genes_50_hvg"],
         "hvg_from": parts[0]["hvg_from"],
-        "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
+        "donor_seen_in_training": any_known([p["donor_seen_in_training"] for p in parts]),
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
         "platforms_not_in_training": sorted({p["platform"] for p in parts if p["platform_seen_in_training"] is False}),
         "genes_not_measured": sorted({g for p in parts for g in p["genes_not_measured"]}),

@@ -17,6 +17,7 @@ from comtip_fast.evaluation.metrics import partial_pcc_per_gene
 from comtip_fast.evaluation.seen import gene_seen
 from comtip_fast.evaluation.train_reference import Inputs
 from comtip_fast.inference import Predictor
+from comtip_fast.inference.answers import UNSCORED
 from comtip_fast.metrics import pcc_per_gene
 from comtip_fast.runtime.csv_text import csv_text
 
@@ -35,6 +36,7 @@ COLUMNS = (
     "seen",
     "most_variable",
     "validation_pcc",
+    "validation_on",
 )
 """Columns of ``genes.csv``, see docs/results.md; each trained method adds a column ``pcc_NAME``."""
 
@@ -95,7 +97,7 @@ def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringIn
     facts = {g.key: g for g in shards.genes}
     pcc = pcc_per_gene(measured, predicted)
     p = null_p_values(pcc, v.null)
-    scores = predictor.lineage.own.gene_scores
+    scores = predictor.lineage.own.scores_with_origin()
     table = pd.DataFrame(
         {
             "section": shards.manifest.sections[number].section_id,
@@ -111,7 +113,8 @@ def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringIn
             "detection": (measured > 0).mean(0),
             "seen": [gene_seen(predictor, k) for k in keys],
             "most_variable": np.isin(np.arange(len(keys)), v.genes.hvg).astype(int),
-            "validation_pcc": [scores.get(k, np.nan) for k in keys],
+            "validation_pcc": np.array([scores.get(k, UNSCORED)[0] for k in keys], np.float64),
+            "validation_on": [scores.get(k, UNSCORED)[1] for k in keys],
         }
     )
     for name, values in v.trained.items():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from comtip_shards import ShardSet
+from comtip_shards.sections.duplicates import spot_hashes
 
+from comtip_fast.export import vectors_record
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import LEARNING, LineageSection, names_of_uses
 
@@ -15,6 +18,7 @@ log = logging.getLogger("comtip_fast")
 GENE_SEEN = {
     "trained": "trained with image",
     "trained by a parent": "trained with image by a parent",
+    "orthologue trained": "orthologue trained with image",
     "held out": "held out",
     "never seen": "name only",
 }
@@ -62,26 +66,53 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
 def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[str, Any]:
     """Return the entries of ``metrics.json`` that state which runs used a section, its donor and its platform.
 
-    ``platform_seen_in_training`` is None if it is unknown, see :meth:`comtip_fast.lineage.Lineage.runs_that_trained_on_platform`.
+    ``donor_seen_in_training`` and ``platform_seen_in_training`` are None if it is unknown, see
+    :meth:`comtip_fast.lineage.Lineage.runs_that_trained_on`.
     """
     meta = shards.manifest.sections[number]
     lineage = predictor.lineage
     (uses,) = lineage.uses([LineageSection.of(meta)])
     trained, stopped = names_of_uses(uses, ("train",)), names_of_uses(uses, ("val",))
-    donor = list(dict.fromkeys([*lineage.runs_that_trained_on(meta.donor), *trained]))
+    of_donor = lineage.runs_that_trained_on(meta.donor)
+    donor = list(dict.fromkeys([*(of_donor or []), *trained]))
     platform = lineage.runs_that_trained_on_platform(meta.platform)
     return {
         "platform": meta.platform,
         "platform_seen_in_training": None if platform is None else bool(platform),
         "platform_seen_by": platform or [],
+        "in_gene_vectors": in_gene_vectors(predictor, shards, number),
         "donor": meta.donor,
-        "donor_seen_in_training": bool(donor),
+        "donor_seen_in_training": None if of_donor is None and not donor else bool(donor),
         "donor_seen_by": donor,
         "section_seen_in_training": bool(trained),
         "section_seen_by": trained,
         "section_stopped_training": bool(stopped) and not trained,
         "section_stopped_by": stopped,
     }
+
+
+def in_gene_vectors(predictor: Predictor, shards: ShardSet, number: int) -> bool | None:
+    """Return whether the sources of the gene vectors of the model, or of those that were given, contain a section.
+
+    The result is None if it is unknown, because a file has no hashes of cells. A warning is logged if they contain the section.
+    """
+    files = [v for v in (predictor.bundle.vectors, predictor.given_vectors) if v is not None]
+    if not files:
+        return False
+    hashes = spot_hashes(shards.counts(shards.select(sections=[number])), [g.key for g in shards.genes])
+    found = any_known([v.shares_cells(hashes) for v in files])
+    if found:
+        log.warning(
+            "section %s: its spots are among the sources of the gene vectors, so the scores of genes that were not trained are not "
+            "scores on new data; compute the vectors without this section and its donor",
+            shards.manifest.sections[number].section_id,
+        )
+    return found
+
+
+def any_known(values: Sequence[bool | None]) -> bool | None:
+    """Return whether any value is true; None if none is, but one is unknown."""
+    return True if any(values) else None if None in values else False
 
 
 def gene_seen(predictor: Predictor, key: str) -> str:
@@ -97,8 +128,12 @@ def gene_seen(predictor: Predictor, key: str) -> str:
 
 
 def lineage_facts(predictor: Predictor) -> dict[str, Any]:
-    """Return the entry ``lineage`` of ``metrics.json``: all runs, whether the parents are known, and the licences."""
+    """Return the entry ``lineage`` of ``metrics.json``: all runs, whether the parents are known, gene vectors and licences.
+
+    ``gene_vectors_given`` describes the gene vectors that were given to predict genes that were not trained; it is None without them.
+    """
     lineage = predictor.lineage
+    given = None if predictor.given_vectors is None else vectors_record(predictor.given_vectors)
     return {
         "runs": [
             {
@@ -114,5 +149,6 @@ def lineage_facts(predictor: Predictor) -> dict[str, Any]:
             for label, run in zip(lineage.labels(), lineage.runs, strict=True)
         ],
         "parents_known": lineage.parents_known,
-        "licences": lineage.licences(),
+        "gene_vectors_given": None if given is None else {**asdict(given), "sources": list(given.sources)},
+        "licences": sorted({*lineage.licences(), *([given.licence] if given is not None and given.licence else [])}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from comtip_fast.evaluation.baselines import RidgeModel, fit_ridges
 from comtip_fast.inference import Predictor, SectionFeatures
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.inference.section import row_blocks
-from comtip_fast.lineage import LineageSection
+from comtip_fast.lineage import LineageSection, same_sections
 from comtip_fast.shards import ShardPaths, names_of_sets, shards_of_run
 
 log = logging.getLogger("comtip_fast")
@@ -195,24 +195,25 @@ class TrainReference:
         The model.
     shards
         The shard set with the training sections. Training sections of the runs that the model started from are used too,
-        if the set has them, because the baselines must see the same sections as the model.
+        if the set has them, because the baselines must see the same sections as the model. Sections are matched by
+        :func:`comtip_fast.lineage.same_sections`, so that another section with the same id, for example a test section, is not
+        trained on.
     """
 
     def __init__(self, predictor: Predictor, shards: ShardSet) -> None:
         self.predictor, self.shards = predictor, shards
-        self.trained: dict[str, list[str]] = {}
-        for s in predictor.train_sections:
-            if s["split"] == "train":
-                self.trained.setdefault(cohort_of(s["species"], s["tissue"]), []).append(s["section_id"])
-        parents = replace(predictor.lineage, runs=predictor.lineage.ancestors)
-        uses = parents.uses([LineageSection.of(s) for s in shards.manifest.sections])
-        by_parents = [any(use.split == "train" for use in found) for found in uses]
-        # The cohort is compared too: the same id in another organ is another section.
-        self.numbers = [
-            i
-            for i, s in enumerate(shards.manifest.sections)
-            if s.section_id in self.trained.get(shards.cohort_of_section(i), []) or by_parents[i]
-        ]
+        lineage = predictor.lineage
+        trained = [s for run in (lineage.own, *lineage.ancestors) for s in run.sections if s.split == "train"]
+        cohorts = [cohort_of(s.species, s.tissue) for s in trained]
+        same = same_sections([LineageSection.of(s) for s in shards.manifest.sections], trained)
+        # The cohort is compared too: without fingerprints, the same id in another organ is another section.
+        found = {(i, j) for i, j in same if shards.cohort_of_section(i) == cohorts[j]}
+        self.numbers = sorted({i for i, _ in found})
+        present = {j for _, j in found}
+        self._own: dict[str, list[tuple[str, bool]]] = {}
+        """{cohort: (id, whether the set has it) of the training sections of the model's own run}."""
+        for j in range(sum(s.split == "train" for s in lineage.own.sections)):
+            self._own.setdefault(cohorts[j], []).append((trained[j].section_id, j in present))
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}
         self._ranked: dict[str, list[str]] = {}
@@ -227,13 +228,13 @@ class TrainReference:
         ValueError
             A cohort was trained, but the shard set has none of its training sections, and none of the parents'.
         """
-        present = {self.shards.manifest.sections[n].section_id for n in self.numbers}
         for cohort in sorted(set(cohorts)):
-            missing = sorted(set(self.trained.get(cohort, [])) - present)
+            own = self._own.get(cohort, [])
+            missing = sorted(section_id for section_id, present in own if not present)
             if not missing:
                 continue
             # A model that was adapted or fine-tuned elsewhere may still have its parents' sections here.
-            if len(missing) == len(set(self.trained[cohort])) and not self._cohort_sections(cohort):
+            if len(missing) == len(own) and not self._cohort_sections(cohort):
                 raise ValueError(
                     f"{self.shards.name} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
                     "which the 50 most variable genes and the baselines are computed; give their shard set with `train_shards`"

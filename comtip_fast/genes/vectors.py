@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comtip_shards.sections.duplicates import SHARED_SPOTS
 from comtip_shards.storage.atomic import atomic_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -22,6 +23,8 @@ from comtip_fast._version import __version__
 from comtip_fast.config.schema import TextConfig
 
 FORMAT, VERSION = "comtip-gene-vectors", 1
+MAX_CELLS = 1 << 16
+"""Largest number of hashes of cells in a file."""
 AXES_TOLERANCE = 1e-3
 """Two files have the same axes if the vectors of common genes differ by at most this, relative to the largest component."""
 
@@ -43,6 +46,10 @@ class GeneVectors:
         float32 (G,), share of these cells with a positive count.
     header
         JSON-serialisable description: sources with species and hash, settings, licence, share of variance explained.
+    cells
+        uint64, sorted: the smallest hashes of the expression of cells of the sources
+        (:func:`comtip_shards.sections.duplicates.spot_hashes`), at most :data:`MAX_CELLS`, by which a section is recognised in them.
+        Empty if unknown, as in files of earlier versions and vectors from elsewhere.
     """
 
     keys: list[str]
@@ -50,6 +57,7 @@ class GeneVectors:
     moments_G4: np.ndarray
     detection_G: np.ndarray
     header: dict[str, Any] = field(default_factory=dict)
+    cells: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     @cached_property
     def row(self) -> dict[str, int]:
@@ -58,7 +66,7 @@ class GeneVectors:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of keys, vectors, moments and detection, without the header."""
+        """SHA-256 of keys, vectors, moments and detection, without header and cells."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         for array in (self.vector_GK, self.moments_G4, self.detection_G):
             digest.update(np.ascontiguousarray(array, np.float32).tobytes())
@@ -85,13 +93,31 @@ class GeneVectors:
             np.concatenate([self.moments_G4, other.moments_G4[new]]),
             np.concatenate([self.detection_G, other.detection_G[new]]),
             header | {"licence": "; ".join(sorted(licences))},
+            # With the cells of one file alone, a section of the other would not be recognised.
+            smallest(self.cells, other.cells) if self.cells.size and other.cells.size else np.zeros(0, np.uint64),
         )
+
+    def shares_cells(self, hashes: np.ndarray) -> bool | None:
+        """Return whether the sources contain the section with these hashes of spots (uint64); None if it is unknown.
+
+        They contain it if at least two, and a share of at least
+        :data:`comtip_shards.sections.duplicates.SHARED_SPOTS`, of its spots that can be compared are among the cells.
+        """
+        if not self.cells.size:
+            return None
+        compared = hashes[hashes <= self.cells.max()] if self.cells.size == MAX_CELLS else hashes
+        if compared.size < 2:
+            return None
+        shared = int(np.isin(compared, self.cells).sum())
+        return shared >= 2 and shared >= SHARED_SPOTS * compared.size
 
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically; the header is stored as JSON in its metadata."""
         header = self.header | {"format": FORMAT, "version": VERSION, "sha256": self.sha256}
         arrays = {"vectors": self.vector_GK, "moments": self.moments_G4, "detection": self.detection_G}
         packed = {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}
+        if self.cells.size:
+            packed["cells"] = np.ascontiguousarray(self.cells, np.uint64)
         packed["keys"] = np.frombuffer("\n".join(self.keys).encode(), np.uint8)
         with atomic_path(path) as tmp_path:
             save_file(packed, tmp_path, metadata={"header": json.dumps(header, sort_keys=True)})
@@ -125,7 +151,8 @@ class GeneVectors:
                     "the file again with `comtip genes vectors`"
                 )
             keys = arrays["keys"].tobytes().decode().split("\n")
-            vectors = cls(keys, arrays["vectors"], arrays["moments"], arrays["detection"], header)
+            cells = arrays.get("cells", np.zeros(0, np.uint64))
+            vectors = cls(keys, arrays["vectors"], arrays["moments"], arrays["detection"], header, cells)
         except (
             SafetensorError,
             AttributeError,
@@ -155,6 +182,11 @@ class GeneVectors:
                 raise ValueError(
                     f"{path}: the array {name} has values that are not finite; copy or compute the file again"
                 )
+        if self.cells.dtype != np.uint64 or self.cells.ndim != 1 or self.cells.size > MAX_CELLS:
+            raise ValueError(
+                f"{path}: the array cells has dtype {self.cells.dtype} and shape {self.cells.shape}, expected at most {MAX_CELLS} "
+                "hashes in uint64; copy or compute the file again"
+            )
         if len(self.row) < G:
             raise ValueError(f"{path}: {G - len(self.row)} of {G} gene keys are duplicates; compute the file again")
         if self.sha256 != self.header.get("sha256"):
@@ -176,6 +208,11 @@ class GeneVectors:
             lines.append(f"share of variance explained: {explained:.3f}")
         lines.append(f"licence: {self.header.get('licence') or 'not stated'}; sha256 {self.sha256[:16]}")
         return "\n".join(lines)
+
+
+def smallest(*hashes: np.ndarray) -> np.ndarray:
+    """Return the (up to :data:`MAX_CELLS`) smallest distinct hashes, sorted."""
+    return np.unique(np.concatenate(hashes))[:MAX_CELLS]
 
 
 def load_vectors(text: TextConfig) -> GeneVectors | None:

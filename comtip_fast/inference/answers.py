@@ -12,6 +12,7 @@ import pandas as pd
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import GeneResource
 from comtip_shards.sections.facts import SectionFacts, stated
+from comtip_shards.sections.section import cohort_of
 
 from comtip_fast._version import __version__
 from comtip_fast.inference.levels import GeneQuery
@@ -55,10 +56,58 @@ def species_of(model: Predictor, known: str, what: str) -> str:
     )
 
 
-def provenance(model: Predictor, species: str, facts: SectionFacts) -> dict[str, str]:
-    """Return the entries of ``uns["comtip"]``: version, model, species, stated facts, lineage, licences and gene vectors."""
+def cohorts_of(model: Predictor, species: str, tissue: str, what: str) -> list[str]:
+    """Return the cohorts whose heads of the linear readout predict a section, as in an evaluation.
+
+    This is the section's own cohort. If it has no head, or the tissue is unknown, these are all cohorts of the species; the
+    prediction is then the mean over their heads, and a warning is logged if there are several.
+
+    Parameters
+    ----------
+    model
+        The model.
+    species
+        ``human`` or ``mouse``.
+    tissue
+        The stated tissue; empty if it is unknown.
+    what
+        Subject of messages, e.g. ``section x1``.
+
+    Returns
+    -------
+    list of str
+        Names of cohorts, e.g. ``human_breast``; empty for a model without a linear readout, or without a head of the species.
+    """
+    heads = [] if model.bundle.readout is None else model.bundle.readout.heads
+    found = [head.cohort for head in heads if any(key.startswith(f"{species}:") for key in head.keys)]
+    own = cohort_of(species, tissue) if tissue else ""
+    if own in found:
+        return [own]
+    if len(found) > 1:
+        reason, fix = (
+            (f"the model has no readout for {own}", "adapt the model to a section of this tissue to give it one")
+            if own
+            else ("the tissue is not stated", "set `tissue` to use one of them")
+        )
+        log.warning("%s: %s, so the prediction is the mean over those for %s; %s", what, reason, ", ".join(found), fix)
+    return found
+
+
+def single(cohorts: Sequence[str]) -> str | None:
+    """Return the cohort of :func:`cohorts_of` if there is exactly one; otherwise None, which selects the mean over heads."""
+    return cohorts[0] if len(cohorts) == 1 else None
+
+
+def provenance(model: Predictor, species: str, facts: SectionFacts, cohorts: Sequence[str] = ()) -> dict[str, str]:
+    """Return the entries of ``uns["comtip"]``.
+
+    These are version, model, species, stated facts, lineage, licences, gene vectors, and the cohorts whose readout predicted the
+    section (:func:`cohorts_of`).
+    """
     lineage, vectors = model.lineage, model.vectors
     out = {"version": __version__, "model": model.config.name, "species": species, **stated(facts)}
+    if cohorts:
+        out["readout"] = "; ".join(cohorts)
     runs = " > ".join(lineage.labels())
     out["lineage"] = runs if lineage.parents_known else f"unknown > {runs}"
     out["training_licences"] = "; ".join(lineage.licences())

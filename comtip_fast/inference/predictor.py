@@ -98,6 +98,8 @@ class Predictor:
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", vectors: GeneVectors | None = None) -> None:
         self.bundle, self.device = bundle, torch.device(device)
         self.sentence_vectors, self.vectors = _vectors_of(bundle, vectors)
+        self.given_vectors = vectors
+        """The gene vectors that were given, if any; those of the export are ``bundle.vectors``."""
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
@@ -108,11 +110,13 @@ class Predictor:
             )
         self.trained_genes = [g.key for g in bundle.genes if g.trained]
         self.lineage = bundle.lineage
-        self._by_parents = self.lineage.genes_of_ancestors()
+        self._by_parents = {key for run in self.lineage.ancestors for key in run.trained_genes}
+        by_parents = self.lineage.genes_of_ancestors()
+        self.trained_symbols = by_parents | {symbol_of(key) for key in self.trained_genes}
+        """Upper-case symbols of the genes that any run of the lineage trained; a gene with one of them is not unseen."""
         # A gene that a parent trained is not unseen, even if this run held it out.
-        self.held_out_genes = [g.key for g in bundle.genes if g.held_out and symbol_of(g.key) not in self._by_parents]
+        self.held_out_genes = [g.key for g in bundle.genes if g.held_out and symbol_of(g.key) not in by_parents]
         self._held_out = frozenset(self.held_out_genes)
-        self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self.normalises_stain = self.config.data.stain == "section"
         self.view_width = 0 if bundle.readout is None else feature_width(self.model, bundle.readout.settings)
@@ -153,11 +157,17 @@ class Predictor:
         return found.hexdigest()
 
     def training_of(self, key: str) -> str:
-        """Return ``trained``, ``trained by a parent``, ``held out`` or ``never seen``, over all runs of the lineage."""
+        """Return how the runs of the lineage used a gene.
+
+        The result is ``trained``, ``trained by a parent``, ``orthologue trained`` (a run trained the gene of another species with
+        the same symbol), ``held out`` or ``never seen``.
+        """
         if key in self._row:
             return "trained"
-        if symbol_of(key) in self._by_parents:
+        if key in self._by_parents:
             return "trained by a parent"
+        if symbol_of(key) in self.trained_symbols:
+            return "orthologue trained"
         return "held out" if key in self._held_out else "never seen"
 
     def has_vector(self, key: str) -> bool:

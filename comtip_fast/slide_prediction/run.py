@@ -58,6 +58,8 @@ class SlideRequest:
     """The G genes."""
     var: pd.DataFrame
     """Annotation of the genes, ``var`` of the output."""
+    cohort: str | None
+    """``species_organ``, whose head of the readout is used; None uses the mean over the heads that predict a gene."""
     provenance: dict[str, str]
     """Record of the model and of stated facts, ``uns["comtip"]`` of the output."""
     mpp: float | None = None
@@ -130,7 +132,7 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
                     pieces.folder,
                 )
             layout = _layout(slide, path, predictor, request)
-            prediction = SectionPrediction(predictor, request.queries)
+            prediction = SectionPrediction(predictor, request.queries, request.cohort)
             _encode(layout, prediction, pieces, request.progress)
             size = _predict(layout, prediction, pieces, request.progress)
             _join(layout, request, pieces, out, size)
@@ -160,6 +162,7 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
         "grid": asdict(request.grid),
         "pieces": [PIECE_TILES, PIECE_BYTES, MASK_PX, STAIN_TILES],
         "genes": [[q.symbol, q.name, q.key] for q in request.queries],
+        "cohort": request.cohort,
         "var": request.var.to_csv(),
         "provenance": request.provenance,
     }

@@ -45,7 +45,8 @@ def predictor(tiny_run: Path) -> Predictor:
 def with_other_cohort(predictor: Predictor) -> Predictor:
     """Return the same model with metadata of another organ."""
     other = Predictor(predictor.bundle)
-    other.train_sections = [s | {"tissue": "heart"} for s in predictor.train_sections]
+    sections = tuple(replace(s, tissue="heart") for s in predictor.lineage.own.sections)
+    other.lineage = predictor.lineage.with_own(sections=sections)
     return other
 
 
@@ -67,7 +68,9 @@ def test_a_wrong_path_of_the_training_sections_is_named_by_who_stated_it(tmp_pat
 
 def test_missing_training_sections_are_logged(predictor: Predictor, tiny_shards: ShardSet, caplog):
     more = Predictor(predictor.bundle)
-    more.train_sections = [*predictor.train_sections, predictor.train_sections[0] | {"section_id": "t9"}]
+    sections = predictor.lineage.own.sections
+    further = replace(sections[0], section_id="t9", spots="", picture="")
+    more.lineage = predictor.lineage.with_own(sections=(*sections, further))
     TrainReference(more, tiny_shards).check(["human_breast"])
     assert "lacks training sections of human_breast (t9)" in caplog.text
 

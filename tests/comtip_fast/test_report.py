@@ -17,7 +17,8 @@ from comtip_fast.inference import Predictor
 def page_of(run: Path, shards: ShardSet, out: Path, sections: list[str], tissue: str | None = None) -> str:
     predictor = Predictor.load(run)
     if tissue:
-        predictor.train_sections = [s | {"tissue": tissue} for s in predictor.train_sections]
+        own = tuple(replace(s, tissue=tissue) for s in predictor.lineage.own.sections)
+        predictor.lineage = predictor.lineage.with_own(sections=own)
     result = evaluate(predictor, shards, sections=sections, n_null=3)
     write_report(None, result, out / "report.html")
     return " ".join((out / "report.html").read_text().split())

@@ -206,7 +206,8 @@ def test_what_cannot_be_compared_has_no_score(predictor: Predictor, tiny_shards:
     assert entry["unseen_names_shuffled"]["cp10k"] is None, "one gene has no other to exchange names with"
     assert entry["unseen_mean_map"]["cp10k"] is not None
     untrained = Predictor(predictor.bundle)
-    untrained.train_sections = [s | {"tissue": "heart"} for s in predictor.train_sections]
+    sections = tuple(replace(s, tissue="heart") for s in predictor.lineage.own.sections)
+    untrained.lineage = predictor.lineage.with_own(sections=sections)
     entry = evaluate(untrained, tiny_shards, sections=["v1"], n_null=0).metrics["cohorts"]["human_breast"]
     assert entry["unseen_ridge"] == {"cp10k": None, "raw": None}, "no training section"
 

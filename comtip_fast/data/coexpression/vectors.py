@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 from comtip_shards.genes.identifiers import GeneResource, map_genes
+from comtip_shards.sections.duplicates import spot_hashes
 from scipy import sparse
 
 from comtip_fast._version import __version__
 from comtip_fast.data.coexpression.counts import CountSource, open_counts, species_of
 from comtip_fast.data.expression.levels import log1p_cp10k
-from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.genes.vectors import GeneVectors, smallest
 
 log = logging.getLogger("comtip_fast")
 OVERSAMPLING, MAX_PASSES, TOLERANCE = 20, 30, 1e-4
@@ -104,7 +105,7 @@ def gene_vectors(
     kept = standard.kept[rows]
     header = {"comtip_fast": __version__} | settings | results
     moments, detection = standard.moments_G4[kept].astype(np.float32), standard.detection_G[kept].astype(np.float32)
-    return GeneVectors(keys, vectors[rows].astype(np.float32), moments, detection, header)
+    return GeneVectors(keys, vectors[rows].astype(np.float32), moments, detection, header, spool.cells)
 
 
 def _check_settings(paths: Sequence[str | Path], components: int, weigh: str, min_detection: float) -> None:
@@ -127,6 +128,8 @@ class _Spool:
         self.names: list[str] = []
         self.sources: list[dict[str, Any]] = []
         self.all_species: set[str] = set()
+        self.cells = np.zeros(0, np.uint64)
+        """The smallest hashes of cells, see :class:`GeneVectors`."""
         self._index: dict[str, int] = {}
         self._files: list[list[Path]] = []
         self._columns: list[np.ndarray] = []
@@ -152,7 +155,10 @@ class _Spool:
         cells = 0
         for block in source.blocks():
             files.append(self.folder / f"{len(self._files)}_{len(files)}.npz")
-            sparse.save_npz(files[-1], genes.sum_columns(block), compressed=False)
+            counts = genes.sum_columns(block)
+            counts.eliminate_zeros()  # a hash is of the positive counts
+            sparse.save_npz(files[-1], counts, compressed=False)
+            self.cells = smallest(self.cells, spot_hashes(counts, genes.keys))
             cells += block.shape[0]
         if cells < 2:
             raise ValueError(f"{source.path}: {cells} cells, but co-expression needs at least 2; give more cells")

@@ -21,6 +21,7 @@ from comtip_fast.evaluation.report.payload import page_json, section_payload
 from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals, ranked_genes
 from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
 from comtip_fast.evaluation.scoring import UNSEEN
+from comtip_fast.lineage import LineageSection, donor_name, same_sections
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
@@ -111,10 +112,13 @@ def _training(result: Evaluation) -> dict[str, Any]:
     """Return the page's data about training: runs and their sections, numbers of genes and spots, credits, encoder and tiles."""
     predictor = result.predictor
     lineage = predictor.lineage
-    sections = [asdict(section) for section in lineage.merged_sections()]
-    donors = {s["donor"] for s in sections if s["split"] == "train"}
-    scored = {d.section_id for d in result.sections}
-    rows = [s | {"scored": s["section_id"] in scored} for s in sections]
+    merged = lineage.merged_sections()
+    sections = [asdict(section) for section in merged]
+    donors = {donor_name(s["donor"]) for s in sections if s["split"] == "train"} - {""}
+    manifest = {s.section_id: s for s in result.shards.manifest.sections}
+    scored = [manifest[d.section_id] for d in result.sections]
+    same = same_sections([LineageSection.of(s) for s in scored], merged)
+    rows = [s | {"scored": any(j == row for _, j in same)} for row, s in enumerate(sections)]
     order = {"train": 0, "val": 1, "test": 2, "": 3}
     not_in_training_set = [
         {
@@ -122,12 +126,12 @@ def _training(result: Evaluation) -> dict[str, Any]:
             for k in ("section_id", "species", "tissue", "donor", "platform", "n_spots", "licence", "attribution")
         }
         | {"split": "not in the training set", "scored": True}
-        for s in result.shards.manifest.sections
-        if s.section_id in scored and s.section_id not in {r["section_id"] for r in rows}
+        for i, s in enumerate(scored)
+        if not any(i == section for section, _ in same)
     ]
     return {
         "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + not_in_training_set,
-        "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
+        "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and donor_name(s["donor"]) in donors],
         "runs": lineage.labels(),
         "parents_known": lineage.parents_known,
         "n_trained": len(predictor.trained_genes),
@@ -156,6 +160,7 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
             {
                 "title": title,
                 "entry": entry,
+                "donor": _donor(result, [s["meta"].donor for s in own], entry["donor_seen_in_training"]),
                 "sections": own,
                 "baseline": best_baseline(entry),
                 "ridge_colour": _input_of(own[0]["metrics"]["ridge_colour"]),
@@ -163,6 +168,22 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
             }
         )
     return out
+
+
+def _donor(result: Evaluation, donors: list[str], seen: bool | None) -> tuple[str, str]:
+    """Return what is known about the donors of the scored sections, for a card and for a sentence."""
+    if seen is not None:
+        if seen:
+            return "donor in the training set", "from a donor in the training set"
+        return "donor not in the training set", "from a donor that is not in the training set"
+    trained = [s.donor for run in result.predictor.lineage.runs for s in run.sections if s.split == "train"]
+    if all(donor_name(donor) for donor in (*donors, *trained)):  # the parents are unknown
+        return "donor not in the known training sets", "from a donor that is not in the known training sets"
+    whose = "of the scored sections" if not all(donor_name(d) for d in donors) else "of some training sections"
+    return (
+        "unknown whether the donor is in the training set",
+        f"and it is unknown whether their donor is in the training set, because the donor {whose} is not stated",
+    )
 
 
 def best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
