@@ -21,6 +21,7 @@ from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, read_gm
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
     interval,
+    label_weights,
     mean_interval,
     resampled,
     section_interval,
@@ -102,6 +103,33 @@ def test_intervals_without_draws_or_with_undefined_draws_are_undefined():
     assert np.isnan(section_interval(np.array([0.3]), 10, seed=0)).all()
     low, high = section_interval(np.array([0.1, 0.2, 0.3]), 500, seed=0)
     assert 0.1 <= low < 0.2 < high <= 0.3
+
+
+@pytest.mark.parametrize("side", [4, 8, 12, 20])
+def test_draws_for_labels_are_over_labelled_spots_with_several_labels(rng, side: int):
+    """Labels in a corner: a draw of blocks of the whole section may have none of them, and equal empty sets agree perfectly."""
+    xy = grid(20)
+    known = (xy < side).all(1)
+    labels = np.where(xy[known, 0] < side / 2, "a", "b")
+    weights, left_out = label_weights(xy[known], labels, 100, seed=0, section="s")
+    assert len(weights) + left_out == 100
+    for w in weights:
+        assert set(labels[w > 0]) == {"a", "b"}
+    clusters = rng.integers(0, 2, known.sum())
+    high = resampled(lambda i: agreement(labels[i], clusters[i])["ari"], weights)[1]
+    assert high < 0.6, "clusters at random do not agree with labels"
+    if side == 20:  # all spots are labelled: the draws are those of the section
+        want = block_weights(spatial_blocks(xy), 100, seed=0, section="s")
+        np.testing.assert_array_equal(weights, want[: len(weights)] if not left_out else weights)
+
+
+def test_draws_for_labels_that_fill_one_block_are_left_out():
+    xy = grid(20)
+    labels = np.where((xy < 4).all(1), "a", "b")
+    weights, left_out = label_weights(xy, labels, 200, seed=0, section="s")
+    assert 0.2 * 200 < left_out < 0.5 * 200
+    # The block is in no draw of 25 blocks with probability (24 / 25)^25 = 0.36.
+    assert all(np.unique(labels[w > 0]).size == 2 for w in weights)
 
 
 # -- retrieval ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,14 @@ from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.domains import SCORES, agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import ZERO_SHOT, mean_rows
 from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, set_closeness
-from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, mean_interval, resampled, section_interval
+from comtip_fast.evaluation.tasks.intervals import (
+    NO_INTERVAL,
+    interval,
+    label_weights,
+    mean_interval,
+    resampled,
+    section_interval,
+)
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
 from comtip_fast.evaluation.tasks.retrieval import KS, chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
@@ -130,12 +137,13 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
                 else f"check that section and spot ids in {given.spec} are those of the shard set",
             )
             continue
+        weights = _label_weights(context, section, labels, known)
         for name, features in _domain_features(context, section).items():
             for method, x in (
                 (name, features),
                 (f"{name}, smoothed", 0.5 * (features + neighbour_mean(features, section.xy_N2))),
             ):
-                rows += _agreement_rows(context, section, method, labels[known], x[known], known)
+                rows += _agreement_rows(context, section, method, labels[known], x[known], known, weights)
     return [*rows, *mean_rows(rows, context)]
 
 
@@ -147,17 +155,41 @@ def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, 
     return found | {ZERO_SHOT: predicted.astype(np.float64), "measured expression": context.values(section, keys)}
 
 
+def _label_weights(context: TaskContext, section: SectionInputs, labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return :func:`label_weights` of the labelled spots of a section; a warning counts the draws that are left out."""
+    if not len(section.weights_DN):
+        return section.weights_DN[:, known]
+    options, name = context.options, section.section_id
+    weights, left_out = label_weights(
+        section.xy_N2[known], labels[known], options.n_bootstrap, seed=options.seed, section=name
+    )
+    if left_out:
+        log.warning(
+            "domains: section %s: %d of %d draws of the bootstrap have fewer than two labels and are left out of its intervals",
+            name,
+            left_out,
+            options.n_bootstrap,
+        )
+    return weights
+
+
 def _agreement_rows(
-    context: TaskContext, section: SectionInputs, method: str, labels: np.ndarray, x: np.ndarray, known: np.ndarray
+    context: TaskContext,
+    section: SectionInputs,
+    method: str,
+    labels: np.ndarray,
+    x: np.ndarray,
+    known: np.ndarray,
+    weights_DN: np.ndarray,
 ) -> list[TaskRow]:
     """Return the rows of both agreement scores between the labels and the clusters of one kind of features."""
     options, found = context.options, cluster(x, np.unique(labels).size, context.options.seed)
     moved = moved_spots(section.xy_N2[known], options.n_null, seed=options.seed, section=section.section_id)
     null = [agreement(labels, found[d]) for d in moved]
-    weights, rows = section.weights_DN, []
+    rows = []
     for metric, value in agreement(labels, found).items():
         statistic = partial(_score_of, metric, labels, found)
-        ends = resampled(statistic, weights[:, known]) if len(weights) else NO_INTERVAL
+        ends = resampled(statistic, weights_DN) if len(weights_DN) else NO_INTERVAL
         control = float(np.mean([d[metric] for d in null])) if null else NAN
         rows.append(
             TaskRow(
