@@ -17,7 +17,14 @@ from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import _predicted, _Shuffled, _with_control
-from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, read_gmt, set_closeness, set_scores
+from comtip_fast.evaluation.tasks.gene_sets import (
+    closeness_by_species,
+    members,
+    orthologues,
+    read_gmt,
+    set_closeness,
+    set_scores,
+)
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
     interval,
@@ -289,6 +296,26 @@ def test_sets_without_a_pair_apart_have_no_score(rng):
     found = set_closeness(rng.normal(size=(20, 4)), [np.arange(20)], seed=0)
     assert np.isnan(found.auc)
     assert np.isnan(found.shuffled)
+
+
+def test_orthologues_make_no_gene_set_close(rng):
+    """Random sets of symbols have no pattern, though both species have a gene of almost the same vector."""
+    symbols = [f"G{i}" for i in range(300)]
+    keys = [*(f"human:{s}" for s in symbols), *(f"mouse:{s.capitalize()}" for s in symbols)]
+    human = rng.normal(size=(300, 32))
+    vectors = np.concatenate([human, human + 0.1 * rng.normal(size=human.shape) + 5])
+    sets = {f"S{i}": rng.choice(symbols, 5, replace=False).tolist() for i in range(40)}
+    found = closeness_by_species(vectors, keys, sets, seed=0)
+    alone = [closeness_by_species(vectors[part], keys[part], sets, seed=0) for part in (slice(300), slice(300, 600))]
+    assert found is not None
+    assert alone[0] is not None
+    assert alone[1] is not None
+    assert found.auc == pytest.approx(0.5, abs=0.03)
+    np.testing.assert_array_equal(found.set_auc_S, np.concatenate([alone[0].set_auc_S, alone[1].set_auc_S]))
+    assert found.shuffled == pytest.approx((alone[0].shuffled + alone[1].shuffled) / 2)
+    one = set_closeness(human, list(members(sets, keys[:300]).values()), seed=0)
+    np.testing.assert_array_equal(alone[0].set_auc_S, one.set_auc_S)
+    assert closeness_by_species(vectors, keys, {"few": ["G1", "G2"]}, seed=0) is None, "two genes in each species"
 
 
 def test_set_scores_are_means_of_standardised_genes(rng):

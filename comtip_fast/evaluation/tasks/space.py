@@ -15,7 +15,7 @@ from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.domains import SCORES, agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import ZERO_SHOT, mean_rows
-from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, set_closeness
+from comtip_fast.evaluation.tasks.gene_sets import closeness_by_species, orthologues
 from comtip_fast.evaluation.tasks.intervals import (
     NO_INTERVAL,
     interval,
@@ -330,14 +330,14 @@ def gene_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
-    """Return the rows of closeness within symbol families and within the given gene sets."""
+    """Return the rows of closeness within symbol families and within the given gene sets, over pairs of one species."""
     rows, options = [], context.options
     for metric, sets in (("auc_families", families(keys)), ("auc_gene_sets", options.gene_sets)):
-        found = list(members(sets, keys).values())
-        if found:
-            close = set_closeness(vectors, found, options.seed)
+        close = closeness_by_species(vectors, keys, sets, options.seed)
+        if close is not None:
             ends = section_interval(close.set_auc_S, options.n_bootstrap, seed=options.seed)
-            rows.append(TaskRow("genes", "", method, metric, close.auc, *ends, 0.5, close.shuffled, len(found)))
+            n = close.set_auc_S.size
+            rows.append(TaskRow("genes", "", method, metric, close.auc, *ends, 0.5, close.shuffled, n))
     return rows
 
 
