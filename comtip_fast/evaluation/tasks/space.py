@@ -148,9 +148,18 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, np.ndarray]:
-    """Return features (N, F) by name: those of all encoders, the zero-shot prediction and measured expression."""
+    """Return features (N, F) by name: those of all encoders, the zero-shot prediction and measured expression.
+
+    The last two are missing if the section measured none of the most variable genes.
+    """
     keys = context.most_variable(section.cohort, section.number)
     found = {name: np.asarray(x, np.float64) for name, x in section.features.items()}
+    if not keys:
+        log.warning(
+            "domains: section %s measured none of the most variable genes, so that only image features are scored",
+            section.section_id,
+        )
+        return found
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     return found | {ZERO_SHOT: predicted.astype(np.float64), "measured expression": context.values(section, keys)}
 
@@ -158,7 +167,7 @@ def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, 
 def _label_weights(context: TaskContext, section: SectionInputs, labels: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return :func:`label_weights` of the labelled spots of a section; a warning counts the draws that are left out."""
     if not len(section.weights_DN):
-        return section.weights_DN[:, known]
+        return np.zeros((0, int(known.sum())))
     options, name = context.options, section.section_id
     weights, left_out = label_weights(
         section.xy_N2[known], labels[known], options.n_bootstrap, seed=options.seed, section=name
