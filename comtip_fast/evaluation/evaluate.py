@@ -327,7 +327,20 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
             scores = [p[name][norm] for p in parts if p.get(name, {}).get(norm) is not None]
             out[name][norm] = mean_scores(scores) if scores else None
             if scores:
-                out[name][norm]["undefined_genes"] = sum(s["undefined_genes"] for s in scores)
+                out[name][norm] |= _sums(scores)
+    return out
+
+
+def _sums(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a cohort's scores that are not means: sums of genes, and the model's mean on the fitted genes.
+
+    The model's mean is over the sections in which the method was scored.
+    """
+    totals = ("undefined_genes", "genes", "fitted_genes", "fitted_50_hvg")
+    out: dict[str, Any] = {key: sum(s[key] for s in scores) for key in totals if key in scores[0]}
+    if "model_on_fitted" in scores[0]:
+        of_model = [s["model_on_fitted"] for s in scores]
+        out["model_on_fitted"] = mean_scores(of_model) | _sums(of_model)
     return out
 
 
@@ -350,5 +363,14 @@ def summary_table(metrics: dict[str, Any]) -> str:
             if s is not None:
                 cells = [s["mean_pcc_50_hvg"], s["mean_pcc_all"], s["partial_pcc_50_hvg"]]
                 text = [f"{c:.3f}" if c is not None else "-" for c in cells]
-                lines.append(f"{cohort:<28}{name:<24}{text[0]:>8}{text[1]:>8}{text[2]:>9}")
+                lines.append(f"{cohort:<28}{name:<24}{text[0]:>8}{text[1]:>8}{text[2]:>9}{_note(s)}")
     return "\n".join(lines)
+
+
+def _note(scores: dict[str, Any]) -> str:
+    """Return what a line of the table says about a method that knows only some genes; empty text otherwise."""
+    if scores.get("fitted_genes", 0) == scores.get("genes", 0):
+        return ""
+    of_model = scores["model_on_fitted"]
+    cells = ["-" if of_model[k] is None else f"{of_model[k]:.3f}" for k in ("mean_pcc_50_hvg", "mean_pcc_all")]
+    return f"   {scores['fitted_genes']} of {scores['genes']} genes, on which zero_shot has {cells[0]} and {cells[1]}"

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from comtip_fast.evaluation.gene_table import ScoringInputs
-from comtip_fast.evaluation.metrics import null_scores, partial_pcc_per_gene, score_columns, score_from_genes
+from comtip_fast.evaluation.metrics import (
+    PredictGenes,
+    null_scores,
+    partial_pcc_per_gene,
+    score_columns,
+    score_from_genes,
+)
 from comtip_fast.evaluation.nulls import null_partial_pcc, null_pcc
 from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference
 from comtip_fast.evaluation.unseen import MEAN_MAP, NAMES, VECTORS
@@ -80,7 +86,7 @@ def score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[str
         out["zero_shot_levels"][norm] = asdict(score_from_genes(levels_pcc[scored], levels_partial, top, panel))
         unseen = score_columns(m, partial(_columns, p), v.covariates, genes.unseen, first_unseen)
         out[UNSEEN][norm] = asdict(unseen)
-        out[UNSEEN_RIDGE][norm] = _unseen_ridge(v, reference, norm, keys)
+        out[UNSEEN_RIDGE][norm] = _unseen_ridge(v, reference, norm, keys, asdict(unseen))
         pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m, p, v.moved, scored)
         partial_null = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
         out["control_null"][norm], draws = null_scores(
@@ -91,21 +97,26 @@ def score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[str
             null = (draws, pcc[:, panel].astype(np.float32))
         for name, x in v.ridge_inputs.items():
             fit = reference.ridge(v.cohort, name, norm, keys)
-            out[name][norm] = None if fit is None else _ridge_score(fit, x, m, v.covariates, scored, top, panel)
-            if fit is not None and norm == "cp10k":
+            found = None if fit is None else _ridge_score(fit, x, v, norm, scored, top, panel, asdict(zero_shot))
+            out[name][norm] = found
+            if fit is not None and found is not None and norm == "cp10k":
                 v.baselines[name] = fit.predict(x, len(m), top)
     for name, values in v.trained.items():
-        found = score_columns(v.measured["cp10k"], partial(_columns, values), v.covariates, scored, top, panel)
-        out[name] = {"cp10k": asdict(found), "raw": None}
-        v.baselines[name] = values[:, genes.hvg]
+        predict, known = partial(_columns, values), np.flatnonzero(np.isfinite(values[:, scored]).all(0))
+        found = _known_score(v, "cp10k", predict, known, scored, top, panel, out["zero_shot"]["cp10k"])
+        out[name] = {"cp10k": found, "raw": None}
+        if found is not None:
+            v.baselines[name] = values[:, genes.hvg]
     return out, *null
 
 
-def _unseen_ridge(v: ScoringInputs, reference: TrainReference, norm: str, keys: list[str]) -> dict[str, Any] | None:
-    """Return the scores of the unseen genes by ridge regression that is trained on them; None without training sections.
+def _unseen_ridge(
+    v: ScoringInputs, reference: TrainReference, norm: str, keys: list[str], of_model: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Return the scores of the unseen genes by ridge regression that is trained on them; None if no training section measured one.
 
     The inputs are those of one of :data:`CEILING`, chosen by cross-validation on the training sections. The fits of the other scored
-    genes, ``keys``, share its decomposition.
+    genes, ``keys``, share its decomposition. ``of_model`` has the model's scores on the unseen genes.
     """
     columns, first = np.sort(v.genes.unseen), v.genes.unseen[:N_HVG]
     unseen = [v.genes.keys[i] for i in columns]
@@ -118,10 +129,11 @@ def _unseen_ridge(v: ScoringInputs, reference: TrainReference, norm: str, keys: 
     if not found:
         return None
     fit, x = max(found, key=lambda one: one[0].cv_pcc)
-    m, top = v.measured[norm], np.searchsorted(columns, first)
-    if norm == "cp10k":
-        v.unseen_baselines[UNSEEN_RIDGE] = fit.predict(x, len(m), top)
-    return _ridge_score(fit, x, m, v.covariates, columns, top, np.arange(columns.size))
+    top = np.searchsorted(columns, first)
+    scores = _ridge_score(fit, x, v, norm, columns, top, np.arange(columns.size), of_model)
+    if norm == "cp10k" and scores is not None:
+        v.unseen_baselines[UNSEEN_RIDGE] = fit.predict(x, len(v.measured[norm]), top)
+    return scores
 
 
 def _columns(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -131,15 +143,64 @@ def _columns(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
 def _ridge_score(
     fit: RidgeFit,
     x: dict[str, FeatureStore],
-    measured: np.ndarray,
-    covariates: np.ndarray,
+    v: ScoringInputs,
+    norm: str,
     scored: np.ndarray,
     top: np.ndarray,
     panel: np.ndarray,
-) -> dict[str, Any]:
-    """Return the scores of a ridge baseline that was fitted to the genes ``scored`` (ascending), with the facts of the fit."""
+    of_model: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Return :func:`_known_score` of a ridge baseline of the genes ``scored`` (ascending), with the facts of the fit."""
 
     def predict(columns: np.ndarray) -> np.ndarray:
-        return fit.predict(x, len(measured), np.searchsorted(scored, columns))
+        return fit.predict(x, len(v.measured[norm]), np.searchsorted(scored, columns))
 
-    return asdict(score_columns(measured, predict, covariates, scored, top, panel)) | fit.facts()
+    found = _known_score(v, norm, predict, fit.fitted, scored, top, panel, of_model)
+    return None if found is None else found | fit.facts()
+
+
+def _known_score(
+    v: ScoringInputs,
+    norm: str,
+    predict: PredictGenes,
+    known: np.ndarray,
+    scored: np.ndarray,
+    top: np.ndarray,
+    panel: np.ndarray,
+    of_model: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Score a trained method on the genes that its training sections measured, and the model on the same genes.
+
+    A gene without training values is no failure of the method, so it is left out of the means and not counted as 0.
+
+    Parameters
+    ----------
+    v, norm
+        Inputs and normalisation.
+    predict
+        Returns the method's prediction of some columns of the measured expression.
+    known
+        Indices into ``scored`` of the genes that the method was trained on, ascending.
+    scored, top, panel
+        As ``columns``, ``hvg`` and ``panel`` of :func:`comtip_fast.evaluation.metrics.score_columns`.
+    of_model
+        The model's scores on all genes ``scored``.
+
+    Returns
+    -------
+    dict or None
+        Fields of :class:`comtip_fast.evaluation.metrics.Score`, the numbers of genes ``genes``, ``fitted_genes`` and
+        ``fitted_50_hvg``, and the model's scores on the fitted genes, ``model_on_fitted``. None if no gene is known.
+    """
+    if not known.size:
+        return None
+    columns = scored[known]
+    own_top, own_panel = (np.searchsorted(known, part[np.isin(part, known)]) for part in (top, panel))
+    measured, predicted = v.measured[norm], v.predicted[norm]
+    found = score_columns(measured, predict, v.covariates, columns, own_top, own_panel)
+    if known.size < scored.size:
+        of_model = asdict(
+            score_columns(measured, partial(_columns, predicted), v.covariates, columns, own_top, own_panel)
+        )
+    counts = {"genes": int(scored.size), "fitted_genes": int(known.size), "fitted_50_hvg": int(own_top.size)}
+    return asdict(found) | counts | {"model_on_fitted": of_model}

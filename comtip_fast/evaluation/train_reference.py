@@ -42,14 +42,19 @@ class RidgeFit:
     groups: list[tuple[np.ndarray, RidgeModel]]
     """Columns of the genes, and their model."""
     cv_pcc: float
-    """Cross-validated mean PCC over all genes."""
+    """Cross-validated mean PCC over the fitted genes; 0 if none is fitted."""
+
+    @property
+    def fitted(self) -> np.ndarray:
+        """Columns of the fitted genes, int64, ascending: those that at least 10 training spots measured."""
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *(columns for columns, _ in self.groups)]))
 
     def predict(self, x: dict[str, FeatureStore], n_spots: int, columns: np.ndarray) -> np.ndarray:
-        """Return the prediction of some of the fitted genes, float64 (N, g); the inputs are read in blocks of spots.
+        """Return the prediction of some of the genes, float64 (N, g); the inputs are read in blocks of spots.
 
-        A gene that fewer than 10 training spots measured is predicted as 0 everywhere, so that its PCC is undefined.
+        A gene that is not fitted is NaN everywhere.
         """
-        out = np.zeros((n_spots, columns.size))
+        out = np.full((n_spots, columns.size), np.nan)
         for rows in row_blocks(n_spots):
             values = np.asarray(x[self.input].read(rows), np.float64)
             for fitted, model in self.groups:

@@ -17,10 +17,18 @@ from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import _predicted, _Shuffled, _with_control
-from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, read_gmt, set_closeness, set_scores
+from comtip_fast.evaluation.tasks.gene_sets import (
+    closeness_by_species,
+    members,
+    orthologues,
+    read_gmt,
+    set_closeness,
+    set_scores,
+)
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
     interval,
+    label_weights,
     mean_interval,
     resampled,
     section_interval,
@@ -29,7 +37,7 @@ from comtip_fast.evaluation.tasks.intervals import (
 )
 from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
-from comtip_fast.evaluation.tasks.retrieval import chance, ranks, recall_at
+from comtip_fast.evaluation.tasks.retrieval import Ranking, chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import TaskRow, table
 from comtip_fast.genes.families import families
 from comtip_fast.metrics import mean_pcc
@@ -104,6 +112,33 @@ def test_intervals_without_draws_or_with_undefined_draws_are_undefined():
     assert 0.1 <= low < 0.2 < high <= 0.3
 
 
+@pytest.mark.parametrize("side", [4, 8, 12, 20])
+def test_draws_for_labels_are_over_labelled_spots_with_several_labels(rng, side: int):
+    """Labels in a corner: a draw of blocks of the whole section may have none of them, and equal empty sets agree perfectly."""
+    xy = grid(20)
+    known = (xy < side).all(1)
+    labels = np.where(xy[known, 0] < side / 2, "a", "b")
+    weights, left_out = label_weights(xy[known], labels, 100, seed=0, section="s")
+    assert len(weights) + left_out == 100
+    for w in weights:
+        assert set(labels[w > 0]) == {"a", "b"}
+    clusters = rng.integers(0, 2, known.sum())
+    high = resampled(lambda i: agreement(labels[i], clusters[i])["ari"], weights)[1]
+    assert high < 0.6, "clusters at random do not agree with labels"
+    if side == 20:  # all spots are labelled: the draws are those of the section
+        want = block_weights(spatial_blocks(xy), 100, seed=0, section="s")
+        np.testing.assert_array_equal(weights, want[: len(weights)] if not left_out else weights)
+
+
+def test_draws_for_labels_that_fill_one_block_are_left_out():
+    xy = grid(20)
+    labels = np.where((xy < 4).all(1), "a", "b")
+    weights, left_out = label_weights(xy, labels, 200, seed=0, section="s")
+    assert 0.2 * 200 < left_out < 0.5 * 200
+    # The block is in no draw of 25 blocks with probability (24 / 25)^25 = 0.36.
+    assert all(np.unique(labels[w > 0]).size == 2 for w in weights)
+
+
 # -- retrieval ----------------------------------------------------------------------------------------------------
 
 
@@ -114,13 +149,26 @@ def test_ranks_equal_a_direct_computation(rng, monkeypatch: pytest.MonkeyPatch):
     got = ranks(image, text)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
     similar = unit[0] @ unit[1].T
-    want = (similar > similar.diagonal()[:, None]).sum(1) + 1
-    assert (got == want).mean() > 0.99  # a rounding may swap two neighbours
-    assert recall_at(np.array([1, 2, 6]), 5).tolist() == [1, 1, 0]
+    want = (similar > similar.diagonal()[:, None]).sum(1)
+    assert (got.above_N == want).mean() > 0.99  # similarities within the tolerance are equal
+    assert recall_at(Ranking(np.array([0, 1, 4, 5]), np.ones(4, int)), 5).tolist() == [1, 1, 1, 0]
+    # Three equal keys below four others: two of the three are among the first six.
+    assert recall_at(Ranking(np.array([4]), np.array([3])), 6) == pytest.approx([2 / 3])
 
 
-def test_equal_texts_count_as_misses_and_random_vectors_are_at_chance(rng):
-    assert ranks(rng.normal(size=(9, 4)), np.ones((9, 4))).tolist() == [9] * 9
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_equal_keys_are_at_chance_whatever_the_rounding(rng, kind: type):
+    """A model that gives every spot one vector knows nothing, and must not score above chance."""
+    query, key = rng.normal(size=(200, 64)).astype(kind), np.repeat(rng.normal(size=(1, 64)).astype(kind), 200, axis=0)
+    for a, b in ((query, key), (key, query)):
+        found = [recall_at(ranks(a, b), k).mean() for k in (1, 5, 10)]
+        assert found == pytest.approx([chance(200, k) for k in (1, 5, 10)])
+    pairs = rng.normal(size=(100, 64)).repeat(2, axis=0)
+    assert (recall_at(ranks(pairs, pairs), 1) == 0.5).all()
+    assert (recall_at(ranks(pairs, pairs), 2) == 1.0).all()
+
+
+def test_random_vectors_are_at_chance(rng):
     hits = recall_at(ranks(rng.normal(size=(500, 6)), rng.normal(size=(500, 6))), 50)
     assert hits.mean() == pytest.approx(chance(500, 50), abs=0.05)
     assert chance(3, 5) == 1.0
@@ -248,6 +296,26 @@ def test_sets_without_a_pair_apart_have_no_score(rng):
     found = set_closeness(rng.normal(size=(20, 4)), [np.arange(20)], seed=0)
     assert np.isnan(found.auc)
     assert np.isnan(found.shuffled)
+
+
+def test_orthologues_make_no_gene_set_close(rng):
+    """Random sets of symbols have no pattern, though both species have a gene of almost the same vector."""
+    symbols = [f"G{i}" for i in range(300)]
+    keys = [*(f"human:{s}" for s in symbols), *(f"mouse:{s.capitalize()}" for s in symbols)]
+    human = rng.normal(size=(300, 32))
+    vectors = np.concatenate([human, human + 0.1 * rng.normal(size=human.shape) + 5])
+    sets = {f"S{i}": rng.choice(symbols, 5, replace=False).tolist() for i in range(40)}
+    found = closeness_by_species(vectors, keys, sets, seed=0)
+    alone = [closeness_by_species(vectors[part], keys[part], sets, seed=0) for part in (slice(300), slice(300, 600))]
+    assert found is not None
+    assert alone[0] is not None
+    assert alone[1] is not None
+    assert found.auc == pytest.approx(0.5, abs=0.03)
+    np.testing.assert_array_equal(found.set_auc_S, np.concatenate([alone[0].set_auc_S, alone[1].set_auc_S]))
+    assert found.shuffled == pytest.approx((alone[0].shuffled + alone[1].shuffled) / 2)
+    one = set_closeness(human, list(members(sets, keys[:300]).values()), seed=0)
+    np.testing.assert_array_equal(alone[0].set_auc_S, one.set_auc_S)
+    assert closeness_by_species(vectors, keys, {"few": ["G1", "G2"]}, seed=0) is None, "two genes in each species"
 
 
 def test_set_scores_are_means_of_standardised_genes(rng):

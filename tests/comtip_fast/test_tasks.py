@@ -14,6 +14,8 @@ from comtip_shards import ShardSet
 from comtip_fast.cli import main
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import TaskContext, TaskOptions
+from comtip_fast.evaluation.tasks.gene_sets import read_gmt
+from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.rows import TaskRow
 from comtip_fast.evaluation.tasks.run import evaluate_tasks, run_tasks
 from comtip_fast.evaluation.tasks.text import SpotSentences
@@ -143,6 +145,32 @@ def test_domains_follow_the_field(rows: list[TaskRow]):
     assert measured.value > measured.shuffled + 0.3
     assert given.n == measured.n < 49  # undetermined spots are left out
     assert {r.method for r in rows if r.task == "domains"} >= {"comtip encoder", "comtip vector, smoothed", "colour"}
+
+
+def without(shards: ShardSet, symbols: set[str]) -> ShardSet:
+    """Return the shard set with sections that did not measure some genes."""
+    out = ShardSet(shards.path)
+    missing = np.array([g.symbol in symbols for g in out.genes])
+    out.measured = lambda number: shards.measured(number) & ~missing  # type: ignore[method-assign]
+    return out
+
+
+def test_a_section_that_measured_none_of_the_genes_is_left_out_with_a_warning(
+    quick: Path, tiny_shards: ShardSet, files: Path, caplog: pytest.LogCaptureFixture
+):
+    bare = without(tiny_shards, set(SYMBOLS))
+    labels, sets = LabelFile(str(files / "labels.tsv")), read_gmt(files / "sets.gmt")
+    options = TaskOptions(n_bootstrap=0, n_null=2, labels=labels, gene_sets=sets)
+    rows = run_tasks(["probe", "domains", "pathways"], Predictor.load(quick), bare, tiny_shards, options)
+    assert {r.task for r in rows} == {"domains"}
+    names = ("comtip encoder", "comtip vector", "colour")
+    assert {r.method for r in rows} == {*names, *(f"{n}, smoothed" for n in names)}
+    for text in (
+        "probe: section x1 is left out: it measured none of the most variable genes",
+        "domains: section x1 measured none of the most variable genes, so that only image features are scored",
+        "pathways: section x1 is left out: it measured fewer than 3 genes of every gene set",
+    ):
+        assert text in caplog.text
 
 
 def test_pairs_gain_from_the_true_image(rows: list[TaskRow]):

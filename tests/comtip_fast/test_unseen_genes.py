@@ -13,7 +13,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.evaluation import unseen
 from comtip_fast.evaluation.baselines import fit_ridge
-from comtip_fast.evaluation.evaluate import Evaluation, evaluate
+from comtip_fast.evaluation.evaluate import Evaluation, evaluate, summary_table
 from comtip_fast.evaluation.report.summaries import intervals
 from comtip_fast.evaluation.unseen import SHUFFLES, exchanged
 from comtip_fast.genes.vectors import GeneVectors
@@ -225,3 +225,58 @@ def test_intervals_compare_unseen_genes_with_their_references(result: Evaluation
         entry["zero_shot"]["cp10k"]["mean_pcc_50_hvg"] - entry["ridge_colour"]["cp10k"]["mean_pcc_50_hvg"],
         atol=1e-6,
     )
+
+
+def without(shards: ShardSet, keys: set[str]) -> ShardSet:
+    """Return the shard set with sections that did not measure some genes."""
+    out = ShardSet(shards.path)
+    missing = np.array([g.key in keys for g in out.genes])
+    out.measured = lambda number: shards.measured(number) & ~missing  # type: ignore[method-assign]
+    return out
+
+
+def test_genes_that_no_training_section_measured_are_left_out_of_ridge_and_not_counted_as_zero(
+    predictor: Predictor, tiny_shards: ShardSet, result: Evaluation
+):
+    """A targeted panel in training: the model is compared with ridge regression on the genes of the panel."""
+    before = result.sections[0]
+    unseen, panel = ([before.keys[i] for i in group] for group in (before.unseen, before.panel))
+    train = without(tiny_shards, {*unseen[:2], *panel[:3]})
+    found = evaluate(predictor, tiny_shards, train_shards=train, n_null=2)
+    data, entry, cohort = found.sections[0], found.metrics["sections"]["x1"], found.metrics["cohorts"]["human_breast"]
+    for name, indices, lost in (("unseen_ridge", data.unseen, unseen[:2]), ("ridge_features", data.panel, panel[:3])):
+        scores = entry[name]["cp10k"]
+        kept = np.array([i for i in indices if data.keys[i] not in lost])
+        assert scores["undefined_genes"] == 0
+        assert scores["model_on_fitted"]["mean_pcc_all"] == pytest.approx(np.mean(data.pcc[kept]))
+        assert cohort[name]["cp10k"]["fitted_genes"] == scores["fitted_genes"] < scores["genes"]
+        assert cohort[name]["cp10k"]["model_on_fitted"]["mean_pcc_all"] == scores["model_on_fitted"]["mean_pcc_all"]
+    scores, predicted = entry["unseen_ridge"]["cp10k"], data.unseen_baselines["unseen_ridge"]
+    assert (scores["genes"], scores["fitted_genes"], scores["fitted_50_hvg"]) == (5, 3, 3)
+    known = np.flatnonzero(np.isfinite(predicted).all(0))
+    own = data.measured["cp10k"][:, data.unseen[known]]
+    assert scores["mean_pcc_all"] == pytest.approx(np.mean(correlations(own, predicted[:, known])))
+    table = intervals(data).set_index("predictor")
+    assert table.loc["unseen_ridge", "genes"] == known.size == 3
+    difference = np.mean(data.pcc[data.unseen[known]]) - scores["mean_pcc_all"]
+    assert table.loc["unseen_ridge", "difference"] == pytest.approx(difference)
+    assert table.loc["zero_shot_unseen_genes", "genes"] == 5
+    text = summary_table(found.metrics)
+    assert "3 of 5 genes, on which zero_shot has" in text
+    full = result.metrics["sections"]["x1"]["unseen_ridge"]["cp10k"]
+    assert full["genes"] == full["fitted_genes"] == 5
+    assert full["model_on_fitted"] == result.metrics["sections"]["x1"]["zero_shot_unseen_genes"]["cp10k"]
+
+
+def test_ridge_has_no_score_if_training_measured_none_of_the_genes(
+    predictor: Predictor, tiny_shards: ShardSet, result: Evaluation
+):
+    data = result.sections[0]
+    unseen = [data.keys[i] for i in data.unseen]
+    listed = [k.partition(":")[2] for k in unseen]
+    train = without(tiny_shards, set(unseen))
+    found = evaluate(predictor, tiny_shards, train_shards=train, n_null=2, genes=listed)
+    entry = found.metrics["sections"]["x1"]
+    for name in ("unseen_ridge", "ridge_colour", "ridge_features", "ridge_frozen"):
+        assert entry[name] == {"cp10k": None, "raw": None}
+    assert not {"unseen_ridge", "ridge_features"} & set(intervals(found.sections[0]).predictor)

@@ -189,11 +189,19 @@ def _donor(result: Evaluation, donors: list[str], seen: bool | None) -> tuple[st
 def best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
     """Return (label, mean PCC over the 50 genes) of a cohort's best method of :data:`BASELINES`; None if none was scored."""
     scores = {name: (entry.get(name) or {}).get("cp10k") for name in BASELINES}
-    found = [(s["mean_pcc_50_hvg"], LABELS[name]) for name, s in scores.items() if s]
+    found = [(s["mean_pcc_50_hvg"], name, s) for name, s in scores.items() if s and s["mean_pcc_50_hvg"] is not None]
     if not found:
         return None
-    score, label = max(found)
-    return label, score
+    score, name, entry_of = max(found, key=lambda one: one[:2])
+    return LABELS[name] + _on_part(entry_of), score
+
+
+def _on_part(scores: dict[str, Any]) -> str:
+    """Return the words for a method that knows only some of the genes; empty text otherwise."""
+    if scores.get("fitted_genes", 0) == scores.get("genes", 0):
+        return ""
+    of_model = _number(scores["model_on_fitted"]["mean_pcc_50_hvg"])
+    return f", on the {scores['fitted_50_hvg']} of these genes that were measured in training (CoMTIP on these: {of_model})"
 
 
 def _input_of(scores: dict[str, Any]) -> str | None:

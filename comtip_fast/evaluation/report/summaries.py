@@ -34,9 +34,10 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
     DataFrame
         One row for the model (``zero_shot``) and each baseline and trained method: ``section``, ``predictor``, ``mean_pcc``,
         ``low``, ``high``, ``difference`` (mean PCC of the model minus mean PCC of the predictor), ``difference_low``,
-        ``difference_high`` and ``blocks``. The ends of the intervals are NaN with fewer than 5 blocks. If there are unseen genes,
-        rows of the (up to 50) most variable of them follow: the model (``zero_shot_unseen_genes``), and the mean map and the ridge
-        regression, whose difference is to this row.
+        ``difference_high``, ``blocks`` and ``genes``. The ends of the intervals are NaN with fewer than 5 blocks. A method is scored on
+        the ``genes`` of them that its training sections measured, and compared with the model on the same genes. If there are unseen
+        genes, rows of the (up to 50) most variable of them follow: the model (``zero_shot_unseen_genes``), and the mean map and the
+        ridge regression, whose difference is to the model on these genes.
     """
     block = spatial_blocks(data.xy, BLOCKS_PER_SIDE)
     n_blocks = int(block.max()) + 1
@@ -48,13 +49,19 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
     for own, columns, others in groups:
         measured = data.measured["cp10k"][:, columns]
         predictions = {own: data.predicted["cp10k"][:, columns], **others}
-        model = _means(measured, predictions[own], weight)
+        every = _means(measured, predictions[own], weight)
         for name, predicted in predictions.items():
-            point, draws = _means(measured, predicted, weight)
+            known = np.isfinite(predicted).all(0)
+            if not known.any() and name != own:
+                continue
+            part = measured[:, known]
+            model = every if known.all() else _means(part, predictions[own][:, known], weight)
+            point, draws = _means(part, predicted[:, known], weight)
             ends, of_difference = interval(draws), interval(model[1] - draws)
-            rows.append((data.section_id, name, point, *ends, model[0] - point, *of_difference, n_blocks))
+            counts = (n_blocks, int(known.sum()))
+            rows.append((data.section_id, name, point, *ends, model[0] - point, *of_difference, *counts))
     names = ["section", "predictor", "mean_pcc", "low", "high", "difference", "difference_low", "difference_high"]
-    return pd.DataFrame(rows, columns=[*names, "blocks"])
+    return pd.DataFrame(rows, columns=[*names, "blocks", "genes"])
 
 
 def _means(measured: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -16,8 +17,10 @@ from comtip_fast.evaluation.tasks.gene_sets import members, set_scores
 from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, section_interval, weighted_pcc
 from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
 from comtip_fast.evaluation.trained import LABELS
+from comtip_fast.genes.families import MIN_GENES
 from comtip_fast.metrics import mean_pcc, pcc_per_gene
 
+log = logging.getLogger("comtip_fast")
 ZERO_SHOT, MEAN = "comtip zero-shot", "mean of training"
 COMPARED = (ZERO_SHOT, MEAN, f"ridge, {ENCODER}", f"ridge, {COLOUR}")
 """Methods of the task ``probe`` whose rows are listed together with those of a trained method."""
@@ -34,7 +37,7 @@ def probe_rows(context: TaskContext) -> list[TaskRow]:
     squared error. Up to 50 genes that were held out from training the model are scored too (``pcc_unseen``), next to ridge
     regressions that are trained on these genes. The control of a ridge regression is the mean of 20 of the same regressions on
     targets that are shuffled within sections; the control of the zero-shot prediction is the spatial null. Cohorts with fewer than 10
-    training spots have zero-shot scores only.
+    training spots have zero-shot scores only. A section that measured none of the genes has no rows.
     """
     rows = [row for section in context.sections for row in _probe_of(context, section)]
     return [*rows, *mean_rows(rows, context)]
@@ -48,7 +51,9 @@ def trained_rows(context: TaskContext, name: str) -> list[TaskRow]:
     rows = []
     for section in context.sections:
         keys, method = context.most_variable(section.cohort, section.number), context.trained(name)
-        if keys and section.cohort in method.cohorts:
+        if not keys:
+            _left_out(name, section, "most variable genes")
+        elif section.cohort in method.cohorts:
             measured = context.values(section, keys)
             found = method.predict(*context.tiles(section), section.cohort, keys)
             null = _null(context, section, measured, found)
@@ -64,11 +69,18 @@ def _probe_of(context: TaskContext, section: SectionInputs) -> list[TaskRow]:
     """Return the rows of ``probe`` for a section, computed once for all tasks."""
     if section.number not in context.probes:
         keys, unseen = context.most_variable(section.cohort, section.number), context.unseen(section)
+        if not keys:
+            _left_out("probe", section, "most variable genes")
         rows = _probe_section(context, section, keys, tuple(section.features)) if keys else []
         if unseen:
             rows += _probe_section(context, section, unseen, (ENCODER, COLOUR), UNSEEN)
         context.probes[section.number] = rows
     return context.probes[section.number]
+
+
+def _left_out(task: str, section: SectionInputs, genes: str) -> None:
+    """Warn that a section measured too few genes for a task."""
+    log.warning("%s: section %s is left out: it measured none of the %s", task, section.section_id, genes)
 
 
 def _probe_section(
@@ -252,6 +264,13 @@ def pathway_rows(context: TaskContext) -> list[TaskRow]:
             used = np.unique(np.concatenate(list(sets.values())))
             local = {name: np.searchsorted(used, r) for name, r in sets.items()}
             rows += _pathway_section(context, section, [keys[i] for i in used], local)
+        else:
+            log.warning(
+                "pathways: section %s is left out: it measured fewer than %d genes of every gene set; give sets with genes that it "
+                "measured with `gene_sets`",
+                section.section_id,
+                MIN_GENES,
+            )
     return [*rows, *mean_rows([r for r in rows if r.metric == "mean_pcc"], context)]
 
 

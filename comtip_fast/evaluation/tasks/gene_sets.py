@@ -121,6 +121,39 @@ def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int)
     return SetCloseness(float(own.mean()), own, float(_set_aucs(x[order], rows, rng).mean()))
 
 
+def closeness_by_species(
+    vectors_GD: np.ndarray, keys: Sequence[str], sets: Mapping[str, Sequence[str]], seed: int
+) -> SetCloseness | None:
+    """Return :func:`set_closeness` of the genes of each species, joined; None if no set has enough genes of one species.
+
+    Pairs are of one species: a gene and its orthologue share their name, and both are in a set that lists the symbol, so that they
+    would make any set look close. A set that occurs in two species counts twice.
+
+    Parameters
+    ----------
+    vectors_GD, keys
+        Vectors and keys of the genes.
+    sets
+        Gene sets, as for :func:`members`.
+    seed
+        As for :func:`set_closeness`.
+    """
+    species = np.array([key.partition(":")[0] for key in keys])
+    parts = []
+    for name in np.unique(species):
+        own = np.flatnonzero(species == name)
+        rows = list(members(sets, [keys[i] for i in own]).values())
+        if rows:
+            parts.append(set_closeness(vectors_GD[own], rows, seed))
+    # A species whose genes are all in common sets has no pairs to compare with.
+    parts = [p for p in parts if np.isfinite(p.auc)] or parts[:1]
+    if not parts:
+        return None
+    every = np.concatenate([p.set_auc_S for p in parts])
+    shuffled = np.average([p.shuffled for p in parts], weights=[p.set_auc_S.size for p in parts])
+    return SetCloseness(float(every.mean()), every, float(shuffled))
+
+
 def _set_aucs(x_GD: np.ndarray, rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Return the AUC of each set's pairs against sampled pairs without a common set, float64 (S,)."""
     G = len(x_GD)

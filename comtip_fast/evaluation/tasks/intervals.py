@@ -38,6 +38,20 @@ def block_weights(block_N: np.ndarray, n_draws: int, *, seed: int, section: str)
     return drawn[:, block_N].astype(np.float64)
 
 
+def label_weights(
+    xy_N2: np.ndarray, label_N: np.ndarray, n_draws: int, *, seed: int, section: str
+) -> tuple[np.ndarray, int]:
+    """Return :func:`block_weights` for scores of labelled spots, and the number of draws that are left out.
+
+    Blocks are those of the labelled spots alone, so that every draw has some. A draw with fewer than two labels is left out,
+    because agreement with a single label is 0 or 1 whatever the clusters are.
+    """
+    weights = block_weights(spatial_blocks(xy_N2), n_draws, seed=seed, section=section)
+    _, code = np.unique(label_N, return_inverse=True)
+    several = np.array([np.unique(code[w > 0]).size > 1 for w in weights], bool)
+    return weights[several], int((~several).sum())
+
+
 def interval(draws_D: np.ndarray) -> Interval:
     """Return the 95 % percentile interval of the draws; NaN without draws, or if a draw is not finite."""
     if draws_D.size == 0 or not np.isfinite(draws_D).all():

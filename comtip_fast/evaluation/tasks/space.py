@@ -15,8 +15,15 @@ from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.domains import SCORES, agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import ZERO_SHOT, mean_rows
-from comtip_fast.evaluation.tasks.gene_sets import members, orthologues, set_closeness
-from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, mean_interval, resampled, section_interval
+from comtip_fast.evaluation.tasks.gene_sets import closeness_by_species, orthologues
+from comtip_fast.evaluation.tasks.intervals import (
+    NO_INTERVAL,
+    interval,
+    label_weights,
+    mean_interval,
+    resampled,
+    section_interval,
+)
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
 from comtip_fast.evaluation.tasks.retrieval import KS, chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
@@ -130,34 +137,68 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
                 else f"check that section and spot ids in {given.spec} are those of the shard set",
             )
             continue
+        weights = _label_weights(context, section, labels, known)
         for name, features in _domain_features(context, section).items():
             for method, x in (
                 (name, features),
                 (f"{name}, smoothed", 0.5 * (features + neighbour_mean(features, section.xy_N2))),
             ):
-                rows += _agreement_rows(context, section, method, labels[known], x[known], known)
+                rows += _agreement_rows(context, section, method, labels[known], x[known], known, weights)
     return [*rows, *mean_rows(rows, context)]
 
 
 def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, np.ndarray]:
-    """Return features (N, F) by name: those of all encoders, the zero-shot prediction and measured expression."""
+    """Return features (N, F) by name: those of all encoders, the zero-shot prediction and measured expression.
+
+    The last two are missing if the section measured none of the most variable genes.
+    """
     keys = context.most_variable(section.cohort, section.number)
     found = {name: np.asarray(x, np.float64) for name, x in section.features.items()}
+    if not keys:
+        log.warning(
+            "domains: section %s measured none of the most variable genes, so that only image features are scored",
+            section.section_id,
+        )
+        return found
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     return found | {ZERO_SHOT: predicted.astype(np.float64), "measured expression": context.values(section, keys)}
 
 
+def _label_weights(context: TaskContext, section: SectionInputs, labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return :func:`label_weights` of the labelled spots of a section; a warning counts the draws that are left out."""
+    if not len(section.weights_DN):
+        return np.zeros((0, int(known.sum())))
+    options, name = context.options, section.section_id
+    weights, left_out = label_weights(
+        section.xy_N2[known], labels[known], options.n_bootstrap, seed=options.seed, section=name
+    )
+    if left_out:
+        log.warning(
+            "domains: section %s: %d of %d draws of the bootstrap have fewer than two labels and are left out of its intervals",
+            name,
+            left_out,
+            options.n_bootstrap,
+        )
+    return weights
+
+
 def _agreement_rows(
-    context: TaskContext, section: SectionInputs, method: str, labels: np.ndarray, x: np.ndarray, known: np.ndarray
+    context: TaskContext,
+    section: SectionInputs,
+    method: str,
+    labels: np.ndarray,
+    x: np.ndarray,
+    known: np.ndarray,
+    weights_DN: np.ndarray,
 ) -> list[TaskRow]:
     """Return the rows of both agreement scores between the labels and the clusters of one kind of features."""
     options, found = context.options, cluster(x, np.unique(labels).size, context.options.seed)
     moved = moved_spots(section.xy_N2[known], options.n_null, seed=options.seed, section=section.section_id)
     null = [agreement(labels, found[d]) for d in moved]
-    weights, rows = section.weights_DN, []
+    rows = []
     for metric, value in agreement(labels, found).items():
         statistic = partial(_score_of, metric, labels, found)
-        ends = resampled(statistic, weights[:, known]) if len(weights) else NO_INTERVAL
+        ends = resampled(statistic, weights_DN) if len(weights_DN) else NO_INTERVAL
         control = float(np.mean([d[metric] for d in null])) if null else NAN
         rows.append(
             TaskRow(
@@ -298,14 +339,14 @@ def gene_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
-    """Return the rows of closeness within symbol families and within the given gene sets."""
+    """Return the rows of closeness within symbol families and within the given gene sets, over pairs of one species."""
     rows, options = [], context.options
     for metric, sets in (("auc_families", families(keys)), ("auc_gene_sets", options.gene_sets)):
-        found = list(members(sets, keys).values())
-        if found:
-            close = set_closeness(vectors, found, options.seed)
+        close = closeness_by_species(vectors, keys, sets, options.seed)
+        if close is not None:
             ends = section_interval(close.set_auc_S, options.n_bootstrap, seed=options.seed)
-            rows.append(TaskRow("genes", "", method, metric, close.auc, *ends, 0.5, close.shuffled, len(found)))
+            n = close.set_auc_S.size
+            rows.append(TaskRow("genes", "", method, metric, close.auc, *ends, 0.5, close.shuffled, n))
     return rows
 
 

@@ -58,7 +58,7 @@ class TrainedMethod:
         return self.task.data.cohorts
 
     def predict(self, tiles: TileSource, stain: StainStats | None, cohort: str, keys: Sequence[str]) -> np.ndarray:
-        """Predict log1p CP10K of a section, float64 (N, g); a gene that was not trained is constant 0.
+        """Predict log1p CP10K of a section, float64 (N, g); a gene that no training section measured is NaN.
 
         Parameters
         ----------
@@ -71,8 +71,9 @@ class TrainedMethod:
         """
         targets = self.task.data.targets
         (z,) = self.task.predict_tiles(tiles, stain, cohort).values()
-        values, column = targets.expression(z), {k: i for i, k in enumerate(targets.keys)}
-        out = np.zeros((len(values), len(keys)))
+        learnt = zip(targets.keys, targets.learnt_G.tolist(), strict=True)
+        values, column = targets.expression(z), {k: i for i, (k, known) in enumerate(learnt) if known}
+        out = np.full((len(values), len(keys)), np.nan)
         known = [j for j, k in enumerate(keys) if k in column]
         out[:, known] = values[:, [column[keys[j]] for j in known]]
         return out
