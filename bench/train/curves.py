@@ -5,8 +5,9 @@
                                                  spike-skip, spike-clip: spikes of the gradient norm, with --steps 30)
     python bench/train/curves.py --golden FILE   write the curve of one process, the content of tests/golden/loss_curve.json
 
-Every run uses the trainer with checkpoints, validation and export. A run that changes its engine is stopped half way by a
-SIGTERM to one rank and resumes from the checkpoint. Deviation is the largest |loss - loss of one process| / loss so far.
+Every run uses the trainer with averaged weights, checkpoints, validation and export. A run that changes its engine is stopped half way
+by a SIGTERM to one rank and resumes from the checkpoint. Deviation is the largest |loss - loss of one process| / loss so far; that of
+the averaged weights of the last step is the norm of the difference, over all of them, divided by their norm.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -27,6 +29,7 @@ import torch
 from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
+from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.distributed.failures import RestartError
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.task import build_task
@@ -35,6 +38,10 @@ from testkit.distributed import run_distributed
 from testkit.tiny import tiny_shards
 
 LIMITS = {10: 1e-5, 50: 1e-3}
+AVERAGED = "optim.ema=0.9"
+"""Setting of all runs; an average of the weights changes no loss."""
+AVERAGE_LIMIT = 1e-4
+"""Limit on the deviation of the averaged weights."""
 TINY = [
     "data.batch_size=22",
     "data.views=1",
@@ -88,7 +95,7 @@ ALL = [
     Run("ddp", "zero2"),
 ]
 QUICK = [
-    Run("ddp", settings=("optim.ema=0.9",)),
+    Run("ddp"),
     Run("zero1", "zero3", ("engine.loss_form=ring",)),
     Run("zero3", "ddp", ("engine.micro_batches=3",)),
 ]
@@ -178,7 +185,7 @@ def rank(shards: str, folder: Path, steps: int, which: str) -> None:
     with init_distributed(120, "cpu") as group:
         for run in RUNS[which]:
             half, out = steps // 2 if run.then else 0, folder / run.name
-            more = [*run.settings, *COMMON.get(which, []), f"engine.nvme_path={folder / 'nvme'}"]
+            more = [*run.settings, *COMMON.get(which, []), AVERAGED, f"engine.nvme_path={folder / 'nvme'}"]
             train(shards, out, steps, group, settings=[*engine(run.first), *more], stop=half)
             if run.then:
                 train(shards, out, steps, group, settings=[*engine(run.then), *more], resume=True)
@@ -197,11 +204,22 @@ def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
     return {n: max(off[:n]) for n in LIMITS if n <= len(off)}
 
 
+def off_average(found: Path, wanted: Path, step: int) -> float:
+    """Return the relative deviation of the averaged weights of two runs; infinity if they average different parameters."""
+    one, two = (
+        checkpoints.load(checkpoints.folder_of(folder / "checkpoints", step), moments=False).ema
+        for folder in (found, wanted)
+    )
+    if one.keys() != two.keys() or not one:
+        return math.inf
+    a, b = (torch.cat([values[name].double().flatten() for name in two]) for values in (one, two))
+    return float((a - b).norm() / b.norm())
+
+
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
     """Train with one process and with every world size; return one row of deviations per world size and run."""
     torch.set_num_threads(1)  # the same as in the ranks: another summation order changes the last bits
-    # An average of the weights changes no loss.
-    settings = [*engine("single"), *COMMON.get(which, []), "optim.ema=0.9"]
+    settings = [*engine("single"), *COMMON.get(which, []), AVERAGED]
     train(shards, folder / "one", steps, SingleProcessGroup(), settings=settings)
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
@@ -210,7 +228,9 @@ def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) ->
         run_distributed(arguments, world, timeout_s=1800, fork=True)
         for one in RUNS[which]:
             off = deviations(losses(below / one.name), wanted)
-            rows.append({"W": world, "run": one, "off": off, "ok": all(off[n] <= LIMITS[n] for n in off)})
+            average = off_average(below / one.name, folder / "one", steps)
+            ok = all(off[n] <= LIMITS[n] for n in off) and average <= AVERAGE_LIMIT
+            rows.append({"W": world, "run": one, "off": off, "average": average, "ok": ok})
     return rows
 
 
@@ -234,13 +254,14 @@ def main() -> None:
             args.golden.write_text(json.dumps({"losses": losses(folder / "one")}, indent=1) + "\n")
             return
         rows = run(shards, folder, args.steps, [int(w) for w in args.worlds.split(",")], args.runs)
-    print("| W | engine | resumed with | settings | first 10 steps | 50 steps |\n| - | - | - | - | - | - |")
+    print(
+        "| W | engine | resumed with | settings | first 10 steps | 50 steps | averages |\n| - | - | - | - | - | - | - |"
+    )
     for r in rows:
         one, off = r["run"], r["off"]
         shown = " | ".join(f"{off[n]:.1e}" if n in off else "" for n in LIMITS)
-        print(
-            f"| {r['W']} | {one.first} | {one.then} | {' '.join(one.settings)} | {shown} |{'' if r['ok'] else ' ABOVE LIMIT'}"
-        )
+        shown += f" | {r['average']:.1e} |{'' if r['ok'] else ' ABOVE LIMIT'}"
+        print(f"| {r['W']} | {one.first} | {one.then} | {' '.join(one.settings)} | {shown}")
     sys.exit(not all(r["ok"] for r in rows))
 
 

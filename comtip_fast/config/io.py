@@ -394,10 +394,6 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
             ),
         ),
         (
-            c.optim.ema is None or e.kind != "deepspeed" or e.zero_stage < 3,
-            "optim.ema: no rank holds all weights with ZeRO 3; use engine.zero_stage 0 to 2, or another engine",
-        ),
-        (
             c.train.checkpoint != "sharded" or (e.kind == "deepspeed" and e.zero_stage == 3 and not nvme),
             (
                 "train.checkpoint=sharded: needs engine.kind=deepspeed with engine.zero_stage=3, without offloading to nvme; "

@@ -69,7 +69,7 @@ class OptimConfig:
     ema: OpenShare | None = None
     """Decay per step of a moving average of the trained weights, e.g. 0.999; ``null`` keeps none. Validation, early stopping and
     the export then use the average instead of the weights of the last step. The average needs as much memory as the trained
-    weights. In step s, the decay is at most (1 + s) / (10 + s). Not available with ZeRO 3."""
+    weights; with ZeRO 3, every rank averages its own shard. In step s, the decay is at most (1 + s) / (10 + s)."""
     vision: VisionPartConfig = field(default_factory=VisionPartConfig)
     """The image encoder (``vision.*``)."""
     text: PartConfig = field(default_factory=PartConfig)

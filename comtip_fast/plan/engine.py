@@ -33,7 +33,7 @@ class EngineSpec:
     compiled: bool = False
     """Whether blocks are compiled (``engine.compile``), so that the host issues fewer operators than are counted."""
     ema: bool = False
-    """Whether every rank holds an average of the trained weights (``optim.ema``)."""
+    """Whether weights are averaged (``optim.ema``): every rank holds the average of the trained weights that it holds."""
 
     @property
     def precision(self) -> Precision:

@@ -72,7 +72,10 @@ def _optimizer(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
     if e.has_masters:
         rows.insert(0, MemoryRow("parameters, optimizer shard", shard, location, lasts=True))
     if e.ema:
-        rows.append(MemoryRow("averaged weights", s.trained * ELEMENT, lasts=True))
+        held = ranks if e.zero_stage == 3 else 1
+        # An average is in memory where its weights are, but never in files.
+        where = "device" if e.offload_param == "none" else "host"
+        rows.append(MemoryRow("averaged weights", s.trained * ELEMENT / held, where, lasts=True))
     return rows
 
 

@@ -41,8 +41,8 @@ ValidationResult = tuple[float, dict[str, float], dict[str, float]]
 """Score for early stopping (higher is better), its parts, and further numbers to log."""
 
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-"""Keys of the values of a parameter, and of its moments in AdamW's state."""
+WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
+"""Keys of the values of a parameter, of its moments in AdamW's state, and of its moving average (``optim.ema``)."""
 
 
 class PartSource(Protocol):

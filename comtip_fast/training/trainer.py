@@ -25,14 +25,11 @@ from comtip_fast.config.io import config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.runtime.garbage import collection_paused
-from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import Checkpoint
-from comtip_fast.training.checkpoint.parts.reader import ShardReader
-from comtip_fast.training.checkpoint.reading import AVERAGE, HeldReader, shared_reader
-from comtip_fast.training.checkpoint.resume import CHECKPOINTS, Found, find_checkpoint
+from comtip_fast.training.checkpoint.reading import HeldReader
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS, Found, find_checkpoint, restore_tensors
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
-from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.checkpoint.set_changes import further_sets
 from comtip_fast.training.distributed.failures import ADVICE, RestartError, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
@@ -202,7 +199,7 @@ class Trainer:
         )
         if found is None:
             self._freezing.apply(self.task.module, 1)
-            self._build_engine()
+            self._average.attach(self._build_engine().own_weights())
             return False
         self._restore(found)
         log.info("resumed from step %d", found.step)
@@ -333,8 +330,8 @@ class Trainer:
         p, cfg = self.progress, self.config.train
         what = f"validation after step {p.step}"
         self._watchdog.reset(what)
-        weights = self.engine.gathered_for_read(every_rank=True, wanted=self.task.is_validated)
-        with weights, self._average.applied(self.task.module):
+        averages = self._average.tensors()
+        with self.engine.gathered_for_read(every_rank=True, wanted=self.task.is_validated, averages=averages):
             self.task.module.eval()
             self._train_mode = False
             score, per_cohort, space = on_every_rank(
@@ -388,10 +385,8 @@ class Trainer:
         self.progress, module = RunState.from_plain(found.state), self.task.module
         self._freezing.apply(module, self.progress.step + 1)
         self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
-        if found.in_parts and self._saver.in_parts:
-            self._restore_own_parts(found.folder)
-        else:
-            self._restore_whole(found.folder)
+        own_parts, pause = found.in_parts and self._saver.in_parts, self._watchdog.paused
+        restore_tensors(found.folder, module, self._build_engine, self._average, self.group, pause, own_parts=own_parts)
         self.progress.reopen(self.config.train)
         self._extend(found.state["fingerprint"])
         set_random_state(found.state, self.device)
@@ -406,30 +401,11 @@ class Trainer:
         if self.progress.extensions:
             self.task.note_extensions(self.progress.extensions)
 
-    def _restore_whole(self, folder: Path) -> None:
-        """Restore weights and optimizer state, which rank 0 reads and sends one tensor at a time; a rank keeps what it owns."""
-        with shared_reader(checkpoints.open_reader, folder, self.group, self._watchdog.paused) as reader:
-            # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
-            load_weights(self.task.module, reader)
-            averages = reader.all_of(AVERAGE) if self.config.optim.ema is not None else ()
-            self._build_engine({name: average.to(self.device) for name, average in averages})
-            self.engine.restore(reader)
-
-    def _restore_own_parts(self, folder: Path) -> None:
-        """Restore weights and optimizer state from a checkpoint in parts, of which every rank reads the elements that it owns."""
-        with ShardReader(folder) as reader:
-            reader.check_fits(self.task.module)
-            reader.load_untrained(self.task.module)
-            self._build_engine()
-            assert self.engine.shards is not None
-            self.engine.shards.restore_weights(reader)
-            self.engine.restore(reader)
-
-    def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
-        """Build the engine for the current weights, and start their moving average, from ``averages`` of a checkpoint if given."""
+    def _build_engine(self) -> Engine:
+        """Build the engine for the current weights, and return it."""
         self.engine = make_engine(self.task.module, self.config, self.group)
         self._train_mode = False
-        self._average.attach(self.engine.module, averages)
+        return self.engine
 
     def _thaw(self, step: int) -> None:
         """Build the engine again with the parameters that are trained in ``step``, and restore its optimizer state."""
@@ -438,7 +414,7 @@ class Trainer:
             self.engine.close()
             gc.collect()  # DDP's wrapper and its buckets refer to each other
             self._freezing.apply(self.task.module, step)
-            self._build_engine()
+            self._average.attach(self._build_engine().own_weights())
         self.engine.restore(HeldReader(Checkpoint({}, state, {})))
         frozen = len(self._freezing.frozen_at(step))
         log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
@@ -457,7 +433,7 @@ class Trainer:
 
     def _export_best(self) -> None:
         """Write the export of the best weights, or of the last weights if no validation had a score."""
-        with self.engine.gathered_for_read(), self._average.applied(self.task.module):
+        with self.engine.gathered_for_read(averages=self._average.tensors()):
             self._on_rank_zero(self._write_export)
 
     def _write_export(self) -> None:

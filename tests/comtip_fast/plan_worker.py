@@ -76,6 +76,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
     from comtip_fast.training.engines.torch import TorchEngine
     from comtip_fast.training.grad_cache import forward_backward
     from comtip_fast.training.task import build_task
+    from comtip_fast.training.update.ema import WeightAverage
     from tests.comtip_fast.plan_measure import SavedTensors
 
     config = load_config(None, [*overrides, f"data.shards={shards}"])
@@ -89,6 +90,8 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
 
         # DDP calls its collectives from C++; a hook calls them from Python, where they are counted.
         engine._step.register_comm_hook(None, allreduce_hook)
+    average = WeightAverage(config.optim.ema)
+    average.attach(engine.own_weights())
     SENT.clear()
     out: dict[str, Any] = {
         "name": name,
@@ -111,6 +114,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
         if step == 3:
             out["after_backward"] = live() - before
         engine.update(True)
+        average.update(step)
     COUNTING[0] = False
     out["after_step"] = live() - before
     out["sent"] = dict(SENT)

@@ -1,9 +1,12 @@
 """One of several ranks that train a stand-in under ZeRO 3 with checkpoints in parts; used by test_sharded_checkpoints.py.
 
 sharded_worker.py FOLDER train NAME=OVERRIDE;OVERRIDE ...    train into FOLDER/NAME. A run whose name ends with ``-stopped`` is
-                                                             stopped by a signal to the last rank at step 6, and resumed; that
-                                                             of the name ``full`` fails to write the last rank's part of step 8
+                                                             stopped by a signal to the last rank at step 6, and resumed; if it
+                                                             begins with ``late``, it averages from then on. That of the name
+                                                             ``full`` fails to write the last rank's part of step 8
 sharded_worker.py FOLDER load NAME                           resume FOLDER/NAME and write what was loaded to FOLDER/loaded
+
+Runs average their weights. The validation of step 8 has the best score, that of step 12 the score of the weights.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ STEPS, STOP = 12, 6
 ZERO3 = ["engine.kind=deepspeed", "engine.zero_stage=3"]
 SETTINGS = [
     f"train.steps={STEPS}",
-    "train.validate_every=0",
+    "train.validate_every=4",
     "train.checkpoint_every=4",
     "train.keep_checkpoints=2",
     "optim.weight_decay=0.1",
+    "optim.ema=0.8",
 ]
 
 
@@ -55,6 +59,7 @@ class Sharded(StandIn):
         super().__init__(*args)  # type: ignore[arg-type]
         torch.manual_seed(3)
         self.module = Net()
+        self.scores = {4: 1.0, 8: 2.0}
 
     def losses(self, module: Net, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         x, y = batch
@@ -102,13 +107,17 @@ def fill_the_disk(folder: Path, settings: list[str], group: Group) -> None:
 
 
 def load(folder: Path, name: str, group: Group) -> None:
-    """Resume a run without a step, and write weights, buffers and optimizer state, gathered, to a file."""
+    """Resume a run without a step, and write weights, buffers, optimizer state and averages, gathered, to a file."""
     trainer = trainer_of(folder / name, ["train.steps=40"], group)
     assert trainer._saver.in_parts or group.size == 1
     trainer._start(resume=True)
     optim = trainer.engine.optimizer_state(every_rank=True)
     with trainer.engine.gathered_for_read():
         weights = {f"model/{k}": v.clone() for k, v in trainer.task.module.state_dict().items()}
+    averages = trainer._average.tensors()
+    with trainer.engine.gathered_for_read(averages=averages):
+        named = trainer.task.module.named_parameters()
+        weights |= {f"ema/{k}": p.detach().clone() for k, p in named if k in averages}
     if group.rank == 0:
         save_file(weights | {f"optim/{k}": v for k, v in optim.items()}, folder / "loaded")
 
@@ -129,7 +138,8 @@ def main(folder: Path, what: str, arguments: list[str]) -> None:
             if name == "full":
                 fill_the_disk(folder / name, settings, group)
             if name.endswith("-stopped"):
-                assert trainer_of(folder / name, settings, group, STOP).fit().step == STOP
+                first = [*settings, "optim.ema=null"] if name.startswith("late") else settings
+                assert trainer_of(folder / name, first, group, STOP).fit().step == STOP
             trainer_of(folder / name, settings, group).fit(resume=True)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from comtip_shards import ShardSet
 
 from comtip_fast.collectives import SingleProcessGroup, counts_of, share_of
@@ -174,13 +173,6 @@ def test_runs_give_the_curve_of_one_process_and_resume_with_another_engine(tiny_
     assert export_checkpoint(parts, "newest", tmp_path / "newest", str(tiny_shards.path)) == 12
     exports = [(folder / "model.safetensors").read_bytes() for folder in (parts / "export", tmp_path / "newest")]
     assert exports[0] == exports[1]
-    # The average of two ranks is that of one process.
-    averages = [
-        checkpoint.load(checkpoint.folder_of(folder / "checkpoints", 12)).ema
-        for folder in (tmp_path / "one", tmp_path / "2" / curves.QUICK[0].name)
-    ]
-    assert averages[0].keys() == averages[1].keys()
-    assert all(torch.allclose(a, averages[1][name], rtol=1e-3, atol=1e-5) for name, a in averages[0].items())
     # One process resumes the run of two ZeRO ranks, which resumed that of two ranks of another engine.
     other = tmp_path / "2" / curves.QUICK[-1].name
     checkpoint.delete(checkpoint.folder_of(other / "checkpoints", 12))

@@ -46,7 +46,8 @@ def write(root: Path, step: int) -> Path:
     written = []
     for rank in range(2):
         own = torch.arange(4.0) + 4 * rank + 100 * step
-        parts = [ParameterPart("a", (8,), 4 * rank, {"weight": own, "exp_avg": own, "exp_avg_sq": own}, float(step))]
+        tensors = {key: own.clone() for key in ("weight", "exp_avg", "exp_avg_sq", "average")}
+        parts = [ParameterPart("a", (8,), 4 * rank, tensors, float(step))]
         written.append(write_part(folder, part_of_rank(rank, parts, {}, copy=True)))
     state = RunState(step=step, validated=step).as_plain() | random_state(CPU)
     state |= {"config": config_to_dict(config_of()), "fingerprint": FINGERPRINT}
@@ -60,11 +61,10 @@ def resume(run: Path) -> tuple[int, list[float]]:
     assert found is not None
     assert found.in_parts
     with ShardReader(found.folder) as reader:
-        weights, moments = (reader.read("a", key, 0, 8) for key in ("weight", "exp_avg"))
-    assert weights is not None
-    assert moments is not None
-    assert torch.equal(weights, moments)
-    return found.step, weights.tolist()
+        values = [reader.read("a", key, 0, 8) for key in ("weight", "exp_avg", "average")]
+    lists = [[] if value is None else value.tolist() for value in values]
+    assert lists[0] == lists[1] == lists[2]
+    return found.step, lists[0]
 
 
 def weights_of(step: int) -> list[float]:
@@ -177,6 +177,7 @@ CASES = {
         rf"{SECOND}: {INDEX} and {SUMS} state different hashes",
     ),
     "a bit of a part": Case(data(SECOND, lambda raw: raw[:-1] + b"\xff"), rf"{SECOND}: the SHA-256 differs"),
+    "a value of an average": Case(tensors(lambda t: t["average/a"][0].add_(1)), rf"{SECOND}: the SHA-256 differs"),
     "parts swapped": Case(swap, rf"{FIRST}: the SHA-256 differs"),
     "parts swapped, with hashes": Case(then(swap, rehash), rf"{FIRST}: {INDEX} and {SUMS} state different hashes"),
     "a part of another step": Case(foreign(SECOND), rf"{SECOND}: the SHA-256 differs"),
@@ -236,6 +237,10 @@ CASES = {
         then(tensors(lambda t: (t.pop("exp_avg/a"), t.update(x=torch.ones(4)))), everywhere),
         rf"{SECOND}: no tensor",
     ),
+    "an average less, with all hashes": Case(
+        then(tensors(lambda t: (t.pop("average/a"), t.update(x=torch.ones(4)))), everywhere),
+        rf"{SECOND}: no tensor 'average/a'",
+    ),
     "a tensor of another type, with all hashes": Case(
         then(tensors(lambda t: t.update({"weight/a": t["weight/a"].double()})), everywhere),
         rf"{SECOND}: weight/a is F64",
@@ -247,6 +252,11 @@ CASES = {
     "a value that is not finite, with all hashes": Case(
         then(tensors(lambda t: t["weight/a"].fill_(float("inf"))), everywhere),
         rf"{SECOND}: weight/a holds values",
+        back=False,
+    ),
+    "an average that is not finite, with all hashes": Case(
+        then(tensors(lambda t: t["average/a"].fill_(float("nan"))), everywhere),
+        rf"{SECOND}: average/a holds values",
         back=False,
     ),
 }

@@ -50,6 +50,7 @@ CASES = {
     "DDP, replicated table, strata": ["engine.shard_table=false", "loss.paat.mode=strata"],
     "DDP, micro-batches": ["engine.micro_batches=3"],
     **{f"ZeRO {n}": ["engine.kind=deepspeed", f"engine.zero_stage={n}"] for n in range(4)},
+    "ZeRO 3, averaged weights": ["engine.kind=deepspeed", "engine.zero_stage=3", "optim.ema=0.9"],
     "ZeRO 2, micro-batches": ["engine.kind=deepspeed", "engine.zero_stage=2", "engine.micro_batches=3"],
     **{
         f"ZeRO 3, {n} micro-batches": ["engine.kind=deepspeed", "engine.zero_stage=3", f"engine.micro_batches={n}"]
@@ -130,5 +131,6 @@ def test_every_collective_is_counted(case: str, measured: dict[str, dict[str, An
 def test_sharding_and_checkpointing_reduce_memory(measured: dict[str, dict[str, Any]]):
     after_step = {case: found["after_step"] for case, found in measured.items()}
     assert after_step["ZeRO 0"] > after_step["ZeRO 1"]
+    assert after_step["ZeRO 3, averaged weights"] > after_step["ZeRO 3"]
     assert measured["DDP"]["saved"] < measured["DDP, replicated table, strata"]["saved"]
     assert measured["DDP, ring, checkpointing"]["saved"] < measured["DDP"]["saved"] / 2

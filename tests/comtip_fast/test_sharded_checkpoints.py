@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,8 @@ from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.distributed.failures import RestartError
 from comtip_fast.training.engines.base import ParameterPart
 from testkit.distributed import run_distributed
+from tests.comtip_fast.sharded_worker import Net, Sharded, trainer_of
+from tests.comtip_fast.trainer_standin import config_of
 
 WORKER = str(Path(__file__).with_name("sharded_worker.py"))
 STATE = {"step": 5, "best_score": None}
@@ -48,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"waiting-stopped={small};train.async_checkpoint=false",
         f"whole-stopped={small};train.checkpoint=whole",
         f"full={small}",
+        f"late-stopped={small};train.checkpoint_every=1;train.keep_checkpoints=99",
     ]
     run_distributed([WORKER, str(folder), "train", *names], 2, timeout_s=280, fork=True)
     return folder
@@ -58,7 +62,12 @@ def last(run: Path) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows_of(run, "train")]
+
+
+def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
 
 
 @pytest.mark.parametrize("name", ["parts", "parts-stopped", "waiting-stopped", "whole-stopped", "full"])
@@ -67,7 +76,7 @@ def test_a_run_that_saves_parts_or_resumes_from_them_has_the_same_bits(runs: Pat
     exports = [(runs / run / "export" / "model.safetensors").read_bytes() for run in (name, "whole")]
     assert exports[0] == exports[1]
     saved, wanted = (checkpoints.load(last(runs / run)) for run in (name, "whole"))
-    for found, other in ((saved.model, wanted.model), (saved.optim, wanted.optim)):
+    for found, other in ((saved.model, wanted.model), (saved.optim, wanted.optim), (saved.ema, wanted.ema)):
         assert found.keys() == other.keys()
         assert all(torch.equal(found[k], other[k]) and found[k].dtype == other[k].dtype for k in found)
 
@@ -85,6 +94,8 @@ def test_every_rank_writes_its_part_only(runs: Path) -> None:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     first, second = (load_file(folder / f"part_0000{rank}.safetensors") for rank in range(2))
     assert first["weight/body.0.weight"].shape == second["exp_avg/body.0.weight"].shape == (14,)
+    assert second["average/body.0.weight"].shape == (14,)
+    assert not any(key.startswith("average/frozen") for key in first)
     assert (first["exp_avg/body.1.bias"].numel(), second["exp_avg/body.1.bias"].numel()) == (4, 3)
     assert "weight/body.3.bias" not in second  # its only element is in the first part
     assert first["buffer/count"] == 12
@@ -99,8 +110,52 @@ def test_another_number_of_ranks_loads_the_same_bits(runs: Path, tmp_path: Path,
     run_distributed([WORKER, str(tmp_path), "load", "parts"], world, timeout_s=200, fork=True)
     saved, loaded = checkpoints.load(last(runs / "parts")), load_file(tmp_path / "loaded")
     wanted = {f"model/{k}": v for k, v in saved.model.items()} | {f"optim/{k}": v for k, v in saved.optim.items()}
+    wanted |= {f"ema/{k}": v for k, v in saved.ema.items()}
     assert loaded.keys() == wanted.keys()
     assert all(torch.equal(loaded[k], wanted[k]) for k in wanted)
+
+
+def test_averages_are_those_of_one_process_and_resume_in_it(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    single = ["engine.kind=single"]
+    trainer_of(tmp_path / "one", single, SingleProcessGroup()).fit()
+    one, saved = (checkpoints.load(last(run)) for run in (tmp_path / "one", runs / "parts"))
+    assert saved.ema.keys() == one.ema.keys() == {name for name, p in Net().named_parameters() if p.requires_grad}
+    for name, average in one.ema.items():
+        assert torch.allclose(saved.ema[name], average, rtol=1e-4, atol=1e-6), name
+        assert not torch.equal(saved.ema[name], saved.model[name]), name
+    for name in ("parts", "whole"):
+        shutil.copytree(runs / name, tmp_path / name)
+        trainer = trainer_of(tmp_path / name, [*single, "train.steps=40"], SingleProcessGroup())
+        trainer._start(resume=True)
+        resumed = trainer._average.tensors()
+        assert resumed.keys() == saved.ema.keys()
+        assert all(torch.equal(average, saved.ema[name]) for name, average in resumed.items())
+
+
+def test_averages_of_a_checkpoint_without_any_start_with_its_weights(runs: Path) -> None:
+    steps = [checkpoints.load(checkpoints.folder_of(runs / "late-stopped/checkpoints", step)) for step in range(6, 13)]
+    assert not steps[0].ema
+    wanted = {name: steps[0].model[name].double() for name in steps[-1].ema}
+    for step, saved in enumerate(steps[1:], start=7):
+        decay = min(0.8, (1 + step) / (10 + step))
+        wanted = {name: decay * w + (1 - decay) * saved.model[name].double() for name, w in wanted.items()}
+        assert all(torch.allclose(saved.ema[name].double(), w, rtol=1e-5, atol=1e-7) for name, w in wanted.items())
+
+
+@pytest.mark.parametrize("name", ["parts", "whole"])
+def test_a_validation_uses_the_averages_and_the_best_ones_are_exported(runs: Path, name: str) -> None:
+    saved, best = (checkpoints.load(checkpoints.folder_of(runs / name / "checkpoints", step)) for step in (12, 8))
+    task = Sharded(config_of())
+    task.module.load_state_dict(saved.model | saved.ema)
+    task.module.eval()
+    row = rows_of(runs / name, "valid")[-1]
+    assert (row["step"], row["weights"]) == (12, "ema")
+    assert row["score"] == pytest.approx(task.validation_share(lambda _: None), rel=1e-6)
+    exported = load_file(runs / name / "export" / "model.safetensors")
+    assert all(torch.equal(exported[k], v) for k, v in (best.model | best.ema).items())
 
 
 # -- checkpoints of two parts, written here -----------------------------------------------------------------
@@ -195,7 +250,10 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "an overlap of slices": (change("parameters", 0, "slices", 0, "length", to=5), "gaps or overlaps"),
     "a slice less": (lambda index: index["parameters"][0]["slices"].pop(), "do not cover"),
     "a name twice": (change("parameters", 1, "name", to="a"), "listed twice"),
-    "a moment without weights": (change("parameters", 0, "keys", to=["exp_avg"]), "are not weight and moments"),
+    "a moment without weights": (
+        change("parameters", 0, "keys", to=["exp_avg"]),
+        "are not weight, moments and average",
+    ),
     "a key of nothing known": (change("parameters", 0, "keys", to=["weight", "pickle"]), r"keys\.1: "),
     "a negative number of steps": (change("parameters", 0, "step", to=-1.0), r"step: "),
     "more bytes than a file has": (change("files", 1, "bytes", to=10**9), "but the index states 1000000000"),

@@ -1,4 +1,4 @@
-"""ZeRO 3: the update of the EMA teacher sends nothing, and a validation gathers only what it reads."""
+"""ZeRO 3: updates of the EMA teacher and of averaged weights send nothing, and a validation gathers only what it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comtip_shards import ShardSet
 from testkit.distributed import run_distributed
 
 WORKER = str(Path(__file__).with_name("zero3_worker.py"))
-CHECKS = ["teacher", "validation"]
+CHECKS = ["teacher", "validation", "average"]
 
 
 @pytest.mark.parametrize(

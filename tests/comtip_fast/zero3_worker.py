@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.task import CoMTIPTask, build_task
+from comtip_fast.training.update.ema import WeightAverage
 
 CPU = torch.device("cpu")
 ZERO3 = ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.persist_elements=100", "optim.clip=1.0"]
@@ -76,10 +78,21 @@ def teacher(config: RunConfig, group: Group, folder: Path) -> None:
 def validation(config: RunConfig, group: Group, folder: Path) -> None:
     """A validation gathers every weight that it reads once, and no other, and frees them."""
     task = task_of(config, group)
-    sizes = {name: p.numel() for name, p in task.module.named_parameters()}
+    sizes = sizes_of(task)
     engine = make_engine(task.module, config, group)
     with Count(group.size) as sent, engine.gathered_for_read(every_rank=True, wanted=task.is_validated):
         task.validation_share(lambda what: None)
+    assert_gathered_once(task, sizes, sent, group)
+    assert_freed(task)
+
+
+def sizes_of(task: CoMTIPTask) -> dict[str, int]:
+    """Return the number of elements of every parameter, before ZeRO 3 takes them."""
+    return {name: p.numel() for name, p in task.module.named_parameters()}
+
+
+def assert_gathered_once(task: CoMTIPTask, sizes: dict[str, int], sent: Count, group: Group) -> None:
+    """Check that every weight that a validation reads was gathered once, and no other."""
     # Every rank sends its part, which is padded; small weights may be gathered already.
     read = {name: n for name, n in sizes.items() if task.is_validated(name)}
     most = sum(4 * -(-n // group.size) * (group.size - 1) for n in read.values())
@@ -87,11 +100,54 @@ def validation(config: RunConfig, group: Group, folder: Path) -> None:
     found = sum(sent.bytes.get(kind, 0) for kind in ("_allgather_base", "allgather"))
     assert least <= found <= most, (least, found, most)
     assert sum(sizes.values()) > sum(read.values())
+
+
+def assert_freed(task: CoMTIPTask) -> None:
+    """Check that the task's module holds no trained weight."""
     left = [n for n, p in task.module.named_parameters() if p.requires_grad and p.untyped_storage().nbytes()]
     assert not left, left
 
 
-CHECKS: list[Callable[[RunConfig, Group, Path], None]] = [teacher, validation]
+def average(config: RunConfig, group: Group, folder: Path) -> None:
+    """Averages are updated without sending; a validation reads them, and neither it nor an error in it changes the weights."""
+    task = task_of(config, group)
+    sizes = sizes_of(task)
+    engine = make_engine(task.module, config, group)
+    decay, ema = 0.3, WeightAverage(0.3)
+    ema.attach(engine.own_weights())
+    wanted = {name: w.double() for name, w in gathered(task, engine).items()}
+    for step in (1, 2, 3):
+        engine.module.train()
+        engine.start_step(1e-2)
+        forward_backward(engine, task, task.batch(task.batches(0)[0], step, 0), 1)
+        engine.update(True)
+        with Count(group.size) as sent:
+            ema.update(step)
+            ema.update(step + 1, torch.tensor(False))  # a step that was skipped on the device
+        assert sent.total == 0, sent.bytes
+        d = min(decay, (1 + step) / (10 + step))
+        wanted = {name: d * wanted[name] + (1 - d) * w for name, w in gathered(task, engine).items()}
+    before, own = gathered(task, engine), {name: a.clone() for name, a in ema.tensors().items()}
+    trained = {name for name, p in task.module.named_parameters() if p.requires_grad}
+    assert own.keys() == trained
+    assert sum(a.numel() for a in own.values()) < 0.6 * sum(sizes[name] for name in trained)
+    reads = {"every_rank": True, "wanted": task.is_validated, "averages": ema.tensors()}
+    with Count(group.size) as sent, engine.gathered_for_read(**reads):
+        task.validation_share(lambda what: None)
+        found, moved = state_of(task), 0
+    for name in filter(task.is_validated, trained):
+        assert torch.allclose(found[name].double(), wanted[name], rtol=1e-5, atol=1e-7), name
+        moved += not torch.equal(found[name], before[name])
+    assert moved > len(own) / 2, moved
+    assert_gathered_once(task, sizes, sent, group)
+    with contextlib.suppress(KeyError), engine.gathered_for_read(**reads):
+        raise KeyError
+    assert_freed(task)
+    assert_equal(gathered(task, engine), before)
+    assert_equal(ema.tensors(), own)
+
+
+CHECKS: list[Callable[[RunConfig, Group, Path], None]] = [teacher, validation, average]
 SHARDS: list[str] = []
 
 

@@ -21,10 +21,10 @@ from comtip_fast.collectives import Group
 from comtip_fast.training.checkpoint.content import DELETE, Checkpoint, CheckpointError
 from comtip_fast.training.checkpoint.tensor_file import Stored, TensorFile, pieces
 from comtip_fast.training.distributed.process_group import Pause, broadcast_into, on_rank_zero
-from comtip_fast.training.protocol import MOMENTS, WEIGHT
+from comtip_fast.training.protocol import AVERAGE, MOMENTS, WEIGHT
 
-AVERAGE, STEP = "average", "step"
-"""Keys of a parameter's moving average and of its number of optimizer steps; its other keys are ``weight`` and the moments."""
+STEP = "step"
+"""Key of a parameter's number of optimizer steps; its other keys are those of :mod:`.protocol`."""
 
 
 @dataclass

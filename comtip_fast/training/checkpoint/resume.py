@@ -1,28 +1,33 @@
-"""Choice of the checkpoint to resume from, and preparation of the run folder."""
+"""Choice of the checkpoint to resume from, preparation of the run folder, and restoring of the tensors."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from comtip_shards.storage.atomic import write_atomic
+from torch import nn
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.io import dump_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.content import CheckpointError
+from comtip_fast.training.checkpoint.parts.reader import ShardReader
+from comtip_fast.training.checkpoint.reading import shared_reader
 from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
-from comtip_fast.training.checkpoint.schema import check_state
+from comtip_fast.training.checkpoint.schema import check_state, load_weights
 from comtip_fast.training.checkpoint.set_changes import first_sets
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.distributed.process_group import Pause, on_rank_zero
+from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.protocol import TrainingError
+from comtip_fast.training.update.ema import WeightAverage
 
 log = logging.getLogger("comtip_fast")
 CHECKPOINTS = "checkpoints"
@@ -179,3 +184,54 @@ def prepare_run_folder(
     for name in (NONFINITE, SPIKES):
         keep_rows_up_to(run_dir / name, step)
     return Found(step, chosen, state, checkpoints.is_in_parts(chosen))
+
+
+def restore_tensors(
+    folder: Path,
+    module: nn.Module,
+    build: Callable[[], Engine],
+    average: WeightAverage,
+    group: Group,
+    pause: Pause,
+    *,
+    own_parts: bool,
+) -> None:
+    """Restore weights, averages and optimizer state; a collective call. A rank keeps what its engine owns.
+
+    Parameters
+    ----------
+    folder
+        Folder of the checkpoint.
+    module
+        Module of the task.
+    build
+        Builds the engine for the weights of ``module``, and returns it.
+    average
+        Moving average of the weights, which starts here.
+    group, pause
+        See :func:`.process_group.on_rank_zero`.
+    own_parts
+        Whether every rank reads the elements that it owns from a checkpoint in parts. Otherwise rank 0 reads, and sends one tensor
+        at a time.
+
+    Raises
+    ------
+    CheckpointError, TrainingError
+        A tensor does not fit the model, is not finite or cannot be read.
+    """
+    if own_parts:
+        with ShardReader(folder) as parts:
+            parts.check_fits(module)
+            parts.load_untrained(module)
+            engine = build()
+            assert engine.shards is not None
+            engine.shards.restore_weights(parts)
+            average.attach(engine.own_weights(), parts)
+            engine.restore(parts)
+        return
+    with shared_reader(checkpoints.open_reader, folder, group, pause) as reader:
+        # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
+        load_weights(module, reader)
+        engine = build()
+        average.attach(engine.own_weights(), reader)
+        engine.restore(reader)

@@ -74,10 +74,11 @@ class CheckpointSaver:
         """Whether this rank writes its part of a checkpoint."""
         return self._parts.writing
 
-    def save(self, progress: RunState, engine: Engine, ema: dict[str, Tensor]) -> None:
+    def save(self, progress: RunState, engine: Engine, averages: dict[str, Tensor]) -> None:
         """Write a full checkpoint of weights, optimizer state and averaged weights, then delete old ones.
 
         If a thread writes, this method returns when the tensors are copied, and a later call raises errors of the writing.
+        ``averages`` are those of the elements that this rank owns (:meth:`.ema.WeightAverage.tensors`).
 
         Raises
         ------
@@ -88,11 +89,20 @@ class CheckpointSaver:
             rank that does not find it, :class:`TrainingError` on the others.
         """
         if self.in_parts:
-            self._parts.start(progress.step, engine, self._state(progress, engine), self._prune(progress))
+            self._parts.start(progress.step, engine, self._state(progress, engine), self._prune(progress), averages)
             return
-        optim = engine.optimizer_state()
+        optim, ema = engine.optimizer_state(), self._whole(engine, averages)
         with engine.gathered_for_read():
             on_rank_zero(lambda: self._save_whole(progress, engine, optim, ema), self.group, self._pause)
+
+    def _whole(self, engine: Engine, averages: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole averages on rank 0, in host memory if the engine divides parameters over ranks; a collective call."""
+        if engine.shards is None:
+            return averages
+        with engine.gathered_for_read(wanted=averages.__contains__, averages=averages):
+            if self.group.rank > 0:
+                return {}
+            return {name: p.detach().cpu() for name, p in self.task.module.named_parameters() if name in averages}
 
     def complete(self) -> None:
         """Wait until the parts of the checkpoint in flight, if there is one, are written on all ranks, and publish it."""

@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from torch import nn
 
 from comtip_fast.training.checkpoint.content import DELETE, MISFIT, CheckpointError
-from comtip_fast.training.checkpoint.reading import AVERAGE, STEP, TensorReader
-from comtip_fast.training.protocol import MOMENTS, WEIGHT
+from comtip_fast.training.checkpoint.reading import STEP, TensorReader
+from comtip_fast.training.protocol import AVERAGE, MOMENTS, WEIGHT
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=1 << 20)]

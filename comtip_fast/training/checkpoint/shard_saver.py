@@ -6,12 +6,12 @@ Threads of different ranks do not communicate. The ranks agree at the end of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from comtip_fast.collectives import Group
 from comtip_fast.training.checkpoint import store as checkpoints
@@ -20,7 +20,8 @@ from comtip_fast.training.checkpoint.content import CheckpointError
 from comtip_fast.training.checkpoint.parts.reader import buffer_names
 from comtip_fast.training.checkpoint.parts.writer import RankPart, Written, index_of, part_of_rank, write_part
 from comtip_fast.training.distributed.process_group import Pause, on_every_rank, on_rank_zero
-from comtip_fast.training.engines.base import Engine
+from comtip_fast.training.engines.base import Engine, ParameterPart
+from comtip_fast.training.protocol import AVERAGE, WEIGHT
 
 
 @dataclass
@@ -60,8 +61,15 @@ class ShardSaver:
         """Whether this rank's part is being written."""
         return self._in_flight is not None and self.writer.busy
 
-    def start(self, step: int, engine: Engine, state: dict[str, Any], prune: Callable[[], None]) -> None:
-        """Write this rank's part of the weights and the optimizer state; with ``background``, copy it and start to write the copy.
+    def start(
+        self,
+        step: int,
+        engine: Engine,
+        state: dict[str, Any],
+        prune: Callable[[], None],
+        averages: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write this rank's part of weights, optimizer state and averages; with ``background``, copy it and start to write the copy.
 
         A previous checkpoint is completed first.
 
@@ -75,6 +83,8 @@ class ShardSaver:
             Content of ``state.json``.
         prune
             Deletes old checkpoints; called on rank 0 when the checkpoint is complete.
+        averages
+            This rank's part of the averaged weights (:meth:`.ema.WeightAverage.tensors`); None without averages.
 
         Raises
         ------
@@ -86,7 +96,7 @@ class ShardSaver:
         """
         self.complete()
         name = on_rank_zero(lambda: self._new_folder(step), self.group, self.pause)
-        part = _part_of(engine, self.group.rank, copy=self.background)
+        part = _part_of(engine, self.group.rank, averages or {}, copy=self.background)
         job = _InFlight(step, self.root / name, state)
         self._in_flight, self._prune = job, prune
         if self.background:
@@ -140,9 +150,17 @@ class ShardSaver:
             work()
 
 
-def _part_of(engine: Engine, rank: int, *, copy: bool) -> RankPart:
-    """Return what this rank writes of the engine's module."""
+def _part_of(engine: Engine, rank: int, averages: Mapping[str, Tensor], *, copy: bool) -> RankPart:
+    """Return what this rank writes of the engine's module and of the averages."""
     assert engine.shards is not None
     module: nn.Module = engine.module
     buffers = {name: module.get_buffer(name) for name in buffer_names(module)} if rank == 0 else {}
-    return part_of_rank(rank, engine.shards.parts(), buffers, copy=copy)
+    parts = (_with_average(part, averages.get(part.name)) for part in engine.shards.parts())
+    return part_of_rank(rank, parts, buffers, copy=copy)
+
+
+def _with_average(part: ParameterPart, average: Tensor | None) -> ParameterPart:
+    """Add the average of a part, which may be padded; a parameter that has always been frozen has none."""
+    if average is None:
+        return part
+    return replace(part, tensors=part.tensors | {AVERAGE: average[: part.tensors[WEIGHT].numel()]})

@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
-A checkpoint of a sharded model can have one file per rank and an index instead of the first two files: :mod:`.parts.index`.
+A checkpoint of a sharded model can have one file per rank and an index instead of the files of tensors: :mod:`.parts.index`.
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
 process. When a run resumes, checkpoints newer than the newest valid one are renamed to ``damaged_step_*`` and kept for inspection.
@@ -38,16 +38,16 @@ from comtip_fast.training.checkpoint.content import (
 )
 from comtip_fast.training.checkpoint.parts.index import INDEX, ShardIndex, part_name, read_index
 from comtip_fast.training.checkpoint.parts.reader import ShardReader
-from comtip_fast.training.checkpoint.reading import AVERAGE, STEP, FileReader, LocalReader
+from comtip_fast.training.checkpoint.reading import STEP, FileReader, LocalReader
 from comtip_fast.training.distributed.failures import ADVICE, RestartError
-from comtip_fast.training.protocol import MOMENTS, WEIGHT
+from comtip_fast.training.protocol import AVERAGE, MOMENTS, WEIGHT
 
 log = logging.getLogger("comtip_fast")
 T = TypeVar("T")
 FORMAT, VERSION = "comtip-checkpoint", 1
 FILES = ("model.safetensors", "optim.safetensors", STATE)
 EMA = "ema.safetensors"
-"""File of the averaged weights; only in checkpoints of runs with ``optim.ema``."""
+"""File of the averaged weights; only in whole checkpoints of runs with ``optim.ema``."""
 __all__ = ["Checkpoint", "CheckpointError"]
 
 

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -139,3 +140,21 @@ def create_moments(
             zero_optimizer._optimizer_states_and_gradient_swap_out(i)
     if not partitioned:
         zero_optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def is_in_file(parameter: Any) -> bool:
+    """Return whether ZeRO 3 keeps the shard of a parameter in a file between steps (NVMe); small ones stay in memory."""
+    return parameter.ds_tensor.final_location is not None
+
+
+@contextmanager
+def loaded_shard(parameter: Any) -> Iterator[None]:
+    """Read this rank's shard of a parameter, ``ds_tensor``, from its file for the block, unless it is in memory."""
+    reads = parameter.ds_tensor.status.name == "NOT_AVAILABLE"
+    if reads:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    try:
+        yield
+    finally:
+        if reads:
+            parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])

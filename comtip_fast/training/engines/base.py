@@ -6,7 +6,7 @@ that the hooks of DDP and ZeRO run, and passes this rank's *share* of the loss: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.runtime.weight_casts import ParameterNames, cast_together, linear_parameters
 from comtip_fast.training.protocol import PartSource
+from comtip_fast.training.update.ema import OwnWeights
 from comtip_fast.training.update.spikes import SpikeLimit
 
 
@@ -55,8 +56,8 @@ class ParameterPart:
     start: int
     """Index of the first own element in the flattened parameter."""
     tensors: dict[str, Tensor]
-    """``weight`` and, for a trained parameter, the moments; 1-D, of equal length, without padding. They may be live tensors of the
-    engine."""
+    """``weight``, for a trained parameter the moments, and in a checkpoint the average, if there is one; 1-D, of equal length, without
+    padding. They may be live tensors of the engine."""
     step: float | None = None
     """Number of optimizer steps; None for a frozen parameter."""
 
@@ -121,12 +122,28 @@ class Engine(Protocol):
         """
         ...
 
+    def own_weights(self) -> Iterator[OwnWeights]:
+        """Yield what this rank owns of every parameter, for averaging; not a collective call."""
+        ...
+
     def gathered_for_read(
-        self, *, every_rank: bool = False, wanted: Callable[[str], bool] = lambda name: True
+        self,
+        *,
+        every_rank: bool = False,
+        wanted: Callable[[str], bool] = lambda name: True,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> AbstractContextManager[Any]:
         """Return a context in which rank 0, or every rank, can read the weights in the task's module; a collective call.
 
-        If the engine divides parameters over ranks, only parameters whose name ``wanted`` accepts are gathered.
+        Parameters
+        ----------
+        every_rank
+            Whether every rank reads; otherwise only rank 0.
+        wanted
+            If the engine divides parameters over ranks, only parameters whose name it accepts are gathered.
+        averages
+            Averages of the elements that this rank owns (:meth:`.ema.WeightAverage.tensors`), which are read instead of the
+            weights; the training weights are unchanged after the context. None reads the weights.
         """
         ...
 

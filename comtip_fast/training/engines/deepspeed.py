@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ from comtip_fast.training.engines.base import Shards, StepModule, Update, autoca
 from comtip_fast.training.engines.zero3_shards import Zero3Shards
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import MOMENTS, PartSource, TrainingError
+from comtip_fast.training.update.ema import OwnWeights, exchanged, whole_weights
 from comtip_fast.training.update.spikes import SpikeLimit
 
 log = logging.getLogger("comtip_fast")
@@ -126,7 +127,7 @@ class DeepSpeedEngine:
             )
         self.shards: Shards | None = None
         if self.stage == 3:
-            self.shards = Zero3Shards(self.module, self._deepspeed.utils, group.rank, self._steps_by_name)
+            self.shards = Zero3Shards(self.module, self._deepspeed.utils, group, self._steps_by_name)
         skips = bool(self.stage) and config.optim.spike.policy == "skip"
         self._norm_limit = internals.NormLimit(self._engine.optimizer, self.stage) if skips else None
 
@@ -190,24 +191,37 @@ class DeepSpeedEngine:
         assert isinstance(self.shards, Zero3Shards)
         return self.shards.elementwise()
 
+    def own_weights(self) -> Iterator[OwnWeights]:
+        """See :meth:`.base.Engine.own_weights`; ZeRO 0 to 2 keep whole weights on every rank."""
+        return self.shards.own_weights() if isinstance(self.shards, Zero3Shards) else whole_weights(self.module)
+
     @contextmanager
     def gathered_for_read(
-        self, *, every_rank: bool = False, wanted: Callable[[str], bool] = lambda name: True
+        self,
+        *,
+        every_rank: bool = False,
+        wanted: Callable[[str], bool] = lambda name: True,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> Iterator[None]:
         """See :meth:`.base.Engine.gathered_for_read`; ZeRO 3 gathers one tensor at a time into the task's module.
 
         With ZeRO 3, the trained weights of the task's module are empty outside of this context.
         """
-        if self.stage < 3:
-            yield
+        if not isinstance(self.shards, Zero3Shards):
+            with exchanged(self.module, averages):
+                yield
             return
         reads, targets = every_rank or self.group.rank == 0, dict(self._task_module.named_parameters())
+        averages = averages or {}
+        # The task's module keeps its frozen weights, one of which may have an average since it was trained.
+        kept = {name: p.data for name, p in targets.items() if name in averages and not p.requires_grad}
         for name, parameter in self.module.named_parameters():
-            if not wanted(name):
-                continue
-            with self._deepspeed.zero.GatheredParameters([parameter]):
+            if wanted(name):
+                device = targets[name].device
+                whole = self.shards.whole_average(parameter, averages[name].to(device)) if name in averages else None
+                whole = self._whole_weight(parameter, reads) if whole is None else whole
                 if reads:
-                    targets[name].data = parameter.detach().clone()
+                    targets[name].data = whole
         if reads:
             for target, source in zip(self._task_module.buffers(), self.module.buffers(), strict=True):
                 target.copy_(source)
@@ -215,6 +229,13 @@ class DeepSpeedEngine:
             yield
         finally:
             _empty(self._task_module)
+            for name, data in kept.items():
+                targets[name].data = data
+
+    def _whole_weight(self, parameter: nn.Parameter, copied: bool) -> Tensor:
+        """Gather a parameter, and return a copy of it if ``copied`` is set, otherwise an empty tensor; a collective call."""
+        with self._deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone() if copied else parameter.new_empty(0)
 
     def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
         """See :meth:`.base.Engine.optimizer_state`; gathers one tensor at a time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from comtip_fast.training.engines.base import Shards, StepModule, Update, autoca
 from comtip_fast.training.masked_adamw import MaskedAdamW
 from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import PartSource
+from comtip_fast.training.update.ema import OwnWeights, exchanged, whole_weights
 from comtip_fast.training.update.spikes import SpikeLimit
 
 
@@ -81,11 +82,19 @@ class TorchEngine:
         """Do nothing: every rank holds every parameter."""
         return nullcontext()
 
+    def own_weights(self) -> Iterator[OwnWeights]:
+        """See :meth:`Engine.own_weights`; every rank owns every parameter."""
+        return whole_weights(self.module)
+
     def gathered_for_read(
-        self, *, every_rank: bool = False, wanted: Callable[[str], bool] = lambda name: True
+        self,
+        *,
+        every_rank: bool = False,
+        wanted: Callable[[str], bool] = lambda name: True,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> AbstractContextManager[Any]:
-        """Do nothing: the task's module is the trained module."""
-        return nullcontext()
+        """See :meth:`Engine.gathered_for_read`; nothing is gathered, because the task's module is the trained module."""
+        return exchanged(self.module, averages)
 
     def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
         """See :meth:`Engine.optimizer_state`."""

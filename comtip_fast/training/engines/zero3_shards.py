@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from comtip_fast.collectives import Group
+from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.engines.base import ParameterPart
 from comtip_fast.training.protocol import MOMENTS, WEIGHT, PartSource
+from comtip_fast.training.update.ema import OwnWeights
 
 
 class Zero3Shards:
@@ -26,8 +30,8 @@ class Zero3Shards:
         The partitioned module.
     utils
         ``deepspeed.utils``.
-    rank
-        Rank of this process.
+    group
+        Ranks of the run.
     steps
         Returns the number of optimizer steps of each trained parameter, by name.
     """
@@ -36,10 +40,10 @@ class Zero3Shards:
         self,
         module: nn.Module,
         utils: Any,
-        rank: int,
+        group: Group,
         steps: Callable[[], dict[str, float]],
     ) -> None:
-        self._module, self._utils, self._rank, self._steps = module, utils, rank, steps
+        self._module, self._utils, self._group, self._steps = module, utils, group, steps
 
     def parts(self) -> Iterator[ParameterPart]:
         """Yield this rank's part of every parameter; see :meth:`.base.Shards.parts`."""
@@ -67,6 +71,19 @@ class Zero3Shards:
             if parameter.requires_grad:
                 for key in MOMENTS:
                     self._read(source, name, parameter, key)
+
+    def own_weights(self) -> Iterator[OwnWeights]:
+        """See :meth:`.base.Engine.own_weights`; DeepSpeed keeps the shard of a parameter as one tensor, whatever its memory."""
+        for name, parameter in self._named():
+            loaded = partial(internals.loaded_shard, parameter) if internals.is_in_file(parameter) else None
+            shard = parameter.ds_tensor
+            yield OwnWeights(name, parameter.requires_grad, shard, *self._range(parameter), loaded)
+
+    def whole_average(self, parameter: Any, own: Tensor) -> Tensor:
+        """Return the average of a parameter in its shape, from the padded shards of all ranks; a collective call."""
+        counts = [own.numel()] * self._group.size
+        padded = self._group.gather_rows(own, counts) if self._group.size > 1 else own.clone()
+        return padded[: parameter.ds_numel].view(parameter.ds_shape)
 
     @contextmanager
     def elementwise(self) -> Iterator[None]:
@@ -100,7 +117,7 @@ class Zero3Shards:
     def _range(self, parameter: Any) -> tuple[int, int]:
         """Return the first own element of a flattened parameter and the number of own elements."""
         size = int(parameter.ds_tensor.ds_numel)
-        start = min(self._rank * size, int(parameter.ds_numel))
+        start = min(self._group.rank * size, int(parameter.ds_numel))
         return start, min(size, int(parameter.ds_numel) - start)
 
     def _own(self, parameter: Any) -> dict[str, Tensor | None]:

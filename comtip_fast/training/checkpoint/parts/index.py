@@ -2,9 +2,10 @@
 
     step_00000100/{part_00000.safetensors, part_00001.safetensors, ..., shards.json, state.json, SHA256SUMS}
 
-File r was written by rank r. Its tensors are 1-D and named ``<key>/<parameter>``, with the keys ``weight``, ``exp_avg`` and
-``exp_avg_sq``; they hold the elements ``offset`` to ``offset + length`` of the flattened parameter. The file of rank 0 also holds
-the buffers, as ``buffer/<name>``. The index is checked, and compared with the sizes of the files, before any tensor is allocated.
+File r was written by rank r. Its tensors are 1-D and named ``<key>/<parameter>``, with the keys ``weight``, ``exp_avg``,
+``exp_avg_sq`` and, with ``optim.ema``, ``average``; they hold the elements ``offset`` to ``offset + length`` of the flattened
+parameter. The file of rank 0 also holds the buffers, as ``buffer/<name>``. The index is checked, and compared with the sizes of the
+files, before any tensor is allocated.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class IndexedParameter:
     name: Name
     shape: Shape
     dtype: Type
-    keys: Annotated[list[Literal["weight", "exp_avg", "exp_avg_sq"]], Field(min_length=1, max_length=3)]
+    keys: Annotated[list[Literal["weight", "exp_avg", "exp_avg_sq", "average"]], Field(min_length=1, max_length=4)]
     step: Annotated[float, Field(ge=0, lt=1 << 53)] | None
     """Number of optimizer steps; null for a frozen parameter."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=MAX_RANKS)]
@@ -152,7 +153,7 @@ def _problem(index: ShardIndex) -> str:
         if end != math.prod(parameter.shape):
             return f"parameter {parameter.name!r}: slices of {end} elements do not cover the shape {parameter.shape}"
         if len(set(parameter.keys)) != len(parameter.keys) or parameter.keys[0] != "weight":
-            return f"parameter {parameter.name!r}: keys {parameter.keys} are not weight and moments"
+            return f"parameter {parameter.name!r}: keys {parameter.keys} are not weight, moments and average"
     for file, size in zip(index.files, needed, strict=True):
         if size > file.bytes:
             return f"{file.name}: {file.bytes} bytes cannot hold tensors of {size} bytes"
