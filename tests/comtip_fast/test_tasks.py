@@ -12,6 +12,7 @@ import torch
 from comtip_shards import ShardSet
 
 from comtip_fast.cli import main
+from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import TaskContext, TaskOptions
 from comtip_fast.evaluation.tasks.gene_sets import read_gmt
@@ -171,6 +172,67 @@ def test_a_section_that_measured_none_of_the_genes_is_left_out_with_a_warning(
         "pathways: section x1 is left out: it measured fewer than 3 genes of every gene set",
     ):
         assert text in caplog.text
+
+
+def test_the_probe_is_compared_on_the_unseen_genes_that_training_measured(quick: Path, tiny_shards: ShardSet):
+    """A gene without training values is no failure of ridge regression: it is left out, and the model is scored without it, too."""
+    predictor, options = Predictor.load(quick), TaskOptions(n_bootstrap=0, n_null=2)
+    unseen = [k.partition(":")[2] for k in predictor.held_out_genes]
+    train = without(tiny_shards, set(unseen[:2]))
+    rows = [
+        r for r in run_tasks(["probe"], predictor, tiny_shards, train, options) if r.metric.startswith("pcc_unseen")
+    ]
+    assert {r.method for r in rows if r.metric == "pcc_unseen"} == {"comtip zero-shot"}
+    part = {r.method: r.value for r in rows if r.metric == "pcc_unseen_fitted"}
+    assert set(part) == {"comtip zero-shot", "mean of training", "ridge, comtip encoder", "ridge, colour"}
+    known = evaluate_genes(predictor, tiny_shards, unseen[2:])
+    assert part["comtip zero-shot"] == pytest.approx(known, abs=1e-4)
+    assert part["ridge, colour"] > 0.3, "genes without training values do not count as 0"
+    none = without(tiny_shards, set(unseen))
+    rows = run_tasks(["probe"], predictor, tiny_shards, none, options)
+    assert {r.method for r in rows if "unseen" in r.metric} == {"comtip zero-shot"}
+
+
+def evaluate_genes(predictor: Predictor, shards: ShardSet, symbols: list[str]) -> float:
+    """Return the mean PCC of the zero-shot prediction of some genes in section x1."""
+    found = evaluate(predictor, shards, sections=["x1"], genes=symbols, n_null=0)
+    return float(found.metrics["sections"]["x1"]["zero_shot"]["cp10k"]["mean_pcc_all"])
+
+
+def test_sets_that_a_training_section_hardly_measured_are_not_learnt_from_it(
+    quick: Path, tiny_shards: ShardSet, files: Path
+):
+    """Its counts of 0 are no measurement: the regression is that of the other training section alone."""
+    predictor, sets = Predictor.load(quick), read_gmt(files / "sets.gmt")
+    options = TaskOptions(n_bootstrap=0, n_null=2, gene_sets=sets)
+    first = next(n for n, s in enumerate(tiny_shards.manifest.sections) if s.split == "train")
+    rise = set(SYMBOLS[::2])
+    half = ShardSet(tiny_shards.path)
+    missing = np.array([g.symbol in rise for g in half.genes])
+    half.measured = lambda n: tiny_shards.measured(n) & ~(missing & (n == first))  # type: ignore[method-assign]
+    half_counts = tiny_shards.counts
+
+    def counts(spots: np.ndarray):
+        found = half_counts(spots).tolil()
+        of_first = half.spots.loc[np.asarray(spots), "section"].to_numpy() == first
+        found[np.ix_(of_first, missing)] = 0
+        return found.tocsr()
+
+    half.counts = counts  # type: ignore[method-assign]
+    alone = ShardSet(tiny_shards.path)
+    alone.measured = lambda n: tiny_shards.measured(n) & (n != first)  # type: ignore[method-assign]
+    both = run_tasks(["pathways"], predictor, tiny_shards, half, options)
+    only = replace(options, gene_sets={"rise": sets["rise"]})  # sets of the same sections share a penalty
+    one_section = run_tasks(["pathways"], predictor, tiny_shards, alone, only)
+    for method in ("ridge, colour", "ridge, comtip encoder"):
+        want = one(one_section, "pathways", "pcc rise", method).value
+        assert one(both, "pathways", "pcc rise", method).value == pytest.approx(want)
+    assert one(both, "pathways", "pcc fall", "ridge, colour").value > 0.3
+    nowhere = run_tasks(["pathways"], predictor, tiny_shards, without(tiny_shards, rise), options)
+    assert {r.method for r in nowhere if r.metric in ("mean_pcc", "pcc rise")} == {"comtip zero-shot"}
+    part = {r.method: r.value for r in nowhere if r.metric == "mean_pcc_fitted"}
+    assert set(part) == {"comtip zero-shot", "ridge, colour", "ridge, comtip encoder", "ridge, comtip vector"}
+    assert part["comtip zero-shot"] == pytest.approx(one(nowhere, "pathways", "pcc fall", "comtip zero-shot").value)
 
 
 def test_pairs_gain_from_the_true_image(rows: list[TaskRow]):

@@ -26,6 +26,8 @@ COMPARED = (ZERO_SHOT, MEAN, f"ridge, {ENCODER}", f"ridge, {COLOUR}")
 """Methods of the task ``probe`` whose rows are listed together with those of a trained method."""
 VARIABLE, UNSEEN = "50", "unseen"
 """Suffixes of metric names: for the most variable genes, and for genes that were held out from training."""
+FITTED = "_fitted"
+"""Suffix of metric names: only for the genes or gene sets that at least 10 training spots measured, if these are not all."""
 MIN_SPOTS = 10
 """Smallest number of training spots for a ridge regression."""
 
@@ -56,11 +58,14 @@ def trained_rows(context: TaskContext, name: str) -> list[TaskRow]:
         elif section.cohort in method.cohorts:
             measured = context.values(section, keys)
             found = method.predict(*context.tiles(section), section.cohort, keys)
-            null = _null(context, section, measured, found)
-            rows += _expression_rows(section, LABELS[name], measured, found, null, task=name)
-            compared = [
-                r for r in _probe_of(context, section) if r.method in COMPARED and not r.metric.endswith(UNSEEN)
-            ]
+            train = context.train_sections(section.cohort)
+            fitted = _fitted(train, context.train_measured(train, keys))
+            genes = VARIABLE if fitted.all() else VARIABLE + FITTED
+            if fitted.any():
+                measured, found = measured[:, fitted], found[:, fitted]
+                null = _null(context, section, measured, found)
+                rows += _expression_rows(section, LABELS[name], measured, found, null, task=name, genes=genes)
+            compared = [r for r in _probe_of(context, section) if r.method in COMPARED and UNSEEN not in r.metric]
             rows += [replace(r, task=name) for r in compared]
     return [*rows, *mean_rows(rows, context)]
 
@@ -86,7 +91,11 @@ def _left_out(task: str, section: SectionInputs, genes: str) -> None:
 def _probe_section(
     context: TaskContext, section: SectionInputs, keys: list[str], encoders: Sequence[str], genes: str = VARIABLE
 ) -> list[TaskRow]:
-    """Return rows of the zero-shot prediction and, with 10 or more training spots, of the training mean and ridge per encoder."""
+    """Return rows of the zero-shot prediction and, with 10 or more training spots, of the training mean and ridge per encoder.
+
+    If fewer than 10 training spots measured some of the genes, the training mean and ridge are scored on the others, and the zero-shot
+    prediction on these too, in rows whose metric ends with :data:`FITTED`.
+    """
     measured = context.values(section, keys)
     zero_shot = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     null = _null(context, section, measured, zero_shot)
@@ -96,6 +105,14 @@ def _probe_section(
         return rows
     values = np.concatenate([context.train_values(t, keys) for t in train])
     known = context.train_measured(train, keys)
+    fitted = _fitted(train, known)
+    if not fitted.any():
+        return rows
+    if not fitted.all():
+        genes = f"{genes}{FITTED}"
+        measured, zero_shot, values, known = (v[:, fitted] for v in (measured, zero_shot, values, known))
+        null = _null(context, section, measured, zero_shot)
+        rows += _expression_rows(section, ZERO_SHOT, measured, zero_shot, null, genes=genes)
     known_NG = np.repeat(known, [len(t.spot_ids) for t in train], axis=0)
     mean = np.broadcast_to((values * known_NG).sum(0) / np.maximum(known_NG.sum(0), 1), measured.shape)
     rows += _expression_rows(section, MEAN, measured, mean, NAN, genes=genes)
@@ -112,6 +129,13 @@ def _probe_section(
         )
         rows += _expression_rows(section, f"ridge, {name}", measured, found, control, genes=genes)
     return rows
+
+
+def _fitted(train: list[SectionInputs], known_SG: np.ndarray) -> np.ndarray:
+    """Return which targets at least 10 training spots measured, bool (G,)."""
+    n_S = np.array([len(t.spot_ids) for t in train])
+    fitted: np.ndarray = (n_S[:, None] * known_SG).sum(0) >= MIN_SPOTS
+    return fitted
 
 
 def _predicted(
@@ -254,7 +278,8 @@ def pathway_rows(context: TaskContext) -> list[TaskRow]:
     """Compare predicted with measured scores of gene sets, for each set and averaged over the sets.
 
     The score of a set in a spot is the mean of its genes, each standardised over the section's spots. Baselines are ridge
-    regressions from features to the scores of the training sections, if these have at least 10 spots.
+    regressions from features to the scores of the training sections. A set is learnt from the sections that measured at least three of
+    its genes, if these have at least 10 spots. If a set is not learnt, the mean over the others is ``mean_pcc_fitted``.
     """
     rows = []
     for section in context.sections:
@@ -271,7 +296,7 @@ def pathway_rows(context: TaskContext) -> list[TaskRow]:
                 section.section_id,
                 MIN_GENES,
             )
-    return [*rows, *mean_rows([r for r in rows if r.metric == "mean_pcc"], context)]
+    return [*rows, *mean_rows([r for r in rows if r.metric.startswith("mean_pcc")], context)]
 
 
 def _pathway_section(
@@ -283,15 +308,42 @@ def _pathway_section(
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     found = {ZERO_SHOT: set_scores(predicted, members_of)}
     train = context.train_sections(section.cohort)
-    if sum(len(t.spot_ids) for t in train) >= MIN_SPOTS:
-        y = np.concatenate([set_scores(context.train_values(t, keys), members_of) for t in train])
-        every = np.ones((len(train), len(names)), bool)
-        for name, features in section.features.items():
-            found[f"ridge, {name}"] = _predicted(train, name, y, every, features)
-    rows = []
+    rows = _set_rows(context, section, ZERO_SHOT, names, measured, found[ZERO_SHOT])
+    if not train:
+        return rows
+    y, known = _train_set_scores(context, train, keys, members_of)
+    fitted = np.flatnonzero(_fitted(train, known))
+    if not fitted.size:
+        return rows
+    for name, features in section.features.items():
+        found[f"ridge, {name}"] = _predicted(train, name, y, known, features)
+    suffix = "" if fitted.size == len(names) else FITTED
+    own = [names[i] for i in fitted]
     for method, scores in found.items():
-        rows += _set_rows(context, section, method, names, measured, scores)
+        of_method = _set_rows(context, section, method, own, measured[:, fitted], scores[:, fitted], suffix)
+        if method != ZERO_SHOT:
+            rows += of_method
+        elif suffix:
+            rows += of_method[:1]
     return rows
+
+
+def _train_set_scores(
+    context: TaskContext, train: list[SectionInputs], keys: list[str], members_of: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores of gene sets in all training spots, (N, S), and which sections they are known in, bool (sections, S).
+
+    A score is the mean over the genes that the section measured. With fewer than three of them it is unknown, and 0.
+    """
+    measured = context.train_measured(train, keys)
+    known = np.array([[own[r].sum() >= MIN_GENES for r in members_of] for own in measured], bool)
+    parts = []
+    for section, own, of_section in zip(train, measured, known, strict=True):
+        out = np.zeros((len(section.spot_ids), len(members_of)))
+        rows = [r[own[r]] for r, there in zip(members_of, of_section, strict=True) if there]
+        out[:, of_section] = set_scores(context.train_values(section, keys), rows)
+        parts.append(out)
+    return np.concatenate(parts), known
 
 
 def _set_rows(
@@ -301,8 +353,9 @@ def _set_rows(
     names: list[str],
     measured: np.ndarray,
     scores: np.ndarray,
+    suffix: str = "",
 ) -> list[TaskRow]:
-    """Return the row of the mean PCC over gene sets, and one row per set."""
+    """Return the row of the mean PCC over gene sets, whose metric ends with ``suffix``, and one row per set."""
     pcc = np.nan_to_num(pcc_per_gene(measured, scores))
     weights, draws = (
         section.weights_DN,
@@ -314,7 +367,15 @@ def _set_rows(
     low, high = interval(resampled.mean(1)) if len(resampled) else NO_INTERVAL
     mean_null = float(null.mean()) if null.size else NAN
     rows = [
-        TaskRow(metric="mean_pcc", value=float(pcc.mean()), low=low, high=high, shuffled=mean_null, n=len(names), **own)
+        TaskRow(
+            metric=f"mean_pcc{suffix}",
+            value=float(pcc.mean()),
+            low=low,
+            high=high,
+            shuffled=mean_null,
+            n=len(names),
+            **own,
+        )
     ]
     for i, name in enumerate(names):
         low, high = interval(resampled[:, i])
