@@ -23,6 +23,12 @@ def picture(codec: str = "jpeg", mode: str = "RGB", px: int = PX, **options: obj
     return out.getvalue()
 
 
+def two_pictures() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(noise(1)).save(out, "MPO", save_all=True, append_images=[Image.fromarray(noise(2))])
+    return out.getvalue()
+
+
 def here() -> str:
     return "here"
 
@@ -59,6 +65,7 @@ OTHER = {
     "a comment": ("jpeg", picture(comment=b"x")),
     "a profile": ("jpeg", picture(icc_profile=b"x" * 200)),
     "RGB without conversion": ("jpeg", picture(keep_rgb=True)),
+    "two pictures in a JPEG": ("jpeg", two_pictures()),
     "one channel": ("jpeg", picture(mode="L")),
     "four channels": ("jpeg", picture(mode="CMYK")),
     "another size": ("jpeg", picture(px=PX + 8)),
