@@ -9,9 +9,10 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from comtip_shards import ShardSet
 from comtip_shards.builder.build import build_shards
+from comtip_shards.format.tile_decoder import TileDecoder
 from comtip_shards.sources import open_source
 from PIL import Image
 
@@ -34,11 +36,12 @@ log = logging.getLogger("comtip_fast")
 DALI, TORCH, WDS = "comtip, dali", "comtip, torch", "comtip, wds"
 DALI_TABLE = "comtip, dali, levels in memory"
 DALI_LIMIT, PIL_LIMIT = "DALI decoding, nothing else", "PIL decoding, nothing else"
+OWN_PIL_LIMIT = "comtip, PIL decoding, nothing else"
 RATIOS = (
     ("DALI loader / DALI decoding, nothing else", DALI, DALI_LIMIT),
     ("DALI loader, levels in memory / DALI decoding, nothing else", DALI_TABLE, DALI_LIMIT),
 )
-WITHOUT_DECODER = ((TORCH, PIL_LIMIT), (DALI, DALI_LIMIT), (DALI_TABLE, DALI_LIMIT))
+WITHOUT_DECODER = ((TORCH, OWN_PIL_LIMIT), (WDS, OWN_PIL_LIMIT), (DALI, DALI_LIMIT), (DALI_TABLE, DALI_LIMIT))
 """Loaders, and the decoder whose CPU time is subtracted from theirs."""
 GENES_PER_PANEL = 2
 """Smallest number of selected genes per gene of a panel, as in the configs for GPUs."""
@@ -141,8 +144,11 @@ def contenders_of(setting: Setting, inputs: LoaderInputs) -> list[Contender]:
     def ours(name: str, kind: Kind, tables: TrainingTables, bytes_per_spot: float) -> Contender:
         return Contender(name, batch_sizes(make(kind, setting, tables)), bytes_per_spot)
 
+    spec = setting.shards.manifest.tile
+    own = partial(_decode_as_loaders, px=spec.px, codec=spec.codec)
     found = [
-        Contender(PIL_LIMIT, _pil_alone(inputs.encoded.tiles, setting), size["tile"]),
+        Contender(PIL_LIMIT, _pil_alone(_decode_all, inputs.encoded.tiles, setting), size["tile"]),
+        Contender(OWN_PIL_LIMIT, _pil_alone(own, inputs.encoded.tiles, setting), size["tile"]),
         ours(WDS, "wds", inputs.streamed, size["record"]),
         ours(TORCH, "torch", inputs.streamed, size["record"]),
     ]
@@ -215,20 +221,30 @@ def _chunks(tiles: list[bytes], size: int) -> Iterator[list[bytes]]:
     return cycle(whole or [tiles])
 
 
-def _pil_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
+def _pil_alone(
+    decode: Callable[[list[bytes]], int], tiles: list[bytes], setting: Setting
+) -> Generator[int, None, None]:
     """Decode tiles from memory in processes that return no pixels."""
     with ProcessPoolExecutor(setting.workers) as pool:
         chunks = _chunks(tiles, setting.batch_size)
-        ahead = [pool.submit(_decode_all, next(chunks)) for _ in range(2 * setting.workers)]
+        ahead = [pool.submit(decode, next(chunks)) for _ in range(2 * setting.workers)]
         while True:
-            ahead.append(pool.submit(_decode_all, next(chunks)))
+            ahead.append(pool.submit(decode, next(chunks)))
             yield ahead.pop(0).result()
 
 
 def _decode_all(tiles: list[bytes]) -> int:
-    """Decode tiles with PIL and return their number."""
+    """Decode tiles with PIL as other programs do, and return their number."""
     for data in tiles:
         np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return len(tiles)
+
+
+def _decode_as_loaders(tiles: list[bytes], *, px: int, codec: str) -> int:
+    """Decode tiles with PIL as the loaders of this project do, and return their number."""
+    decoder = TileDecoder(px, codec)
+    for data in tiles:
+        decoder.decode(data, lambda: "a tile of the benchmark")
     return len(tiles)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.format import record
+from comtip_shards.format.tile_decoder import TileDecoder
 from scipy import sparse
 
 Csr = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -108,11 +109,12 @@ class SpotReader:
         """Decode the tiles of undamaged records; a tile that cannot be decoded or has a wrong size becomes a fault."""
         tile = self.shards.manifest.tile
         out = np.empty((encoded.spots.size, tile.px, tile.px, 3), np.uint8)
+        decoder = TileDecoder(tile.px, tile.codec)
         for i, data in enumerate(encoded.tiles):
             if i in encoded.faults:
                 continue
             try:
-                out[i] = record.decode_tile(data, tile.px, tile.codec, self.shards.where(int(encoded.spots[i])))
+                decoder.decode_into(out[i], data, partial(self.shards.where, int(encoded.spots[i])))
             except ShardError as error:
                 encoded.faults[i] = error
         return DecodedSpots(encoded, out)

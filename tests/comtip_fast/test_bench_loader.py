@@ -38,7 +38,7 @@ def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: P
     assert "commit" in lines[0]
     assert "32 px tiles, batches of 8, panels of 5 genes" in lines[1]
     rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
-    wanted = {bench.TORCH, bench.WDS, bench.PIL_LIMIT}
+    wanted = {bench.TORCH, bench.WDS, bench.PIL_LIMIT, bench.OWN_PIL_LIMIT}
     if dali_is_installed():
         wanted |= {bench.DALI, bench.DALI_TABLE, bench.DALI_LIMIT}
         assert "DALI loader / DALI decoding, nothing else: " in done.stdout
@@ -77,7 +77,8 @@ def test_the_comparison_measures_peers_and_loaders(tiny_shards: ShardSet, tmp_pa
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "results.csv").read_text().splitlines()
     rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
-    wanted = {compare.WEBDATASET, compare.WEBDATASET_PILLOW, compare.H5, bench.TORCH, bench.WDS, bench.PIL_LIMIT}
+    wanted = {compare.WEBDATASET, compare.WEBDATASET_PILLOW, compare.H5, bench.TORCH, bench.WDS}
+    wanted |= {bench.PIL_LIMIT, bench.OWN_PIL_LIMIT}
     if dali_is_installed():
         wanted |= {bench.DALI, bench.DALI_TABLE, compare.DALI_READER, bench.DALI_LIMIT}
         assert "DALI loader / webdataset + PIL, numpy views: " in done.stdout

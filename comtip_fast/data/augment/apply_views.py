@@ -7,6 +7,8 @@ by 1, before the look-up tables map them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,14 @@ from torch.nn.functional import interpolate
 
 from comtip_fast.data.augment import views_compiled
 from comtip_fast.data.augment.views import ViewPlan, rotate_flip
+
+Empty = Callable[[tuple[int, ...]], np.ndarray]
+"""Returns an uninitialised uint8 array of a shape."""
+
+
+def new_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised uint8 array, allocated by NumPy, which asks for huge pages."""
+    return np.empty(shape, np.uint8)
 
 
 def apply_views(
@@ -23,6 +33,7 @@ def apply_views(
     batched: bool | None = None,
     compiled: bool | None = None,
     tensors: dict[str, Tensor] | None = None,
+    empty: Empty = new_array,
 ) -> Tensor:
     """Apply a view plan to decoded tiles.
 
@@ -39,6 +50,8 @@ def apply_views(
         Whether to use numba to map pixel values on a CPU; by default if it is installed.
     tensors
         :meth:`.views.ViewPlan.tensors` on the device of the tiles; None copies them there, if they are needed.
+    empty
+        Allocates the result of operations that are not batched.
 
     Returns
     -------
@@ -55,7 +68,29 @@ def apply_views(
         tiles = _zoom(tiles, plan.margin_N, tensors["by_margin"])
         if batched:
             return _apply_batched(tiles, tensors["orientation"], tensors.get("lut"))
-    return _apply_per_tile(tiles, plan, views_compiled.is_installed() if compiled is None else compiled)
+    out = empty(tuple(tiles.shape))
+    _apply_on_cpu(tiles.numpy(), plan, views_compiled.is_installed() if compiled is None else compiled, out)
+    return torch.from_numpy(out)
+
+
+def apply_view(
+    tile_SSC: np.ndarray, plan: ViewPlan, i: int, out_3SS: np.ndarray, *, compiled: bool | None = None
+) -> None:
+    """Apply view ``i`` of a plan without zoom to one tile on the CPU.
+
+    Parameters
+    ----------
+    tile_SSC
+        uint8, contiguous, of which the first three channels are used.
+    plan, i
+        Result of :func:`comtip_fast.data.augment.views.plan_views`, and the index of the view; its margin is not read.
+    out_3SS
+        uint8, contiguous; filled with the view.
+    compiled
+        As for :func:`apply_views`.
+    """
+    tile_1CSS, own = tile_SSC[None].transpose(0, 3, 1, 2), plan.select(slice(i, i + 1))
+    _apply_on_cpu(tile_1CSS, own, views_compiled.is_installed() if compiled is None else compiled, out_3SS[None])
 
 
 def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tensor:
@@ -74,23 +109,19 @@ def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tens
     return out
 
 
-def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tensor:
-    """Rotate and mirror the tiles on the CPU one by one, and map their pixel values if the plan has look-up tables."""
-    N, _, S, _ = tiles_N3SS.shape
-    # Allocated by NumPy, which asks for huge pages.
-    source, out = tiles_N3SS.numpy(), np.empty((N, 3, S, S), np.uint8)
-    if plan.lut_N3V is None:
-        for i in range(N):
-            out[i] = rotate_flip(source[i], int(plan.orientation_N[i]), (1, 2))
-    elif compiled:
-        views_compiled.rotate_and_map(source, plan.orientation_N, plan.lut_N3V, out)
-    else:
-        for i in range(N):
-            tile = rotate_flip(source[i], int(plan.orientation_N[i]), (1, 2))
+def _apply_on_cpu(tiles_NCSS: np.ndarray, plan: ViewPlan, compiled: bool, out_N3SS: np.ndarray) -> None:
+    """Rotate and mirror tiles on the CPU one by one, and map their pixel values if the plan has look-up tables."""
+    if plan.lut_N3V is not None and compiled:
+        views_compiled.rotate_and_map(tiles_NCSS, plan.orientation_N, plan.lut_N3V, out_N3SS)
+        return
+    for i, out in enumerate(out_N3SS):
+        tile = rotate_flip(tiles_NCSS[i, :3], int(plan.orientation_N[i]), (1, 2))
+        if plan.lut_N3V is None:
+            out[...] = tile
+        else:
             for c in range(3):
                 # np.take is about twice as fast here as indexing with an array.
-                np.take(plan.lut_N3V[i, c], tile[c], out=out[i, c], mode="clip")
-    return torch.from_numpy(out)
+                np.take(plan.lut_N3V[i, c], tile[c], out=out[c], mode="clip")
 
 
 def _apply_batched(tiles_N3SS: Tensor, orientation_N: Tensor, lut_N3V: Tensor | None) -> Tensor:

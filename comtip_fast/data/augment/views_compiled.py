@@ -20,14 +20,15 @@ def is_installed() -> bool:
 
 
 def rotate_and_map(
-    tiles_N3SS: np.ndarray, orientation_N: np.ndarray, lut_N3V: np.ndarray, out_N3SS: np.ndarray
+    tiles_NCSS: np.ndarray, orientation_N: np.ndarray, lut_N3V: np.ndarray, out_N3SS: np.ndarray
 ) -> None:
     """Rotate, mirror and map each tile into ``out_N3SS``.
 
     Parameters
     ----------
-    tiles_N3SS
-        uint8; a permuted view of an (N, S, S, 3) array, as decoders return it, is read without a copy.
+    tiles_NCSS
+        uint8, of which the first three channels are used; a permuted view of an (N, S, S, C) array, as decoders return it, is read
+        without a copy.
     orientation_N
         int64, as in :func:`comtip_fast.data.augment.views.rotate_flip`.
     lut_N3V
@@ -35,12 +36,12 @@ def rotate_and_map(
     out_N3SS
         uint8, contiguous.
     """
-    N, _, S, _ = tiles_N3SS.shape
-    channels_last = tiles_N3SS.transpose(0, 2, 3, 1)
+    N, C, S, _ = tiles_NCSS.shape
+    channels_last = tiles_NCSS.transpose(0, 2, 3, 1)
     if channels_last.flags.c_contiguous:
-        flat, pixel_stride, channel_stride = channels_last.reshape(N, 3 * S * S), 3, 1
+        flat, pixel_stride, channel_stride = channels_last.reshape(N, C * S * S), C, 1
     else:
-        flat, pixel_stride, channel_stride = np.ascontiguousarray(tiles_N3SS).reshape(N, 3 * S * S), 1, S * S
+        flat, pixel_stride, channel_stride = np.ascontiguousarray(tiles_NCSS).reshape(N, C * S * S), 1, S * S
     _compiled()(flat, pixel_stride, channel_stride, orientation_N, lut_N3V, out_N3SS)
 
 
@@ -55,8 +56,9 @@ def _compiled() -> Any:
 
 
 def _rotate_and_map(flat: Any, pixel_stride: Any, channel_stride: Any, orientation: Any, lut: Any, out: Any) -> None:
-    """Fill ``out`` (N, 3, S, S) pixel by pixel from the tiles, which are the rows of ``flat`` (N, 3 S S)."""
+    """Fill ``out`` (N, 3, S, S) pixel by pixel from the tiles, which are the rows of ``flat`` (N, C S S)."""
     S = out.shape[2]
+    to_green, to_blue = np.uintp(channel_stride), np.uintp(2 * channel_stride)
     for i in range(out.shape[0]):
         # Source offset of the first output pixel, and the steps to the next output row and column, in pixels.
         quarters = orientation[i] % 4
@@ -75,7 +77,9 @@ def _rotate_and_map(flat: Any, pixel_stride: Any, channel_stride: Any, orientati
         for y in range(S):
             source = pixel_stride * (first + y * row_step)
             for x in range(S):
-                out_red[y, x] = red[tile[source]]
-                out_green[y, x] = green[tile[source + channel_stride]]
-                out_blue[y, x] = blue[tile[source + 2 * channel_stride]]
+                # With a signed index, numba would check at every pixel whether it counts from the end.
+                at = np.uintp(source)
+                out_red[y, x] = red[tile[at]]
+                out_green[y, x] = green[tile[at + to_green]]
+                out_blue[y, x] = blue[tile[at + to_blue]]
                 source += pixel_stride * column_step

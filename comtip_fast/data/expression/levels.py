@@ -56,10 +56,12 @@ class LevelTable:
 
     def levels_of_entries(self, values_n: np.ndarray, column_n: np.ndarray, rows_G: np.ndarray) -> np.ndarray:
         """Return the level of n entries of a sparse matrix, uint8 (n,); as :meth:`levels`, entry i is in column ``column_n[i]``."""
-        edges_GE, positive = self.edges[rows_G], values_n > 0
+        positive = values_n > 0
         out = positive.astype(np.uint8)
-        for e in range(edges_GE.shape[1]):
-            out += (values_n >= edges_GE[:, e][column_n]) & positive
+        if not positive.all():
+            values_n = np.where(positive, values_n, -np.inf)
+        for edges_G in np.ascontiguousarray(self.edges[rows_G].T):
+            out += values_n >= edges_G.take(column_n)
         return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:

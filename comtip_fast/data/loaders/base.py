@@ -34,6 +34,8 @@ from comtip_fast.data.loaders.prepared import PreparedBatch, uses_own_process
 from comtip_fast.data.loaders.process import LoaderProcess
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
 from comtip_fast.data.loaders.stem_features import Stem, StemFeatures
+from comtip_fast.data.loaders.tile_memory import TileMemory
+from comtip_fast.data.loaders.tile_views import decode_views
 from comtip_fast.data.records import Csr, DecodedSpots, EncodedSpots, SpotReader
 from comtip_fast.data.upload import PackedTensors, upload
 from comtip_fast.genes.panel_sizes import padded_genes
@@ -92,6 +94,7 @@ class BaseLoader(ABC):
         self.seed = config.train.seed
         self.schedule = EpochSchedule(shards, tables.spots, config.data, self.seed)
         self.records = SpotReader(shards, with_counts=tables.levels is None)
+        self._memory = TileMemory(config.data.prefetch + 1)
         self.faults: dict[int, ShardError] = {}
         """Errors of all damaged records of this rank so far, by spot index."""
         self._stem = None if frozen_stem is None else StemFeatures(frozen_stem, tables.spots, config.data.views)
@@ -160,6 +163,7 @@ class BaseLoader(ABC):
         if self._running is not None:
             self._running.close()
         self._running = self._expected = None
+        self._memory.clear()
 
     def tiles(self, spot_index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Read the tiles of the given spots, and return one view of each in CPU memory.
@@ -270,7 +274,14 @@ class BaseLoader(ABC):
 
     def _load(self, scheduled: ScheduledBatch) -> PreparedBatch:
         """Read, decode and assemble one batch in this thread."""
-        return self._assemble(scheduled, self._read(scheduled, self.records.read))
+        encoded = self.records.fetch(scheduled.spots[share_of(scheduled.spots.size, self.rank, self.world)])
+        if self.device.type == "cpu" and not encoded.faults and not self.config.data.zoom:
+            prepared = self._undecoded(scheduled, encoded, None)
+            assert prepared.view_plan is not None
+            tiles = decode_views(self.shards, encoded, prepared.view_plan, self._memory.empty)
+            if tiles is not None:
+                return replace(prepared, batch=replace(prepared.batch, tiles=tiles), view_plan=None)
+        return self._assemble(scheduled, self._read(scheduled, lambda _: self.records.decode(encoded)))
 
     def _read(self, scheduled: ScheduledBatch, read: Callable[[np.ndarray], DecodedSpots]) -> DecodedSpots:
         """Read this rank's records; ``data.faults`` decides whether a damaged record raises or another spot replaces it."""
@@ -324,7 +335,8 @@ class BaseLoader(ABC):
         if self.device.type != "cpu":
             return replace(prepared, tiles_NSS3=upload(tiles, self.device))
         assert prepared.view_plan is not None
-        batch = replace(prepared.batch, tiles=apply_views(tiles, prepared.view_plan))
+        views = apply_views(tiles, prepared.view_plan, empty=self._memory.empty)
+        batch = replace(prepared.batch, tiles=views)
         return replace(prepared, batch=batch, view_plan=None)
 
     def _deliver(self, prepared: PreparedBatch) -> Batch:

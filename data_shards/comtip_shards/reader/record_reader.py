@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +23,33 @@ _GAP_WITHOUT_TILES = 1 << 11
 """Used instead of ``_GAP`` if no tile is requested, so that the tile between the counts of two records is skipped."""
 _SHARDS_AT_ONCE = 4
 """Remote shards that are read at the same time."""
+
+
+@dataclass
+class _Members:
+    """Members of records of one shard, in ascending order: lists with a list per record."""
+
+    starts: list[list[int]]
+    stops: list[list[int]]
+    """Byte ranges."""
+    crcs: list[list[int]]
+    rows: list[int]
+    """Where each record belongs in the result."""
+
+    def runs(self, gap: int) -> list[range]:
+        """Split the records into runs that are each read in one request."""
+        found, first = [], 0
+        starts, ends = [min(s) for s in self.starts], [max(s) for s in self.stops]
+        for i in range(1, len(starts) + 1):
+            if i == len(starts) or starts[i] - ends[i - 1] > gap or ends[i] - starts[first] > _SPAN:
+                found.append(range(first, i))
+                first = i
+        return found
+
+    def span(self, run: range) -> tuple[int, int]:
+        """Return the byte range of a run."""
+        rows = slice(run.start, run.stop)
+        return min(map(min, self.starts[rows])), max(map(max, self.stops[rows]))
 
 
 class MemberReader:
@@ -102,19 +130,19 @@ class MemberReader:
         out: list[list[bytes]] = [[b""] * index.size for _ in columns]
         order = np.argsort(index, kind="stable")
         shard = self.shard_numbers(index[order])
+        by_shard = np.split(order, np.flatnonzero(np.diff(shard)) + 1) if index.size else []
 
-        def read_shard(number: int) -> None:
-            own = order[shard == number]
-            self._read_shard(number, index[own], own, columns, out)
+        def read_shard(own: np.ndarray) -> None:
+            self._read_shard(int(self.shard_numbers(index[own[0]])), index[own], own, columns, out)
 
-        numbers = np.unique(shard).tolist()
-        if self.files.remote is None or len(numbers) < 2:
-            for number in numbers:
-                read_shard(number)
+        if self.files.remote is None or len(by_shard) < 2:
+            for own in by_shard:
+                read_shard(own)
             return out
         _ = self._crcs  # read once, before the threads
-        with ThreadPoolExecutor(min(_SHARDS_AT_ONCE, len(numbers)), thread_name_prefix="comtip-shards") as pool:
-            list(pool.map(read_shard, numbers))
+        threads = min(_SHARDS_AT_ONCE, len(by_shard))
+        with ThreadPoolExecutor(threads, thread_name_prefix="comtip-shards") as pool:
+            list(pool.map(read_shard, by_shard))
         return out
 
     def fetch(self, number: int) -> None:
@@ -162,13 +190,14 @@ class MemberReader:
         try:
             offsets, sizes = self._ranges_of(number, shard)
             local = (index - shard.first_spot)[:, None]
-            start, size = offsets[local, columns], sizes[local, columns]
-            low, high = start.min(1), (start + size).max(1)
-            gap = _GAP if 0 in columns else _GAP_WITHOUT_TILES
-            runs = _runs(low, high, gap)
-            spans = [(int(low[run].min()), int(high[run].max())) for run in runs]
+            start = offsets[local, columns]
+            stop, crc = start + sizes[local, columns], self._crcs[index[:, None], columns]
+            # A run is a few records: lists are faster than small arrays.
+            members = _Members(start.tolist(), stop.tolist(), crc.tolist(), into.tolist())
+            runs = members.runs(_GAP if 0 in columns else _GAP_WITHOUT_TILES)
+            spans = [members.span(run) for run in runs]
             for run, span, data in zip(runs, spans, self._spans(number, shard, spans), strict=True):
-                self._split(data, span[0], index[run], start[run], size[run], columns, into[run], out)
+                self._split(data, span[0], run, members, index, columns, out)
         except OSError as error:
             raise ShardError(
                 f"{self.files.name}/{shard.file}: cannot be read ({error}); check its permissions and the disk, or copy the shard again",
@@ -186,21 +215,22 @@ class MemberReader:
         self,
         data: bytes,
         base: int,
+        run: range,
+        members: _Members,
         index: np.ndarray,
-        start: np.ndarray,
-        size: np.ndarray,
         columns: list[int],
-        into: np.ndarray,
         out: list[list[bytes]],
     ) -> None:
         """Cut the members of one run out of ``data``, the bytes of the run from offset ``base``, and check their CRC-32."""
-        for k, column in enumerate(columns):
-            lows, ns, crcs = (start[:, k] - base).tolist(), size[:, k].tolist(), self._crcs[index, column].tolist()
-            for row, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):
-                member = data[low : low + n]
-                if len(member) != n or zlib.crc32(member) != crc:
-                    spot = int(index[into == row][0])
-                    raise self._damaged(f"{self.where(spot)}: the member .{self._extensions[column]}", len(member) != n)
+        for i in run:
+            row = members.rows[i]
+            ranges = zip(members.starts[i], members.stops[i], members.crcs[i], strict=True)
+            for k, (start, stop, crc) in enumerate(ranges):
+                member = data[start - base : stop - base]
+                short = len(member) != stop - start
+                if short or zlib.crc32(member) != crc:
+                    name = f"{self.where(int(index[i]))}: the member .{self._extensions[columns[k]]}"
+                    raise self._damaged(name, short)
                 out[k][row] = member
 
     def _damaged(self, name: str, short: bool) -> ShardError:
@@ -208,14 +238,3 @@ class MemberReader:
         if short:
             return ShardError(f"{name} extends beyond the end of the shard; {fix}", kind="truncated")
         return ShardError(f"{name} does not match its CRC-32; {fix}", kind="checksum")
-
-
-def _runs(low: np.ndarray, high: np.ndarray, gap: int) -> list[slice]:
-    """Split records in ascending order, with byte ranges ``low`` to ``high``, into runs that are each read in one request."""
-    runs, first = [], 0
-    starts, ends = low.tolist(), high.tolist()
-    for i in range(1, len(starts) + 1):
-        if i == len(starts) or starts[i] - ends[i - 1] > gap or ends[i] - starts[first] > _SPAN:
-            runs.append(slice(first, i))
-            first = i
-    return runs

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from comtip_shards.errors import ShardError
@@ -45,6 +46,7 @@ class SetFiles:
 
     def __init__(self, path: Path | str, remote: Remote | None = None) -> None:
         self.remote: Remote | None = None
+        self._paths: dict[str, Path] = {}
         self.ranges = False
         if not is_url(path):
             self.folder = Path(path)
@@ -78,10 +80,14 @@ class SetFiles:
         ShardError
             The file cannot be fetched, or its name leaves the folder. Whether a local file exists is not checked.
         """
-        return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
+        if self.remote is not None:
+            return self.remote.fetch(name, sha256=sha256, size=size)
+        if name not in self._paths:
+            self._paths[name] = inside(self.folder, name)
+        return self._paths[name]
 
-    def open(self, name: str, sha256: str, size: int) -> BinaryIO:
-        """Open a shard for random access; a remote shard is fetched first.
+    def open(self, name: str, sha256: str, size: int) -> FileIO:
+        """Open a shard for random access, without a buffer; a remote shard is fetched first.
 
         Raises
         ------
@@ -90,7 +96,7 @@ class SetFiles:
         """
         for _ in range(3):
             try:
-                return self.path(name, sha256, size).open("rb")
+                return FileIO(self.path(name, sha256, size))
             except FileNotFoundError:
                 if self.remote is None:
                     break
@@ -126,8 +132,7 @@ class SetFiles:
                 self.ranges = False
         with self.open(name, sha256, size) as file:
             for low, high in spans:
-                file.seek(low)
-                yield file.read(high - low)
+                yield _read_at(file.fileno(), low, high - low)
 
     def verified(self, name: str, sha256: str, what: str, kind: str) -> bytes:
         """Return the content of a small file after checking its hash.
@@ -173,3 +178,14 @@ class SetFiles:
             return False
         self.remote.forget(sha256)
         return True
+
+
+def _read_at(file: int, offset: int, size: int) -> bytes:
+    """Read ``size`` bytes of an open file, or fewer at its end."""
+    data = os.pread(file, size, offset)
+    while 0 < len(data) < size:  # the end of the file, or an interrupted call
+        more = os.pread(file, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format import record
 from comtip_shards.format import spot_table as spots
 from comtip_shards.format.manifest import GeneRow, ManifestSection, ShardEntry, unpack_bits
+from comtip_shards.format.tile_decoder import TileDecoder
 from comtip_shards.names import FOREIGN, is_formula, shown
 from comtip_shards.reader.record_reader import MemberReader
 from comtip_shards.reader.shard_files import SetFiles
@@ -144,8 +145,9 @@ class ShardSet:
         spec = self.manifest.tile
         index = np.asarray(spot_index, np.int64)
         out = np.empty((index.size, spec.px, spec.px, 3), np.uint8)
+        decoder = TileDecoder(spec.px, spec.codec)
         for i, data in enumerate(self.members(index, "tile")):
-            out[i] = record.decode_tile(data, spec.px, spec.codec, self.where(int(index[i])))
+            decoder.decode_into(out[i], data, partial(self.where, int(index[i])))
         return out
 
     def counts(self, spot_index: Iterable[int]) -> sparse.csr_matrix:
