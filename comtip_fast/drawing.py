@@ -182,8 +182,16 @@ def draw_groups(
     return figure
 
 
-def draw_scores(title: str, scores: Sequence[tuple[str, float, float, float]], axis: Axes) -> None:
-    """Draw points with intervals, the first at the top; ``scores`` has tuples (label, value, low, high), NaN for no interval."""
+def draw_scores(
+    title: str,
+    scores: Sequence[tuple[str, float, float, float]],
+    axis: Axes,
+    genes: str = "50 most variable genes",
+) -> None:
+    """Draw points with intervals, the first at the top; ``scores`` has tuples (label, value, low, high), NaN for no interval.
+
+    ``genes`` names the genes of the means.
+    """
     for y, (_, value, low, high) in enumerate(scores):
         if np.isfinite([low, high]).all():
             axis.plot([low, high], [y, y], color=ACCENT, lw=2, alpha=0.5, solid_capstyle="butt")
@@ -192,7 +200,7 @@ def draw_scores(title: str, scores: Sequence[tuple[str, float, float, float]], a
             f"{value:.2f}", (value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7.5, color=INK
         )
     axis.axvline(0, color=INK, lw=0.8)
-    style_axis(axis, title, "mean PCC, 50 most variable genes", "")
+    style_axis(axis, title, f"mean PCC, {genes}", "")
     axis.set_yticks(range(len(scores)), [plain(s[0]) for s in scores], parse_math=False)
     axis.set_ylim(len(scores) - 0.4, -0.6)
 

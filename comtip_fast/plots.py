@@ -215,7 +215,8 @@ def scores(result: Evaluation | pd.DataFrame) -> Figure:
     Returns
     -------
     Figure
-        One panel per section. Lines are 95 % bootstrap intervals over spatial blocks; a section with fewer than 5 blocks has none.
+        One panel per section, and another one for its unseen genes, if it has scores for them. Lines are 95 % bootstrap intervals over
+        spatial blocks; a section with fewer than 5 blocks has none.
 
     Raises
     ------
@@ -234,13 +235,21 @@ def scores(result: Evaluation | pd.DataFrame) -> Figure:
     if missing or not len(table):
         what = f"no column {missing[0]!r}" if missing else "no rows"
         raise ValueError(f"the table of scores has {what}; pass intervals.csv, or the result of comtip_fast.evaluate")
-    sections = list(table.groupby("section", sort=False))
-    heights = [len(own) for _, own in sections]
+    panels = [
+        (str(section), own[rows], names, genes)
+        for section, own in table.groupby("section", sort=False)
+        for rows, names, genes in (
+            (~own.predictor.isin(charts.UNSEEN_NAMES), charts.NAMES, "50 most variable genes"),
+            (own.predictor.isin(charts.UNSEEN_NAMES), charts.UNSEEN_NAMES, "unseen genes (up to 50)"),
+        )
+        if rows.any()
+    ]
+    heights = [len(own) for _, own, _, _ in panels]
     figure = Figure(figsize=(5.4, 0.34 * sum(heights) + 0.9 * len(heights)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(len(sections), 1, height_ratios=heights))
-    for axis, (section, own) in zip(axes, sections, strict=True):
+    axes = np.atleast_1d(figure.subplots(len(panels), 1, height_ratios=heights))
+    for axis, (section, own, names, genes) in zip(axes, panels, strict=True):
         rows = own[["predictor", "mean_pcc", "low", "high"]].itertuples(index=False)
-        draw_scores(str(section), [(charts.NAMES.get(name, name), *numbers) for name, *numbers in rows], axis)
+        draw_scores(section, [(names.get(name, name), *numbers) for name, *numbers in rows], axis, genes)
     return figure
 
 

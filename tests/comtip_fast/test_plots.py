@@ -101,6 +101,13 @@ def test_scores_of_an_evaluation_or_its_table_have_the_intervals_of_the_report()
     other = table.assign(section="t", low=np.nan, high=np.nan)
     first, second = plots.scores(pd.concat([table, other])).axes
     assert (len(first.lines), len(second.lines)) == (5, 3), "a score without an interval has no whisker"
+    unseen = table.assign(predictor=["zero_shot_unseen_genes", "unseen_ridge"], mean_pcc=[0.1, 0.2])
+    first, second = plots.scores(pd.concat([table, unseen])).axes
+    assert first.get_xlabel() == "mean PCC, 50 most variable genes"
+    assert second.get_xlabel() == "mean PCC, unseen genes (up to 50)"
+    assert [t.get_text() for t in first.get_yticklabels()] == ["CoMTIP, zero-shot", "ridge, mean colour"]
+    assert [t.get_text() for t in second.get_yticklabels()] == ["CoMTIP, zero-shot", "ridge, trained on them"]
+    assert [line.get_xdata()[0] for line in second.lines if line.get_marker() == "o"] == [0.1, 0.2]
     with pytest.raises(ValueError, match=r"has no column 'section'; pass intervals.csv"):
         plots.scores(pd.DataFrame({"cohort": ["c"], "predictor": ["zero_shot"]}))
     with pytest.raises(ValueError, match="has no rows"):

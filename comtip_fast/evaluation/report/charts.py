@@ -31,6 +31,12 @@ NAMES = {
     "bleep": "BLEEP-like",
     "control_null": "null: moved maps",
 }
+UNSEEN_NAMES = {
+    "zero_shot_unseen_genes": "CoMTIP, zero-shot",
+    "unseen_mean_map": "mean map of trained genes",
+    "unseen_ridge": "ridge, trained on them",
+}
+"""Labels of the predictors whose scores are means over unseen genes."""
 CLASSES = {
     "zero_shot": "c1",
     "ridge_features": "c3",
