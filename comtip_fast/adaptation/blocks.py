@@ -18,8 +18,6 @@ MIN_FIT, MIN_TEST = 10, 10
 """Smallest number of spots to fit on, and to test on."""
 MIN_SPOTS = MIN_FIT + MIN_TEST
 """Smallest number of spots of a section; with fewer, no ``fraction`` leaves enough spots to fit on and to test on."""
-FOLDS = 4
-"""Number of spatial folds of the fit spots, for the cross-validation that chooses the penalty."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +81,3 @@ def split_blocks(
             + (f"a `fraction` below {fraction:g} or a larger section" if n_fit > MIN_FIT else "a larger section")
         )
     return BlockSplit(fit, test)
-
-
-def spatial_folds(xy_N2: np.ndarray, folds: int = FOLDS) -> np.ndarray:
-    """Return the fold of each spot, int64 (N,): compact groups of nearly equal size, by repeated halving along the longer side."""
-    fold = np.zeros(len(xy_N2), np.int64)
-    parts = [np.arange(len(xy_N2))]
-    while len(parts) < folds:
-        largest = parts.pop(int(np.argmax([p.size for p in parts])))
-        axis = int(np.argmax(np.ptp(xy_N2[largest], axis=0)))
-        order = largest[np.argsort(xy_N2[largest, axis], kind="stable")]
-        parts += [order[: order.size // 2], order[order.size // 2 :]]
-    for i, part in enumerate(parts):
-        fold[part] = i
-    return fold

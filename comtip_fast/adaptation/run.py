@@ -16,10 +16,11 @@ from comtip_shards.sections.facts import CountOptions, PoolingOptions
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast._version import __version__
-from comtip_fast.adaptation.blocks import FOLDS, BlockSplit, spatial_folds, split_blocks
+from comtip_fast.adaptation.blocks import BlockSplit, split_blocks
 from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
 from comtip_fast.adaptation.section import AdaptSection, read_section
 from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.folds import FOLDS, spatial_folds
 from comtip_fast.evaluation.metrics import score
 from comtip_fast.export import SECTION_FIELDS
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor

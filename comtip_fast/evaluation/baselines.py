@@ -45,8 +45,8 @@ def fit_ridge(
     section_N
         Section of each spot.
     fold_N
-        Fold of each spot in the cross-validation; default: one fold per section, or five folds of the spots if there is one
-        section.
+        Fold of each spot in the cross-validation, see :func:`comtip_fast.evaluation.folds.ridge_folds`; default: one fold per
+        section, or every fifth spot if there is one section, for spots without positions.
 
     Raises
     ------

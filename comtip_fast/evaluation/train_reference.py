@@ -19,6 +19,7 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, TileSource
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridges
+from comtip_fast.evaluation.folds import ridge_folds
 from comtip_fast.inference import Predictor, SectionFeatures
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.inference.section import row_blocks
@@ -73,6 +74,8 @@ class _TrainData:
 
     section: np.ndarray
     """Section number of each spot."""
+    xy: np.ndarray
+    """Positions of the spots in px of their source image, (N, 2)."""
     cp10k: sparse.csr_matrix
     """log1p CP10K of all genes."""
     raw: sparse.csr_matrix
@@ -308,7 +311,8 @@ class TrainReference:
             if spots.sum() >= 10:
                 rows = [[self._row[groups[g][c]] for c in columns[g]] for g in own]
                 y = [values[spots][:, r].toarray() for r in rows]
-                for g, model in zip(own, fit_ridges(x[spots], y, data.section[spots]), strict=True):
+                fold = ridge_folds(data.section[spots], data.xy[spots])
+                for g, model in zip(own, fit_ridges(x[spots], y, data.section[spots], fold), strict=True):
                     models[g].append((columns[g], model))
         out = []
         for found in models:
@@ -358,4 +362,5 @@ class TrainReference:
                     {k: {i: np.asarray(v.read(every), np.float64) for i, v in x.items()} for k, x in stores.items()}
                 )
         inputs = {k: {i: np.concatenate([p[k][i] for p in parts]) for i in parts[0][k]} for k in parts[0]}
-        return _TrainData(section, log1p_cp10k(counts), raw, inputs, {n: self.shards.measured(n) for n in numbers})
+        xy, measured = self.shards.spots.loc[spots, ["x_px", "y_px"]], {n: self.shards.measured(n) for n in numbers}
+        return _TrainData(section, xy.to_numpy(float), log1p_cp10k(counts), raw, inputs, measured)

@@ -17,11 +17,12 @@ from comtip_shards.sources import open_source
 import comtip_fast
 from comtip_fast.adaptation import correction as closed_form
 from comtip_fast.adaptation import run as adaptation
-from comtip_fast.adaptation.blocks import spatial_folds, split_blocks
+from comtip_fast.adaptation.blocks import split_blocks
 from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
 from comtip_fast.adaptation.section import _ridge_inputs, read_section
 from comtip_fast.cli import main
 from comtip_fast.evaluation.evaluate import choose_sections, evaluate
+from comtip_fast.evaluation.folds import spatial_folds
 from comtip_fast.evaluation.seen import section_facts
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor

@@ -14,6 +14,7 @@ from comtip_shards.sources import open_source
 
 from comtip_fast.data.tile_sources import ArrayTiles
 from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
+from comtip_fast.evaluation.folds import spatial_folds
 from comtip_fast.evaluation.metrics import partial_pcc_per_gene, score_columns
 from comtip_fast.evaluation.nulls import null_pcc
 from comtip_fast.evaluation.run import evaluate_run
@@ -157,13 +158,16 @@ def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
         m[nowhere] = False
     reference._data["human_breast"] = replace(data, measured=measured)
     seen: list[tuple[int, int]] = []
+    folds: list[tuple[np.ndarray, np.ndarray]] = []
     from comtip_fast.evaluation import train_reference as module
 
     real = module.fit_ridges
 
-    def spy(x, targets, section):
+    def spy(x, targets, section, fold):
         seen.extend((y.shape[1], np.unique(section).size) for y in targets)
-        return real(x, targets, section)
+        if np.unique(section).size == 1:
+            folds.append((fold, data.xy[data.section == reference.numbers[1]]))
+        return real(x, targets, section, fold)
 
     monkeypatch.setattr(module, "fit_ridges", spy)
     x = {i: FeatureColumns(v) for i, v in data.inputs["ridge_features"].items()}
@@ -171,6 +175,8 @@ def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
     assert fit is not None
     out = fit.predict(x, 9, np.arange(4))
     assert sorted(seen) == [(1, 1), (2, 2)]
+    (found, xy) = folds[0]
+    np.testing.assert_array_equal(found, spatial_folds(xy))
     assert out[:, 1].std() > 0
     assert np.isnan(out[:, 2]).all()
     assert fit.fitted.tolist() == [0, 1, 3]

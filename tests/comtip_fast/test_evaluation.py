@@ -11,6 +11,7 @@ from scipy import stats
 
 from comtip_fast.evaluation.baselines import ALPHAS, fit_ridge, fit_ridges
 from comtip_fast.evaluation.evaluate import choose_sections, evaluate, summary_table, write_metrics
+from comtip_fast.evaluation.folds import ridge_folds
 from comtip_fast.evaluation.metrics import Score, null_scores, partial_pcc_per_gene, residuals, score
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.report import write_report
@@ -113,6 +114,44 @@ def test_ridge_recovers_the_coefficients_and_regularises_noise(rng):
     assert noise.alpha > model.alpha
     with pytest.raises(ValueError, match="at least 10"):
         fit_ridge(x[:5], y[:5], section[:5])
+
+
+def test_folds_are_sections_or_compact_parts_of_the_only_section(rng):
+    xy = np.stack(np.meshgrid(np.arange(16), np.arange(16)), -1).reshape(-1, 2).astype(float)
+    section = np.repeat([7, 9], 128)
+    assert ridge_folds(section, xy).tolist() == np.repeat([0, 1], 128).tolist()
+    fold = ridge_folds(np.full(256, 7), xy)
+    assert np.bincount(fold).tolist() == [64] * 4
+    for f in range(4):
+        assert np.ptp(xy[fold == f], axis=0).tolist() == [7, 7]
+
+
+def test_the_penalty_of_one_section_is_that_for_another_section(rng):
+    """Features and expression share three smooth patterns, and each has patterns of this section alone.
+
+    Neighbours of a held-out spot reveal the patterns of the section, another section does not have them.
+    """
+    xy = np.stack(np.meshgrid(np.arange(18), np.arange(18)), -1).reshape(-1, 2) / 18.0
+    one, found = np.zeros(len(xy)), []
+
+    def smooth(k: int) -> np.ndarray:
+        return np.cos(4 * xy @ rng.normal(size=(k, 2)).T + rng.uniform(0, 6.3, k))
+
+    def section() -> tuple[np.ndarray, np.ndarray]:
+        shared = smooth(3)
+        x = 0.3 * shared @ of_features + smooth(60)
+        return x, shared @ of_genes + smooth(15) + 0.5 * rng.normal(size=(len(xy), 15))
+
+    for _ in range(8):
+        of_features, of_genes = rng.normal(size=(3, 60)), rng.normal(size=(3, 15))
+        (x, y), (new_x, new_y) = section(), section()
+        blocks, spots = fit_ridge(x, y, one, ridge_folds(one, xy)), fit_ridge(x, y, one)
+        scores = [float(pcc_per_gene(new_y, m.predict(new_x)).mean()) for m in (blocks, spots)]
+        found.append([*scores, blocks.cv_pcc, spots.cv_pcc, blocks.alpha, spots.alpha])
+    new_blocks, new_spots, cv_blocks, cv_spots, alpha_blocks, alpha_spots = np.mean(found, axis=0)
+    assert new_blocks > new_spots + 0.03
+    assert cv_blocks < cv_spots - 0.1, "closer to the score on another section"
+    assert alpha_blocks > alpha_spots
 
 
 def test_ridge_equals_the_normal_equations(rng):

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.folds import spatial_folds
 from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import _predicted, _Shuffled, _with_control
@@ -331,10 +332,11 @@ def test_ridge_fits_a_gene_to_the_sections_that_measured_it(rng):
     y = x @ rng.normal(size=(3, 2)) + 0.1 * rng.normal(size=(80, 2))
     number = np.repeat([0, 1], 40)
     y[number == 1, 1] = 0
-    train = [SimpleNamespace(features={"e": x[number == s]}) for s in (0, 1)]
+    train = [SimpleNamespace(features={"e": x[number == s]}, xy_N2=grid(10)[:40]) for s in (0, 1)]
     known = np.array([[True, True], [True, False]])
     got = _predicted(train, "e", y, known, x)
-    np.testing.assert_allclose(got[:, 1], fit_ridge(x[:40], y[:40, 1:], number[:40]).predict(x)[:, 0])
+    alone = fit_ridge(x[:40], y[:40, 1:], number[:40], spatial_folds(grid(10)[:40]))
+    np.testing.assert_allclose(got[:, 1], alone.predict(x)[:, 0])
     np.testing.assert_allclose(got[:, 0], fit_ridge(x, y[:, :1], number).predict(x)[:, 0])
     assert np.abs(np.corrcoef(got[:, 0], y[:, 0])[0, 1]) > 0.9
     none = _predicted(train, "e", y, np.array([[True, False], [True, False]]), x)
@@ -349,7 +351,7 @@ def test_the_control_of_ridge_is_the_mean_over_targets_shuffled_within_sections(
     """Every draw is a regression of its own, but all draws share the decompositions of the features: one per fold and one of all."""
     x, number = rng.normal(size=(60, 8)), np.repeat([0, 1, 2], 20)
     y = x[:, :3] + rng.normal(size=(60, 3)) + 5.0 * number[:, None]
-    train = [SimpleNamespace(features={"e": x[number == s]}) for s in range(3)]
+    train = [SimpleNamespace(features={"e": x[number == s]}, xy_N2=grid(5)[:20]) for s in range(3)]
     new, measured = rng.normal(size=(25, 8)), rng.normal(size=(25, 3))
     real, counted = np.linalg.svd, []
     monkeypatch.setattr(np.linalg, "svd", lambda *a, **k: counted.append(1) or real(*a, **k))

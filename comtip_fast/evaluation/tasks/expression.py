@@ -11,6 +11,7 @@ import numpy as np
 from comtip_shards.sampling.rng import generator
 
 from comtip_fast.evaluation.baselines import fit_ridges
+from comtip_fast.evaluation.folds import ridge_folds
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.gene_sets import members, set_scores
@@ -186,12 +187,14 @@ def _fits(
     parts = [np.asarray(t.features[name], np.float64) for t in train]
     x_NF, x_new = np.concatenate(parts), np.asarray(x_new_MF, np.float64)
     number_N = np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
+    xy_N2 = np.concatenate([t.xy_N2 for t in train])
     for sections in np.unique(known_SG, axis=1).T:
         columns = np.flatnonzero((sections == known_SG.T).all(1))
         spots = np.isin(number_N, np.flatnonzero(sections))
         if spots.sum() >= MIN_SPOTS:
             targets = _Shuffled(y_NG[spots][:, columns], number_N[spots], n_draws, seed, name)
-            models = fit_ridges(x_NF[spots], targets, number_N[spots])
+            fold = ridge_folds(number_N[spots], xy_N2[spots])
+            models = fit_ridges(x_NF[spots], targets, number_N[spots], fold)
             yield columns, (model.predict(x_new) for model in models)
 
 

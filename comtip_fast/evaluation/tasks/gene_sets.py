@@ -142,7 +142,7 @@ def closeness_by_species(
     parts = []
     for name in np.unique(species):
         own = np.flatnonzero(species == name)
-        rows = list(members(sets, [keys[int(i)] for i in own]).values())
+        rows = list(members(sets, [keys[i] for i in own.tolist()]).values())
         if rows:
             parts.append(set_closeness(vectors_GD[own], rows, seed))
     # A species whose genes are all in common sets has no pairs to compare with.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.folds import ridge_folds
 from comtip_fast.evaluation.trained.data import TrainingData
 from comtip_fast.evaluation.trained.encoder import initial_encoder, pretrained_encoder
 from comtip_fast.evaluation.trained.task import ExpressionTask, TargetBatch
@@ -77,12 +78,14 @@ class RegressionTask(ExpressionTask):
         """
         regressor, targets, x = self.module, self.data.targets, self.data.pooled_Nd
         assert isinstance(regressor, Regressor)
+        xy = self.data.shards.spots.loc[self.data.spots, ["x_px", "y_px"]].to_numpy(float)
         for sections in np.unique(targets.known_SG, axis=1).T:
             columns = np.flatnonzero((sections == targets.known_SG.T).all(1))
             rows = np.flatnonzero(np.isin(targets.section_N, np.flatnonzero(sections)))
             if rows.size < MIN_SPOTS:
                 continue
-            model = fit_ridge(x[rows], targets.of_spots(rows)[0][:, columns], targets.section_N[rows])
+            fold = ridge_folds(targets.section_N[rows], xy[rows])
+            model = fit_ridge(x[rows], targets.of_spots(rows)[0][:, columns], targets.section_N[rows], fold)
             weight_FG = model.weight_FG / model.std_F[:, None]
             bias_G = model.intercept_G - model.mean_F @ weight_FG
             regressor.head.weight[columns] = torch.from_numpy(weight_FG.T).to(regressor.head.weight)
