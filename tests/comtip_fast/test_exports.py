@@ -305,7 +305,7 @@ def test_a_run_resumes_and_is_exported_without_the_file_of_initial_weights(
 @pytest.mark.parametrize(
     ("changed", "fix"),
     [
-        (["shards", "trained genes"], "give the shard set of the run with `shards`"),
+        (["shards", "trained genes"], "give the shard sets that the run had at this step with `shards`"),
         (["tokenizer"], "use the release that trained the run"),
         (["gene vectors"], "restore the file that text.gene_vectors names"),
     ],
