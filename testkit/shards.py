@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from comtip_shards import ShardSet
 from comtip_shards.format import spot_table as spots
 from comtip_shards.format.index import index_text
 from comtip_shards.format.manifest import Manifest, digest_of, sha256_of
@@ -81,3 +82,11 @@ def seal_files(folder: Path, more: dict[str, Any] | None = None) -> None:
             data[f"{what}_sha256"] = sha256_of(folder / data[f"{what}_file"])
 
     change_manifest(folder, change, seal=True)
+
+
+def without_genes(shards: ShardSet, names: set[str]) -> ShardSet:
+    """Return the shard set with sections that did not measure the genes with these keys or symbols."""
+    out = ShardSet(shards.path)
+    missing = np.array([not names.isdisjoint((gene.key, gene.symbol)) for gene in out.genes])
+    out.measured = lambda number: shards.measured(number) & ~missing  # type: ignore[method-assign]
+    return out

@@ -22,6 +22,7 @@ from comtip_fast.evaluation.tasks.run import evaluate_tasks, run_tasks
 from comtip_fast.evaluation.tasks.text import SpotSentences
 from comtip_fast.inference import Predictor
 from comtip_fast.training.validation import space_numbers
+from testkit.shards import without_genes
 from testkit.tiny import SYMBOLS
 
 SECTIONS = ["x1", "v1"]
@@ -148,18 +149,10 @@ def test_domains_follow_the_field(rows: list[TaskRow]):
     assert {r.method for r in rows if r.task == "domains"} >= {"comtip encoder", "comtip vector, smoothed", "colour"}
 
 
-def without(shards: ShardSet, symbols: set[str]) -> ShardSet:
-    """Return the shard set with sections that did not measure some genes."""
-    out = ShardSet(shards.path)
-    missing = np.array([g.symbol in symbols for g in out.genes])
-    out.measured = lambda number: shards.measured(number) & ~missing  # type: ignore[method-assign]
-    return out
-
-
 def test_a_section_that_measured_none_of_the_genes_is_left_out_with_a_warning(
     quick: Path, tiny_shards: ShardSet, files: Path, caplog: pytest.LogCaptureFixture
 ):
-    bare = without(tiny_shards, set(SYMBOLS))
+    bare = without_genes(tiny_shards, set(SYMBOLS))
     labels, sets = LabelFile(str(files / "labels.tsv")), read_gmt(files / "sets.gmt")
     options = TaskOptions(n_bootstrap=0, n_null=2, labels=labels, gene_sets=sets)
     rows = run_tasks(["probe", "domains", "pathways"], Predictor.load(quick), bare, tiny_shards, options)
@@ -178,7 +171,7 @@ def test_the_probe_is_compared_on_the_unseen_genes_that_training_measured(quick:
     """A gene without training values is no failure of ridge regression: it is left out, and the model is scored without it, too."""
     predictor, options = Predictor.load(quick), TaskOptions(n_bootstrap=0, n_null=2)
     unseen = [k.partition(":")[2] for k in predictor.held_out_genes]
-    train = without(tiny_shards, set(unseen[:2]))
+    train = without_genes(tiny_shards, set(unseen[:2]))
     rows = [
         r for r in run_tasks(["probe"], predictor, tiny_shards, train, options) if r.metric.startswith("pcc_unseen")
     ]
@@ -188,7 +181,7 @@ def test_the_probe_is_compared_on_the_unseen_genes_that_training_measured(quick:
     known = evaluate_genes(predictor, tiny_shards, unseen[2:])
     assert part["comtip zero-shot"] == pytest.approx(known, abs=1e-4)
     assert part["ridge, colour"] > 0.3, "genes without training values do not count as 0"
-    none = without(tiny_shards, set(unseen))
+    none = without_genes(tiny_shards, set(unseen))
     rows = run_tasks(["probe"], predictor, tiny_shards, none, options)
     assert {r.method for r in rows if "unseen" in r.metric} == {"comtip zero-shot"}
 
@@ -228,7 +221,7 @@ def test_sets_that_a_training_section_hardly_measured_are_not_learnt_from_it(
         want = one(one_section, "pathways", "pcc rise", method).value
         assert one(both, "pathways", "pcc rise", method).value == pytest.approx(want)
     assert one(both, "pathways", "pcc fall", "ridge, colour").value > 0.3
-    nowhere = run_tasks(["pathways"], predictor, tiny_shards, without(tiny_shards, rise), options)
+    nowhere = run_tasks(["pathways"], predictor, tiny_shards, without_genes(tiny_shards, rise), options)
     assert {r.method for r in nowhere if r.metric in ("mean_pcc", "pcc rise")} == {"comtip zero-shot"}
     part = {r.method: r.value for r in nowhere if r.metric == "mean_pcc_fitted"}
     assert set(part) == {"comtip zero-shot", "ridge, colour", "ridge, comtip encoder", "ridge, comtip vector"}

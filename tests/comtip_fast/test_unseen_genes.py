@@ -20,6 +20,7 @@ from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
+from testkit.shards import without_genes
 
 REFERENCES = ("unseen_mean_map", "unseen_names_shuffled", "unseen_vectors_shuffled", "unseen_ridge")
 
@@ -227,21 +228,13 @@ def test_intervals_compare_unseen_genes_with_their_references(result: Evaluation
     )
 
 
-def without(shards: ShardSet, keys: set[str]) -> ShardSet:
-    """Return the shard set with sections that did not measure some genes."""
-    out = ShardSet(shards.path)
-    missing = np.array([g.key in keys for g in out.genes])
-    out.measured = lambda number: shards.measured(number) & ~missing  # type: ignore[method-assign]
-    return out
-
-
 def test_genes_that_no_training_section_measured_are_left_out_of_ridge_and_not_counted_as_zero(
     predictor: Predictor, tiny_shards: ShardSet, result: Evaluation
 ):
     """A targeted panel in training: the model is compared with ridge regression on the genes of the panel."""
     before = result.sections[0]
     unseen, panel = ([before.keys[i] for i in group] for group in (before.unseen, before.panel))
-    train = without(tiny_shards, {*unseen[:2], *panel[:3]})
+    train = without_genes(tiny_shards, {*unseen[:2], *panel[:3]})
     found = evaluate(predictor, tiny_shards, train_shards=train, n_null=2)
     data, entry, cohort = found.sections[0], found.metrics["sections"]["x1"], found.metrics["cohorts"]["human_breast"]
     for name, indices, lost in (("unseen_ridge", data.unseen, unseen[:2]), ("ridge_features", data.panel, panel[:3])):
@@ -274,7 +267,7 @@ def test_ridge_has_no_score_if_training_measured_none_of_the_genes(
     data = result.sections[0]
     unseen = [data.keys[i] for i in data.unseen]
     listed = [k.partition(":")[2] for k in unseen]
-    train = without(tiny_shards, set(unseen))
+    train = without_genes(tiny_shards, set(unseen))
     found = evaluate(predictor, tiny_shards, train_shards=train, n_null=2, genes=listed)
     entry = found.metrics["sections"]["x1"]
     for name in ("unseen_ridge", "ridge_colour", "ridge_features", "ridge_frozen"):
