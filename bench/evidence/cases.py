@@ -15,6 +15,7 @@ from comtip_kernels import (
     infonce,
     level_cross_entropy,
     operand_dtype,
+    one_query_attention,
     packed_attention,
     pair_scores,
     plan_sentences,
@@ -229,6 +230,19 @@ def attention_case(device: str, N: int, H: int, E: int, longest: int, peers: tup
         {name: error for name, error in errors.items() if error},
         operands=(0, 1, 2),
     )
+
+
+def one_query_case(device: str, N: int, H: int, D: int, longest: int) -> Case:
+    """Return attention with one query per head for each of N sentences of 3 to ``longest`` tokens of width D."""
+    length = torch.randint(3, longest + 1, (N,), generator=torch.Generator().manual_seed(0)).to(device)
+    S = int(length.sum())
+
+    def call(impl: str) -> Loss:
+        return lambda q, x: one_query_attention(q, x, length, scale=D**-0.5, longest=longest, impl=impl)  # type: ignore[arg-type]
+
+    size = f"longest={longest} N={N} S={S} H={H} D={D}"
+    inputs, moved = [randn(device, N, H, D), randn(device, S, D)], 6.0 * S * D + 10.0 * N * H * D
+    return Case("one_query_attention", size, inputs, call("triton"), call("reference"), 0.0, moved, operands=(0, 1))
 
 
 def table_cases(device: str, B: int, G: int, Q: int, D: int) -> list[Case]:

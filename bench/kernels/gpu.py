@@ -33,6 +33,7 @@ from bench.evidence.cases import (  # noqa: E402 (after sys.path)
     embedding_case,
     infonce_case,
     masked_cases,
+    one_query_case,
     table_cases,
 )
 from bench.evidence.check import PRECISIONS, check  # noqa: E402
@@ -67,6 +68,7 @@ def all_cases(device: str, small: bool) -> list[Case]:
         block_case(device, *((40, 24, 32) if small else (65536, 2048, 512))),
         embedding_case(device, *((6, 3, 32, 6, 20) if small else (2048, 32, 512, 18, 4099))),
         *(attention_case(device, N, *heads, longest, peers) for longest, N in lengths.items()),
+        one_query_case(device, *((12, 2, 32, 16) if small else (65536, 8, 512, 18))),
         *table_cases(device, *((20, 9, 5, 32) if small else (4096, 2048, 32, 512))),
     ]
 

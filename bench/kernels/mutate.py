@@ -25,6 +25,7 @@ INFONCE = "infonce/triton_kernels.py"
 LOGITS = "infonce/logit_tiles.py"
 TABLE = "sentence_table/triton_kernels.py"
 ATTENTION = "packed_attention/triton_kernels.py"
+ONE_QUERY = "one_query_attention/triton_kernels.py"
 EMBEDDING = "gene_sentence_embedding/triton_kernels.py"
 ROUNDING = "interpreted/test_rounding.py"
 TESTS = {
@@ -32,6 +33,7 @@ TESTS = {
     LOGITS: ("test_infonce.py", "interpreted/test_blocks.py"),
     TABLE: ("test_table.py", "interpreted/test_table.py"),
     ATTENTION: ("test_packed_attention.py",),
+    ONE_QUERY: ("test_one_query_attention.py",),
     EMBEDDING: ("interpreted/test_gene_sentence_embedding.py", "test_gene_sentence_embedding.py"),
 }
 QUICK = {
@@ -39,6 +41,7 @@ QUICK = {
     LOGITS: "(equals_the_reference and 40-71-48) or (hostile and fp32) or beyond_the_end or (wide and 600 and all)",
     TABLE: "(equals_the_reference and size2) or (wide and 600) or beyond_the_end",
     ATTENTION: "(equals_the_reference and size1) or beyond_the_end or only_its_sentence",
+    ONE_QUERY: "(equals_the_reference and sorted and size1) or only_its_sentence or without_a_query or (bf16 and dtypes)",
     EMBEDDING: "two_rounds or (equals_the_reference and size1) or beyond_the_end",
 }
 """{file: expression for ``pytest -k`` that selects tests which kill most mutants}; the other tests run only if these pass."""
@@ -242,6 +245,43 @@ MUTANTS = [
         ("swapped operand", "tl.dot(tl.trans(ds), q,", "tl.dot(ds, q,"),
         ("missing scale", "[:, None]) * scale, q_ptr", "[:, None]), q_ptr"),
         ("no row sum", "(dp - tl.sum(p * dp, axis=1)[:, None])", "dp"),
+    ),
+    *_of(
+        ONE_QUERY,
+        "_load",
+        ("slice", "dim = start + tl.arange(0, BD)", "dim = tl.arange(0, BD)"),
+        ("mask", "mask=inside[:, None] & (dim[None, :] < width)", "mask=inside[:, None]"),
+    ),
+    *_of(
+        ONE_QUERY,
+        "_store",
+        ("slice", "dim = start + tl.arange(0, BD)", "dim = tl.arange(0, BD)"),
+        ("tail", "(dim[None, :] < width)", "(dim[None, :] < width - 1)"),
+    ),
+    *_of(
+        ONE_QUERY,
+        "_softmax",
+        ("mask", "tl.where(own[None, :], s * (scale * LOG2E), float(\"-inf\"))", "s * (scale * LOG2E)"),
+        ("missing scale", "s * (scale * LOG2E)", "s * LOG2E"),
+        ("no maximum", "tl.where(top == float(\"-inf\"), 0.0, top)[:, None]", "top[:, None] * 0"),
+    ),
+    *_of(ONE_QUERY, "_rounded", ("dtype", "x.to(ptr.dtype.element_ty)", "x.to(tl.float32)")),
+    *_of(
+        ONE_QUERY,
+        "one_query_forward",
+        ("tail", "tl.arange(0, BT) < tl.load(length_ptr + sentence)", "tl.arange(0, BT) < tl.load(length_ptr + sentence) - 1"),
+        ("wrong sentence", "tl.load(first_ptr + sentence)", "tl.load(first_ptr)"),
+        ("stale sum", "tl.dot(q, tl.trans(x), s, input_precision", "tl.dot(q, tl.trans(x), input_precision"),
+    ),
+    *_of(
+        ONE_QUERY,
+        "one_query_grads",
+        ("tail", "tl.arange(0, BT) < tl.load(length_ptr + sentence)", "tl.arange(0, BT) < tl.load(length_ptr + sentence) - 1"),
+        ("sentence without a query", " & (sentence < n_queries)", ""),
+        ("missing scale", "[:, None]) * scale, query_ptr", "[:, None]), query_ptr"),
+        ("no row sum", "(dp - tl.sum(p * dp, axis=1)[:, None])", "dp"),
+        ("missing term", "dx = tl.dot(tl.trans(p), g, dx, input_precision", "dx = tl.dot(tl.trans(p), g, input_precision"),
+        ("swapped operand", "tl.dot(ds, x, input_precision", "tl.dot(p, x, input_precision"),
     ),
     *_of(
         EMBEDDING,

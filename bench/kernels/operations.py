@@ -22,6 +22,7 @@ import torch
 from comtip_kernels import (
     infonce,
     level_cross_entropy,
+    one_query_attention,
     packed_attention_qkv,
     pair_scores,
     table_pool,
@@ -104,6 +105,15 @@ def _attention(S: int, H: int, E: int, longest: int) -> Callable[[], Call]:
     return build
 
 
+def _one_query(N: int, S: int, H: int, D: int, longest: int) -> Callable[[], Call]:
+    def build() -> Call:
+        query = torch.empty(N, H, D, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        x, length, first = leaf(S, D), integers(N), integers(N)
+        return lambda: one_query_attention(query, x, length, scale=0.125, longest=longest, first_M=first)
+
+    return build
+
+
 def operations() -> Iterator[Operation]:
     """Yield every operation at the sizes of the ledger."""
     for B, M, size in (
@@ -114,6 +124,8 @@ def operations() -> Iterator[Operation]:
         yield Operation("infonce", size, _infonce(B, M, 512))
     tokens = 256_000 // 14 * sum(range(3, 17))
     yield Operation("packed_attention", "256k sentences of 3 to 16, 8 heads x 64", _attention(tokens, 8, 64, 16))
+    size = "2,048 genes x 32 levels, 8 heads, D = 512"
+    yield Operation("one_query_attention", size, _one_query(65_536, 851_552, 8, 512, 18))
     for B in (4096, 1024):
         for op in ("table_pool", "pair_scores", "level_cross_entropy"):
             yield Operation(op, f"B = {B // 1024}k, G = 2k, Q = 32, D = 512", _table(op, B, 2048, 32, 512))

@@ -8,7 +8,8 @@ Shapes: N sentences of at most T tokens, S tokens in total, G genes drawn for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from comtip_kernels import (
     copy_sentence_rows,
     first_tokens,
     gene_sentence_embedding,
+    one_query_attention,
     packed_attention_qkv,
     plan_panel,
     plan_sentences,
     sentence_start,
 )
+from comtip_kernels.one_query_attention import LONGEST, MOST_HEADS
 from comtip_kernels.packed_attention import Attention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
@@ -32,23 +36,62 @@ from comtip_fast.models.recompute import run_block, run_recomputed
 from comtip_fast.runtime import devices, torch_internals
 
 
+class QKV(nn.Linear):
+    """Projection to queries, keys and values, (3 d, d): of every token, or around attention with one query per sentence."""
+
+    CASTS_TOGETHER = True
+    """Read by :func:`comtip_fast.runtime.weight_casts.linear_parameters`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, 3 * width)
+        self.heads = heads
+
+    def forward(self, x_Sd: Tensor, attend: Callable[..., Tensor] | None = None, first_N: Tensor | None = None) -> Tensor:
+        """Return queries, keys and values (S, 3 d) of S tokens or, with ``attend``, the attended values (N, d) of N tokens.
+
+        The second form is part of this module, because engines make weights available when their module is called (ZeRO 3).
+
+        Parameters
+        ----------
+        x_Sd
+            Tokens.
+        attend
+            :func:`comtip_kernels.one_query_attention` with its lengths: a function of queries (N, H, d), tokens and ``scale``.
+        first_N
+            Indices of the N tokens with a query, one per sentence.
+        """
+        if attend is None:
+            return super().forward(x_Sd)
+        H, d = self.heads, x_Sd.shape[1]
+        query_dd, key_dd, value_dd = self.weight.split(d)
+        query_d, _, value_d = self.bias.split(d)
+        q_Nd = F.linear(x_Sd[first_N], query_dd, query_d)
+        # Heads are a batch of products: (H, N, E) times the head's rows (E, d) of the keys' projection.
+        query_HNd = q_Nd.unflatten(1, (H, -1)).transpose(0, 1) @ key_dd.unflatten(0, (H, -1))
+        mean_NHd = attend(query_HNd.transpose(0, 1), x_Sd, scale=(d // H) ** -0.5)
+        value_HdE = value_dd.unflatten(0, (H, -1)).mT
+        attended_HNE = torch.baddbmm(value_d.view(H, 1, -1), mean_NHd.transpose(0, 1), value_HdE)
+        return attended_HNE.transpose(0, 1).flatten(1)
+
+
 class SentenceBlock(nn.Module):
-    """Pre-norm transformer block over N packed sentences, without dropout."""
+    """Pre-norm transformer block over packed sentences, without dropout."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.attention: Attention = "auto"
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.out = QKV(width, heads), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
         self,
         x_Sd: Tensor,
-        length_N: Tensor,
+        length_M: Tensor,
         longest: int,
         first_N: Tensor | None = None,
+        first_M: Tensor | None = None,
         first_S: Tensor | None = None,
         qkv_SC: Tensor | None = None,
     ) -> Tensor:
@@ -58,24 +101,40 @@ class SentenceBlock(nn.Module):
         ----------
         x_Sd
             Input of the S tokens.
-        length_N, longest
+        length_M, longest
             Number of tokens of each sentence, and an upper bound of these numbers.
         first_N
-            Indices of the ``[GENE]`` tokens, to compute only their rows; None computes all rows.
+            Indices of the ``[GENE]`` tokens of the first N sentences, to compute only their rows; None computes all rows. Keys and
+            values of all tokens are then not computed, if :meth:`one_query` is true.
+        first_M
+            Indices of the ``[GENE]`` tokens of all sentences, which attention for ``first_N`` needs on a GPU.
         first_S
-            For each token, the index of the ``[GENE]`` token of its sentence, which attention on a GPU needs.
+            For each token, the index of the ``[GENE]`` token of its sentence, which attention for all tokens needs on a GPU.
         qkv_SC
             Result of :meth:`project` for the S tokens, (S, 3 d); None computes it.
         """
         S, d = x_Sd.shape
-        qkv_S3HE = (self.project(x_Sd) if qkv_SC is None else qkv_SC).view(S, 3, self.heads, d // self.heads)
-        attended = packed_attention_qkv(
-            qkv_S3HE, length_N, longest=longest, first_S=first_S, impl=self.attention
-        ).reshape(S, d)
-        if first_N is not None:
-            x_Sd, attended = x_Sd[first_N], attended[first_N]
+        if first_N is not None and qkv_SC is None and self.one_query(longest):
+            impl = "triton" if self.attention == "triton" else "auto"
+            attend = partial(one_query_attention, length_M=length_M, longest=longest, first_M=first_M, impl=impl)
+            attended = self.qkv(self.norm_attention(x_Sd), attend, first_N)
+            x_Sd = x_Sd[first_N]
+        else:
+            qkv_S3HE = (self.project(x_Sd) if qkv_SC is None else qkv_SC).view(S, 3, self.heads, d // self.heads)
+            attended = packed_attention_qkv(
+                qkv_S3HE, length_M, longest=longest, first_S=first_S, impl=self.attention
+            ).reshape(S, d)
+            if first_N is not None:
+                x_Sd, attended = x_Sd[first_N], attended[first_N]
         x_Sd = x_Sd + self.out(attended)
         return x_Sd + self.mlp(self.norm_mlp(x_Sd))
+
+    def one_query(self, longest: int) -> bool:
+        """Return whether the rows at the ``[GENE]`` tokens alone are computed by attention with one query per sentence.
+
+        If ``text.attention`` names another package's kernel, that kernel computes attention in every block.
+        """
+        return self.attention in ("auto", "triton") and longest <= LONGEST and self.heads <= MOST_HEADS
 
     def project(self, x_Rd: Tensor) -> Tensor:
         """Return queries, keys and values (R, 3 d) of any rows."""
@@ -208,24 +267,25 @@ class GeneEncoder(nn.Module):
             plan=plan,
             distinct=True,
         )
-        longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)[: back_N.shape[0]]
+        longest, first_M = genes.ids_GT.shape[1], sentence_start(length_N)
+        first_N = first_M[: back_N.shape[0]]
         if any(torch_internals.is_compiled(block) for block in self.blocks):
             # A number is a constant of compiled code, so each length of the longest sentence would compile another variant.
             longest = self.longest
         first_S = None if devices.reads_are_free(rows_Ud.device) else first_tokens(length_N, plan.row_S.shape[0])
+        every = (length_N, longest, None, None, first_S)
         # After the last block only [GENE] is used.
-        used = [*(None for _ in self.blocks[1:]), first_N]
-        rest = (length_N, longest, used[0], first_S)
+        rest = [*(every for _ in self.blocks[1:]), (length_N, longest, first_N, first_M, first_S)]
         if self.project_vector is not None and genes.vector_GK is not None:
             # The vector of its gene belongs to each [GENE] token, so equal rows are equal tokens no longer.
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = copy_sentence_rows(rows_Ud, plan)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
-            x_Sd = run_block(self.blocks[0], x_Sd, *rest, recompute=self.recompute)
+            x_Sd = run_block(self.blocks[0], x_Sd, *rest[0], recompute=self.recompute)
         else:
-            x_Sd = run_recomputed(self._first_block, rows_Ud, plan, *rest, recompute=self.recompute)
-        for block, rows in zip(self.blocks[1:], used[1:], strict=True):
-            x_Sd = run_block(block, x_Sd, length_N, longest, rows, first_S, recompute=self.recompute)
+            x_Sd = run_recomputed(self._first_block, rows_Ud, plan, *rest[0], recompute=self.recompute)
+        for block, arguments in zip(self.blocks[1:], rest[1:], strict=True):
+            x_Sd = run_block(block, x_Sd, *arguments, recompute=self.recompute)
         return self.norm_out(x_Sd).index_select(0, back_N)
 
     def _first_block(self, rows_Ud: Tensor, plan: SentencePlan, *rest: Any) -> Tensor:
@@ -235,6 +295,8 @@ class GeneEncoder(nn.Module):
         """
         block = self.blocks[0]
         assert isinstance(block, SentenceBlock)
+        if len(self.blocks) == 1 and block.one_query(rest[1]):
+            return run_block(block, copy_sentence_rows(rows_Ud, plan), *rest, recompute=False)
         qkv_SC = copy_sentence_rows(block.project(rows_Ud), plan)
         return run_block(block, copy_sentence_rows(rows_Ud, plan), *rest, qkv_SC, recompute=False)
 

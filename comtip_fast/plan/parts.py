@@ -10,6 +10,7 @@ from comtip_kernels import flops
 from comtip_kernels.flops import KEPT_BYTES
 from comtip_kernels.ledger import sizes
 from comtip_kernels.ledger.sizes import Sized
+from comtip_kernels.one_query_attention import LONGEST, MOST_HEADS
 
 from comtip_fast.plan.cost import (
     INDEX,
@@ -252,9 +253,7 @@ def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of the blocks of the sentence encoder."""
     p, d, N = w.precision, s.width, w.table_rows
     n = N * s.tokens
-    # On a CPU, attention runs per sentence length; the results per length are stored in addition to the concatenated one.
-    attend = text_attention(s, w)
-    by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
+    attend, by_length = text_attention(s, w), results_by_length(s, w)
     kind = BlockKind(compiled=w.compiled, stacks=not packed(s, w))
 
     def block_of(kind: BlockKind) -> list[Cost]:
@@ -265,11 +264,7 @@ def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:
     once = first_qkv(s, w) if s.equal_tokens else every
     first = [*once, *block_of(replace(kind, projects=False))] if s.equal_tokens else block_of(kind)
     last = [
-        *(once if s.text_depth == 1 else every),
-        attend,
-        *([] if packed(s, w) else [Cost("stack gradients", back_moved=6 * n * d * p.operand)]),
-        by_length,
-        first_rows(n, N, d, p),
+        *(one_query(s, w) if has_one_query(s) else every_query(s, w, once if s.text_depth == 1 else every)),
         linear(N, d, d, p),
         *residual(N, d, p),
         *mlp(N, d, 4 * d, p),
@@ -281,6 +276,55 @@ def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:
         stored = [distinct_tokens(s, w) if s.equal_tokens else n, *([n] * (s.text_depth - 1))]
         blocks = [checkpointed(b, tokens * stream, "block input") for b, tokens in zip(blocks, stored, strict=True)]
     return [cost for b in blocks for cost in b]
+
+
+def results_by_length(s: Sizes, w: RankShare) -> Cost:
+    """Return the bytes that attention stores per sentence length on a CPU, in addition to the concatenated result."""
+    tokens = 0 if w.gpu else w.table_rows * s.tokens
+    return Cost("by length", saved=tokens * s.width * w.precision.operand)
+
+
+def every_query(s: Sizes, w: RankShare, projection: list[Cost]) -> list[Cost]:
+    """Return the costs of the last block's attention for all tokens after ``projection``, and of selecting the first tokens."""
+    p, d, N = w.precision, s.width, w.table_rows
+    n = N * s.tokens
+    return [
+        *projection,
+        text_attention(s, w),
+        *([] if packed(s, w) else [Cost("stack gradients", back_moved=6 * n * d * p.operand)]),
+        results_by_length(s, w),
+        first_rows(n, N, d, p),
+    ]
+
+
+def has_one_query(s: Sizes) -> bool:
+    """Return whether attention in the last block has one query per sentence (``SentenceBlock.one_query``)."""
+    return s.text_attention in ("auto", "triton") and s.longest <= LONGEST and s.text_heads <= MOST_HEADS
+
+
+def one_query(s: Sizes, w: RankShare) -> list[Cost]:
+    """Return the costs of the last block's attention with one query per sentence and head.
+
+    The norm of all tokens is both keys and values; queries and results have the stream's width per head.
+    """
+    p, d, N, H = w.precision, s.width, w.table_rows, s.text_heads
+    n, E = N * s.tokens, d // H
+    issued = flops.one_query_attention(N, H, d, s.longest) if w.gpu else flops.Flops(4 * n * H * d, 8 * n * H * d)
+    vectors = N * H * d
+    moved = (n * d + 2 * vectors) * p.operand
+    attend = Cost("one query", *issued, moved, 2 * n * d * p.operand + 3 * vectors * p.operand, (n * d + vectors) * p.operand)
+    if w.gpu:
+        attend = on_l2(attend, w, sizes.one_query_attention(ceil(N), ceil(n), H, d, s.longest, ""))
+    per_head = linear(N * H, E, d, p, bias=False, weights=False)
+    return [
+        norm(n, d, p),
+        cast(n, d, p),
+        first_rows(n, N, d, p),
+        linear(N, d, d, p),
+        per_head,
+        attend,
+        linear(N * H, d, E, p, weights=False),
+    ]
 
 
 def distinct_tokens(s: Sizes, w: RankShare) -> float:

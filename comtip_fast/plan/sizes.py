@@ -110,6 +110,8 @@ class Sizes:
     """Width of the sentence encoder."""
     text_depth: int
     text_heads: int
+    text_attention: str
+    """``text.attention``."""
     D: int
     candidates: int
     has_mfm: bool
@@ -252,6 +254,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         width=text.width,
         text_depth=text.depth,
         text_heads=text.heads,
+        text_attention=text.attention,
         D=config.align.dim,
         candidates=paat.candidates if paat.adversary == "hard" else 1,
         has_mfm=loss.mfm > 0,

@@ -21,10 +21,13 @@ ParameterNames = Sequence[tuple[nn.Module, str]]
 
 
 def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the trained fp32 parameters of all ``nn.Linear`` layers (without subclasses) in a module: (layer, attribute name)."""
+    """Return the trained fp32 parameters of all linear layers in a module: (layer, attribute name).
+
+    Subclasses of ``nn.Linear`` are left out unless they state ``CASTS_TOGETHER``: another forward pass may need the parameters.
+    """
     out: list[tuple[nn.Module, str]] = []
     for layer in module.modules():
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear or getattr(layer, "CASTS_TOGETHER", False):
             found = parameters_of(layer).items()
             out += [(layer, n) for n, p in found if p is not None and p.requires_grad and p.dtype == torch.float32]
     return out

@@ -17,6 +17,7 @@ from comtip_kernels.gene_sentence_embedding import (
 from comtip_kernels.infonce import infonce, unit_vectors
 from comtip_kernels.level_cross_entropy import level_cross_entropy, level_scores, pair_scores, take_level
 from comtip_kernels.modules import GeneSentenceEmbedding, InfoNCE
+from comtip_kernels.one_query_attention import one_query_attention
 from comtip_kernels.packed_attention import packed_attention, packed_attention_qkv
 from comtip_kernels.table_pool import pool_weights, table_pool
 from comtip_kernels.tl_common import operand_dtype
@@ -33,6 +34,7 @@ __all__ = [
     "infonce",
     "level_cross_entropy",
     "level_scores",
+    "one_query_attention",
     "operand_dtype",
     "packed_attention",
     "packed_attention_qkv",

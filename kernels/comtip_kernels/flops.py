@@ -193,6 +193,16 @@ def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -
     return Flops(2 * u, 5 * u)
 
 
+def one_query_attention(sentences: float, heads: int, width: float, longest: int) -> Flops:
+    """Return the FLOPs of the kernel of attention with one query per sentence and head, padding included.
+
+    Heads and tokens are padded to powers of 2 of at least 16. There are two products in the forward pass, and five in the backward
+    pass, which recomputes the scores.
+    """
+    u = sentences * product(power_of_2(heads), power_of_2(longest), width)
+    return Flops(2 * u, 5 * u)
+
+
 def sentence_rows_backward(rows: float, width: float, small_rows: float) -> float:
     """Return the FLOPs of the embedding's gradient: the one-hot product for the tables of type, position and level.
 

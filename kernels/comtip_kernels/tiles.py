@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from comtip_kernels.tl_common import power_of_2
+
 INFONCE_FORWARD: dict[str, dict[str, Any]] = {
     "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "tf32": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
@@ -56,3 +58,27 @@ WEIGHTED_SUM_TRANSPOSE: dict[str, dict[str, Any]] = {
 
 NORM_ROWS = 64
 """Rows per program of ``norm_grads``, the backward pass of the embedding's LayerNorm."""
+
+ONE_QUERY: dict[str, dict[str, Any]] = {
+    "bf16": {"BD": 128, "num_warps": 4, "num_stages": 2},
+    "tf32": {"BD": 64, "num_warps": 4, "num_stages": 2},
+    "tf32x3": {"BD": 32, "num_warps": 4, "num_stages": 2},
+}
+"""BD and launch options of ``one_query_attention``, of which one program reads one sentence."""
+
+
+def one_query_tiles(mode: str, heads: int, width: int, longest: int) -> dict[str, Any]:
+    """Return tile sizes BH, BT and BD and launch options of ``one_query_attention``, for queries (N, heads, width).
+
+    Parameters
+    ----------
+    mode
+        How operands are multiplied (``tl_common.product_mode``).
+    heads, width
+        Sizes H and D.
+    longest
+        Tokens of the longest sentence.
+    """
+    chosen = ONE_QUERY[mode]
+    sizes = {"BH": power_of_2(heads), "BT": power_of_2(longest), "BD": min(chosen["BD"], power_of_2(width))}
+    return chosen | sizes

@@ -80,6 +80,9 @@ def flops(launch: Launch) -> float:
     if kernel in ("attention_forward", "attention_grads"):
         products = 2 if kernel == "attention_forward" else 5
         return float(products * 2 * constants["BT"] ** 2 * constants["BE"] * grid[0])
+    if kernel in ("one_query_forward", "one_query_grads"):
+        products = 2 if kernel == "one_query_forward" else 5
+        return float(products * 2 * constants["BH"] * constants["BT"] * shapes[0][-1] * grid[0])
     if kernel in ("sampled_dot", "weighted_sum", "weighted_sum_transpose"):
         (B, G), rows = shapes[3 if kernel == "sampled_dot" else 2], constants["QP"]
         width = shapes[0][-1]

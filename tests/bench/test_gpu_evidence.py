@@ -193,6 +193,7 @@ def test_a_dry_run_checks_and_times_every_operation(dry_rows: list[dict[str, str
         "infonce_block",
         "gene_sentence_embedding",
         "packed_attention",
+        "one_query_attention",
         "table_pool",
         "level_cross_entropy",
         "pair_scores",

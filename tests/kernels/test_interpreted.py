@@ -17,6 +17,7 @@ SHARED = (
     "test_gene_sentence_embedding.py",
     "test_infonce.py",
     "test_packed_attention.py",
+    "test_one_query_attention.py",
     "test_table.py",
 )
 FILES = [*SHARED, *sorted(f"interpreted/{p.name}" for p in (HERE / "interpreted").glob("test_*.py"))]

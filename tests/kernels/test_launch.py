@@ -20,6 +20,7 @@ from comtip_kernels import SentenceSizes, dispatch, plan_panel, plan_sentences, 
 from comtip_kernels.gene_sentence_embedding import triton_op as embedding
 from comtip_kernels.infonce import blocks_triton_op as blocks
 from comtip_kernels.infonce import triton_op as infonce
+from comtip_kernels.one_query_attention import triton_op as one_query
 from comtip_kernels.packed_attention import triton_op as attention
 from comtip_kernels.sentence_table import triton_op as table
 from triton.backends.compiler import GPUTarget
@@ -75,7 +76,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], set[str]]
         tile_class = tuple(sorted((k, str(v)) for k, v in options.items()))
         seen[kernel.__name__, dtypes, tile_class].add(f"{specialization} {rest}")
 
-    for module in (infonce, table, attention, embedding):
+    for module in (infonce, table, attention, one_query, embedding):
         monkeypatch.setattr(module, "launch", record)
     return seen
 
@@ -116,6 +117,10 @@ def step(b: int, m: int, genes: int, tokens: int, dtype: torch.dtype) -> None:
     first = torch.zeros(tokens, dtype=torch.int32)
     attention.attend(*q, first, longest)
     attention.attend_grads(*q, torch.zeros(tokens, 2, 32, dtype=dtype), first, longest)
+    query, tokens_x = torch.zeros(2, genes, D, dtype=dtype).transpose(0, 1), torch.zeros(tokens, D, dtype=dtype)
+    starts = torch.zeros(genes + 3, dtype=torch.int64)
+    one_query.attend(query, tokens_x, starts[:genes], starts, longest, 0.1)
+    one_query.attend_grads(query, tokens_x, query, starts, starts, longest, 0.1)
     embed(genes, tokens, D, dtype)
 
 

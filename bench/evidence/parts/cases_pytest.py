@@ -21,6 +21,7 @@ FILES = (
     "test_infonce.py",
     "test_table.py",
     "test_packed_attention.py",
+    "test_one_query_attention.py",
     "test_gene_sentence_embedding.py",
     "test_fixed_shapes.py",
 )

@@ -62,6 +62,7 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
         yield partial(cases.block_case, device, 12, 10, 16)
         yield partial(cases.embedding_case, device, 4, 3, 16, 6, 20)
         yield partial(cases.attention_case, device, 5, 1, 16, 6)
+        yield partial(cases.one_query_case, device, 5, 2, 16, 6)
         yield partial(cases.table_cases, device, 6, 4, 3, 16)
         return
     for D in (512, 300):
@@ -72,6 +73,8 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
     yield partial(cases.infonce_case, device, 8192, 16384, 512)
     for longest in (10, 18, 24, 33, 48):
         yield partial(cases.attention_case, device, 3001, 8, 64, longest)
+    for D, longest in ((512, 18), (300, 10), (1024, 64)):
+        yield partial(cases.one_query_case, device, 3001, 8, D, longest)
     yield partial(cases.table_cases, device, 1024, 148, 10, 512)
     yield partial(cases.masked_cases, device)
 

@@ -39,6 +39,7 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
         yield partial(cases.block_case, device, 20, 12, 16)
         yield partial(cases.embedding_case, device, 4, 3, 16, 6, 20)
         yield partial(cases.attention_case, device, 8, 2, 16, 16, ("flash", "varlen"))
+        yield partial(cases.one_query_case, device, 8, 2, 16, 12)
         yield partial(cases.table_cases, device, 8, 5, 3, 16)
         return
     yield partial(cases.infonce_case, device, 1024, 2048, 512)
@@ -47,6 +48,7 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
     yield partial(cases.embedding_case, device, 1024, 32, 512, 18, 4099)
     for longest in (18, 10, 48):
         yield partial(cases.attention_case, device, 2_432_000 // (3 + longest), 8, 64, longest, ("flash", "varlen"))
+    yield partial(cases.one_query_case, device, 1024 * 32, 8, 512, 18)
     yield partial(cases.table_cases, device, 1024, 148, 32, 512)
     yield partial(cases.infonce_case, device, 8192, 16384, 512)
     yield partial(cases.infonce_case, device, 8192, 8192, 512)

@@ -14,8 +14,10 @@ from typing import Any
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger.aot import LedgerEntry
+from comtip_kernels.one_query_attention import triton_kernels as one_query
 from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
+from comtip_kernels.tiles import one_query_tiles
 
 LAUNCHES = Path(__file__).with_name("launches.json")
 """Variants that training and inference launch with the shipped configs, recorded by ``python -m testkit.rehearsal``."""
@@ -24,6 +26,7 @@ PACKAGES = {
     "table": "sentence_table",
     "embedding": "gene_sentence_embedding",
     "attention": "packed_attention",
+    "one_query": "one_query_attention",
 }
 """Package of each operation's kernels."""
 MODES = ("bf16", "tf32", "tf32x3")
@@ -146,6 +149,20 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
     return _entry("attention", name, kernel, dict.fromkeys(pointers, ELEMENT[mode]), constants, ("n_heads",))
 
 
+def _one_query(mode: str, longest: int, *, backward: bool) -> LedgerEntry:
+    """Return attention with one query for sentences of up to ``longest`` tokens of width 512, and 8 heads."""
+    kernel = one_query.one_query_grads if backward else one_query.one_query_forward
+    constants = one_query_tiles(mode, 8, 512, longest) | {
+        "UPCAST": False,
+        "PRECISION": "ieee" if mode == "bf16" else mode,
+    }
+    constants |= {n: 1 for n in kernel.arg_names if n.endswith("_stride_dim")}
+    ids = {"first_ptr": "i64", "length_ptr": "i64"}
+    operands = {n: ELEMENT[mode] for n in kernel.arg_names if n.endswith("_ptr")} | ids
+    name = f"{'backward' if backward else 'forward'}_{constants['BT']}_{mode}"
+    return _entry("one_query", name, kernel, operands, constants, ("n_heads",))
+
+
 def entries() -> list[LedgerEntry]:
     """Return every entry: the largest tiles with every option, then the variants that the shipped configs launch."""
     return [*_largest(), *launched()]
@@ -188,6 +205,9 @@ def _largest() -> list[LedgerEntry]:
         ]
     for mode, tile in attention.LAUNCH:
         out += [_attention(mode, tile, backward=backward) for backward in (False, True)]
+    for mode in MODES:
+        for longest in (16, 32, 64):
+            out += [_one_query(mode, longest, backward=backward) for backward in (False, True)]
     for mode in MODES:
         out += [
             _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, table.PICK),

@@ -148,6 +148,16 @@ def packed_attention(S: int, H: int, E: int, longest: int, useful: int, name: st
         yield Sized("packed_attention", part, name, moved, *floors, blocks, again)
 
 
+def one_query_attention(N: int, S: int, H: int, D: int, longest: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of attention with one query per head for each of N sentences of S tokens in all."""
+    t = table.one_query_tiles("bf16", H, D, longest)
+    u, vectors = 2 * S * H * D, N * H
+    for backward, rows, products in ((False, S + 2 * vectors, 2), (True, 2 * S + 3 * vectors, 5)):
+        moved = traffic.one_query_attention(N, S, H, D, BF16, t, backward=backward)
+        part, again = ("backward", u) if backward else ("forward", 0)
+        yield Sized("one_query_attention", part, name, moved, rows * D * BF16, products * u, N, again)
+
+
 def sentence_table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of pooling, pair scores and L_level."""
 
@@ -209,6 +219,7 @@ def sizes() -> list[Sized]:
     out += packed_attention(
         n * sum(lengths), 8, 64, 16, n * sum(x * x for x in lengths), "256k sentences of 3 to 16, 8 heads x 64"
     )
+    out += one_query_attention(65_536, 851_552, 8, 512, 18, "2,048 genes x 32 levels, 8 heads, D = 512")
     out += sentence_table(4096, 2048, 32, 512, "B = 4k, G = 2k, Q = 32, D = 512")
     out += sentence_table(1024, 2048, 32, 512, "B = 1k, G = 2k, Q = 32, D = 512")
     return out

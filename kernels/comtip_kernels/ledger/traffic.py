@@ -146,6 +146,23 @@ def _first_loads(S: int, W: int, tile: int, tiles: int) -> int:
     return full * tile + sum(S - i * W for i in range(full, tiles))
 
 
+def one_query_attention(N: int, S: int, H: int, D: int, size: int, t: Tiles, *, backward: bool) -> Traffic:
+    """Return the traffic of attention with one query per sentence and head, for N sentences of S tokens in all.
+
+    Tokens are read in slices twice: for the scores, and for what the weights multiply. So are the queries in the backward pass.
+    """
+    if backward:
+        distinct, loaded, writes, products = S + 2 * N * H, 2 * (S + 2 * N * H), S + N * H, 5
+    else:
+        distinct, loaded, writes, products = S + N * H, 2 * S + N * H, N * H, 2
+    return Traffic(
+        loaded=loaded * D * size + 16 * N,
+        distinct=distinct * D * size + 16 * N,
+        stored=writes * D * size,
+        flops=products * N * 2 * t["BH"] * t["BT"] * ceil(D / t["BD"]) * t["BD"],
+    )
+
+
 def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
     """Return the traffic of ``sampled_dot``; with ``loss``, that of L_level with its prior."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])

@@ -16,6 +16,7 @@ OPS = (
     "infonce_block",
     "gene_sentence_embedding",
     "packed_attention",
+    "one_query_attention",
     "table_pool",
     "level_cross_entropy",
     "pair_scores",

@@ -14,6 +14,7 @@ from comtip_kernels import (
     gene_sentence_embedding,
     infonce,
     level_cross_entropy,
+    one_query_attention,
     packed_attention,
     pair_scores,
     plan_sentences,
@@ -52,6 +53,10 @@ def embed(token, kinds, position, level, gain, impl: str) -> torch.Tensor:
     )
 
 
+def read_first(query: torch.Tensor, x: torch.Tensor, impl: str) -> torch.Tensor:
+    return one_query_attention(query, x, LENGTH, scale=0.5, longest=5, impl=impl)
+
+
 CASES = {
     "infonce": (lambda x, y, s, impl: infonce(x, y, s, impl=impl), (randn(6, 8), randn(9, 8), torch.tensor(5.0))),
     "level_cross_entropy": (
@@ -61,6 +66,7 @@ CASES = {
     "table_pool": (lambda t, s, impl: table_pool(t, s, LEVELS, MASK, impl=impl), (unit(4, 3, 8), randn(4, 3))),
     "pair_scores": (lambda x, t, impl: pair_scores(x, t, LEVELS, impl=impl), (unit(6, 8), unit(4, 3, 8))),
     "packed_attention": (attend, (randn(14, 2, 8),)),
+    "one_query_attention": (read_first, (randn(4, 2, 8), randn(14, 8))),
     "gene_sentence_embedding": (embed, (randn(7, 8), randn(3, 8), randn(5, 8), randn(4, 8), randn(8))),
 }
 
@@ -94,7 +100,7 @@ def block_and_inputs(name: str, n: int = 5) -> tuple[nn.Module, tuple[Tensor | i
     length = torch.arange(n).remainder(4).add(3).sort().values
     S = int(length.sum())
     first = sentence_start(length) if name == "last sentence block" else None
-    return block, (torch.randn(S, 32), length, 6, first, first_tokens(length, S))
+    return block, (torch.randn(S, 32), length, 6, first, first, first_tokens(length, S))
 
 
 @pytest.mark.parametrize("name", GRAPH_BREAKS)

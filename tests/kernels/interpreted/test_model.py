@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from comtip_kernels import prefer
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
+from comtip_kernels.one_query_attention import triton_kernels as one_query
 from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
 
@@ -26,6 +27,8 @@ KERNELS = (
     (infonce, "grad_tiles"),
     (attention, "attention_forward"),
     (attention, "attention_grads"),
+    (one_query, "one_query_forward"),
+    (one_query, "one_query_grads"),
     (table, "sampled_dot"),
     (table, "level_gradient"),
     (table, "weighted_sum"),

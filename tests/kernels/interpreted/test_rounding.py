@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels.infonce.triton_op import infonce_grads, infonce_lse
+from comtip_kernels.one_query_attention import triton_op as one_query
 from comtip_kernels.packed_attention.triton_op import attend, attend_grads
 from comtip_kernels.sentence_table import triton_op as table
 from torch.nn import functional as F
@@ -67,6 +68,23 @@ def test_attention_rounds_p_and_ds():
     for got, operand, other in pairs:
         with_rounding, without = (packed(rounded(packed_op @ other)) for packed_op in (rounded(operand), operand))
         check(got, with_rounding, without)
+
+
+def test_attention_with_one_query_rounds_p_and_ds():
+    query, grad = (randn(i, 40, 4, 16) for i in range(2))
+    x = randn(2, 400, 16)
+    length = torch.full((40,), 10)
+    first = torch.arange(0, 400, 10)
+    out = one_query.attend(query, x, first, length, 10, 0.25)
+    dquery, dx = one_query.attend_grads(query, x, grad, first, length, 10, 0.25)
+    query, grad, x = query.to(F64), grad.to(F64), x.to(F64).view(40, 10, 16)
+    p = (query @ x.mT / 4).softmax(-1)
+    dp = grad @ x.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / 4
+    check(out, rounded(rounded(p) @ x), rounded(p @ x))
+    check(dquery, rounded(rounded(ds) @ x), rounded(ds @ x))
+    both = rounded(rounded(ds).mT @ query + rounded(p).mT @ grad), rounded(ds.mT @ query + p.mT @ grad)
+    check(dx.view(40, 10, 16), *both)
 
 
 @pytest.mark.parametrize("loss", [False, True])

@@ -16,10 +16,12 @@ from comtip_kernels.infonce import triton_kernels as infonce_kernels
 from comtip_kernels.infonce import triton_op as infonce
 from comtip_kernels.ledger import traffic
 from comtip_kernels.ledger.count import Counted, counting
+from comtip_kernels.one_query_attention import triton_op as one_query
 from comtip_kernels.packed_attention import triton_kernels as attention_kernels
 from comtip_kernels.packed_attention import triton_op as attention
 from comtip_kernels.sentence_table import triton_kernels as table_kernels
 from comtip_kernels.sentence_table import triton_op as table
+from comtip_kernels.tiles import one_query_tiles
 from comtip_kernels.tl_common import fit_tiles
 
 
@@ -124,6 +126,20 @@ def test_attention(lengths: list[int], H: int, E: int):
     with counting() as counted:
         attention.attend_grads(q, k, v, g, first, longest)
     same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=True))
+
+
+@pytest.mark.parametrize(("lengths", "H", "D"), [([3], 1, 16), ([5, 7, 3, 2, 6, 9, 4], 2, 20), ([20, 1, 33], 5, 72)])
+def test_one_query_attention(lengths: list[int], H: int, D: int):
+    length, (N, S, longest) = torch.tensor(lengths), (len(lengths), sum(lengths), max(lengths))
+    first = length.cumsum(0) - length
+    query, grad, x = torch.randn(N, H, D), torch.randn(N, H, D), torch.randn(S, D)
+    tiles = one_query_tiles("tf32x3", H, D, longest)
+    with counting() as counted:
+        one_query.attend(query, x, first, length, longest, 0.5)
+    same(counted, traffic.one_query_attention(N, S, H, D, 4, tiles, backward=False))
+    with counting() as counted:
+        one_query.attend_grads(query, x, grad, first, length, longest, 0.5)
+    same(counted, traffic.one_query_attention(N, S, H, D, 4, tiles, backward=True))
 
 
 @pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 19, 10, 40), (9, 130, 3, 8)])
