@@ -46,7 +46,7 @@ class QKV(nn.Linear):
         super().__init__(width, 3 * width)
         self.heads = heads
 
-    def forward(self, x_Sd: Tensor, attend: Callable[..., Tensor] | None = None, first_N: Tensor | None = None) -> Tensor:
+    def forward(self, x_Sd: Tensor, attend: Callable[..., Tensor] | None = None, first_Nd: Tensor | None = None) -> Tensor:
         """Return queries, keys and values (S, 3 d) of S tokens or, with ``attend``, the attended values (N, d) of N tokens.
 
         The second form is part of this module, because engines make weights available when their module is called (ZeRO 3).
@@ -57,15 +57,15 @@ class QKV(nn.Linear):
             Tokens.
         attend
             :func:`comtip_kernels.one_query_attention` with its lengths: a function of queries (N, H, d), tokens and ``scale``.
-        first_N
-            Indices of the N tokens with a query, one per sentence.
+        first_Nd
+            The N tokens with a query, one per sentence.
         """
-        if attend is None:
+        if attend is None or first_Nd is None:
             return super().forward(x_Sd)
         H, d = self.heads, x_Sd.shape[1]
         query_dd, key_dd, value_dd = self.weight.split(d)
         query_d, _, value_d = self.bias.split(d)
-        q_Nd = F.linear(x_Sd[first_N], query_dd, query_d)
+        q_Nd = F.linear(first_Nd, query_dd, query_d)
         # Heads are a batch of products: (H, N, E) times the head's rows (E, d) of the keys' projection.
         query_HNd = q_Nd.unflatten(1, (H, -1)).transpose(0, 1) @ key_dd.unflatten(0, (H, -1))
         mean_NHd = attend(query_HNd.transpose(0, 1), x_Sd, scale=(d // H) ** -0.5)
@@ -117,8 +117,10 @@ class SentenceBlock(nn.Module):
         if first_N is not None and qkv_SC is None and self.one_query(longest):
             impl = "triton" if self.attention == "triton" else "auto"
             attend = partial(one_query_attention, length_M=length_M, longest=longest, first_M=first_M, impl=impl)
-            attended = self.qkv(self.norm_attention(x_Sd), attend, first_N)
-            x_Sd = x_Sd[first_N]
+            first_Nd = x_Sd[first_N]
+            # A second norm of N rows costs less than the gradient of selecting rows of the first one's result.
+            attended = self.qkv(self.norm_attention(x_Sd), attend, self.norm_attention(first_Nd))
+            x_Sd = first_Nd
         else:
             qkv_S3HE = (self.project(x_Sd) if qkv_SC is None else qkv_SC).view(S, 3, self.heads, d // self.heads)
             attended = packed_attention_qkv(

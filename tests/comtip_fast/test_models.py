@@ -105,6 +105,24 @@ def test_equal_tokens_are_projected_once_in_the_first_block():
     assert rows == [6 + len(distinct) + values, S]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_last_block_computes_keys_and_values_of_no_token(depth: int):
+    """Values and gradients are those of attention for all tokens, which ``text.attention=sdpa`` computes in every block."""
+    panel, found, projected = genes(), [], []
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for attention in ("auto", "sdpa"):
+        torch.manual_seed(0)
+        enc = GeneEncoder(replace(TEXT, depth=depth), 4, 40, 6, 7).double()
+        enc.set_attention(attention)
+        enc.blocks[-1].qkv.register_forward_hook(lambda module, inputs, output: projected.append(tuple(output.shape)))
+        out = enc(panel)
+        (out * weight).sum().backward()
+        found.append((out, {n: p.grad for n, p in enc.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    assert projected[0] == (24, 16)  # one row per sentence, of the width of the values
+    assert projected[1][1] == 3 * 16
+
+
 def test_recomputation_keeps_the_distinct_rows_of_the_first_block_only():
     panel, widest, grads = genes(), [], []
     for recompute in (False, True):

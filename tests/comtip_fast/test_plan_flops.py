@@ -29,13 +29,13 @@ TILES, GENES, TOKENS = 3, 5, 7
 META = torch.device("meta")
 
 
-def count(outputs: Callable[[], list[Tensor]]) -> tuple[int, int]:
-    """Return the FLOPs of a forward and of a backward pass, with the recomputation of attention weights."""
+def count(outputs: Callable[[], list[Tensor]], *, attends: bool = True) -> tuple[int, int]:
+    """Return the FLOPs of a forward and of a backward pass; if it ``attends``, with the recomputation of attention weights."""
     with FlopCounterMode(display=False) as forward:
         out = outputs()
     with FlopCounterMode(display=False) as backward:
         torch.stack([o.float().sum() for o in out]).sum().backward()
-    attention = forward.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    attention = forward.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0) if attends else 0
     return forward.get_total_flops(), backward.get_total_flops() + attention // 2
 
 
@@ -78,10 +78,11 @@ def test_sentence_table_without_attention(planned: tuple[CoMTIP, Sizes, RankShar
     monkeypatch.setattr(gene_encoder_module, "gene_sentence_embedding", lambda *_a, **_k: rows * 1)
     monkeypatch.setattr(gene_encoder_module, "copy_sentence_rows", lambda x, _: x.mean(0).expand(tokens, -1))
     monkeypatch.setattr(gene_encoder_module, "packed_attention_qkv", lambda qkv, *_a, **_k: qkv.sum(1))
+    monkeypatch.setattr(gene_encoder_module, "one_query_attention", lambda query, x, **_k: query + x.sum(0))
     ids = torch.empty(GENES, TOKENS, dtype=torch.long, device=META)
     length, identity = (torch.empty(GENES, dtype=torch.long, device=META) for _ in range(2))
     table = sentence_table(s, share)
-    without_attention = [c for c in table if c.name != "attention"]
+    without_attention = [c for c in table if c.name not in ("attention", "one query")]
     assert len(table) - len(without_attention) == s.text_depth
-    counted = count(lambda: list(model.sentence_table(GeneTokens(ids, length, identity))))
+    counted = count(lambda: list(model.sentence_table(GeneTokens(ids, length, identity))), attends=False)
     assert counted == pytest.approx(predicted(without_attention), rel=1e-12)
