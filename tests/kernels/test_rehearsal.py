@@ -148,6 +148,7 @@ def test_a_variant_that_the_ledger_lacks_is_reported(mode: StandInMode):
     assert all("runs as HMMA on sm_90" in p for p in slow_products([walked], on_hmma, names))
     assert len(slow_products([walked], on_hmma, names)) == len(names)
     assert slow_products([replace(walked, walk=Walk("test", part="predict"))], on_hmma, names) == []
+    assert slow_products([replace(walked, walk=Walk("test", part="validation"))], on_hmma, names)
 
 
 def test_losses_in_fp32_are_reported(mode: StandInMode):
