@@ -101,7 +101,7 @@ def share_of(n: int, rank: int, size: int) -> slice:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather of rows whose backward pass is the reduce-scatter of the gradients."""
+    """All-gather of rows whose backward pass is the reduce-scatter of the gradients, at least in fp32."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group, counts: Sequence[int]) -> Tensor:
@@ -110,9 +110,12 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.scatter_rows(grads[0].contiguous(), ctx.counts), None, None
+        grad = grads[0].contiguous()
+        # NCCL stores partial sums in the dtype that it transfers: in bf16, their error would grow with the number of ranks.
+        total = ctx.group.scatter_rows(grad.to(torch.promote_types(grad.dtype, torch.float32)), ctx.counts)
+        return total.to(grad.dtype), None, None
 
 
 def gather_rows(rows: Tensor, group: Group, counts: Sequence[int]) -> Tensor:
-    """All-gather rows, differentiably: the backward pass sums gradients over ranks and scatters them (reduce-scatter)."""
+    """All-gather rows, differentiably: the backward pass sums gradients over ranks in fp32 and scatters them (reduce-scatter)."""
     return rows if group.size == 1 else _GatherRows.apply(rows, group, counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,24 @@ class HostTokens:
     length_G: np.ndarray
     padded: TokenSizes | None = None
     """Numbers of tokens to which the sentences of a panel are padded; None turns padding off."""
+    has_vector_G: np.ndarray | None = None
+    """bool, whether each gene has a vector; None for a model without gene vectors."""
 
     def take(self, rows: np.ndarray) -> HostTokens:
         """Return the genes ``rows``; ids are cut to the longest of these genes, or keep their width if :attr:`padded` is set."""
         length = self.length_G[rows]
         width = int(length.max(initial=2)) if self.padded is None else self.ids_GT.shape[1]
-        return HostTokens(self.ids_GT[rows, :width], length, self.padded)
+        has_vector = None if self.has_vector_G is None else self.has_vector_G[rows]
+        return HostTokens(self.ids_GT[rows, :width], length, self.padded, has_vector)
+
+    def without_names(self, u_G: np.ndarray, config: TextConfig) -> HostTokens:
+        """Return the genes after :func:`drop_names_or_vectors` with the same numbers; the result is not padded."""
+        assert self.has_vector_G is not None
+        no_name = _drops(self.has_vector_G, u_G, config)[1]
+        bare = np.zeros_like(self.ids_GT)
+        bare[:, 0], bare[:, 1] = GENE_ID, VALUE_ID
+        ids = np.where(no_name[:, None], bare, self.ids_GT)
+        return HostTokens(ids, np.where(no_name, 2, self.length_G), None, self.has_vector_G)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
         """Return the sizes of a slice of the sentence table in gene-major order, with the number of names rounded up.
@@ -120,6 +133,7 @@ class GeneTokens:
             np.concatenate([self.host.ids_GT, [[GENE_ID, VALUE_ID, *[0] * (ids.shape[1] - 2)]]]),
             np.append(self.host.length_G, 2),
             TokenSizes.of(self.host.length_G, ids.shape[1]),
+            None if self.host.has_vector_G is None else np.append(self.host.has_vector_G, False),
         )
         vector = None if self.vector_GK is None else torch.nn.functional.pad(self.vector_GK, (0, 0, 0, 1))
         return GeneTokens(
@@ -174,7 +188,7 @@ def gene_tokens(
         torch.from_numpy(length),
         torch.from_numpy(identity.astype(np.int64)),
         vector,
-        HostTokens(ids, length),
+        HostTokens(ids, length, has_vector_G=None if vector_GK is None else (vector_GK != 0).any(1)),
     )
 
 
@@ -186,11 +200,18 @@ def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
     return out
 
 
-def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
+def _drops(has_vector_G: Any, u_G: Any, config: TextConfig) -> tuple[Any, Any]:
+    """Return which genes lose their vector and which their name, bool (G,); arrays on the host or tensors."""
+    no_vector = has_vector_G & (u_G < config.vector_drop)
+    return no_vector, has_vector_G & ~no_vector & (u_G < config.vector_drop + config.name_drop)
+
+
+def drop_names_or_vectors(
+    genes: GeneTokens, u_G: Tensor, config: TextConfig, u_host_G: np.ndarray | None = None
+) -> GeneTokens:
     """Drop the vectors of some genes, the names of others, and the identities of both, because unseen genes have none.
 
-    A gene without a vector keeps its name and identity. The result has no :attr:`GeneTokens.host`, because the dropped
-    names, and therefore the lengths of the sentences, are determined on the device.
+    A gene without a vector keeps its name and identity.
 
     Parameters
     ----------
@@ -201,11 +222,13 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
     config
         The vector of a gene is dropped if its number is below ``vector_drop``, and its name if the number is from
         ``vector_drop`` to ``vector_drop + name_drop``.
+    u_host_G
+        The same numbers in host memory. If they are None, or ``genes`` has no host copy, the result has none either, so that the
+        lengths of its sentences are read from the device.
     """
     assert genes.vector_GK is not None
-    has = (genes.vector_GK != 0).any(dim=1)
-    no_vector = has & (u_G < config.vector_drop)
-    no_name = has & ~no_vector & (u_G < config.vector_drop + config.name_drop)
+    no_vector, no_name = _drops((genes.vector_GK != 0).any(dim=1), u_G, config)
+    host = None if u_host_G is None or genes.host is None else genes.host.without_names(u_host_G, config)
     bare = torch.zeros_like(genes.ids_GT)
     bare[:, 0], bare[:, 1] = GENE_ID, VALUE_ID
     return GeneTokens(
@@ -213,6 +236,7 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
         torch.where(no_name, torch.full_like(genes.length_G, 2), genes.length_G),
         genes.identity_G * ~(no_vector | no_name),
         genes.vector_GK * ~no_vector[:, None],
+        host,
     )
 
 

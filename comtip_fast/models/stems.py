@@ -114,14 +114,18 @@ class EfficientNetLite0Stem(nn.Module):
 
     @torch.no_grad()
     def _means(self, patch_N3pp: Tensor, chosen: Collection[int]) -> Tensor:
-        """Return the means of the feature maps of the chosen stages."""
+        """Return the means of the feature maps of the chosen stages, in the precision of the weights even under autocast.
+
+        A loader computes the features of training tiles outside of the forward pass. Others must have the same rounding.
+        """
         x = patch_N3pp.contiguous(memory_format=torch.channels_last)
-        x = self.bn1(self.conv_stem(x))
         means: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in chosen:
-                means.append(x.mean((2, 3)))
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.bn1(self.conv_stem(x))
+            for i, block in enumerate(self.blocks):
+                x = block(x)
+                if i in chosen:
+                    means.append(x.mean((2, 3)))
         return torch.cat(means, dim=1)
 
 

@@ -110,10 +110,11 @@ def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
     """Return the gather of a sharded table's rows and the reduce-scatter of their gradients; empty if the table is not sharded."""
     if not e.shares_table(s.G * s.Q, ranks):
         return []
-    rows = s.G * s.Q * (s.D + 1) * e.precision.operand
+    numbers = s.G * s.Q * (s.D + 1)
+    rows = numbers * e.precision.operand
     return [
         Collective("table", "rows and scores", "all_gather", rows, times=2 if e.micro_batches > 1 else 1),
-        Collective("table", "rows' gradients", "reduce_scatter", rows),
+        Collective("table", "rows' gradients", "reduce_scatter", numbers * ELEMENT),
     ]
 
 

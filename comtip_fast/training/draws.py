@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from comtip_shards.sampling import rng
 from comtip_shards.sampling.rng import key
 from torch import Tensor
 
@@ -52,6 +54,11 @@ def kept_identities(seed: int, step: int, genes: Tensor, drop: float) -> Tensor:
 def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
     """Return float64 (G,) uniforms in [0, 1) that decide whether a gene's name or vector is dropped."""
     return uniform(seed, "vector", step, index=genes)
+
+
+def vector_uniforms_on_host(seed: int, step: int, genes: np.ndarray) -> np.ndarray:
+    """Return :func:`vector_uniforms` of genes in host memory; bit-identical."""
+    return rng.uniform(seed, "vector", step, index=genes)
 
 
 def mispairings(

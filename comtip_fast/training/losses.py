@@ -151,8 +151,10 @@ class StepLosses:
             keep = draws.kept_identities(self.config.train.seed, batch.step, rows, self.config.text.identity_drop)
             genes = replace(genes, identity_G=genes.identity_G * keep)
         if genes.vector_GK is not None:
-            u_G = draws.vector_uniforms(self.config.train.seed, batch.step, rows)
-            genes = drop_names_or_vectors(genes, u_G, self.config.text)
+            seed, host = self.config.train.seed, batch.panel_host
+            u_G = draws.vector_uniforms(seed, batch.step, rows)
+            u_host_G = None if host is None else draws.vector_uniforms_on_host(seed, batch.step, host)
+            genes = drop_names_or_vectors(genes, u_G, self.config.text, u_host_G)
         return genes
 
     # -- losses -----------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ class Validation:
         """Return the mean zero-shot PCC of genes; NaN if a prediction is not finite."""
         index = np.searchsorted(self.tables.genes.trained, rows)
         genes = self._genes(index)
-        predicted = predict_trained(self.model, genes, image, self.tables.table, torch.from_numpy(index))
+        with self._autocast():  # as in Predictor.sentence_levels, so that scores are those of an export
+            predicted = predict_trained(self.model, genes, image, self.tables.table, torch.from_numpy(index))
         # A gene without variance counts as 0. A NaN prediction gives no score, so that it cannot become the best one.
         return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
@@ -189,8 +190,9 @@ class Validation:
         """Return :func:`space_numbers` of the ``chosen`` spots' image vectors and the text vectors of their values (n, genes)."""
         index = np.searchsorted(self.tables.genes.trained, rows)
         levels = upload(torch.from_numpy(self.tables.table.levels(values, index)).long(), self.device)
-        table = self.model.sentence_table(self._genes(index))
-        text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
+        with self._autocast():
+            table = self.model.sentence_table(self._genes(index))
+            text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
         return space_numbers(image[upload(torch.from_numpy(chosen), image.device)], text)
 
     def _genes(self, index: np.ndarray) -> GeneTokens:

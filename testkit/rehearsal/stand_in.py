@@ -40,6 +40,8 @@ _DATA_SHAPES = {
 }
 _WAITING = {"aten::equal", "aten::linalg_svd", "aten::_linalg_svd", "aten::linalg_lstsq", "aten::linalg_cholesky_ex"}
 """Operators whose CUDA implementation waits for the device."""
+_SUMS = ("c10d::allreduce", "c10d::reduce", "c10d::_reduce_scatter_base")
+"""Prefixes of the collectives that add operands of several ranks."""
 _PINNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -140,6 +142,7 @@ class StandInMode(TorchDispatchMode):
             self.record.collectives[name] += 1
             self.record.sent[name] += _sent_bytes(name, args)
         self._refuse_cpu(name, tree_leaves(args))
+        _refuse_16_bits(name, tree_leaves(args))
         with torch._C._DisableTorchDispatch():
             out = func(*args, **kwargs)
         if self.record.observer is not None:
@@ -315,6 +318,13 @@ def _sent_bytes(name: str, args: Any) -> int:
     """Return the bytes that a rank passes to a collective: those of the first operand, or of the second if the first is the result."""
     given = args[1] if name.startswith(("c10d::_allgather_base", "c10d::_reduce_scatter_base")) else args[0]
     return tensor_bytes(tree_leaves(given))
+
+
+def _refuse_16_bits(name: str, leaves: list[Any]) -> None:
+    """Raise RehearsalError for a sum over ranks in 16 bits: NCCL rounds every partial sum to the dtype of the operand."""
+    dtypes = {x.dtype for x in leaves if isinstance(x, Tensor)} & {torch.bfloat16, torch.float16}
+    if name.startswith(_SUMS) and dtypes:
+        raise RehearsalError(f"{name}: sums {dtypes.pop()} over ranks; convert the operand to fp32")
 
 
 def _shares_storage(given: Any, out: Any) -> bool:

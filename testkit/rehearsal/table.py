@@ -25,7 +25,7 @@ from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
 
 WGMMA_OPERATIONS = ("infonce", "table")
-"""Operations (the losses and the sentence table) whose products must run in bf16 on WGMMA in a training step."""
+"""Operations (the losses and the sentence table) whose products must run in bf16 on WGMMA in a training step or a validation."""
 COLUMNS = (
     "config",
     "ranks",
@@ -198,7 +198,7 @@ def missing_rows(
 def slow_products(
     walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
 ) -> list[str]:
-    """Return a message for each variant of a training step with products in fp32, without WGMMA on sm_90, or with unaligned rows.
+    """Return a message for each variant of a step or validation with products in fp32, without WGMMA on sm_90, or with unaligned rows.
 
     Rows whose stride is no multiple of 16 elements are loaded element by element.
     Packed attention is not included: its tiles of 32 tokens are too small for WGMMA, and it is memory-bound
@@ -206,7 +206,7 @@ def slow_products(
     """
     out: dict[str, str] = {}
     for one in walked:
-        if not one.walk.part.endswith("step"):
+        if not one.walk.part.endswith("step") and one.walk.part != "validation":
             continue
         for variant in (v for v in one.variants if v["op"] in WGMMA_OPERATIONS):
             signature, types = variant["signature"], variant["types"]

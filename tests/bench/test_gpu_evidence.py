@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.evidence import bare, gather, runner
+from bench.evidence import bare, check, gather, runner
 from bench.evidence.parts import cases_pytest, correct, step
 from bench.evidence.rows import CHANNEL, COLUMNS, DRY_RUN, GPU, MEASURED, Rows, Table
 from bench.evidence.runner import Outcome, Part, environment, run_parts
@@ -332,3 +332,37 @@ def test_the_cases_are_the_files_that_the_interpreter_shares():
     interpreted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(interpreted)
     assert sorted(cases_pytest.FILES) == sorted(interpreted.SHARED)
+
+
+def test_every_file_of_cases_has_cases_for_a_gpu():
+    found = set()
+
+    class Collected:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            found.update(item.path.name for item in session.items)
+
+    files = [str(ROOT / "tests/kernels" / name) for name in cases_pytest.FILES]
+    options = ["--collect-only", "-q", "-m", "gpu", f"--confcutdir={ROOT / 'tests/kernels'}", f"--rootdir={ROOT}"]
+    options += ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    assert pytest.main([*files, *options], plugins=[Collected()]) == 0
+    assert found == set(cases_pytest.FILES)
+
+
+def test_a_precision_that_the_kernels_refuse_is_not_checked(monkeypatch: pytest.MonkeyPatch, capsys):
+    """Regression test: on a GPU, ``bench/kernels/gpu.py`` ended at sentences of 32 tokens, which fp32 without tf32 does not support."""
+
+    def compare(case: object, precision: check.Precision) -> check.Checked:
+        if precision.name == "fp32":
+            raise ValueError(
+                "packed_attention: a sentence has 32 tokens and impl='triton' supports 24; use impl='auto'"
+            )
+        return check.Checked(0, 0.0, None, 1.0)
+
+    monkeypatch.setattr(check, "compare", compare)
+    check.check(SimpleNamespace(op="packed_attention", size="longest=32"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["impl='auto'", "correct"]
+    assert "not checked in fp32" in lines[0]
+    monkeypatch.setattr(check, "is_refusal", lambda error: False)
+    with pytest.raises(ValueError, match="supports 24"):
+        check.check(SimpleNamespace(op="packed_attention", size="longest=32"))

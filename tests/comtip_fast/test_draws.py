@@ -75,3 +75,9 @@ def test_numbers_of_mispairings_are_those_of_numpy():
     mode = rng.uniform(4, "mispair-mode", 9, index=SPOTS.numpy())
     np.testing.assert_array_equal(use_stratum.numpy(), mode < 0.5)
     assert draws.mispairings(4, 9, 1, SPOTS, GENES, ("spot",), choose=False)[1] is None
+
+
+def test_draws_of_vectors_on_the_host_are_those_of_the_device():
+    for panel in (GENES, torch.arange(3000)):
+        on_host = draws.vector_uniforms_on_host(1, 2, panel.numpy())
+        assert np.array_equal(on_host, draws.vector_uniforms(1, 2, panel).numpy())

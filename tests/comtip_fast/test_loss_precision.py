@@ -11,7 +11,7 @@ from comtip_kernels.infonce import blocks, unit
 from comtip_kernels.tl_common import operand_dtype
 from torch.nn import functional as F
 
-from comtip_fast.collectives import SingleProcessGroup, counts_of, share_of
+from comtip_fast.collectives import SingleProcessGroup, counts_of, gather_rows, share_of
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.objectives import PairMetadata, contrastive, global_infonce
@@ -97,3 +97,25 @@ def test_with_gradient_caching_the_losses_run_in_the_precision_of_the_run(
     engine.start_step(1e-3)
     forward_backward(engine, task, task.batch(task.batches(0)[0], 1, 0), 2)
     assert seen == [torch.bfloat16]
+
+
+def test_the_gradient_of_a_gathered_table_is_summed_over_ranks_in_fp32(monkeypatch: pytest.MonkeyPatch):
+    """Regression test: a reduce-scatter of bf16 rounds every partial sum to bf16, so that its error grows with the number of ranks."""
+    world, sent = 4, []
+    scatter = Rank.scatter_rows
+
+    def recorded(self: Rank, rows: torch.Tensor, counts: Any) -> torch.Tensor:
+        sent.append(rows.dtype)
+        return scatter(self, rows, counts)
+
+    monkeypatch.setattr(Rank, "scatter_rows", recorded)
+    upstream = torch.randn(world, world * 3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def work(rank: Rank) -> torch.Tensor:
+        leaf = torch.zeros(3, 5, dtype=torch.bfloat16, requires_grad=True)
+        gather_rows(leaf, rank, [3] * world).backward(upstream[rank.rank])
+        return leaf.grad
+
+    found = Ranks(world).run(work)
+    assert set(sent) == {torch.float32}
+    assert torch.equal(torch.cat(found), upstream.float().sum(0).bfloat16())

@@ -252,6 +252,9 @@ def test_the_frozen_stem_folds_batch_norms_and_ignores_the_batch():
     torch.testing.assert_close(stem.raw(x[1:2]), raw[1:2], rtol=1e-4, atol=1e-4)
     assert not any(p.requires_grad for p in stem.parameters())
     assert not stem.train().training
+    # The loader computes the features of training tiles outside of autocast, and predictions compute them under it.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(stem.raw(x), raw)
     del net
 
 

@@ -30,6 +30,7 @@ from comtip_fast.models.readout.features import (
 )
 from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
 from comtip_fast.models.readout.section_statistics import ADJACENT, neighbour_mean, standardise
+from comtip_fast.training.readout import fit as fitting
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
 from comtip_fast.training.task import build_task
 
@@ -488,3 +489,25 @@ def test_without_a_readout_nothing_of_it_is_exported(
     build_task(config, torch.device("cpu")).export(tmp_path / "export")
     assert not (tmp_path / "export" / READOUT).exists()
     assert Predictor.load(tmp_path / "export").bundle.readout is None
+
+
+@pytest.mark.parametrize("stem", [(), ("vision.stem=efficientnet_lite0",)], ids=["pixels", "stem"])
+def test_the_readout_is_fitted_on_the_features_of_a_prediction(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, stem: tuple[str, ...]
+):
+    """In bf16, too: heads that were fitted on other features than they are applied to would be biased."""
+    config = load_config(None, [*tiny_overrides, "train.precision=bf16", "readout.max_spots=20", *stem])
+    task, read = build_task(config, torch.device("cpu")), []
+    real = fitting.tile_features
+
+    def recorded(model, tiles, settings):
+        read.append((tiles, real(model, tiles, settings)[1]))
+        return None, read[-1][1]
+
+    monkeypatch.setattr(fitting, "tile_features", recorded)
+    readout = fitting.fit_readout(task.model, config, task.shards, task.tables, task.loader)
+    predictor = Predictor(replace(task.bundle(), readout=readout))
+    for tiles, features in read:
+        views = predictor.encode(tiles.permute(0, 2, 3, 1).numpy(), None).views_nF
+        np.testing.assert_array_equal(views, features.numpy())
+    assert read

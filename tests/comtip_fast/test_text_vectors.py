@@ -28,8 +28,12 @@ from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.lineage import FILE
 from comtip_fast.metrics import mean_pcc
+from comtip_fast.runtime import devices
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.task import CoMTIPTask, build_task
 from comtip_fast.training.trainer import Trainer
+from testkit.host_reads import HostReads
 from testkit.tiny import SYMBOLS, TinySection, write_tiny_source
 
 UNSEEN = SYMBOLS[10:20]
@@ -181,6 +185,28 @@ def make(overrides: list[str], vectors: Path, *more: str) -> CoMTIPTask:
     return build_task(load_config(None, [*overrides, f"text.gene_vectors={vectors}", *more]), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("more", [(), ("engine.panel_sizes=4",), ("engine.micro_batches=2",)])
+def test_on_a_gpu_a_step_with_vectors_reads_nothing_and_has_the_same_losses(
+    more: tuple[str, ...], tiny_overrides: list[str], vectors: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Regression test: the lengths of the sentences, which depend on the names that are dropped, were read from the device."""
+
+    def step() -> tuple[dict[str, float], list[str]]:
+        task = make(tiny_overrides, vectors, "text.vector_drop=0.4", "text.name_drop=0.4", "train.log_every=100", *more)
+        engine = make_engine(task.module, task.config, task.group)
+        batch = task.batch(task.batches(0)[0], 3, 0)
+        with HostReads() as reads:
+            engine.start_step(1e-3)
+            losses, _ = forward_backward(engine, task, batch, task.config.engine.micro_batches)
+        return {name: float(value) for name, value in losses.items()}, reads.found
+
+    plain = step()[0]
+    monkeypatch.setattr(devices, "reads_are_free", lambda device: False)
+    losses, reads = step()
+    assert reads == []
+    assert losses == pytest.approx(plain, rel=1e-5)
+
+
 def test_names_and_vectors_are_dropped_but_never_both():
     tokenizer, n = GeneTokenizer.load(), 400
     rng = np.random.default_rng(0)
@@ -201,6 +227,12 @@ def test_names_and_vectors_are_dropped_but_never_both():
     assert torch.equal(
         out.identity_G, torch.where((no_vector | no_name) & torch.from_numpy((rows != 0).any(1)), 0, genes.identity_G)
     )
+    # Sizes in host memory are those of the tensors.
+    u_G = rng.random(n)
+    both = drop_names_or_vectors(genes, torch.from_numpy(u_G), config, u_G)
+    assert both.host is not None
+    assert np.array_equal(both.host.length_G, both.length_G)
+    assert np.array_equal(both.host.ids_GT, both.ids_GT)
     # A gene without symbol and name has its vector alone.
     alone = gene_tokens(tokenizer, [("", ""), ("", "")], np.zeros(2), config, rows[[0, 60]])
     assert alone.length_G.tolist() == [3, 2]

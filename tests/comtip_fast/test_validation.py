@@ -91,12 +91,14 @@ def test_the_spots_of_a_section_are_capped(tiny_shards: ShardSet, tiny_overrides
 
 def test_validation_runs_in_the_precision_of_the_run(tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch):
     """Regression test: validation ran in fp32 under bf16 training, with twice the time and memory, and other numbers than the exported model's."""
-    dtypes: list[torch.dtype] = []
-    task = task_of(tiny_shards, tiny_overrides, "train.precision=bf16")
-    task.model.vision.blocks[0].attn.qkv.register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
-    score, _, _ = task.validate()
-    assert np.isfinite(score)
-    assert set(dtypes) == {torch.bfloat16}
+    task, calls = task_of(tiny_shards, tiny_overrides, "train.precision=bf16"), []
+    for side, layer in (("image", task.model.vision.blocks[0].attn.qkv), ("text", task.model.genes.blocks[0].qkv)):
+        layer.register_forward_hook(lambda _m, _i, out, side=side: calls.append((side, out.dtype)))
+    score, _, space = task.validate()
+    assert np.isfinite([score, *space.values()]).all()
+    assert set(calls) == {("image", torch.bfloat16), ("text", torch.bfloat16)}
+    n = sum(s.split == "val" for s in tiny_shards.manifest.sections)
+    assert [side for side, _ in calls].count("text") == 2 * n  # scores, and statistics of the shared space
 
 
 @pytest.mark.parametrize("lost", [5, None], ids=["one", "all"])

@@ -17,9 +17,16 @@ from comtip_kernels import (
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATIONS = ["triton"] if INTERPRETING else ["reference", "cpu"]
-DTYPE = torch.float32 if INTERPRETING else torch.float64
-CLOSE = {"rtol": 1e-4, "atol": 1e-5} if INTERPRETING else {"rtol": 1e-12, "atol": 1e-12}
+IMPLEMENTATIONS = (
+    ["triton"] if INTERPRETING else ["reference", "cpu", pytest.param("triton", marks=pytest.mark.gpu, id="triton")]
+)
+
+
+def setting(impl: str) -> tuple[torch.device, torch.dtype, dict[str, float]]:
+    """Return the device of an implementation, the widest dtype that it supports, and how close its results must be."""
+    if impl != "triton":
+        return torch.device("cpu"), torch.float64, {"rtol": 1e-12, "atol": 1e-12}
+    return torch.device("cpu" if INTERPRETING else "cuda"), torch.float32, {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -28,15 +35,16 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5} if INTERPRETING else {"rtol": 1e-12, "atol"
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_masked_columns_equal_selected_ones(impl: str, negatives: str, weighted: bool, share: float):
     B, M, D = 9, 21, 8
+    device, dtype, close = setting(impl)
     g = torch.Generator().manual_seed(int(share * 10))
-    x, y = (torch.randn(n, D, generator=g, dtype=DTYPE).requires_grad_() for n in (B, M))
-    use = torch.rand(M - B, generator=g) < share
-    columns = torch.cat([torch.ones(B, dtype=torch.bool), use])
-    group, text = torch.randint(2, (M,), generator=g), torch.randint(12, (M,), generator=g)
-    weight = torch.rand(B, generator=g, dtype=DTYPE) if weighted else None
+    x, y = (torch.randn(n, D, generator=g, dtype=dtype).to(device).requires_grad_() for n in (B, M))
+    use = (torch.rand(M - B, generator=g) < share).to(device)
+    columns = torch.cat([torch.ones_like(use[:1]).expand(B), use])
+    group, text = (torch.randint(n, (M,), generator=g).to(device) for n in (2, 12))
+    weight = torch.rand(B, generator=g, dtype=dtype).to(device) if weighted else None
     if weight is not None:
         weight[::3] = 0
-    scale = torch.tensor(20.0, dtype=DTYPE, requires_grad=True)
+    scale = torch.tensor(20.0, dtype=dtype, device=device, requires_grad=True)
 
     def run(y: Tensor, group: Tensor, text: Tensor, **more: Tensor) -> list[Tensor]:
         ids = {"group_rows": group[:B], "group_columns": group, "class_rows": text[:B], "class_columns": text}
@@ -48,7 +56,7 @@ def test_masked_columns_equal_selected_ones(impl: str, negatives: str, weighted:
     selected = run(own, group[columns], text[columns])
     dy = masked[2]
     assert not dy[~columns].any()
-    torch.testing.assert_close([*masked[:2], dy[columns], masked[3]], selected, **CLOSE)
+    torch.testing.assert_close([*masked[:2], dy[columns], masked[3]], selected, **close)
 
 
 # -- plans ----------------------------------------------------------------------------------------------------
@@ -78,17 +86,19 @@ def sizes_of(ids: Tensor, length: Tensor, genes: int, Q: int, spare: int) -> Sen
 @pytest.mark.parametrize("spare", [0, 5])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_plan_from_known_sizes_gives_the_same_embedding(G: int, Q: int, first: int, stop: int, spare: int, impl: str):
-    ids, length, level, gene, identity = panel(G, Q, G + first, first, stop)
+    device, dtype, close = setting(impl)
+    drawn = panel(G, Q, G + first, first, stop)
     base = first // Q
-    sizes = sizes_of(ids, length, -(-stop // Q) - base, Q, spare)
+    sizes = sizes_of(*drawn[:2], -(-stop // Q) - base, Q, spare)
+    ids, length, level, gene, identity = (t.to(device) for t in drawn)
     plans = [
         plan_sentences(ids, length, level, identity_N=identity),
         plan_panel(ids, length, level, gene - base, sizes),
     ]
     g = torch.Generator().manual_seed(0)
-    tables = [torch.randn(n, 6, generator=g, dtype=DTYPE).requires_grad_() for n in (12, 3, 7, Q, G + 1)]
-    gain, bias = (torch.randn(6, generator=g, dtype=DTYPE).requires_grad_() for _ in range(2))
-    upstream = torch.randn(int(length.sum()), 6, generator=g, dtype=DTYPE)
+    tables = [torch.randn(n, 6, generator=g, dtype=dtype).to(device).requires_grad_() for n in (12, 3, 7, Q, G + 1)]
+    gain, bias = (torch.randn(6, generator=g, dtype=dtype).to(device).requires_grad_() for _ in range(2))
+    upstream = torch.randn(int(length.sum()), 6, generator=g, dtype=dtype).to(device)
     found = []
     for plan in plans:
         token, kind, slot, levels, own = tables
@@ -108,12 +118,13 @@ def test_a_plan_from_known_sizes_gives_the_same_embedding(G: int, Q: int, first:
             impl=impl,
         )
         found.append([out, *torch.autograd.grad(out, (*tables, gain, bias), upstream)])
-    torch.testing.assert_close(found[1], found[0], **CLOSE)
+    torch.testing.assert_close(found[1], found[0], **close)
     plan, U = plans[1], plans[1].kind_U.shape[0]
     assert [sizes.genes + sizes.names + Q * 7, plan.genes, plan.names] == [U, sizes.genes, sizes.names]
     assert plan.start_U1[-1] == sizes.tokens
     assert int(plan.start_U1.diff().max()) <= plan.most
     assert (plan.kind_U.diff() >= 0).all()
     assert torch.equal(
-        plan.row_S.long()[plan.order_S.long()], torch.repeat_interleave(torch.arange(U), plan.start_U1.diff())
+        plan.row_S.long()[plan.order_S.long()],
+        torch.repeat_interleave(torch.arange(U, device=device), plan.start_U1.diff()),
     )

@@ -83,7 +83,8 @@ def test_nothing_beyond_the_end_is_read_or_left_unwritten(fast, dtype: torch.dty
     want = run(fast, inputs, "norm")
     wide = {}
     for name, t in inputs[1].items():
-        big = torch.full((t.shape[0] + 5, 28), float("nan"), dtype=dtype)
+        # On the device: a copy of a view there would leave out the memory around it.
+        big = torch.full((t.shape[0] + 5, 28), float("nan"), dtype=dtype, device=fast.device)
         big[: t.shape[0], :20] = t
         wide[name] = big[: t.shape[0], :20]
     sentences = inputs[0] | {"ids_NT": inputs[0]["ids_NT"].T.contiguous().T}

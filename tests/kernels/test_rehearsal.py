@@ -4,6 +4,7 @@ import ast
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record, RehearsalError
 from testkit.rehearsal.stand_in import CUDA, StandInMode
 from testkit.rehearsal.table import missing_rows, read_table, slow_products, summary, table
-from testkit.rehearsal.walk import Walk, train
+from testkit.rehearsal.walk import Walk, group_of, train
 
 
 @pytest.fixture
@@ -148,6 +149,7 @@ def test_a_variant_that_the_ledger_lacks_is_reported(mode: StandInMode):
     assert all("runs as HMMA on sm_90" in p for p in slow_products([walked], on_hmma, names))
     assert len(slow_products([walked], on_hmma, names)) == len(names)
     assert slow_products([replace(walked, walk=Walk("test", part="predict"))], on_hmma, names) == []
+    assert slow_products([replace(walked, walk=Walk("test", part="validation"))], on_hmma, names)
 
 
 def test_losses_in_fp32_are_reported(mode: StandInMode):
@@ -328,6 +330,17 @@ def test_flops_bytes_and_saved_tensors_of_operators_are_counted(mode: StandInMod
     moved = record.moved_bytes
     one.expand(1000, 32).clone()
     assert record.moved_bytes - moved == 4 * (32 + 32000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_over_ranks_in_bf16_is_refused(mode: StandInMode, dtype: torch.dtype):
+    x = torch.empty(6, 4, dtype=dtype, device=CUDA)
+    with group_of(2) as group:
+        group.gather_rows(x, [6, 6])  # transfers only
+        for reduce in (group.sum, lambda x: group.scatter_rows(x, [3, 3])):
+            refused = pytest.raises(RehearsalError, match=r"sums torch\.bfloat16 over ranks; convert")
+            with refused if dtype == torch.bfloat16 else nullcontext():
+                reduce(x)
 
 
 def test_collectives_are_counted_by_kind():

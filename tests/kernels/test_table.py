@@ -136,7 +136,8 @@ def test_nothing_beyond_the_end_is_read_or_left_unwritten(fast, op: str, dtype: 
     inputs = case(19, 7, 5, 20, dtype)
     padded = []
     for t in inputs[:4]:
-        big = torch.full([n + 9 for n in t.shape], float("nan"), dtype=dtype)
+        # On the device: a copy of a view there would leave out the memory around it.
+        big = torch.full([n + 9 for n in t.shape], float("nan"), dtype=dtype, device=fast.device)
         view = big[tuple(slice(n) for n in t.shape)]
         view.copy_(t)
         padded.append(view)

@@ -19,6 +19,7 @@ from comtip_fast.models import CoMTIP
 from comtip_fast.models.readout.features import BLOCKS, RADII, ReadoutSettings, penalty_scale, tile_features
 from comtip_fast.models.readout.heads import LinearReadout
 from comtip_fast.models.readout.section_statistics import standardise
+from comtip_fast.runtime.devices import autocast
 from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_cohort
 
 log = logging.getLogger("comtip_fast")
@@ -53,7 +54,7 @@ def fit_readout(
     for section in np.unique(shards.sections_of(tables.spots)):
         cohorts.setdefault(shards.cohort_of_section(int(section)), []).append(int(section))
     quota = max(MIN_SPOTS, config.readout.max_spots // max(1, sum(map(len, cohorts.values()))))
-    reader = _Reader(model.eval(), shards, loader, readout, quota, config.train.seed)
+    reader = _Reader(model.eval(), shards, loader, readout, quota, config.train.seed, config.train.precision)
     for cohort, train in sorted(cohorts.items()):
         data = _cohort_data(reader, tables, cohort, train)
         if data is None:
@@ -133,6 +134,8 @@ class _Reader:
     quota: int
     """Largest number of spots per section."""
     seed: int
+    precision: str
+    """``train.precision``: the readout is fitted on features of the precision in which a prediction computes them."""
 
     def read(self, section: int, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
         """Return features (n, F) and expression (n, G) per normalisation; None if none of the chosen spots is readable."""
@@ -144,7 +147,8 @@ class _Reader:
             part = spots[start : start + BATCH]
             found, tiles = self.loader.tiles(part, np.zeros(part.shape, np.int64))
             if found.size:
-                features = tile_features(self.model, tiles.to(device), self.readout.settings)[1]
+                with autocast(self.precision, device):
+                    features = tile_features(self.model, tiles.to(device), self.readout.settings)[1]
                 parts.append(features.cpu().numpy())
                 readable.append(found)
         whole = np.concatenate(readable)

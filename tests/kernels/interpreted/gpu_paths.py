@@ -30,7 +30,7 @@ def test_every_path_runs_and_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     lines = capsys.readouterr().out.splitlines()
     for op in OPS:
         last = [line.split()[-1] for line in lines if line.startswith(f"{op} ")]
-        sizes = 2 if op == "infonce" else 1
+        sizes = 2 if op in ("infonce", "packed_attention") else 1
         masked = 4 if op == "infonce" else 0
         last = [word for word in last if word in ("correct", "ran")]
         # The loss on equal columns has one more provider, two cross entropies.
