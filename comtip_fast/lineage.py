@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from comtip_shards.format.manifest import ManifestSection
 from comtip_shards.sections.duplicates import duplicate_pairs
-from comtip_shards.sections.splits import is_stated
+from comtip_shards.sections.splits import donor_name
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from comtip_fast._version import __version__
@@ -356,11 +356,6 @@ def parse_section(found: Mapping[str, Any]) -> LineageSection:
 def symbol_of(key: str) -> str:
     """Return the upper-case symbol of a gene key such as ``mouse:Krt14``."""
     return (key.partition(":")[2] or key).upper()
-
-
-def donor_name(donor: str) -> str:
-    """Return a donor's name for comparison: lower case without white space; empty if the donor is not stated."""
-    return "".join(donor.split()).lower() if is_stated(donor) else ""
 
 
 def names_of_uses(uses: Iterable[SectionUse], splits: Collection[str]) -> list[str]:

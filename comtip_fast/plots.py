@@ -230,7 +230,7 @@ def scores(result: Evaluation | pd.DataFrame) -> Figure:
     >>> plots.scores(pd.read_csv("scores/intervals.csv")).axes[0].get_title(loc="left")
     'x1'
     """
-    table = result if isinstance(result, pd.DataFrame) else pd.concat([summaries.intervals(d) for d in result.sections])
+    table = result if isinstance(result, pd.DataFrame) else _intervals(result)
     missing = [name for name in OF_SCORES if name not in table.columns]
     if missing or not len(table):
         what = f"no column {missing[0]!r}" if missing else "no rows"
@@ -251,6 +251,12 @@ def scores(result: Evaluation | pd.DataFrame) -> Figure:
         rows = own[["predictor", "mean_pcc", "low", "high"]].itertuples(index=False)
         draw_scores(section, [(names.get(name, name), *numbers) for name, *numbers in rows], axis, genes)
     return figure
+
+
+def _intervals(result: Evaluation) -> pd.DataFrame:
+    """Return the table ``intervals.csv`` of an evaluation; without rows if no section has a gene to show."""
+    parts = [table for data in result.sections if len(table := summaries.intervals(data))]
+    return pd.concat(parts) if parts else pd.DataFrame(columns=list(OF_SCORES))
 
 
 def ranked_genes(adata: ad.AnnData, n: int = summaries.RANKED) -> pd.DataFrame:

@@ -29,6 +29,7 @@ from comtip_shards import open_sets
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.folds import ridge_folds
 from comtip_fast.evaluation.metrics import score
 from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
@@ -64,10 +65,13 @@ class Lab:
     @cache  # noqa: B019
     def features(self, section: int) -> ImageFeatures:
         """Return the model's features of all spots of a section."""
+        tiles = self.shards.tiles(self.shards.select(sections=[section]))
+        return self.predictor.image_features(tiles.transpose(0, 3, 1, 2), self.shards.stain(section), self.xy(section))
+
+    def xy(self, section: int) -> np.ndarray:
+        """Return the positions of all spots of a section, in px of its source image, (N, 2)."""
         spots = self.shards.select(sections=[section])
-        xy = self.shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
-        tiles = self.shards.tiles(spots)
-        return self.predictor.image_features(tiles.transpose(0, 3, 1, 2), self.shards.stain(section), xy)
+        return self.shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
 
     @cache  # noqa: B019
     def counts(self, section: int) -> tuple[Any, np.ndarray]:
@@ -171,7 +175,7 @@ class Lab:
         return {n: 0.5 * (v + neighbour_mean(v, f.xy_N2)) for n, v in out.items()}
 
     def ridge(self, train: list[int], section: int, keys: list[str], which: str) -> Values:
-        """Predict by ridge regression per gene; the penalty is cross-validated over the training sections."""
+        """Predict by ridge regression per gene; the penalty is cross-validated as in an evaluation."""
         x = {s: self._baseline(s, which) for s in [*train, section]}
         out = {n: np.zeros((len(x[section]), len(keys))) for n in NORMS}
         measured = np.array([[self.shards.measured(s)[self.row[k]] for s in train] for k in keys])
@@ -180,9 +184,10 @@ class Lab:
             own = [s for s, there in zip(train, pattern, strict=True) if there]
             part = [keys[c] for c in cols]
             label = np.concatenate([np.full(len(x[s]), s) for s in own])
+            fold = ridge_folds(label, np.concatenate([self.xy(s) for s in own]))
             for norm in NORMS:
                 y = np.concatenate([self.values(s, part)[norm] for s in own])
-                out[norm][:, cols] = fit_ridge(np.concatenate([x[s] for s in own]), y, label).predict(x[section])
+                out[norm][:, cols] = fit_ridge(np.concatenate([x[s] for s in own]), y, label, fold).predict(x[section])
         return out
 
     def _baseline(self, section: int, which: str) -> np.ndarray:

@@ -19,7 +19,14 @@ from comtip_fast.data.tile_sources import ShardTiles
 from comtip_fast.evaluation.gene_table import ScoredGenes, ScoringInputs, gene_table, resolve_list
 from comtip_fast.evaluation.metrics import mean_scores
 from comtip_fast.evaluation.nulls import moved_spots, null_pcc
-from comtip_fast.evaluation.scoring import N_HVG, NORMALISATIONS, PREDICTORS, levels_pcc, score_section
+from comtip_fast.evaluation.scoring import (
+    N_HVG,
+    NORMALISATIONS,
+    PREDICTORS,
+    UNSEEN_RIDGE,
+    levels_pcc,
+    score_section,
+)
 from comtip_fast.evaluation.seen import any_known, choose_sections, lineage_facts, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference, check_tiles, spot_inputs
 from comtip_fast.evaluation.trained import METHODS, TrainOptions
@@ -303,6 +310,7 @@ def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: S
         "n_spots": meta.n_spots,
         "n_genes_all": int(genes.panel.size),
         "n_genes_unseen": int(genes.unseen.size),
+        "n_genes_scored": int(np.union1d(genes.panel, genes.hvg).size),
         "genes_50_hvg": [genes.keys[i] for i in genes.hvg],
         "hvg_from": genes.hvg_from,
         "genes_not_measured": genes.not_measured,
@@ -310,11 +318,15 @@ def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: S
 
 
 def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entry of a cohort: mean scores, sums of spots and undefined genes, and the 50 genes of the first section."""
+    """Return the entry of a cohort: mean scores, sums of spots and undefined genes, and the most variable genes of its sections.
+
+    ``genes_50_hvg`` has the genes of every section, each once. They are more than 50 if sections measured different genes. ``genes`` of a
+    method counts the genes of all sections, also of those in which it knows none and has no score.
+    """
     out: dict[str, Any] = {
         "sections": [s for p in parts for s in p["sections"]],
         "n_spots": sum(p["n_spots"] for p in parts),
-        "genes_50_hvg": parts[0]["genes_50_hvg"],
+        "genes_50_hvg": list(dict.fromkeys(key for p in parts for key in p["genes_50_hvg"])),
         "hvg_from": parts[0]["hvg_from"],
         "donor_seen_in_training": any_known([p["donor_seen_in_training"] for p in parts]),
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
@@ -328,6 +340,12 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
             out[name][norm] = mean_scores(scores) if scores else None
             if scores:
                 out[name][norm] |= _sums(scores)
+                if "genes" in scores[0]:
+                    # Otherwise the mean over fewer sections than the model's would look like one over the same genes.
+                    unscored = [p for p in parts if p.get(name, {}).get(norm) is None]
+                    out[name][norm]["genes"] += sum(
+                        p["n_genes_unseen" if name == UNSEEN_RIDGE else "n_genes_scored"] for p in unscored
+                    )
     return out
 
 

@@ -48,10 +48,19 @@ Seen = dict[int, tuple[int, list[int]]]
 
 
 def write_set(
-    folder: Path, sections: tuple[TinySection, ...], *, side: int = 5, seed: int = 0, px: int = 32, **rename: str
+    folder: Path,
+    sections: tuple[TinySection, ...],
+    *,
+    side: int = 5,
+    seed: int = 0,
+    px: int = 32,
+    tissue: str = "",
+    **rename: str,
 ) -> Path:
-    """Write a tiny set in which some genes have other symbols, under another licence if there are any."""
+    """Write a tiny set in which some genes have other symbols, under another licence if there are any; ``tissue`` is that of all sections."""
     table = write_tiny_source(folder / "source", sections, side=side, seed=seed)
+    if tissue:
+        pd.read_csv(table, sep="\t").assign(tissue=tissue).to_csv(table, sep="\t", index=False)
     if rename:
         for section in sections:
             path = folder / "source" / f"{section.section_id}.tsv.gz"
@@ -293,6 +302,11 @@ MESSAGES = {
         (TinySection("n1", "donor_v", "train"),),
         {},
         "donor donor_v of training section n1 is that of the run's validation section v1",
+    ),
+    "a validation donor in other letters": (
+        (TinySection("n1", "Donor_V", "train"),),
+        {},
+        "donor Donor_V of training section n1 is that of the run's validation section v1",
     ),
     "a section of the run": ((TinySection("t1", "donor_q", "train"),), {}, "section t1 is in .* and in "),
     "a copy of the validation section": (

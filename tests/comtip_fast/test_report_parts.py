@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from comtip_fast.evaluation.report.payload import SectionPayload, page_json
 from comtip_fast.evaluation.report.summaries import BLOCKS_PER_SIDE, clusters, intervals
 from comtip_fast.evaluation.tasks.intervals import spatial_blocks, weighted_pcc
 from comtip_fast.metrics import pcc_per_gene
-from comtip_fast.plots import maps
+from comtip_fast.plots import maps, scores
 
 
 def section(seed: int = 0, side: int = 12, genes: int = 5, noise: float = 0.5) -> SectionData:
@@ -92,6 +93,18 @@ def test_few_blocks_have_no_interval():
     table = intervals(data)
     assert table["blocks"][0] == 4
     assert table[["low", "high"]].isna().all(axis=None)
+
+
+def test_a_section_without_the_most_variable_genes_has_no_interval_of_0():
+    data = section()
+    without = replace(data, hvg=data.hvg[:0], baselines={"ridge_colour": data.baselines["ridge_colour"][:, :0]})
+    assert not len(intervals(without))
+    shown = scores(SimpleNamespace(sections=[without, data]))
+    assert [axis.get_title(loc="left") for axis in shown.axes] == ["s"]
+    unseen = replace(without, unseen=data.hvg[:2])
+    assert intervals(unseen)["predictor"].tolist() == ["zero_shot_unseen_genes"]
+    with pytest.raises(ValueError, match="no rows"):
+        scores(SimpleNamespace(sections=[without]))
 
 
 def test_blocks_are_squares():

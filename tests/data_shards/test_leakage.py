@@ -170,6 +170,9 @@ def test_a_donor_on_both_sides_is_refused():
     check_splits([meta("a", "P1", "train"), meta("b", "P1", "val"), meta("c", "P2", "test")])
     with pytest.raises(SourceError, match="donor P1 is in the test section b and in a"):
         check_splits([meta("a", "P1", "train"), meta("b", "P1", "test")])
+    with pytest.raises(SourceError, match="donor p1 is in the test section b and in a, c"):
+        check_splits([meta("a", "P1", "train"), meta("b", "p1", "test"), meta("c", "P 1", "val")])
+    check_splits([meta("a", "", "train"), meta("b", "unknown", "test")])
 
 
 # -- automatic splits --------------------------------------------------------------------------------------------

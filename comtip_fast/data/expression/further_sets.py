@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from comtip_shards import ShardSet
 from comtip_shards.reader.joined_set import JoinedSet
-from comtip_shards.sections.splits import is_stated
+from comtip_shards.sections.splits import donor_name
 from torch import Tensor
 
 from comtip_fast.config.schema import RunConfig
@@ -60,13 +60,14 @@ def without_further_validation(shards: ShardSet, n_first: int) -> None:
     if not further:
         return
     first = sections[: len(sections) - len(further)]
-    trained = {s.donor for s in first if s.split == "train"}
-    scored = {s.donor: s for s in first if s.split == "val" and is_stated(s.donor) and s.donor not in trained}
+    trained = {donor_name(s.donor) for s in first if s.split == "train"} | {""}
+    scored = {name: s for s in first if s.split == "val" and (name := donor_name(s.donor)) not in trained}
     for i in further:
-        if sections[i].split == "train" and sections[i].donor in scored:
+        name = donor_name(sections[i].donor)
+        if sections[i].split == "train" and name in scored:
             raise ValueError(
                 f"{_name(shards, i)}: donor {sections[i].donor} of training section {sections[i].section_id} is that of the run's "
-                f"validation section {scored[sections[i].donor].section_id}, so scores before and after the extension could not be "
+                f"validation section {scored[name].section_id}, so scores before and after the extension could not be "
                 f"compared; build the set without this donor, {_NEW_RUN}"
             )
     left_out = [sections[i].section_id for i in further if sections[i].split == "val"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from comtip_shards.sections.splits import donor_name
 from comtip_shards.storage.atomic import write_atomic
 from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -21,7 +22,7 @@ from comtip_fast.evaluation.report.payload import page_json, section_payload
 from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals, ranked_genes
 from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
 from comtip_fast.evaluation.scoring import UNSEEN
-from comtip_fast.lineage import LineageSection, donor_name, same_sections
+from comtip_fast.lineage import LineageSection, same_sections
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
@@ -71,7 +72,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
     sections = {d.section_id: _section(result, d, static) for d in result.sections}
     tables = {
         SCORES: score_table(result),
-        INTERVALS: pd.concat([s["intervals"] for s in sections.values()], ignore_index=True),
+        INTERVALS: _joined([s["intervals"] for s in sections.values() if len(s["intervals"])]),
         CALIBRATION: pd.concat([s["calibration"] for s in sections.values()], ignore_index=True),
         CLUSTERS: _joined([s["clusters"][0].drop(columns="row") for s in sections.values() if s["clusters"]]),
     }

@@ -35,18 +35,19 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
         One row for the model (``zero_shot``) and each baseline and trained method: ``section``, ``predictor``, ``mean_pcc``,
         ``low``, ``high``, ``difference`` (mean PCC of the model minus mean PCC of the predictor), ``difference_low``,
         ``difference_high``, ``blocks`` and ``genes``. The ends of the intervals are NaN with fewer than 5 blocks. A method is scored on
-        the ``genes`` of them that its training sections measured, and compared with the model on the same genes. If there are unseen
-        genes, rows of the (up to 50) most variable of them follow: the model (``zero_shot_unseen_genes``), and the mean map and the
-        ridge regression, whose difference is to the model on these genes.
+        the ``genes`` of them that its training sections measured, and compared with the model on the same genes. A section that
+        measured none of these genes has no such rows. If there are unseen genes, rows of the (up to 50) most variable of them follow:
+        the model (``zero_shot_unseen_genes``), and the mean map and the ridge regression, whose difference is to the model on these
+        genes.
     """
     block = spatial_blocks(data.xy, BLOCKS_PER_SIDE)
     n_blocks = int(block.max()) + 1
     weight = block_weights(block, DRAWS, seed=seed, section=data.section_id)
-    first, rows = data.unseen[:N_HVG], []
-    groups = [("zero_shot", data.hvg, data.baselines)]
-    if first.size:
-        groups.append((UNSEEN, first, data.unseen_baselines))
+    groups = [("zero_shot", data.hvg, data.baselines), (UNSEEN, data.unseen[:N_HVG], data.unseen_baselines)]
+    rows = []
     for own, columns, others in groups:
+        if not columns.size:
+            continue
         measured = data.measured["cp10k"][:, columns]
         predictions = {own: data.predicted["cp10k"][:, columns], **others}
         every = _means(measured, predictions[own], weight)

@@ -60,7 +60,7 @@ def trained_rows(context: TaskContext, name: str) -> list[TaskRow]:
             measured = context.values(section, keys)
             found = method.predict(*context.tiles(section), section.cohort, keys)
             train = context.train_sections(section.cohort)
-            fitted = _fitted(train, context.train_measured(train, keys))
+            fitted = _fitted(train, context.train_measured(train, keys)) & np.isfinite(found).all(0)
             genes = VARIABLE if fitted.all() else VARIABLE + FITTED
             if fitted.any():
                 measured, found = measured[:, fitted], found[:, fitted]

@@ -106,6 +106,12 @@ class BleepTask(ExpressionTask):
         """Use the number of neighbours of one setting, e.g. ``k50``, from now on."""
         self._counts = (int(setting.removeprefix("k")),)
 
+    def learnt(self, cohort: str) -> np.ndarray:
+        """Return which target genes a training section of the cohort measured, bool (G,); only its spots are averaged."""
+        targets = self.data.targets
+        own: np.ndarray = targets.known_SG[np.unique(targets.section_N[self.data.rows_of_cohort(cohort)])].any(0)
+        return own
+
     def predicted(self, features: Iterable[Tensor], cohort: str) -> dict[str, np.ndarray]:
         """See :meth:`ExpressionTask.predicted`; setting ``k10`` averages the 10 nearest of the cohort's training spots."""
         joint = self.module.eval()

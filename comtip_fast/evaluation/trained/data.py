@@ -21,6 +21,7 @@ from comtip_fast.data.loaders.factory import make_loader
 from comtip_fast.evaluation.train_reference import TrainReference
 from comtip_fast.evaluation.trained.targets import Targets
 from comtip_fast.inference import Predictor
+from comtip_fast.lineage import LEARNING, LineageSection, names_of_uses
 from comtip_fast.runtime.devices import autocast
 from comtip_fast.training.validation import KEPT_BYTES, evenly
 
@@ -86,7 +87,7 @@ class TrainingData:
         self._row_of = [rows.get(k, -1) for k in keys]
         self.targets = self._targets(list(keys))
         self.validation = [
-            v for n, s in enumerate(sections) if s.split == "val" for v in self._validation(n, reference)
+            v for n in _validation_numbers(predictor, self.shards) for v in self._validation(n, reference)
         ]
         self._kept_bytes = 0
 
@@ -207,6 +208,18 @@ class TrainingData:
     def _stem(self, tiles: Tensor) -> Tensor:
         """Return stem features of tiles, on the CPU, for the loader's table."""
         return self.predictor.model.vision.stem_features(tiles.to(self.device)).cpu()
+
+
+def _validation_numbers(predictor: Predictor, shards: ShardSet) -> list[int]:
+    """Return the numbers of the sections of split ``val``, except those that the model's runs had and did not learn from.
+
+    A run that was extended by further shard sets uses none of their validation sections. These may therefore be scored, and a method
+    that is stopped on them would be compared with the model on its own validation sections.
+    """
+    sections = shards.manifest.sections
+    uses = predictor.lineage.uses([LineageSection.of(s) for s in sections])
+    own = enumerate(zip(sections, uses, strict=True))
+    return [n for n, (s, found) in own if s.split == "val" and (not found or names_of_uses(found, LEARNING))]
 
 
 def _of_sections(tables: TrainingTables, shards: ShardSet, numbers: Sequence[int]) -> TrainingTables:

@@ -58,7 +58,10 @@ class TrainedMethod:
         return self.task.data.cohorts
 
     def predict(self, tiles: TileSource, stain: StainStats | None, cohort: str, keys: Sequence[str]) -> np.ndarray:
-        """Predict log1p CP10K of a section, float64 (N, g); a gene that no training section measured is NaN.
+        """Predict log1p CP10K of a section, float64 (N, g); a gene that the method cannot predict in the cohort is NaN.
+
+        It cannot predict genes that no training section measured and, if it averages training spots of the cohort, those that no
+        training section of the cohort measured.
 
         Parameters
         ----------
@@ -71,7 +74,7 @@ class TrainedMethod:
         """
         targets = self.task.data.targets
         (z,) = self.task.predict_tiles(tiles, stain, cohort).values()
-        learnt = zip(targets.keys, targets.learnt_G.tolist(), strict=True)
+        learnt = zip(targets.keys, self.task.learnt(cohort).tolist(), strict=True)
         values, column = targets.expression(z), {k: i for i, (k, known) in enumerate(learnt) if known}
         out = np.full((len(values), len(keys)), np.nan)
         known = [j for j, k in enumerate(keys) if k in column]

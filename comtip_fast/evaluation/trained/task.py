@@ -72,6 +72,10 @@ class ExpressionTask(ABC):
         If there are several settings, validation chooses one with :meth:`choose`, and later calls return only this one.
         """
 
+    def learnt(self, cohort: str) -> np.ndarray:
+        """Return which target genes the method can predict in a cohort, bool (G,): those that a training section measured."""
+        return self.data.targets.learnt_G
+
     def choose(self, setting: str) -> None:  # noqa: B027 - most methods have one setting
         """Use one of the settings of :meth:`predicted` from now on; does nothing for a method with one setting."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 from comtip_shards import ShardSet
 from comtip_shards.sampling.rng import generator
+from scipy import sparse
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
@@ -104,23 +107,51 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
         return None
     x = np.concatenate([raw[i][0] for i in fitted])
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-    ranked = tables.genes.ranked.get(cohort, np.zeros(0, np.int64))
 
     def table(i: int) -> SectionTable:
         x = standardise(raw[i][0], mean, std).astype(np.float32)
         return SectionTable(x, raw[i][1], shards.measured(i)[rows])
 
+    own = [table(i) for i in fitted]
     return CohortData(
         cohort=cohort,
         keys=[shards.genes[r].key for r in rows],
-        train=[table(i) for i in fitted],
+        train=own,
         valid=[table(i) for i in valid if i in raw],
         mean_F=mean,
         std_F=std,
-        score_genes=np.searchsorted(rows, ranked[np.isin(ranked, rows)][:SCORE_GENES]),
+        score_genes=_score_genes(tables.genes.ranked.get(cohort), rows, own, reader.loader.config.genes.min_detection),
         n_donors=len({sections[i].donor for i in fitted}),
         scale_F=penalty_scale(reader.model, reader.readout.settings),
     )
+
+
+def _score_genes(
+    ranked: np.ndarray | None, rows: np.ndarray, train: Sequence[SectionTable], min_detection: float
+) -> np.ndarray:
+    """Return the indices in ``rows`` of the (up to 50) most variable genes.
+
+    A cohort of which the run's first shard sets have no training section, or no gene that is detected in enough spots, has no
+    ranking. Without genes to compare candidates on, the first one, with the weakest penalty, would be used. The genes are therefore
+    ranked here, on the spots to fit.
+
+    Parameters
+    ----------
+    ranked
+        Rows of the cohort's genes by decreasing variance; None if the run did not rank them.
+    rows
+        Rows of the genes of the readout, ascending.
+    train
+        The training sections.
+    min_detection
+        Smallest detection rate of a ranked gene; if no gene reaches it, all are ranked.
+    """
+    known = np.zeros(0, np.int64) if ranked is None else ranked[np.isin(ranked, rows)]
+    if known.size:
+        return np.searchsorted(rows, known[:SCORE_GENES])
+    values, measured = [sparse.csr_matrix(s.y["cp10k"]) for s in train], [s.measured_G for s in train]
+    own = rank_by_variance(values, measured, min_detection)[0]
+    return (own if own.size else rank_by_variance(values, measured, 0.0)[0])[:SCORE_GENES]
 
 
 @dataclass(frozen=True)

@@ -222,9 +222,12 @@ def _choose(
 ) -> dict[str, tuple[int, float, float | None]]:
     """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds), per normalisation.
 
-    ``design`` has the features of ``train``; those of other folds are decomposed one after the other, so that one is in memory.
+    Sections that measured none of ``genes`` are not scored; a fold without another section is left out. ``design`` has the features of
+    ``train``; those of other folds are decomposed one after the other, so that one is in memory.
     """
     pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
+    scored = [(fit, [s for s in held_out if s.measured_G[genes].any()]) for fit, held_out in folds]
+    folds = [fold for fold in scored if fold[1]]
     if not folds:
         middle = pairs[len(pairs) // 2 - 1][0], grid.alphas[len(grid.alphas) // 2], None
         return dict.fromkeys(NORMS, middle)

@@ -22,6 +22,11 @@ def is_stated(donor: str) -> bool:
     return donor.strip().lower() not in UNKNOWN_DONORS and not donor.startswith(UNSTATED)
 
 
+def donor_name(donor: str) -> str:
+    """Return a donor's name for comparison: lower case without white space; empty if the donor is not stated."""
+    return "".join(donor.split()).lower() if is_stated(donor) else ""
+
+
 def own_donors(metas: Sequence[SectionMeta]) -> list[SectionMeta]:
     """Return the sections; a section that states no donor gets a placeholder of its own instead of a shared "unknown"."""
     return [m if is_stated(m.donor) else replace(m, donor=f"{UNSTATED}{m.section_id}") for m in metas]
@@ -30,18 +35,22 @@ def own_donors(metas: Sequence[SectionMeta]) -> list[SectionMeta]:
 def check_splits(metas: Sequence[SectionMeta]) -> None:
     """Check that no donor is both in test and in train or val; train and val may share donors, which a build reports.
 
+    Names are compared by :func:`donor_name`, as an evaluation compares them.
+
     Raises
     ------
     SourceError
         A donor is in test and in train or val; the message names the donor and the sections.
     """
-    for meta in metas:
-        if meta.split != "test":
-            continue
-        shared = [m.section_id for m in metas if m.donor == meta.donor and m.split in LEARNING]
-        if shared:
+    names = [donor_name(m.donor) or m.donor for m in metas]
+    learning: dict[str, list[str]] = {}
+    for meta, name in zip(metas, names, strict=True):
+        if meta.split in LEARNING:
+            learning.setdefault(name, []).append(meta.section_id)
+    for meta, name in zip(metas, names, strict=True):
+        if meta.split == "test" and name in learning:
             raise SourceError(
-                f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(shared)}; "
+                f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(learning[name])}; "
                 "build with the same split for all sections of a donor (`splits`)"
             )
 
