@@ -30,7 +30,7 @@ from comtip_fast.evaluation.metrics import score
 from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.models.comtip import CoMTIP, ModelSizes
 from comtip_fast.models.readout.features import (
-    ENCODED_NAME,
+    LAST_NAME,
     STAGES_NAME,
     ReadoutSettings,
     frozen_columns,
@@ -72,8 +72,8 @@ class Row:
 
 
 ROWS = (
-    Row("ridge per gene, stages that the encoder embeds, no neighbours", ENCODED_NAME, (), programmes=0),
-    Row("the former default: the same stages, adjacent spots", ENCODED_NAME),
+    Row("ridge per gene, stages that the encoder embeds, no neighbours", LAST_NAME, (), programmes=0),
+    Row("the former default: the same stages, adjacent spots", LAST_NAME),
     Row("seven stages, means of the feature maps"),
     Row("seven stages of equal weight", equal=True),
     Row("ranks instead of values (stages by width)", ranks=True),

