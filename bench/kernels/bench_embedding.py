@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import rounds
 import torch
-from comtip_kernels import gene_sentence_embedding
+from comtip_kernels import copy_sentence_rows, gene_sentence_embedding, plan_sentences
 from torch.nn import functional as F
 
 VOCABULARY, LONGEST = 4099, 17
@@ -54,6 +54,28 @@ def calls(genes: int, levels: int, dim: int) -> tuple[dict[str, Callable[[], Non
         ),
         "LayerNorm alone": timed(lambda: F.layer_norm(x, (dim,), gain, bias)),
     }, bag.shape[0]
+
+
+def copies(genes: int, levels: int, dim: int) -> dict[str, Callable[[], None]]:
+    """Return {name: timed call} of copying the distinct rows of a panel, whose sentences have 3 to 16 tokens, to all tokens."""
+    g = torch.Generator().manual_seed(0)
+    length = torch.randint(3, LONGEST, (genes,), generator=g).repeat_interleave(levels)
+    ids = torch.randint(VOCABULARY, (genes, LONGEST), generator=g).repeat_interleave(levels, 0)
+    plan = plan_sentences(ids, length, torch.arange(levels).repeat(genes))
+    rows = torch.randn(plan.sentence_U.shape[0], dim, generator=g).requires_grad_()
+    upstream = torch.randn(plan.row_S.shape[0], dim, generator=g)
+
+    def timed(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            rows.grad = None
+            forward().backward(upstream)
+
+        return call
+
+    return {
+        "ours": timed(lambda: copy_sentence_rows(rows, plan)),
+        "embedding": timed(lambda: F.embedding(plan.row_S, rows)),
+    }
 
 
 def main() -> None:

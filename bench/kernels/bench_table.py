@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import rounds
 import torch
-from comtip_kernels import level_cross_entropy, pool_weights, table_pool
+from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
 from torch.nn import functional as F
 
 
@@ -58,6 +58,10 @@ CASES: dict[str, dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] =
         name: lambda x, impl=impl: level_cross_entropy(
             x["image"], x["table"], x["levels"], x["mask"], x["scale"], x["prior"], impl=impl
         )
+        for name, impl in (("cpu", "cpu"), ("dense", "reference"))
+    },
+    "pair_scores": {
+        name: lambda x, impl=impl: pair_scores(x["image"], x["table"], x["levels"], impl=impl).sum()
         for name, impl in (("cpu", "cpu"), ("dense", "reference"))
     },
 }

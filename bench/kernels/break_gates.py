@@ -86,6 +86,11 @@ FAULTS = (
                 ("packed_attention/cpu.py", "their gradient is written batch by batch, to stay in the CPU cache."),
                 ("table_pool/cpu.py", "Return t (B, D); see :mod:`comtip_kernels.table_pool.reference`."),
                 ("level_cross_entropy/cpu.py", "a scalar; see :mod:`comtip_kernels.level_cross_entropy.reference`."),
+                (
+                    "level_cross_entropy/cpu.py",
+                    "logits of the pair head (B, G); see :mod:`comtip_kernels.level_cross_entropy.reference`.",
+                ),
+                ("gene_sentence_embedding/cpu.py", "Return (S, C); see :func:`comtip_kernels.copy_sentence_rows`."),
             )
         ),
         CPU,

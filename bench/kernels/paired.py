@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-OURS = ("ours", "unsorted", "cpu")
+OURS = ("ours", "cpu")
 """Names of our paths among the cases of an operation."""
 
 

@@ -31,11 +31,11 @@ def embedding_calls() -> dict[str, Callable[[], object]]:
     return dict(bench_embedding.calls(*((256, 32, 256) if FULL else (32, 16, 128)))[0])
 
 
-def attention_calls() -> dict[str, Callable[[], object]]:
+def attention_calls(op: str) -> dict[str, Callable[[], object]]:
     g = torch.Generator().manual_seed(0)
     length = (torch.randn(4000 if FULL else 500, generator=g) * 2 + 5.5).round().clamp(3, 10).long()
-    ours, padded = bench_packed_attention.packed, bench_packed_attention.padded
-    return {"ours": ours(length.sort().values), "unsorted": ours(length), "padded": padded(length)}
+    lengths = {"packed_attention": length.sort().values, "packed_attention (unsorted)": length}
+    return {"ours": bench_packed_attention.packed(lengths[op]), "padded": bench_packed_attention.padded(length)}
 
 
 def table_calls(op: str) -> dict[str, Callable[[], object]]:
@@ -46,9 +46,12 @@ def table_calls(op: str) -> dict[str, Callable[[], object]]:
 GROUPS = {
     "infonce": infonce_calls,
     "gene_sentence_embedding": embedding_calls,
-    "packed_attention": attention_calls,
+    "copy_sentence_rows": lambda: bench_embedding.copies(*((256, 32, 256) if FULL else (32, 16, 128))),
+    "packed_attention": lambda: attention_calls("packed_attention"),
+    "packed_attention (unsorted)": lambda: attention_calls("packed_attention (unsorted)"),
     "table_pool": lambda: table_calls("table_pool"),
     "level_cross_entropy": lambda: table_calls("level_cross_entropy"),
+    "pair_scores": lambda: table_calls("pair_scores"),
 }
 CASES = [(op, name) for op, make in GROUPS.items() for name in make()]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from comtip_kernels.rates import gpu_of
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.models import CoMTIP
@@ -55,14 +56,6 @@ def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: 
 
 
 def device_of(name: str) -> Device | None:
-    """Return the hardware entry for a device name as CUDA reports it: ``NVIDIA H100 80GB HBM3`` is ``h100``.
-
-    None for an unknown device, and for PCIe and NVL variants, which have other peak rates.
-    """
-    words = name.lower().replace("-", " ").split()
-    for key, device in DEVICES.items():
-        family, _, memory = key.partition("-")
-        sized = not memory or any(w.startswith(memory) for w in words)
-        if family in words and sized and "pcie" not in words and "nvl" not in words:
-            return device
-    return None
+    """Return the hardware entry for a device name as CUDA reports it; None as in :func:`comtip_kernels.rates.gpu_of`."""
+    gpu = gpu_of(name)
+    return None if gpu is None else DEVICES[gpu]

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.plan.cost import forward_only
+from comtip_fast.plan.cost import Cost, forward_only
 from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
 from comtip_fast.plan.host import operators
 from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, step_rows
-from comtip_fast.plan.parts import RankShare, StepPart, image_head, sentence_table, step_parts, vision
+from comtip_fast.plan.parts import RankShare, StepPart, image_head, level, pooling, sentence_table, step_parts, vision
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
 from comtip_fast.plan.timing import PartTime, compute_time, optimizer_cost, time_collectives, time_parts
 from comtip_fast.plan.traffic import Collective, step_traffic
+from comtip_fast.training.validation import KEPT_BYTES, SPACE_GENES, SPACE_SPOTS, VALIDATION_GENES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +29,20 @@ class LoaderRate:
     bytes_per_s: float
     """Required bytes of encoded tiles per second."""
     available_tiles_per_s: float | None
-    """Measured tiles per second, or the rate of the assumed cores. None on a CPU without a measured rate: loading then shares
-    the cores with the step and does not limit the step."""
+    """Measured tiles per second, or the rate of the assumed cores. None if loading does not limit the step: on a CPU without a
+    measured rate, where it shares the cores with the step, and with the features of a frozen stem in memory."""
     measured: bool
     """Whether a measured rate was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationTime:
-    """Time of one validation, whose spots are split over the ranks."""
+    """Time of one validation after the first, whose sections are split over the ranks."""
 
     spots: int
     seconds: float
+    flops: float
+    """FLOPs of the rank with the most spots."""
     every: int
     """Steps between two validations."""
 
@@ -52,6 +55,9 @@ class Plan:
     cluster: Cluster
     engine: EngineSpec
     sizes: Sizes
+    """Sizes of the step, with a padded panel if ``engine.panel_sizes`` is set."""
+    unpadded: Sizes
+    """The same with the panel as it is drawn."""
     inputs: Inputs
     share: RankShare
     parts: tuple[StepPart, ...]
@@ -138,9 +144,9 @@ def make_plan(
         The sizes, if known; otherwise the model is built on the meta device.
     loader_tiles_per_s
         Measured rate of the loader per node; None assumes the cores and the time per tile of ``cluster.efficiency`` or, on a
-        CPU, that loading does not limit the step.
+        CPU, that loading does not limit the step. A step with the features of a frozen stem in memory loads no tiles.
     validation_spots
-        Number of spots that a validation scores; None assumes one section with ``train.validate_spots`` spots.
+        Number of spots that a validation scores, in sections of ``train.validate_spots`` spots; None assumes one section.
 
     Raises
     ------
@@ -155,12 +161,13 @@ def make_plan(
     if validation_spots is not None and validation_spots < 1:
         raise ValueError(f"`validation_spots` {validation_spots}: must be at least 1; leave it out for the default")
     inputs, W = inputs or Inputs(), cluster.ranks
-    s = sizes or sizes_of(config, inputs)
-    if s.B < W:
+    drawn = sizes or sizes_of(config, inputs)
+    if drawn.B < W:
         raise ValueError(
-            f"data.batch_size={s.B}: too small for {W} ranks, which need at least one spot each; raise it or plan for fewer ranks"
+            f"data.batch_size={drawn.B}: too small for {W} ranks, which need at least one spot each; raise it or plan for fewer ranks"
         )
     e = engine or engine_of(config, W, cluster.device.name != "cpu")
+    s = _of_step(drawn, e, cluster)
     w = rank_share(s, e, cluster)
     parts = step_parts(s, w)
     traffic = step_traffic(s, e, W)
@@ -172,8 +179,9 @@ def make_plan(
     issued = operators(s, e, W)
     if cluster.device.name != "cpu" and not e.compiled:
         times += _deficit("host", issued * cluster.efficiency.launch_s, times)
-    tiles = s.B / cluster.nodes / _total(times)
-    available = loader_tiles_per_s if loader_tiles_per_s is not None else assumed_loader_rate(cluster, inputs.tile_px)
+    tiles = s.B / cluster.nodes / _total(times) if s.loads_tiles else 0.0
+    rate = loader_tiles_per_s if loader_tiles_per_s is not None else assumed_loader_rate(cluster, inputs.tile_px)
+    available = rate if s.loads_tiles else None
     if available is not None:
         times += _deficit("loader", s.B / cluster.nodes / available, times)
     return Plan(
@@ -181,6 +189,7 @@ def make_plan(
         cluster=cluster,
         engine=e,
         sizes=s,
+        unpadded=drawn,
         inputs=inputs,
         share=w,
         parts=tuple(parts),
@@ -194,8 +203,15 @@ def make_plan(
             measured=loader_tiles_per_s is not None,
         ),
         operators=issued,
-        validation=_validation(config, s, e, cluster, available, validation_spots),
+        validation=_validation(config, drawn, e, cluster, rate, validation_spots),
     )
+
+
+def _of_step(s: Sizes, e: EngineSpec, c: Cluster) -> Sizes:
+    """Return the sizes of a step with these sizes of a drawn panel, which a GPU may pad."""
+    if c.device.name == "cpu":
+        return s
+    return s.padded(c.ranks if e.shares_table(s.G * s.Q, c.ranks) else 1)
 
 
 def _total(times: Sequence[PartTime]) -> float:
@@ -221,30 +237,55 @@ def _validation(
 ) -> ValidationTime | None:
     """Return the time of a validation; None without validation.
 
-    A validation encodes every spot and the sentences of all trained genes, or waits for the loader if that takes longer.
+    A rank scores whole sections, which are assumed to have ``train.validate_spots`` spots. Of each, it encodes the spots and the
+    sentences of the most variable genes, or waits for the loader if that takes longer. Tiles that fit into the memory that the
+    validation keeps are read by the first one only, whose reading is not included.
     """
     if config.train.validate_every == 0:
         return None
-    spots = config.train.validate_spots if spots is None else spots
-    all_genes = s.at_panel(s.genes)
-    share = replace(rank_share(all_genes, e, c), spots=ceil(spots / c.ranks), micro_batches=1)
-    costs = forward_only(vision(all_genes, share, s.P, masked=False) + image_head(all_genes, share))
-    costs += forward_only(sentence_table(all_genes, share))
+    largest = config.train.validate_spots
+    spots = largest if spots is None else spots
+    own_sections = ceil(ceil(spots / largest) / c.ranks)
+    own = min(spots, own_sections * largest)
+    costs = _validation_costs(s, e, c, own, own_sections)
     seconds = compute_time(costs, c, e.precision).forward
     if loader_rate is not None:
-        seconds = max(seconds, spots / c.nodes / loader_rate)
-    return ValidationTime(spots=spots, seconds=seconds, every=config.train.validate_every)
+        kept = KEPT_BYTES // (4 * s.P * s.patch_inputs if s.has_stem else 3 * s.S**2)
+        seconds = max(seconds, max(0, own - kept) * c.per_node / loader_rate)
+    return ValidationTime(
+        spots=spots, seconds=seconds, every=config.train.validate_every, flops=sum(one.flops for one in costs)
+    )
+
+
+def _validation_costs(s: Sizes, e: EngineSpec, c: Cluster, spots: int, sections: int) -> list[Cost]:
+    """Return the costs of scoring ``spots`` spots of ``sections`` sections on one rank, which encodes the sentences of each section.
+
+    The genes of the score and those of the shared space are encoded separately.
+    """
+
+    def share_of(sizes: Sizes) -> RankShare:
+        share = rank_share(sizes, e, c)
+        return replace(share, spots=spots, micro_batches=1, checkpointing=False, table_rows=sizes.G * sizes.Q)
+
+    scored, space = (s.at_panel(min(n, s.genes)) for n in (VALIDATION_GENES, SPACE_GENES))
+    costs = [*vision(s, share_of(s), s.P, masked=False), *image_head(s, share_of(s))]
+    costs += level(scored, share_of(scored))
+    for _ in range(sections):
+        costs += sentence_table(scored, share_of(scored)) + sentence_table(space, share_of(space))
+        costs += pooling(space, share_of(space), min(spots, SPACE_SPOTS))
+    return forward_only(costs)
 
 
 def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
     """Return the plan of a training step for the mean number of genes in a panel instead of the largest."""
-    G = mean_panel(min(config.panel.min_genes, plan.sizes.G), plan.sizes.G)
+    drawn = plan.unpadded
+    G = mean_panel(min(config.panel.min_genes, drawn.G), drawn.G)
     return make_plan(
         config,
         plan.cluster,
         plan.inputs,
         engine=plan.engine,
-        sizes=plan.sizes.at_panel(G),
+        sizes=drawn.at_panel(G),
         loader_tiles_per_s=plan.loader.available_tiles_per_s if plan.loader.measured else None,
         validation_spots=plan.validation.spots if plan.validation else None,
     )

@@ -141,9 +141,12 @@ def _times(plan: Plan, mean: Plan | None) -> list[str]:
             f"  {f'with the mean panel, G = {mean.sizes.G:,}':<28}{seconds(mean.step_seconds):>10}        {mean.spots_per_s:,.0f} spots/s"
         )
     typical = mean or plan
-    lines.append(
-        f"  required of the loader: {typical.loader.tiles_per_s:,.0f} tiles/s per node, {size(typical.loader.bytes_per_s)}/s of encoded tiles"
+    required = (
+        f"{typical.loader.tiles_per_s:,.0f} tiles/s per node, {size(typical.loader.bytes_per_s)}/s of encoded tiles"
     )
+    if not plan.sizes.loads_tiles:
+        required = "no tiles, the frozen stem's features are in memory (data.stem_features)"
+    lines.append(f"  required of the loader: {required}")
     return [*lines, *_host(plan), *_loader(typical), *_validation(plan)]
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.panel_sizes import TokenSizes, padded_genes
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.vit_blocks import timm_type
 from comtip_fast.training.freezing import last_frozen_steps
@@ -90,6 +91,8 @@ class Sizes:
     patch_inputs: int
     """Input width of the patch embedding: 3 p^2, or the width of a frozen stem's features."""
     has_stem: bool
+    loads_tiles: bool
+    """Whether a step loads tiles; not if the features of a frozen stem are in memory (``data.stem_features``)."""
     d: int
     depth: int
     heads: int
@@ -129,6 +132,10 @@ class Sizes:
     text_context: bool
     equal_tokens: bool
     """Whether equal tokens of a panel's sentences have equal inputs, so that the first block projects each once."""
+    largest_panel: int
+    """Most genes of a panel, to which no panel is padded beyond (``panel.max_genes``)."""
+    panel_sizes: int
+    """``engine.panel_sizes``: sizes per doubling to which a GPU pads panels; 0 pads none."""
     groups: tuple[ParameterGroup, ...]
     tile_bytes: float
     loader: str
@@ -171,6 +178,20 @@ class Sizes:
     def at_panel(self, G: int) -> Sizes:
         """Return the sizes of a step with a panel of ``G`` genes."""
         return replace(self, G=G)
+
+    def padded(self, ranks: int) -> Sizes:
+        """Return the sizes of a step on a GPU, whose panel is padded as ``engine.panel_sizes`` says.
+
+        ``ranks`` is the number of ranks that share the sentences. Mean and deviation of the tokens of a sentence are those of the
+        sizes; the panel is assumed to have no more tokens than a mean one.
+        """
+        if not self.panel_sizes:
+            return self
+        G = padded_genes(self.G, self.panel_sizes, self.largest_panel)
+        deviation = math.sqrt(max(0.0, self.tokens * (self.attended - self.tokens)))
+        rows = math.ceil(G * self.Q / ranks)
+        lengths = TokenSizes(self.tokens, deviation, self.longest)
+        return replace(self, G=G, tokens=lengths.padded(rows, self.Q, math.floor(rows * self.tokens)) / rows)
 
 
 @cache
@@ -239,6 +260,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         hidden_patches=int(config.vision.mask_ratio * E.n_patches),
         patch_inputs=3 * E.patch_px**2 if E.stem is None else E.stem.width,
         has_stem=E.stem is not None,
+        loads_tiles=E.stem is None or config.data.stem_features == "batch",
         d=E.width,
         depth=len(E.blocks),
         heads=block.attn.num_heads,
@@ -268,6 +290,8 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         other_spots=paat.mode != "strata",
         text_context=paat.context == "text",
         equal_tokens=not text.gene_vectors,
+        largest_panel=config.panel.max_genes,
+        panel_sizes=config.engine.panel_sizes,
         groups=parameter_groups(model, frozen),
         tile_bytes=inputs.tile_bytes,
         loader=config.data.loader,

@@ -60,8 +60,22 @@ def _rates(row: dict[str, str]) -> Rates:
     return Rates(row["gpu"], bf16, fp32, memory, l2, int(row["multiprocessors"]), row["source"])
 
 
+def gpu_of(device_name: str) -> str | None:
+    """Return the GPU of :data:`TABLE` for a device name as CUDA reports it: ``NVIDIA H100 80GB HBM3`` is ``h100``.
+
+    None for an unknown device, and for PCIe and NVL variants, which have other rates.
+    """
+    words = device_name.lower().replace("-", " ").split()
+    for gpu in read_rates():
+        family, _, memory = gpu.partition("-")
+        sized = not memory or any(w.startswith(memory) for w in words)
+        if family in words and sized and "pcie" not in words and "nvl" not in words:
+            return gpu
+    return None
+
+
 def with_measured(rates: Rates, evidence: Path) -> Rates:
-    """Return ``rates`` with the rates that ``bench/gpu_evidence.py`` measured last.
+    """Return ``rates`` with the rates that ``bench/gpu_evidence.py`` measured last on the same kind of GPU.
 
     Parameters
     ----------
@@ -73,10 +87,12 @@ def with_measured(rates: Rates, evidence: Path) -> Rates:
     Raises
     ------
     ValueError
-        If the table lacks the measurement of a rate.
+        If the table lacks the measurement of a rate on this kind of GPU.
     """
     with evidence.open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["mode"] == "gpu" and r["status"] == "ok" and r["metric"] == "rate"]
+    measured_on = sorted({r["gpu"] for r in rows})
+    rows = [r for r in rows if gpu_of(r["gpu"]) == rates.gpu]
     found: dict[str, float] = {}
     commit = ""
     for row in rows:
@@ -86,7 +102,8 @@ def with_measured(rates: Rates, evidence: Path) -> Rates:
     missing = [MEASUREMENTS[rate][0] for rate in MEASUREMENTS if rate not in found]
     if missing:
         raise ValueError(
-            f"{evidence}: no measured rate of {', '.join(missing)}; run python bench/gpu_evidence.py on a GPU"
+            f"{evidence}: no measured rate of {', '.join(missing)} on {rates.gpu} (rates in the table: "
+            f"{', '.join(measured_on) or 'none'}); run python bench/gpu_evidence.py on a GPU of this kind"
         )
     return replace(rates, **found, source=f"measured at {commit}")  # type: ignore[arg-type]
 

@@ -1,11 +1,13 @@
 """``bench/kernels/cpu_ratios.py``: a CPU path that takes three times as long fails, one that waits too, and noise does not."""
 
 import importlib.util
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
+import comtip_kernels
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +68,12 @@ def test_a_path_that_waits_is_slow_by_the_wall_clock():
 
 def test_the_committed_table_has_every_operation():
     assert set(gate.read()) == set(gate.PEERS)
+
+
+def test_every_operation_with_a_cpu_path_is_compared():
+    functions = [getattr(comtip_kernels, name) for name in comtip_kernels.__all__]
+    parameters = {f.__name__: inspect.signature(f).parameters for f in functions if inspect.isfunction(f)}
+    operations = {name for name, own in parameters.items() if "impl" in own and own["impl"].default == "auto"}
+    # The cases of packed_attention have one tensor for q, k and v.
+    assert operations - {"packed_attention_qkv"} <= set(gate.PEERS)
+    assert "pair_scores" in operations

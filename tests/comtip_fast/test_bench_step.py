@@ -172,6 +172,46 @@ def test_smaller_batches_are_counted_as_what_they_are():
     assert measure._run(Steps(), 3)[1] == 34
 
 
+def test_a_loader_that_is_slower_than_its_step_makes_it_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """While other steps train, loaders prepare batches; a step does not get them for nothing."""
+    now = [0.0]
+    monkeypatch.setattr(measure, "time", Namespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measure, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(measure, "_profile", lambda *_: 1.0)
+    monkeypatch.setattr(measure, "counted_gflop", lambda _: 1.0)
+
+    class Slow(StepContender):
+        name, prepared_ahead = "slow loader", 3
+
+        def __init__(self) -> None:
+            self.device, self.ready, self.began = torch.device("cpu"), 0.0, now[0]
+            self.config = Namespace(train=Namespace(precision="fp32"))
+            self.clock = PartClock(self.device, lambda: now[0])
+
+        def load(self) -> Namespace:
+            # The background prepares a batch per second, and keeps three.
+            self.ready, self.began = min(3.0, self.ready + now[0] - self.began), now[0]
+            with self.clock.part("loader"):
+                now[0] += max(0.0, 1.0 - self.ready)
+            self.ready, self.began = max(0.0, self.ready - 1.0), now[0]
+            return Namespace(spot_index=torch.arange(16))
+
+        def train(self, batch: Namespace) -> torch.Tensor:
+            now[0] += 0.25
+            return batch.spot_index.sum()
+
+    class Other(Slow):
+        name, prepared_ahead = "other", 0
+
+        def load(self) -> Namespace:
+            now[0] += 100.0
+            return Namespace(spot_index=torch.arange(16))
+
+    found, _ = measure.measure([Slow(), Other()], rounds=3, steps=2, out=tmp_path)
+    assert found.samples_per_s == pytest.approx([16.0] * 3)
+    assert found.seconds["loader"] == pytest.approx(0.75)
+
+
 def test_the_product_rate_is_positive():
     began = time.perf_counter()
     assert product_rate(torch.device("cpu"), "fp32") > 1e8

@@ -23,15 +23,14 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     row
     for row in csv.DictReader((ROOT / "bench" / "rehearsal.csv").open(encoding="utf-8"))
-    # Plans have the sizes of the config, without the padding of engine.panel_sizes.
-    if row["walk"].split()[0] == "step" and "panel_sizes" not in row["walk"]
+    if row["walk"].split()[0] == "step"
 ]
 NAMES = [f"{r['config']} on {r['ranks']}: {r['walk']}" for r in ROWS]
 
 
 @cache
 def tokens_of(names: int, panel: int, max_tokens: int, full_name: bool) -> float:
-    """Return the mean tokens per sentence of the panel that the rehearsal uses."""
+    """Return the mean tokens per sentence of the panel that the rehearsal uses; of all genes if ``panel`` is their number."""
     config = load_config(None, [f"text.max_tokens={max_tokens}", f"text.full_name={full_name}".lower()])
     genes = gene_tokens(GeneTokenizer.load(), gene_names(names), np.arange(1, names + 1), config.text)
     return float(genes.length_G[:: names // panel][:panel].double().mean())
@@ -47,7 +46,10 @@ def planned(row: dict[str, str], *, compiled: bool = False) -> Plan:
         tile_px=224,
         trained_genes=names,
         panel=panel,
-        sentence_tokens=tokens_of(names, panel, config.text.max_tokens, config.text.full_name),
+        # Panels are padded to the tokens that panels of all genes have on average.
+        sentence_tokens=tokens_of(
+            names, names if config.engine.panel_sizes else panel, config.text.max_tokens, config.text.full_name
+        ),
     )
     cluster = make_cluster("h100", per_node=min(ranks, 8), nodes=max(1, ranks // 8))
     return make_plan(config, cluster, inputs)
@@ -56,6 +58,19 @@ def planned(row: dict[str, str], *, compiled: bool = False) -> Plan:
 @pytest.fixture(scope="module", params=ROWS, ids=NAMES)
 def pair(request: pytest.FixtureRequest) -> tuple[dict[str, str], Plan]:
     return request.param, planned(request.param)
+
+
+def test_a_validation_has_the_flops_counted():
+    """The walk scores a section of 512 spots: sentences of 50 genes for the score and of 256 genes for the shared space."""
+    with (ROOT / "bench" / "rehearsal.csv").open(encoding="utf-8") as file:
+        row = next(r for r in csv.DictReader(file) if (r["config"], r["walk"]) == ("1gpu", "validation"))
+    config = load_config(ROOT / "configs" / "1gpu.yaml", [])
+    names = max(config.genes.per_cohort, config.panel.max_genes)
+    genes = gene_tokens(GeneTokenizer.load(), gene_names(names)[:256], np.arange(256), config.text)
+    inputs = Inputs(trained_genes=names, sentence_tokens=float(genes.length_G.double().mean()))
+    plan = make_plan(config, make_cluster("h100"), inputs, validation_spots=512)
+    assert plan.validation is not None
+    assert plan.validation.flops / 1e9 == pytest.approx(float(row["gflop"]), rel=0.02)
 
 
 def test_flops_are_those_counted(pair: tuple[dict[str, str], Plan]):

@@ -21,7 +21,7 @@ from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger import __main__ as ledger
 from comtip_kernels.ledger import entries as ledger_entries
 from comtip_kernels.ledger import traffic
-from comtip_kernels.ledger.__main__ import compiled, main, merged, problems, read, write
+from comtip_kernels.ledger.__main__ import compiled, dropped, main, merged, problems, read, sized_problems, write
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import entries
 from comtip_kernels.ledger.sizes import ROOFS, sizes
@@ -73,6 +73,31 @@ def test_the_order_of_the_code_may_change_a_little():
 def test_spills_need_no_earlier_row():
     assert problems(dataclasses.replace(GOOD, spills=4), None)
     assert problems(dataclasses.replace(GOOD, arch=100, spills=4), None) == []
+
+
+def test_a_kernel_without_an_entry_is_reported():
+    known = {("infonce", name, 90): as_text(dataclasses.replace(GOOD, name=name)) for name in ("forward", "gradient")}
+    assert dropped([GOOD], known) == [
+        "infonce/gradient sm_90: in the table, but no entry of the ledger any more; run python -m comtip_kernels.ledger"
+    ]
+    assert dropped([GOOD, dataclasses.replace(GOOD, name="gradient")], known) == []
+
+
+def test_fewer_programs_and_sizes_that_are_not_compared_are_reported(monkeypatch: pytest.MonkeyPatch):
+    table, all_sizes = Path(__file__).parents[2] / "bench/traffic.csv", sizes()
+    assert sized_problems(table) == []
+    # 128 programs instead of 512: the same bytes and FLOPs, on some of an H100's 132 multiprocessors.
+    idle = [dataclasses.replace(s, programs=128) if s.programs == 512 else s for s in all_sizes]
+    monkeypatch.setattr(ledger, "sizes", lambda: idle)
+    worse = sized_problems(table)
+    assert {line.split(" is ")[0] for line in worse} >= {
+        f"table_pool forward, {size}, G = 2k, Q = 32, D = 512: predicted_us_a100" for size in ("B = 4k", "B = 1k")
+    }
+    assert all("predicted_us_" in line for line in worse)
+    monkeypatch.setattr(ledger, "sizes", lambda: all_sizes[1:])
+    assert sized_problems(table) == [
+        f"infonce forward, B = M = 32k, D = 512: only in {table}; run python -m comtip_kernels.ledger"
+    ]
 
 
 def test_rows_of_other_tritons_are_kept(tmp_path: Path):

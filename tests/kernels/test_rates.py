@@ -16,11 +16,19 @@ LINES = {
 }
 
 
-def evidence(path: Path, names: list[str]) -> Path:
+def evidence(path: Path, names: list[str], gpu: str = "NVIDIA H100 80GB HBM3") -> Path:
     rows = []
     for name in names:
         dtype, value, unit = LINES[name]
-        cells = {"commit": "abc", "mode": "gpu", "name": name, "dtype": dtype, "metric": "rate", "value": value}
+        cells = {
+            "commit": "abc",
+            "mode": "gpu",
+            "gpu": gpu,
+            "name": name,
+            "dtype": dtype,
+            "metric": "rate",
+            "value": value,
+        }
         rows.append(",".join((cells | {"unit": unit, "status": "ok"}).get(c, "") for c in COLUMNS))
     path.write_text("\n".join([",".join(COLUMNS), *rows]) + "\n", encoding="utf-8")
     return path
@@ -47,10 +55,19 @@ def test_measured_rates_replace_those_of_the_datasheet(tmp_path: Path):
 
 def test_a_missing_measurement_is_named(tmp_path: Path):
     table = evidence(tmp_path / "evidence.csv", ["copy", "matrix product"])
-    with pytest.raises(ValueError, match=r"evidence.csv: no measured rate of L2 read; run .* on a GPU"):
+    with pytest.raises(
+        ValueError, match=r"evidence.csv: no measured rate of L2 read on h100 \(.*HBM3\); run .* on a GPU"
+    ):
         rates.with_measured(rates.read_rates()["h100"], table)
 
 
 def test_an_unknown_gpu_is_refused(capsys: pytest.CaptureFixture[str]):
     assert rates.main(["evidence.csv", "v100"]) == 2
     assert "one of a100-40" in capsys.readouterr().err
+
+
+def test_rates_of_another_gpu_are_refused(tmp_path: Path):
+    table, known = evidence(tmp_path / "evidence.csv", list(LINES), "NVIDIA H200"), rates.read_rates()
+    with pytest.raises(ValueError, match=r"no measured rate of .* on h100 \(rates in the table: NVIDIA H200\)"):
+        rates.with_measured(known["h100"], table)
+    assert rates.with_measured(known["h200"], table).l2 == 6.1e12

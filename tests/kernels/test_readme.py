@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -41,3 +42,18 @@ def test_the_figure_can_be_drawn(plot: ModuleType, tmp_path: Path):
     plot.draw(plot.read(ROOT / "bench/traffic.csv"), tmp_path / "floors.png")
     assert (tmp_path / "floors.png").stat().st_size > 10_000
     assert (ROOT / "kernels/floors.png").is_file()
+
+
+def test_counts_in_the_text_are_those_of_the_tables(plot: ModuleType):
+    rows = Counter(row["triton"].rpartition(".")[0] for row in plot.read(ROOT / "bench/ledger.csv"))
+    assert rows["3.8"] == rows["3.9"]
+    assert f"releases: {rows['3.8']} each of 3.8 and 3.9, and {rows['3.6']} of 3.6" in README
+    walks = {(row["config"], row["walk"]): row for row in plot.read(ROOT / "bench/rehearsal.csv")}
+    step, padded = walks["1gpu", "step"], walks["1gpu", "step panel_sizes=4"]
+    assert f"launches {step['launches']} kernels of this package in {step['variants']} variants" in README
+    more = {c: f"{100 * (float(padded[c]) / float(step[c]) - 1):.1f} %" for c in ("gflop", "moved_gb", "saved_mb")}
+    text = " ".join(README.split())
+    assert (
+        f"computes {more['gflop']} more FLOPs, moves {more['moved_gb']} and stores {more['saved_mb']} more bytes"
+        in text
+    )

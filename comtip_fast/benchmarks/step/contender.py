@@ -20,6 +20,9 @@ from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.optim import make_optimizer
 from comtip_fast.training.task import CoMTIPTask
 
+LOADER_AHEAD = 3
+"""Batches that loaders prepare beyond ``data.prefetch``, at most: two in slots of a loader's process, or in DALI, and one in progress."""
+
 
 class StepContender(ABC):
     """Base class of a training step to compare: all such steps train on the spots of one shard set, in the same order."""
@@ -29,6 +32,11 @@ class StepContender(ABC):
     def __init__(self, task: CoMTIPTask) -> None:
         self.task, self.config, self.device = task, task.config, task.device
         self.clock = PartClock(task.device)
+
+    @property
+    def prepared_ahead(self) -> int:
+        """Most batches that :meth:`load` can return without waiting, because background work has prepared them; by default none."""
+        return 0
 
     @abstractmethod
     def load(self) -> Any:
@@ -67,6 +75,12 @@ class Ours(StepContender):
         super().__init__(task)
         self.engine = make_engine(task.module, task.config, task.group)
         self._batches, self._step = self.scheduled(), 0
+
+    @property
+    def prepared_ahead(self) -> int:
+        """See :attr:`StepContender.prepared_ahead`."""
+        data = self.config.data
+        return data.prefetch + LOADER_AHEAD if data.workers else 0
 
     def load(self) -> Any:
         """See :meth:`StepContender.load`."""

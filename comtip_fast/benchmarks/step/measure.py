@@ -51,7 +51,7 @@ def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out
     contenders
         The training steps. Spots are counted in every run of a step, floating-point operations in the first run only.
     rounds, steps
-        Number of rounds, and number of runs of every step in a round.
+        Number of rounds, and number of timed runs of every step in a round; one more before them is not timed.
     out
         Folder for the profile of each step, ``profile_<name>.txt``.
     """
@@ -63,13 +63,26 @@ def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out
         rate = product_rate(contenders[0].device, contenders[0].config.train.precision)
         log.info("round %d of %d: a large matrix product runs at %.0f GFLOP/s", number + 1, rounds, rate / 1e9)
         for contender, result in zip(contenders, found, strict=True):
+            settle(contender)
             elapsed, samples = _run(contender, steps)
             result.samples_per_s.append(samples / elapsed)
             result.share.append(steps * result.gflop * 1e9 / elapsed / rate)
     for contender, result in zip(contenders, found, strict=True):
+        settle(contender)
         result.seconds = seconds_by_part(contender, steps)
         result.peak_mb = _profile(contender, out / f"profile_{contender.name.replace(' ', '_')}.txt")
     return found
+
+
+def settle(contender: StepContender) -> None:
+    """Bring a step and its loader into the state of a long run: discard batches that were prepared in other steps' time, and train once.
+
+    A loader that is slower than its step would otherwise take its batches from this stock, and the step would never wait.
+    """
+    for _ in range(contender.prepared_ahead):
+        contender.load()
+    contender.train(contender.load())
+    _wait(contender.device)
 
 
 def _run(contender: StepContender, steps: int) -> tuple[float, int]:

@@ -66,6 +66,11 @@ class _Peer(StepContender):
     def _prepare(self, batch: Batch) -> Any:
         """Return inputs of the other encoder that the batch lacks, by default None; this time counts as loading."""
 
+    @property
+    def prepared_ahead(self) -> int:
+        """See :attr:`StepContender.prepared_ahead`."""
+        return self._loader.prepared_ahead
+
     def load(self) -> tuple[Batch, Any]:
         """See :meth:`StepContender.load`."""
         with self.clock.part("loader"):

@@ -59,6 +59,11 @@ class PilLoader:
         )
         self._tiles = iter(self._loader)
 
+    @property
+    def prepared_ahead(self) -> int:
+        """Most batches that the workers have prepared."""
+        return self.task.config.data.workers * self.task.config.data.prefetch
+
     def _spots(self, scheduled: Scheduled) -> Iterator[list[int]]:
         for spots, step, _ in scheduled:
             self._queue.append((spots, step))

@@ -58,6 +58,11 @@ class Plain(StepContender):
         self.update = Updater(self.model, task)
         self._loader = PilLoader(task, self.scheduled())
 
+    @property
+    def prepared_ahead(self) -> int:
+        """See :attr:`StepContender.prepared_ahead`."""
+        return self._loader.prepared_ahead
+
     def load(self) -> Batch:
         """See :meth:`StepContender.load`."""
         with self.clock.part("loader"):

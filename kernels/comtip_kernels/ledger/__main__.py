@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from comtip_kernels.ledger.aot import INSTRUCTION_CLASSES, SHARED_LIMIT_KIB, LedgerRow
-from comtip_kernels.ledger.sizes import sizes
+from comtip_kernels.ledger.sizes import ROOFS, sizes
 from comtip_kernels.ledger.toolchain import architectures, run_ledger
 
 COLUMNS = ["triton", *(f.name for f in fields(LedgerRow))]
@@ -142,19 +142,33 @@ def parsed(row: dict[str, str]) -> LedgerRow:
     return LedgerRow(**{k: int(v) if v.isdecimal() and k != "source" else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
+def dropped(rows: Iterable[LedgerRow], known: dict[tuple[str, str, int], dict[str, str]]) -> list[str]:
+    """Return a message for each committed row of the installed Triton whose entry was not compiled: nothing compares its kernel."""
+    compiled_now = {(r.op, r.name, r.arch) for r in rows}
+    return [
+        f"{op}/{name} sm_{arch}: in the table, but no entry of the ledger any more; run python -m comtip_kernels.ledger"
+        for op, name, arch in sorted(known.keys() - compiled_now)
+    ]
+
+
 def sized_problems(path: Path) -> list[str]:
-    """Return a message for each number of bytes or FLOPs above the one in the table ``path``, and for each size missing there."""
+    """Return a message for each number of bytes or FLOPs and each predicted time above the one in the table ``path``.
+
+    Times depend on the number of programs, too: with fewer, multiprocessors are idle. Sizes that only the table or only the code has
+    are also reported.
+    """
     known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
     out = []
     for row in (s.row() for s in sizes()):
         where = f"{row['op']} {row['part']}, {row['size']}"
-        before = known.get((row["op"], row["part"], row["size"]))
+        before = known.pop((row["op"], row["part"], row["size"]), None)
         if before is None:
             out.append(f"{where}: not in {path}; run python -m comtip_kernels.ledger")
             continue
-        for name in ("memory_mb", "loaded_mb", "gflop"):
+        for name in ("memory_mb", "loaded_mb", "gflop", *(f"predicted_us_{gpu}" for gpu in ROOFS)):
             if float(row[name]) > float(before[name]):
                 out.append(f"{where}: {name} is {row[name]}, the table has {before[name]}")
+    out += [f"{op} {part}, {size}: only in {path}; run python -m comtip_kernels.ledger" for op, part, size in known]
     return out
 
 
@@ -205,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resources = f"{row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB"
         counts = f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async"
         print(f"{row.op:<10}{row.name:<32}sm_{row.arch:<4} {resources} {counts}", flush=True)
+    wrong += dropped(rows, known) if args.check else []
     if args.check and not known:
         print(f"{args.table} has no rows of Triton {triton.__version__}; only spills and limits are checked")
     for sized in sizes():
