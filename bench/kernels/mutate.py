@@ -261,26 +261,38 @@ MUTANTS = [
     *_of(
         ONE_QUERY,
         "_softmax",
-        ("mask", "tl.where(own[None, :], s * (scale * LOG2E), float(\"-inf\"))", "s * (scale * LOG2E)"),
+        ("mask", 'tl.where(own[None, :], s * (scale * LOG2E), float("-inf"))', "s * (scale * LOG2E)"),
         ("missing scale", "s * (scale * LOG2E)", "s * LOG2E"),
-        ("no maximum", "tl.where(top == float(\"-inf\"), 0.0, top)[:, None]", "top[:, None] * 0"),
+        ("no maximum", 'tl.where(top == float("-inf"), 0.0, top)[:, None]', "top[:, None] * 0"),
     ),
     *_of(ONE_QUERY, "_rounded", ("dtype", "x.to(ptr.dtype.element_ty)", "x.to(tl.float32)")),
     *_of(
         ONE_QUERY,
         "one_query_forward",
-        ("tail", "tl.arange(0, BT) < tl.load(length_ptr + sentence)", "tl.arange(0, BT) < tl.load(length_ptr + sentence) - 1"),
+        (
+            "tail",
+            "tl.arange(0, BT) < tl.load(length_ptr + sentence)",
+            "tl.arange(0, BT) < tl.load(length_ptr + sentence) - 1",
+        ),
         ("wrong sentence", "tl.load(first_ptr + sentence)", "tl.load(first_ptr)"),
         ("stale sum", "tl.dot(q, tl.trans(x), s, input_precision", "tl.dot(q, tl.trans(x), input_precision"),
     ),
     *_of(
         ONE_QUERY,
         "one_query_grads",
-        ("tail", "tl.arange(0, BT) < tl.load(length_ptr + sentence)", "tl.arange(0, BT) < tl.load(length_ptr + sentence) - 1"),
+        (
+            "tail",
+            "tl.arange(0, BT) < tl.load(length_ptr + sentence)",
+            "tl.arange(0, BT) < tl.load(length_ptr + sentence) - 1",
+        ),
         ("sentence without a query", " & (sentence < n_queries)", ""),
         ("missing scale", "[:, None]) * scale, query_ptr", "[:, None]), query_ptr"),
         ("no row sum", "(dp - tl.sum(p * dp, axis=1)[:, None])", "dp"),
-        ("missing term", "dx = tl.dot(tl.trans(p), g, dx, input_precision", "dx = tl.dot(tl.trans(p), g, input_precision"),
+        (
+            "missing term",
+            "dx = tl.dot(tl.trans(p), g, dx, input_precision",
+            "dx = tl.dot(tl.trans(p), g, input_precision",
+        ),
         ("swapped operand", "tl.dot(ds, x, input_precision", "tl.dot(p, x, input_precision"),
     ),
     *_of(

@@ -46,7 +46,9 @@ class QKV(nn.Linear):
         super().__init__(width, 3 * width)
         self.heads = heads
 
-    def forward(self, x_Sd: Tensor, attend: Callable[..., Tensor] | None = None, first_Nd: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_Sd: Tensor, attend: Callable[..., Tensor] | None = None, first_Nd: Tensor | None = None
+    ) -> Tensor:
         """Return queries, keys and values (S, 3 d) of S tokens or, with ``attend``, the attended values (N, d) of N tokens.
 
         The second form is part of this module, because engines make weights available when their module is called (ZeRO 3).

@@ -312,7 +312,9 @@ def one_query(s: Sizes, w: RankShare) -> list[Cost]:
     issued = flops.one_query_attention(N, H, d, s.longest) if w.gpu else flops.Flops(4 * n * H * d, 8 * n * H * d)
     vectors = N * H * d
     moved = (n * d + 2 * vectors) * p.operand
-    attend = Cost("one query", *issued, moved, 2 * n * d * p.operand + 3 * vectors * p.operand, (n * d + vectors) * p.operand)
+    attend = Cost(
+        "one query", *issued, moved, 2 * n * d * p.operand + 3 * vectors * p.operand, (n * d + vectors) * p.operand
+    )
     if w.gpu:
         attend = on_l2(attend, w, sizes.one_query_attention(ceil(N), ceil(n), H, d, s.longest, ""))
     per_head = linear(N * H, E, d, p, bias=False, weights=False)

@@ -411,9 +411,7 @@ def test_features_of_all_stages_contain_those_that_the_encoder_embeds(bundle: Bu
     stem = model.vision.stem
     mean, std = found[:, columns[LAST_NAME]].chunk(2, dim=1)
     standardised = torch.cat([(mean - stem.out_mean) / stem.out_std, std / stem.out_std], dim=1)
-    torch.testing.assert_close(
-        standardised, wanted[:, frozen_columns(model, encoded)[LAST_NAME]], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(standardised, wanted[:, frozen_columns(model, encoded)[LAST_NAME]], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("context", [True, False])

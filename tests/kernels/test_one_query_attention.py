@@ -43,7 +43,11 @@ def close(fast, got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 def test_equals_the_reference(fast, size: tuple[int, ...], order: str, allow_tf32: None):
     lengths = draw(*size[:2])
     operands, length = case(sorted(lengths) if order == "sorted" else lengths, *size[2:])
-    close(fast, run(fast.impl, [t.to(fast.dtype) for t in operands], length, fast.device), run("reference", operands, length))
+    close(
+        fast,
+        run(fast.impl, [t.to(fast.dtype) for t in operands], length, fast.device),
+        run("reference", operands, length),
+    )
 
 
 def test_the_reference_is_attention_with_projected_keys_and_values():
@@ -72,7 +76,11 @@ def test_bf16_and_mixed_dtypes(fast, dtypes: tuple[torch.dtype, ...]):
 def test_sentences_without_tokens_and_no_sentences(fast):
     for lengths in ([0, 3, 0, 0, 2, 0], [0, 1, 0], [0, 0], []):
         operands, length = case(lengths, 2, 4)
-        close(fast, run(fast.impl, [t.to(fast.dtype) for t in operands], length, fast.device), run("reference", operands, length))
+        close(
+            fast,
+            run(fast.impl, [t.to(fast.dtype) for t in operands], length, fast.device),
+            run("reference", operands, length),
+        )
 
 
 @pytest.mark.parametrize("queries", [0, 1, 3])

@@ -96,7 +96,9 @@ def frozen_columns(model: CoMTIP, settings: ReadoutSettings) -> dict[str, np.nda
     if not settings.stages:
         return {LAST_NAME: settings.vector_dim + np.arange(2 * stem.width)}
     ends = np.cumsum(stem.stage_widths)
-    mean = np.concatenate([np.arange(ends[i] - stem.stage_widths[i], ends[i]) for i in (number - 1 for number in LAST_STAGES)])
+    mean = np.concatenate(
+        [np.arange(ends[i] - stem.stage_widths[i], ends[i]) for i in (number - 1 for number in LAST_STAGES)]
+    )
     return {
         LAST_NAME: settings.vector_dim + np.concatenate([mean, ends[-1] + mean]),
         STAGES_NAME: settings.vector_dim + np.arange(2 * ends[-1]),
