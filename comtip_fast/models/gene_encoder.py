@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from comtip_kernels import (
+    Impl,
     SentencePlan,
     SentenceSizes,
     copy_sentence_rows,
@@ -117,7 +118,7 @@ class SentenceBlock(nn.Module):
         """
         S, d = x_Sd.shape
         if first_N is not None and qkv_SC is None and self.one_query(longest):
-            impl = "triton" if self.attention == "triton" else "auto"
+            impl: Impl = "triton" if self.attention == "triton" else "auto"
             attend = partial(one_query_attention, length_M=length_M, longest=longest, first_M=first_M, impl=impl)
             first_Nd = x_Sd[first_N]
             # A second norm of N rows costs less than the gradient of selecting rows of the first one's result.

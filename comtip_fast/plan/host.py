@@ -19,9 +19,9 @@ PREFIX, PREFIX_FORWARD, PREFIX_BOTH = 8, 4, 11
 patches and the visible patches take one pass."""
 EMBEDDED_ONCE = 8
 """Operators before and after the blocks that are issued only once if all patches and the visible patches take one pass."""
-FIXED = 842
+FIXED = 859
 """All other operators of a step without micro-batches: embeddings, heads, pooling, losses, draws, optimizer."""
-FIXED_PIECES, PER_PIECE = 716, 337
+FIXED_PIECES, PER_PIECE = 743, 337
 """All other operators of a step with micro-batches: once per step, and per micro-batch."""
 DDP, ZERO_PIECE, RING_HOP = 59, 268, 51
 """Further operators of DDP, of ZeRO per micro-batch, and of the ring loss per other rank."""

@@ -215,7 +215,7 @@ def generator(s: Sizes, w: RankShare) -> list[Cost]:
     ]
 
 
-TABLE_REST = (415, 94)
+TABLE_REST = (315, 94)
 """Bytes per row and column of the encoded sentences, and of the whole table, that no other cost has; see :data:`DRAWS`."""
 DRAWS = 6120
 """Bytes per (spot, gene) of drawing mispaired levels, of hashes of texts, and of the adversary's choice.
@@ -293,7 +293,7 @@ def every_query(s: Sizes, w: RankShare, projection: list[Cost]) -> list[Cost]:
         text_attention(s, w),
         *([] if packed(s, w) else [Cost("stack gradients", back_moved=6 * n * d * p.operand)]),
         results_by_length(s, w),
-        first_rows(n, N, d, p),
+        first_rows(n, N, d, p.stream + p.operand, p),
     ]
 
 
@@ -321,7 +321,8 @@ def one_query(s: Sizes, w: RankShare) -> list[Cost]:
     return [
         norm(n, d, p),
         cast(n, d, p),
-        first_rows(n, N, d, p),
+        first_rows(n, N, d, p.stream, p),
+        norm(N, d, p),
         linear(N, d, d, p),
         per_head,
         attend,
@@ -341,13 +342,12 @@ def first_qkv(s: Sizes, w: RankShare) -> list[Cost]:
     return [norm(U, d, p), cast(U, d, p), linear(U, d, 3 * d, p), Cost("copy q, k, v", moved=copied, back_moved=copied)]
 
 
-def first_rows(n: float, N: float, d: int, p: Precision) -> Cost:
-    """Return the cost of selecting the N first tokens of n in the stream and in the result of attention.
+def first_rows(n: float, N: float, d: int, size: int, p: Precision) -> Cost:
+    """Return the cost of selecting the N first tokens of n in tensors with ``size`` bytes per element in all, the stream among them.
 
-    The gradients are scattered into zeros, and added to that of the norm over all tokens.
+    The gradients are scattered into zeros, and that of the stream is added to that of the norm over all tokens.
     """
-    both = p.stream + p.operand
-    return Cost("first rows", moved=(n + N) * d * both, back_moved=3 * n * d * both + 3 * (n - N) * d * p.stream)
+    return Cost("first rows", moved=(n + N) * d * size, back_moved=3 * n * d * size + 3 * (n - N) * d * p.stream)
 
 
 def packed(s: Sizes, w: RankShare) -> bool:

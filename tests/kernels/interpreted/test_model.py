@@ -37,7 +37,7 @@ KERNELS = (
 
 
 def step(overrides: list[str], impl: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    more = ["panel.min_genes=12", "panel.max_genes=12", "data.batch_size=16"]
+    more = ["panel.min_genes=12", "panel.max_genes=12", "data.batch_size=16", "text.depth=2"]
     task = build_task(load_config(None, [*overrides, *more]), torch.device("cpu"))
     task.module.train()
     with prefer(impl):
