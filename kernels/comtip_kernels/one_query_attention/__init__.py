@@ -81,7 +81,6 @@ def one_query_attention(
         )
     order = ("reference",) if query_NHD.is_cuda and not fits else None
     run = choose("one_query_attention", impl, (query_NHD, x_SD), _IMPLEMENTATIONS, order)
-    if first_M is not None and run is _IMPLEMENTATIONS["triton"]:
-        return run(query_NHD, x_SD, length_M, longest, scale, first_M)
-    out: Tensor = run(query_NHD, x_SD, length_M, longest, scale)
+    more = (first_M,) if run is _IMPLEMENTATIONS["triton"] else ()
+    out: Tensor = run(query_NHD, x_SD, length_M, longest, scale, *more)
     return out
