@@ -181,8 +181,9 @@ class TextConfig:
     """Implementation of attention in training; results differ by rounding. ``triton`` is this project's kernel for packed
     sentences, ``flash`` is flash-attn, ``varlen`` PyTorch's variable-length attention (both bf16 on a GPU), ``sdpa``
     PyTorch's attention on padded sentences. ``auto`` selects ``triton`` on a GPU for sentences of up to 48 tokens (24 in full
-    fp32), and PyTorch's attention on groups of sentences of equal length on a CPU. ``comtip doctor`` lists the values that
-    work on a machine."""
+    fp32), and PyTorch's attention on groups of sentences of equal length on a CPU. With ``auto`` and ``triton``, the last block
+    computes attention for the first token of each sentence alone (sentences of up to 64 tokens, up to 16 heads); the others compute
+    it for all tokens. ``comtip doctor`` lists the values that work on a machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
