@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import rounds
 import torch
-from comtip_kernels import packed_attention_qkv
+from comtip_kernels import Impl, one_query_attention, packed_attention_qkv
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,6 +45,22 @@ def packed(length: torch.Tensor) -> Callable[[], None]:
         packed_attention_qkv(x, length, longest=int(length.max())).flatten(1).backward(upstream)
 
     return call
+
+
+def one_query(length: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Return {name: timed call} of attention with one query per sentence and head, which reads tokens of the encoder's width."""
+    tokens = torch.randn(int(length.sum()), HEADS * WIDTH).requires_grad_()
+    query = torch.randn(length.shape[0], HEADS, HEADS * WIDTH).requires_grad_()
+    upstream, longest = torch.randn(query.shape), int(length.max())
+
+    def timed(impl: Impl) -> Callable[[], None]:
+        def call() -> None:
+            tokens.grad = query.grad = None
+            one_query_attention(query, tokens, length, scale=0.1, longest=longest, impl=impl).backward(upstream)
+
+        return call
+
+    return {"ours": timed("cpu"), "padded": timed("reference")}
 
 
 def padded(length: torch.Tensor) -> Callable[[], None]:

@@ -90,6 +90,10 @@ FAULTS = (
                     "level_cross_entropy/cpu.py",
                     "logits of the pair head (B, G); see :mod:`comtip_kernels.level_cross_entropy.reference`.",
                 ),
+                (
+                    "one_query_attention/cpu.py",
+                    "Return (N, H, D); see :mod:`comtip_kernels.one_query_attention.reference`.",
+                ),
                 ("gene_sentence_embedding/cpu.py", "Return (S, C); see :func:`comtip_kernels.copy_sentence_rows`."),
             )
         ),

@@ -26,6 +26,7 @@ PEERS = {
     "copy_sentence_rows": ("ours", "embedding"),
     "packed_attention": ("ours", "padded"),
     "packed_attention (unsorted)": ("ours", "padded"),
+    "one_query_attention": ("ours", "padded"),
     "table_pool": ("cpu", "embedding_bag"),
     "level_cross_entropy": ("cpu", "dense"),
     "pair_scores": ("cpu", "dense"),

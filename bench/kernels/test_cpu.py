@@ -38,6 +38,12 @@ def attention_calls(op: str) -> dict[str, Callable[[], object]]:
     return {"ours": bench_packed_attention.packed(lengths[op]), "padded": bench_packed_attention.padded(length)}
 
 
+def one_query_calls() -> dict[str, Callable[[], object]]:
+    g = torch.Generator().manual_seed(0)
+    length = (torch.randn(4000 if FULL else 500, generator=g) * 2 + 5.5).round().clamp(3, 10).long()
+    return dict(bench_packed_attention.one_query(length.sort().values))
+
+
 def table_calls(op: str) -> dict[str, Callable[[], object]]:
     x = bench_table.make(*((512, 512, 32, 256) if FULL else (128, 64, 10, 64)))
     return {name: lambda form=form: bench_table.once(form, x) for name, form in bench_table.CASES[op].items()}
@@ -49,6 +55,7 @@ GROUPS = {
     "copy_sentence_rows": lambda: bench_embedding.copies(*((256, 32, 256) if FULL else (32, 16, 128))),
     "packed_attention": lambda: attention_calls("packed_attention"),
     "packed_attention (unsorted)": lambda: attention_calls("packed_attention (unsorted)"),
+    "one_query_attention": one_query_calls,
     "table_pool": lambda: table_calls("table_pool"),
     "level_cross_entropy": lambda: table_calls("level_cross_entropy"),
     "pair_scores": lambda: table_calls("pair_scores"),
