@@ -258,6 +258,16 @@ def test_the_frozen_stem_folds_batch_norms_and_ignores_the_batch():
     del net
 
 
+def test_the_encoder_embeds_the_chosen_stages_of_the_stem():
+    config = VisionConfig(stem="efficientnet_lite0", stem_stages=(7, 1), patch_px=16, width=16, depth=1, heads=2)
+    encoder = VisionEncoder(config, 32)
+    assert encoder.patch_embed.in_features == encoder.stem.width == 16 + 320
+    tiles = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoded, stages = encoder.stem_stages(tiles)
+    torch.testing.assert_close(encoded, torch.cat([stages[..., :16], stages[..., -320:]], dim=-1))
+    torch.testing.assert_close(encoder.stem_features(tiles), encoded)
+
+
 # -- CoMTIP -----------------------------------------------------------------------------------------------------
 
 
