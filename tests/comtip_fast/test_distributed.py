@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from comtip_shards import ShardSet
 
 from comtip_fast.collectives import SingleProcessGroup, counts_of, share_of
 from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.training.checkpoint import store as checkpoint
-from comtip_fast.training.distributed.process_group import TrainingError, distributed_env, first_host
+from comtip_fast.training.distributed import process_group
+from comtip_fast.training.distributed.process_group import (
+    DistributedEnv,
+    TrainingError,
+    distributed_env,
+    first_host,
+    gpu_of,
+    init_distributed,
+)
 from comtip_fast.training.export_checkpoint import export_checkpoint
 from testkit import tiny
 from testkit.distributed import RankError, run_distributed
@@ -86,6 +97,38 @@ def test_the_launcher_is_found_in_the_environment():
         distributed_env({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(TrainingError, match="MASTER_ADDR"):
         first_host("")
+
+
+def test_each_process_uses_its_gpu_and_the_only_one_it_sees(monkeypatch: pytest.MonkeyPatch):
+    env = DistributedEnv(rank=11, size=16, local_rank=3, launcher="slurm")
+    assert gpu_of(env, 8) == 3
+    assert gpu_of(env, 4) == 3
+    assert gpu_of(env, 1) == 0  # srun --gpus-per-task=1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(
+        TrainingError, match=r"^rank 11: process 3 of its host .* sees 2 GPUs .*=0,1\); start one process"
+    ):
+        gpu_of(env, 2)
+
+
+def test_the_gpu_of_a_process_is_selected_before_its_group_is_made(monkeypatch: pytest.MonkeyPatch):
+    """Also for DeepSpeed, which selects the GPU whose number LOCAL_RANK is."""
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # restored afterwards
+        monkeypatch.setenv(name, "")
+
+    def stop(backend: str, **_: object) -> None:
+        done.append((backend, os.environ["LOCAL_RANK"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dist, "init_process_group", stop)
+    monkeypatch.setattr(process_group, "_store", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt), init_distributed(env=DistributedEnv(3, 4, 3, "a", 1, "slurm")):
+        pass
+    assert done == [0, ("nccl", "0")]
 
 
 @pytest.mark.parametrize(

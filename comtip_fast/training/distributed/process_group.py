@@ -102,6 +102,27 @@ def first_host(nodes: str) -> str:
     return found.group(1) + (found.group(2) or "")
 
 
+def gpu_of(env: DistributedEnv, visible: int) -> int:
+    """Return the number of the GPU that this process uses, among the ``visible`` ones.
+
+    A process that sees a single GPU uses it: with ``srun --gpus-per-task=1``, SLURM hides the GPUs of the other tasks, and each
+    task numbers its own GPU 0. If several processes see the same single GPU, NCCL refuses it by name.
+
+    Raises
+    ------
+    TrainingError
+        There are fewer GPUs than processes on this host.
+    """
+    if visible == 1:
+        return 0
+    if env.local_rank >= visible:
+        raise TrainingError(
+            f"rank {env.rank}: process {env.local_rank} of its host (processes are numbered from 0), but it sees {visible} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one process per GPU"
+        )
+    return env.local_rank
+
+
 class ProcessGroup:
     """Implementation of :class:`comtip_fast.collectives.Group` on the default group of ``torch.distributed``.
 
@@ -207,8 +228,8 @@ def init_distributed(
     Raises
     ------
     TrainingError
-        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, or, with several
-        ranks, the block cannot write a path.
+        A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, there are fewer GPUs
+        than processes on this host, or, with several ranks, the block cannot write a path.
     RestartError
         With several ranks: a rank is lost or late, or a disk is full or fails in the block.
     """
@@ -217,11 +238,12 @@ def init_distributed(
         yield SingleProcessGroup()
         return
     gpu = device != "cpu" and torch.cuda.is_available()
+    own = gpu_of(env, torch.cuda.device_count()) if gpu else env.local_rank
     if gpu:
-        torch.cuda.set_device(env.local_rank)
+        torch.cuda.set_device(own)
     os.environ.setdefault("MASTER_ADDR", env.address)
     os.environ.setdefault("MASTER_PORT", str(env.port))
-    os.environ["LOCAL_RANK"] = str(env.local_rank)  # read by DeepSpeed
+    os.environ["LOCAL_RANK"] = str(own)  # DeepSpeed selects the GPU of this number
     with explain_failures(env.rank, env.size, lambda: "while initializing the process group", timeout_s):
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
