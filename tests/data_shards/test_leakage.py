@@ -202,6 +202,18 @@ def test_stated_splits_stay_and_draw_their_donor_along():
     assert Counter(out.values()) == {"train": 76, "test": 3, "val": 3}
 
 
+def test_spellings_of_a_donor_have_one_split():
+    metas = donors(40)
+    others = [meta(f"other{i}", f"p {i}") for i in range(40)] + [meta("x", "p3", "test")]
+    out = propose_split([*metas, *others], [0.5, 0.25, 0.25], seed=0)
+    check_splits(out)
+    assert [m.split for m in out[:80:2]] == [m.split for m in out[80:120]]
+    assert {m.split for m in out if m.donor in ("P3", "p3", "p 3")} == {"test"}
+    # Further spellings move no one.
+    kept = [m for m in out[:80] if m.donor != "P3"]
+    assert kept == [m for m in propose_split(metas, [0.5, 0.25, 0.25], seed=0) if m.donor != "P3"]
+
+
 def test_an_empty_split_is_refused_with_a_seed_that_works():
     with pytest.raises(SourceError, match=r"leaves .* empty; use `seed=(\d+)`, which fills all") as error:
         propose_split(donors(3), [0.8, 0.1, 0.1], seed=0)

@@ -58,6 +58,8 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
 def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: int) -> list[SectionMeta]:
     """Return the sections with splits assigned by hash(seed, donor), so that the split of a donor does not depend on other donors.
 
+    A donor with several spellings, equal by :func:`donor_name`, is drawn by the first of them.
+
     Parameters
     ----------
     metas
@@ -91,12 +93,15 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
 
 
 def _drawn(metas: Sequence[SectionMeta], shares: Sequence[float], seed: int) -> list[SectionMeta]:
-    stated = {m.donor: m.split for m in reversed(metas) if m.split}
+    names = {m.donor: donor_name(m.donor) or m.donor for m in metas}
+    stated = {names[m.donor]: m.split for m in reversed(metas) if m.split}
+    spelling = {names[m.donor]: m.donor for m in reversed(metas)}
     bounds = np.cumsum(shares)[:2]
 
     def split(meta: SectionMeta) -> str:
-        draw = float(uniform(seed, "auto-split", meta.donor, index=0))
-        return stated.get(meta.donor) or ("train", "val", "test")[int(np.searchsorted(bounds, draw, side="right"))]
+        name = names[meta.donor]
+        draw = float(uniform(seed, "auto-split", spelling[name], index=0))
+        return stated.get(name) or ("train", "val", "test")[int(np.searchsorted(bounds, draw, side="right"))]
 
     return [m if m.split else replace(m, split=split(m)) for m in metas]
 
