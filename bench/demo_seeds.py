@@ -131,7 +131,7 @@ def write_results(folders: list[Path]) -> None:
         "  mouse_A and the unstated donor of mob_st2k).",
         "- The 50 most variable genes are chosen on the training sections.",
         "- Ridge regression is fitted on the same training spots; its penalty is chosen by leave-one-section-out, and so are its frozen",
-        "  features: those that the encoder embeds, or those of all stages of the stem ([ablations](ablations.md) has both, section 5).",
+        "  features: the last stages of the stem with stride 16 and 32, or all its stages ([ablations](ablations.md) has both, section 5).",
         "- Intervals are those of a bootstrap over spatial blocks of the section; bounds are means over seeds.",
         "- A gene with an undefined PCC counts as 0; the last column counts such genes per seed.",
         "- Genes not in training: the model knows what distinguishes them only as far as it scores above the mean map and above the",
