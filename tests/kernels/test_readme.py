@@ -57,3 +57,18 @@ def test_counts_in_the_text_are_those_of_the_tables(plot: ModuleType):
         f"computes {more['gflop']} more FLOPs, moves {more['moved_gb']} and stores {more['saved_mb']} more bytes"
         in text
     )
+
+
+def test_the_shares_of_hgmma_in_the_text_are_those_of_the_table(plot: ModuleType):
+    shares: dict[tuple[bool, bool], list[float]] = {}
+    for row in plot.read(ROOT / "bench/rehearsal.csv"):
+        if row["walk"].split()[0] == "step" and row["config"] != "demo_cpu" and "panel_sizes" not in row["walk"]:
+            key = row["config"] == "1gpu", "micro_batches" in row["walk"]
+            shares.setdefault(key, []).append(100 * float(row["hgmma_share"]))
+    (one,), (in_pieces,) = shares[True, False], shares[True, True]
+    whole, pieces = shares[False, False], shares[False, True]
+    assert (
+        f"HGMMA computes {one:.0f} % of the FLOPs of this package's kernels in a step of `1gpu.yaml` (attention: {100 - one:.0f} %) and "
+        f"{min(whole):.0f} to {max(whole):.0f} % in one of the other GPU configs ({in_pieces:.0f} % and {min(pieces):.0f} to "
+        f"{max(pieces):.0f} % with four micro-batches and activation checkpointing)"
+    ) in " ".join(README.split())
