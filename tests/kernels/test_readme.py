@@ -72,3 +72,19 @@ def test_the_shares_of_hgmma_in_the_text_are_those_of_the_table(plot: ModuleType
         f"{min(whole):.0f} to {max(whole):.0f} % in one of the other GPU configs ({in_pieces:.0f} % and {min(pieces):.0f} to "
         f"{max(pieces):.0f} % with four micro-batches and activation checkpointing)"
     ) in " ".join(README.split())
+
+
+def test_what_differs_between_steps_is_that_of_the_table(plot: ModuleType):
+    found: dict[tuple[str, str, str], Counter[str]] = {}
+    for row in plot.read(ROOT / "bench/graph_rules.csv"):
+        found.setdefault((row["config"], row["ranks"], row["walk"]), Counter())[row["rule"]] += int(row["count"])
+    one, many = found["1gpu", "1", "step"], found["multinode_h100", "64", "step"]
+    text = " ".join(README.split())
+    assert f"equal sizes except for {one['number']} numbers ({many['number']} under ZeRO" in text
+    assert f"{one['output']} tensors of a step ({many['output']} under ZeRO)" in text
+    eight, demo = found["8xh100", "8", "step"], found["demo_cpu", "1", "step"]
+    assert (
+        f"`graphs`: {one['graphs']:,} of 2,000 steps of `1gpu.yaml` have their own sizes, {eight['graphs']:,} over 8 ranks, "
+        f"{many['graphs']:,} over 64, {demo['graphs']:,} of `demo_cpu.yaml`"
+    ) in text
+    assert {(c["number"], c["output"]) for c in found.values()} == {(c["number"], c["output"]) for c in (one, many)}
