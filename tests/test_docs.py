@@ -1,5 +1,6 @@
 """Documents stay true to the repository: links, paths and commands in Markdown files exist."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -113,6 +114,91 @@ def test_command_lines_in_documents_parse(capsys: pytest.CaptureFixture[str]):
         settings = [value for name in ("set", "overrides") for value in getattr(args, name, None) or []]
         if config is not None:
             load_config(ROOT / config if (ROOT / config).is_file() else None, settings)
+
+
+def missing_tests(text: str) -> list[str]:
+    """Return the test functions and files that a document names and ``tests/`` lacks."""
+    files = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "bench").rglob("test_*.py")]
+    known = {f.stem for f in files}.union(
+        *(re.findall(r"def (test_\w+)", f.read_text(encoding="utf-8")) for f in files)
+    )
+    return sorted(set(re.findall(r"`(?:[\w/]+/)?(test_\w+)(?:\.py)?`", text)) - known)
+
+
+def test_tests_in_documents_exist():
+    texts = {str(d): d.read_text(encoding="utf-8") for d in documents()}
+    assert {name: found for name, text in texts.items() if (found := missing_tests(text))} == {}
+    assert missing_tests("`test_of_nothing` in `tests/test_docs.py`") == ["test_of_nothing"]
+
+
+def wrong_options(text: str) -> list[str]:
+    """Return ``SCRIPT OPTION`` for every option after ``python bench/SCRIPT.py`` that the script does not define."""
+    calls = re.findall(r"python (bench/[\w/]+\.py)([^`\n]*)", text.replace("\\\n", " "))
+    used = {(script, option) for script, rest in calls for option in re.findall(r" (--[a-z][\w-]*)", rest)}
+    sources = {script: (ROOT / script).read_text(encoding="utf-8") for script, _ in used}
+    return sorted(f"{script} {option}" for script, option in used if f'"{option}"' not in sources[script])
+
+
+def test_options_of_scripts_in_documents_exist():
+    assert [found for document in documents() for found in wrong_options(document.read_text(encoding="utf-8"))] == []
+    assert wrong_options("`python bench/train/parity.py --never 1`") == ["bench/train/parity.py --never"]
+
+
+MODULES = {"vision.patch_embed", "vision.blocks"}
+"""Names of modules in ``optim.freeze``, which look like settings."""
+
+
+def unknown_settings(text: str) -> list[str]:
+    """Return the names ``group.key`` outside of Python code that are not keys of a config."""
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs/settings.md").read_text(encoding="utf-8"), re.MULTILINE))
+    keys |= {key.rpartition(".")[0] for key in keys}
+    groups = "|".join({key.split(".")[0] for key in keys if "." in key})
+    prose = re.sub(r"^```python\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(rf"(?<![\w/.-])((?:{groups})(?:\.[a-z][a-z_0-9]*)+)(?![\w(/])", prose)
+    files = (".py", ".csv", ".tsv", ".json", ".jsonl", ".md", ".yaml", ".txt", ".safetensors", ".h5ad", ".svg")
+    return sorted({name for name in named if not name.endswith(files)} - keys - MODULES)
+
+
+def test_settings_in_documents_exist():
+    texts = {str(d): d.read_text(encoding="utf-8") for d in documents()}
+    assert {name: found for name, text in texts.items() if (found := unknown_settings(text))} == {}
+    assert unknown_settings("`train.lr` and `optim.lr`, see train.py") == ["train.lr"]
+
+
+def builds_without_split(text: str) -> list[str]:
+    """Return the builds of a recipe (they state a tile) whose sections have no split, so that training refuses the set."""
+    builds = re.findall(r"^(?:#\s+)?(comtip shards build .*--tile-um .*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [b for b in builds if "data_shards/samples" not in b and not re.search(r" --(auto-)?split ", b)]
+
+
+def test_builds_that_a_training_follows_state_splits():
+    recipes = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.*")]
+    found = {str(r): builds_without_split(r.read_text(encoding="utf-8")) for r in recipes if r.is_file()}
+    assert {name: builds for name, builds in found.items() if builds} == {}
+    assert len(builds_without_split("#   comtip shards build SOURCE --out s --tile-um 112 --tile-px 224")) == 1
+
+
+def table(name: str) -> list[dict[str, str]]:
+    with (ROOT / "bench" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_counts_in_sentences_are_those_of_the_tables():
+    """Sentences of docs/performance.md, with the numbers of the tables that they summarise."""
+    text = " ".join((ROOT / "docs/performance.md").read_text(encoding="utf-8").split())
+    steps = {r["walk"]: r for r in table("rehearsal.csv") if r["config"] == "1gpu"}
+    one, pieces = steps["step"], steps["step micro_batches=4 activation_checkpointing=true"]
+    assert (
+        f"has {int(one['operators']):,} operators, {one['launches']} launches, no host wait, one upload of "
+        f"{float(one['uploads_mb']):.0f} MB, {float(one['gflop']) / 1e3:.1f} TFLOP, {float(one['moved_gb']):.0f} GB of operands and "
+        f"results, and {float(one['saved_mb']) / 1e3:.1f} GB saved for the backward pass; with four micro-batches and activation "
+        f"checkpointing {float(pieces['gflop']) / 1e3:.1f} TFLOP and {float(pieces['saved_mb']) / 1e3:.1f} GB."
+    ) in text
+    ranks = next(r for r in table("cost_curves.csv") if (r["curve"], r["value"]) == ("ranks", "64"))
+    reduced = next(r for r in table("rehearsal.csv") if (r["config"], r["ranks"], r["walk"]) == ("8xh100", "8", "step"))
+    assert f"{float(reduced['all_reduce_mb']):.0f} of the {float(ranks['sent_mb']):.0f} MB with 64 ranks" in text
+    shares = [100 * (float(r["peak_mb"]) / float(r["saved_mb"]) - 1) for r in table("drawn_memory.csv")]
+    assert f"The peak is {min(shares):.0f} to {max(shares):.0f} % more." in text
 
 
 def test_a_command_line_with_a_wrong_value_is_detected():

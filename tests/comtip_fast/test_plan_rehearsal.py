@@ -13,6 +13,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
+from comtip_fast.plan import host, parts
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs
@@ -126,3 +127,14 @@ def test_compiled_blocks_move_the_bytes_that_inductor_fuses_to():
 def test_the_host_issues_the_operators_counted(pair: tuple[dict[str, str], Plan]):
     row, plan = pair
     assert plan.operators == pytest.approx(float(row["operators"]), rel=0.02)
+
+
+def test_the_fitted_costs_are_those_in_the_documents():
+    text = " ".join((ROOT / "docs/scaling.md").read_text(encoding="utf-8").split())
+    encoded, whole = parts.TABLE_REST
+    assert (
+        f"{parts.DRAWS:,} bytes per (spot, gene), {encoded} per value of the encoded sentences, {whole} per value of the table, "
+        f"{parts.GATHERED} per (spot, gene) of all ranks if levels come from their spots, and {parts.RING} per value of all image vectors in "
+        "the ring."
+    ) in text
+    assert f"it issues {host.RING_HOP} operators per hop" in text

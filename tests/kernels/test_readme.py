@@ -57,3 +57,34 @@ def test_counts_in_the_text_are_those_of_the_tables(plot: ModuleType):
         f"computes {more['gflop']} more FLOPs, moves {more['moved_gb']} and stores {more['saved_mb']} more bytes"
         in text
     )
+
+
+def test_the_shares_of_hgmma_in_the_text_are_those_of_the_table(plot: ModuleType):
+    shares: dict[tuple[bool, bool], list[float]] = {}
+    for row in plot.read(ROOT / "bench/rehearsal.csv"):
+        if row["walk"].split()[0] == "step" and row["config"] != "demo_cpu" and "panel_sizes" not in row["walk"]:
+            key = row["config"] == "1gpu", "micro_batches" in row["walk"]
+            shares.setdefault(key, []).append(100 * float(row["hgmma_share"]))
+    (one,), (in_pieces,) = shares[True, False], shares[True, True]
+    whole, pieces = shares[False, False], shares[False, True]
+    assert (
+        f"HGMMA computes {one:.0f} % of the FLOPs of this package's kernels in a step of `1gpu.yaml` (attention: {100 - one:.0f} %) and "
+        f"{min(whole):.0f} to {max(whole):.0f} % in one of the other GPU configs ({in_pieces:.0f} % and {min(pieces):.0f} to "
+        f"{max(pieces):.0f} % with four micro-batches and activation checkpointing)"
+    ) in " ".join(README.split())
+
+
+def test_what_differs_between_steps_is_that_of_the_table(plot: ModuleType):
+    found: dict[tuple[str, str, str], Counter[str]] = {}
+    for row in plot.read(ROOT / "bench/graph_rules.csv"):
+        found.setdefault((row["config"], row["ranks"], row["walk"]), Counter())[row["rule"]] += int(row["count"])
+    one, many = found["1gpu", "1", "step"], found["multinode_h100", "64", "step"]
+    text = " ".join(README.split())
+    assert f"equal sizes except for {one['number']} numbers ({many['number']} under ZeRO" in text
+    assert f"{one['output']} tensors of a step ({many['output']} under ZeRO)" in text
+    eight, demo = found["8xh100", "8", "step"], found["demo_cpu", "1", "step"]
+    assert (
+        f"`graphs`: {one['graphs']:,} of 2,000 steps of `1gpu.yaml` have their own sizes, {eight['graphs']:,} over 8 ranks, "
+        f"{many['graphs']:,} over 64, {demo['graphs']:,} of `demo_cpu.yaml`"
+    ) in text
+    assert {(c["number"], c["output"]) for c in found.values()} == {(c["number"], c["output"]) for c in (one, many)}
