@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "data_shards")
 
 from bench.evidence.bare import replace_pydantic, replace_unused  # noqa: E402 (after sys.path)
 from bench.evidence.rows import DRY_RUN, GPU, Rows, Table, today  # noqa: E402
-from bench.evidence.runner import DRY_FACTOR, Part, environment, longer, python, run_parts  # noqa: E402
+from bench.evidence.runner import DRY_FACTOR, Part, environment, exiting_on_signals, longer, python, run_parts  # noqa: E402
 
 PARTS = (
     Part("ceilings", 45, "versions, matrix products in bf16 and tf32, a copy, reads from L2"),
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     script = Path(__file__).resolve()
     seconds = 60 * args.minutes * (DRY_FACTOR if args.dry_run else 1)
     parts = longer(chosen, args.dry_run)
-    outcomes = run_parts(parts, lambda p: python(script, p, args.dry_run), table, seconds=seconds, log=log, env=env)
+    with exiting_on_signals():
+        outcomes = run_parts(parts, lambda p: python(script, p, args.dry_run), table, seconds=seconds, log=log, env=env)
     table.close()
     print(f"{sum(o.rows for o in outcomes.values())} rows in {out}; output of the parts in {log}")
     return int(any(o.status != "ok" for o in outcomes.values()))

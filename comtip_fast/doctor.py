@@ -7,10 +7,12 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 DEMO_MEMORY, DEMO_DISK = 4e9, 2e9
 """Bytes of memory and of free disk; the demo needs more than these."""
@@ -113,8 +115,22 @@ def _triton() -> DoctorCheck:
     import torch
 
     if torch.cuda.is_available():
+        lacking = _lacking_to_build()
+        if lacking:
+            fix = f"install {' and '.join(lacking)}, which Triton needs on a GPU when the first kernel starts"
+            return DoctorCheck("Triton", "broken", version, fix)
         return DoctorCheck("Triton", "ok", version)
     return DoctorCheck("Triton", "ok", f"{version}; without a GPU, only its interpreter and compiler can be used")
+
+
+def _lacking_to_build() -> list[str]:
+    """Return what this machine lacks of what Triton compiles its access to the driver with: a C compiler, and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme for local packages names a folder without headers; Triton replaces it, too.
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    headers = (Path(include) / "Python.h").is_file()
+    return [*([] if compiler else ["gcc"]), *([] if headers else ["Python's headers (python3-dev)"])]
 
 
 def _dali() -> DoctorCheck:

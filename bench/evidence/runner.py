@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -187,9 +187,27 @@ def _last_line(log: Path, start: int) -> str:
     return lines[-1] if lines else "no output"
 
 
+@contextlib.contextmanager
+def exiting_on_signals() -> Iterator[None]:
+    """Exit on the signals of a time limit and of a closed terminal as on an error, so that the running part is killed.
+
+    A part has a session of its own: if the runner alone ended, the part would keep the GPU. A signal that is ignored, as by
+    ``nohup``, stays ignored.
+    """
+    found = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in found:
+        signal.signal(number, lambda received, _frame: sys.exit(128 + received))
+    try:
+        yield
+    finally:
+        for number in found:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def environment(dry: bool) -> dict[str, str]:
-    """Return the environment of the parts; in a dry run, kernels are interpreted and GPUs are hidden."""
+    """Return the environment of the parts; kernels are interpreted and GPUs are hidden in a dry run, and in no other."""
     env = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    env.pop("TRITON_INTERPRET", None)
     if dry:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return env

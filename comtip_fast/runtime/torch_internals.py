@@ -30,6 +30,7 @@ __all__ = [
     "copy_all",
     "fused_adamw",
     "is_compiled",
+    "keep_blocks_whole",
     "mark_dynamic",
     "move_towards",
     "norms",
@@ -188,6 +189,19 @@ def mark_dynamic(tensor: Tensor, dims: list[int]) -> None:
     from torch._dynamo.decorators import maybe_mark_dynamic  # imported here: it takes seconds, and few runs compile
 
     maybe_mark_dynamic(tensor, dims)
+
+
+def keep_blocks_whole() -> None:
+    """Compile a block inside DDP's forward pass as one graph, in this process from now on.
+
+    By default PyTorch cuts such a graph where its weights fill a bucket of DDP, the last one after 1 MiB, so that gradients are
+    reduced before the backward pass of the graph ends. Models compiled as a whole need that. A block of a few layers would be cut
+    after most of its layers, each part compiled by itself, while the reduction already overlaps with the backward pass of the
+    blocks before it.
+    """
+    from torch._dynamo import config  # imported here: it takes seconds, and few runs compile
+
+    config.optimize_ddp = False
 
 
 def build_folder(name: str) -> Path:

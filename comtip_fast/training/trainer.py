@@ -284,7 +284,7 @@ class Trainer:
         p.step, p.position = step, p.position + 1
         self._exchange_flags(caught)
         diagnostic("the profiler", lambda: self._profiler.after(step), None)
-        self._reporter.after_step(p, time.monotonic() - began, len(spots), numbers)
+        self._reporter.after_step(p, began, len(spots), numbers)
 
     def _after_step(self, step: int, good: Tensor) -> None:
         """Call the task's ``after_step`` and update the moving average; a step that did not update the weights changes neither."""

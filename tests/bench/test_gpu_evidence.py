@@ -3,8 +3,11 @@
 import csv
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +88,46 @@ def test_the_total_deadline_ends_a_part_and_starts_no_other(tmp_path: Path, monk
     assert [o.status for o in outcomes.values()] == ["deadline", "deadline"]
     assert outcomes["runs"].note.startswith("not started")
     assert [r["name"] for r in rows] == ["before", "part", "part"]
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+from bench.evidence.rows import Table
+from bench.evidence.runner import Part, exiting_on_signals, run_parts
+folder = Path(sys.argv[1])
+hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+with exiting_on_signals():
+    table = Table(folder / "out.csv", {"mode": "gpu"})
+    run_parts([Part("hangs", 600, "")], lambda p: [sys.executable, "-c", hangs], table, seconds=600, log=folder / "log")
+"""
+
+
+def test_a_stopped_runner_kills_its_part(tmp_path: Path):
+    """``timeout`` sends SIGTERM to the runner alone: a part that it left would keep the GPU."""
+    runner_process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT)
+    log = tmp_path / "log"
+    try:
+        for _ in range(600):
+            found = log.read_text().split("\n")[2:] if log.exists() else []
+            if found and found[0].isdigit():
+                break
+            time.sleep(0.1)
+        part = int(found[0])
+        runner_process.terminate()
+        assert runner_process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        runner_process.kill()
+        runner_process.wait()
+    with pytest.raises(ProcessLookupError):
+        os.kill(part, 0)
+
+
+def test_kernels_are_interpreted_in_a_dry_run_only(monkeypatch: pytest.MonkeyPatch):
+    """Otherwise a run on a GPU would time the interpreter, if a shell still has the variable."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" not in environment(False)
+    assert environment(True)["TRITON_INTERPRET"] == "1"
 
 
 def test_a_table_holds_one_mode(tmp_path: Path):

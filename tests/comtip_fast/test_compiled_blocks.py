@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 
 from comtip_fast.config.io import load_config
 from comtip_fast.models import recompute
 from comtip_fast.models.image_encoder import VisionEncoder
+from comtip_fast.training.engines.torch import TorchEngine
 from testkit.rehearsal.record import ROOT
 
 SMALL = ["vision.backbone=small", "vision.width=16", "vision.heads=2", "vision.depth=2", "vision.patch_px=8"]
@@ -64,6 +70,39 @@ def test_without_marks_every_size_is_a_variant(encoder: VisionEncoder, monkeypat
     monkeypatch.setattr(recompute, "_mark_sizes", lambda _args: None)
     take_steps(encoder)
     assert counters["stats"]["unique_graphs"] > 2
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    before = torch._dynamo.config.optimize_ddp
+    torch.compiler.reset()
+    counters.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch.compiler.reset()
+    torch._dynamo.config.optimize_ddp = before
+
+
+def test_blocks_are_compiled_whole_under_ddp(one_rank: None, monkeypatch: pytest.MonkeyPatch):
+    """PyTorch would cut the graph of a block after the first MiB of its weights, and compile the parts by themselves."""
+    cut: list[int] = []
+    compile_fn = DDPOptimizer.compile_fn
+
+    def recorded(self: DDPOptimizer, graph: GraphModule, *args: Any, **options: Any) -> Any:
+        out = compile_fn(self, graph, *args, **options)
+        cut.append(len(self.buckets))
+        return out
+
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", recorded)
+    # Two weights of more than 1 MiB each.
+    module = nn.Sequential(nn.Sequential(nn.Linear(520, 520), nn.GELU(), nn.Linear(520, 520)))
+    module[0].compile(backend="eager")
+    ranks = SimpleNamespace(rank=0, size=2)  # DDP itself is over the one rank of the process group
+    engine = TorchEngine(module, load_config(None, ["engine.compile=true", "train.precision=fp32"]), ranks)
+    engine.backward(engine.call(lambda trained, x: trained(x).sum(), torch.ones(3, 520)))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not cut
 
 
 def test_a_block_that_is_evaluated_runs_uncompiled():

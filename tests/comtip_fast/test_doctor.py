@@ -1,5 +1,6 @@
 """``comtip doctor`` names what the demo lacks, in the unit in which it is compared."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,3 +18,21 @@ def test_the_machine_is_compared_with_the_demo(lacking: str, monkeypatch: pytest
     assert ("GB of memory; run it on another machine" in found.fix) == (lacking == "memory")
     assert ("more than 2 GB of free disk; free space" in found.fix) == (lacking == "disk")
     assert "2.0 GB of disk free" in found.detail
+
+
+@pytest.mark.parametrize("lacking", ["", "compiler", "headers"])
+def test_what_triton_compiles_with_is_checked_on_a_gpu(lacking: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Triton compiles a C module when the first kernel starts: in an image without a compiler, training would end there."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_version", lambda package: "3.6.0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if lacking == "compiler" else f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if lacking != "headers":
+        (tmp_path / "Python.h").touch()
+    found = doctor._triton()
+    assert found.state == ("broken" if lacking else "ok")
+    assert ("gcc" in found.fix) == (lacking == "compiler")
+    assert ("python3-dev" in found.fix) == (lacking == "headers")
+    monkeypatch.setenv("CC", "cc")
+    assert doctor._triton().state == ("broken" if lacking == "headers" else "ok")

@@ -103,6 +103,7 @@ def test_features_of_a_frozen_stem_are_one_copy(tiny_overrides: list[str], monke
 def test_memory_of_dali_is_released_after_the_copy_is_complete(monkeypatch: pytest.MonkeyPatch):
     """A copy that is only queued would read what DALI decodes next; there is no GPU here, so streams are stand-ins."""
     done: list[str] = []
+    streams: list[object] = []
 
     class Recorder:
         """A stream, a tensor or DALI's pipeline: every method that is called is recorded."""
@@ -121,7 +122,7 @@ def test_memory_of_dali_is_released_after_the_copy_is_complete(monkeypatch: pyte
 
     pipe = Recorder("dali")
     pipe.share_outputs = lambda: (Recorder("dali"),)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: Recorder("stream"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(device) or Recorder("stream"))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Recorder("current"))
     monkeypatch.setattr(torch, "from_dlpack", lambda _tiles: Recorder("tiles"))
@@ -138,3 +139,6 @@ def test_memory_of_dali_is_released_after_the_copy_is_complete(monkeypatch: pyte
         "copy.record_stream",
         "dali.release_outputs",
     ]
+    decoder.get()
+    # Memory stays with the stream on which it was allocated: with a stream per batch, none would be used again for 32 batches.
+    assert streams == [torch.device("cuda", 0)]

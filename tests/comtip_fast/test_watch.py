@@ -5,6 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import comtip_fast
 from comtip_fast.collectives import SingleProcessGroup
-from comtip_fast.config.io import ConfigError
+from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.config.schema import WatchConfig
 from comtip_fast.plan.live import device_of, step_cost
+from comtip_fast.training.checkpoint.run_state import RunState
 from comtip_fast.training.distributed.comm_timer import ClockedGroup, CommClock, clock_backend
+from comtip_fast.training.monitor import step_reporter
 from comtip_fast.training.monitor.monitor import Events, SpikeDetector, ThroughputMeter, Watchdog
 from comtip_fast.training.protocol import StepCost
 from comtip_fast.training.trainer import Trainer
@@ -48,6 +51,25 @@ def test_the_meter_divides_by_the_time_of_its_own_window():
     assert row["comm_share"] == pytest.approx(0.25, rel=1e-3)
     meter.add(4.0, 10, {})
     assert meter.row(0.0)["spots_per_s"] == pytest.approx(2.5)
+
+
+def test_the_time_of_a_row_includes_the_wait_for_its_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A host launches steps faster than a GPU takes them, and waits when it reads their losses."""
+    now = [100.0]
+
+    def read(pending: list[object]) -> list[object]:
+        now[0] += 9.0
+        return []
+
+    monkeypatch.setattr(step_reporter, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(step_reporter, "read_steps", read)
+    config, device = load_config(None, ["train.log_every=4"]), torch.device("meta")  # a device whose reads wait
+    reporter = step_reporter.StepReporter(StandIn(config), config, tmp_path, SingleProcessGroup(), device, None)
+    for step in (3, 4):  # launched in a second each; the second of them is logged
+        now[0] += 1.0
+        reporter.after_step(RunState(step=step), now[0] - 1.0, 30, {})
+    reporter.report(RunState(step=4))  # as before a checkpoint
+    assert reporter.meter.row(loader_wait_s=0.0)["spots_per_s"] == pytest.approx(60 / (1 + 10 + 9))
 
 
 def test_a_clocked_group_counts_the_time_of_its_collectives_once():

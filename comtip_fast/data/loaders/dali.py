@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
@@ -219,15 +219,21 @@ class Decoder:
         (out,) = self._pipe.share_outputs()
         if self._settings[2] is None:
             return np.asarray(out.as_tensor())
-        # The copy is complete before :meth:`release` lets DALI overwrite the source. It runs on a stream of its own, so that the
-        # host waits for the copy and not for the training step.
-        device = torch.device("cuda", self._settings[2])
-        copies = torch.cuda.Stream(device)
-        with torch.cuda.stream(copies):
+        # The copy is complete before :meth:`release` lets DALI overwrite the source.
+        with torch.cuda.stream(self._copies):
             tiles = torch.from_dlpack(out.as_tensor()).clone()
-        copies.synchronize()
-        tiles.record_stream(torch.cuda.current_stream(device))
+        self._copies.synchronize()
+        tiles.record_stream(torch.cuda.current_stream(torch.device("cuda", self._settings[2])))
         return tiles
+
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        """Stream of the copies of all batches, on which the host waits for a copy and not for the training step.
+
+        Freed memory can be allocated again only on the stream on which it was allocated. With another stream for every batch, of
+        which PyTorch hands out 32 in turn, the memory of up to 32 batches would stay reserved.
+        """
+        return torch.cuda.Stream(torch.device("cuda", self._settings[2] or 0))
 
     def release(self) -> None:
         """Return the memory of the last batch to DALI."""

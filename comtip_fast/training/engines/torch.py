@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.runtime import devices
+from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, cast_groups_of, clip
 from comtip_fast.training.masked_adamw import MaskedAdamW
@@ -38,6 +38,8 @@ class TorchEngine:
         self.autocast = autocast_of(config, device)
         self._step: nn.Module = StepModule(module, self.autocast, cast_groups_of(module, config, device))
         if group.size > 1:
+            if config.engine.compile:
+                torch_internals.keep_blocks_whole()
             self._step = DistributedDataParallel(
                 self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class StepReporter:
         """Add a step that was launched; the device may still compute its numbers."""
         self._pending.append(step)
 
-    def after_step(self, progress: RunState, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
+    def after_step(self, progress: RunState, began: float, spots: int, numbers: dict[str, Any]) -> None:
         """Add a step to the throughput meter; if the step is to be logged, read and check all pending steps, and log a row.
 
         On a CPU, where reading does not wait for a device, every step is read and checked at once.
@@ -68,8 +69,8 @@ class StepReporter:
         ----------
         progress
             State of the run after the step; skipped updates and spikes are counted in it.
-        seconds, spots
-            Duration of the step in seconds, and number of spots of the global batch.
+        began, spots
+            ``time.monotonic()`` at the start of the step, and number of spots of the global batch.
         numbers
             Numbers that the task returned with the losses; :meth:`.monitor.ThroughputMeter.add` uses ``genes`` and ``tokens``.
 
@@ -78,15 +79,20 @@ class StepReporter:
         TrainingError
             A step was not finite and ``train.nan_policy`` is ``stop``, or more than ``train.max_skips`` updates were skipped.
         """
-        # Reading waits for the device, so that the time of a row includes all work of its steps.
         due = self._is_logged(progress.step) or devices.reads_are_free(self.device)
         finished = read_steps(self._pending) if due else []
+        # After reading, which waits for the device: the host is ahead of it, and the time of a row includes all work of its steps.
+        seconds = time.monotonic() - began
         diagnostic("the throughput meter", lambda: self.meter.add(seconds, spots, numbers), None)
         self._report(progress, finished)
 
     def report(self, progress: RunState) -> None:
         """Read and report all pending steps; called before a checkpoint or a validation. Errors are those of :meth:`after_step`."""
-        self._report(progress, read_steps(self._pending))
+        began = time.monotonic()
+        finished = read_steps(self._pending)
+        waited = time.monotonic() - began  # for the device, which still computes the steps
+        diagnostic("the throughput meter", lambda: self.meter.add(waited, 0, {}), None)
+        self._report(progress, finished)
 
     def discard(self) -> None:
         """Drop the pending steps without reading them; for benchmarks, where the host must not wait for the device."""
