@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from comtip_fast.runtime import devices
+
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 LAST_STAGES = (5, 7)
@@ -122,11 +124,12 @@ class EfficientNetLite0Stem(nn.Module):
     def _means(self, patch_N3pp: Tensor, chosen: Collection[int]) -> Tensor:
         """Return the means of the feature maps of the chosen stages, in the precision of the weights even under autocast.
 
-        A loader computes the features of training tiles outside of the forward pass. Others must have the same rounding.
+        A loader computes the features of training tiles outside of the forward pass, and a CPU may compute those of a prediction.
+        All must have the same rounding, so cuDNN must not use tf32, its default.
         """
         x = patch_N3pp.contiguous(memory_format=torch.channels_last)
         means: list[Tensor] = []
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), devices.fp32_convolutions():
             x = self.bn1(self.conv_stem(x))
             for i, block in enumerate(self.blocks):
                 x = block(x)

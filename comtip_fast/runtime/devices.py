@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,3 +54,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     Parameters stay fp32 in both cases.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16) if in_bf16(precision, device) else nullcontext()
+
+
+@contextmanager
+def fp32_convolutions() -> Iterator[None]:
+    """Compute convolutions of fp32 tensors in fp32 on a GPU within the block, as a CPU does; cuDNN's default is tf32."""
+    cudnn: Any = torch.backends.cudnn  # PyTorch declares no types for its precisions
+    conv = cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

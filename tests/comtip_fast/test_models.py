@@ -238,6 +238,18 @@ def test_invalid_backbones_and_weights_are_reported(tmp_path: Path):
         VisionEncoder(VISION, 32).stem_features(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
 
 
+def test_the_frozen_stem_does_not_use_tf32():
+    from comtip_fast.models.stems import EfficientNetLite0Stem
+
+    conv = torch.backends.cudnn.conv
+    assert conv.fp32_precision != "ieee"  # PyTorch's default, which users keep for their own models
+    stem, used = EfficientNetLite0Stem(), []
+    stem.blocks[0].register_forward_hook(lambda *_: used.append(conv.fp32_precision))
+    stem.stages(torch.zeros(1, 3, 32, 32))
+    assert used == ["ieee"]
+    assert conv.fp32_precision != "ieee"
+
+
 def test_the_frozen_stem_folds_batch_norms_and_ignores_the_batch():
     from comtip_fast.models.stems import EfficientNetLite0Stem
 

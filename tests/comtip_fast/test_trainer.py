@@ -93,11 +93,15 @@ def test_every_spot_is_used_once_per_epoch_in_the_order_of_batches(tmp_path: Pat
 
 
 def test_deterministic_setting_is_put_back(tmp_path: Path) -> None:
-    before = torch.are_deterministic_algorithms_enabled()
-    inside: list[bool] = []
-    fit(tmp_path / "run", at_step=lambda step: inside.append(torch.are_deterministic_algorithms_enabled()))
-    assert all(inside)
-    assert torch.are_deterministic_algorithms_enabled() == before
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # a user's own setting
+    try:
+        inside: list[bool] = []
+        fit(tmp_path / "run", at_step=lambda step: inside.append(torch.are_deterministic_algorithms_enabled()))
+        assert all(inside)
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode(before)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

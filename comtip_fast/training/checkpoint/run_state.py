@@ -305,12 +305,13 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Use deterministic algorithms inside the block on CPUs; on GPUs, where they are slower, keep the user's setting."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device.type == "cpu" or before)
+    before = torch.get_deterministic_debug_mode()  # 0: off, 1: warn, 2: refuse others
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def _hex(state: Tensor) -> str:
