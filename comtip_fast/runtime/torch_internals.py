@@ -196,7 +196,7 @@ def keep_blocks_whole() -> None:
 
     By default PyTorch cuts such a graph where its weights fill a bucket of DDP, the last one after 1 MiB, so that gradients are
     reduced before the backward pass of the graph ends. Models compiled as a whole need that. A block of a few layers would be cut
-    after most of its layers, each part compiled by itself, while the reduction already overlaps with the backward pass of the
+    after most of its layers, each part compiled separately, while the reduction already overlaps with the backward pass of the
     blocks before it.
     """
     from torch._dynamo import config  # imported here: it takes seconds, and few runs compile

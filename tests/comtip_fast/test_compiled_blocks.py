@@ -85,7 +85,7 @@ def one_rank() -> Iterator[None]:
 
 
 def test_blocks_are_compiled_whole_under_ddp(one_rank: None, monkeypatch: pytest.MonkeyPatch):
-    """PyTorch would cut the graph of a block after the first MiB of its weights, and compile the parts by themselves."""
+    """PyTorch would cut the graph of a block after the first MiB of its weights, and compile the parts separately."""
     cut: list[int] = []
     compile_fn = DDPOptimizer.compile_fn
 
