@@ -72,7 +72,7 @@ class Row:
 
 
 ROWS = (
-    Row("ridge per gene, stages that the encoder embeds, no neighbours", LAST_NAME, (), programmes=0),
+    Row("ridge per gene, stages of stride 16 and 32, no neighbours", LAST_NAME, (), programmes=0),
     Row("the former default: the same stages, adjacent spots", LAST_NAME),
     Row("seven stages, means of the feature maps"),
     Row("seven stages of equal weight", equal=True),
