@@ -22,6 +22,9 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 LAST_STAGES = (5, 7)
 """Numbers of the last stages of EfficientNet-Lite0 with stride 16 and 32."""
+CPU_CHUNK = 256
+"""Patches that EfficientNet-Lite0 processes at once on a CPU. The feature maps of 2,048 (128 tiles of 16 patches) are hundreds of
+megabytes, which the allocator maps and clears anew for every layer."""
 
 
 class EfficientNetLite0Stem(nn.Module):
@@ -127,14 +130,18 @@ class EfficientNetLite0Stem(nn.Module):
         A loader computes the features of training tiles outside of the forward pass, and a CPU may compute those of a prediction.
         All must have the same rounding, so cuDNN must not use tf32, its default.
         """
-        x = patch_N3pp.contiguous(memory_format=torch.channels_last)
+        size = CPU_CHUNK if patch_N3pp.device.type == "cpu" else max(1, len(patch_N3pp))
+        with torch.autocast(patch_N3pp.device.type, enabled=False), devices.fp32_convolutions():
+            return torch.cat([self._means_of_chunk(chunk, chosen) for chunk in patch_N3pp.split(size)])
+
+    def _means_of_chunk(self, patch_n3pp: Tensor, chosen: Collection[int]) -> Tensor:
+        """Return the means of the feature maps of the chosen stages for patches that are processed at once."""
+        x = self.bn1(self.conv_stem(patch_n3pp.contiguous(memory_format=torch.channels_last)))
         means: list[Tensor] = []
-        with torch.autocast(x.device.type, enabled=False), devices.fp32_convolutions():
-            x = self.bn1(self.conv_stem(x))
-            for i, block in enumerate(self.blocks):
-                x = block(x)
-                if i in chosen:
-                    means.append(x.mean((2, 3)))
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in chosen:
+                means.append(x.mean((2, 3)))
         return torch.cat(means, dim=1)
 
 
