@@ -270,6 +270,20 @@ def test_the_frozen_stem_folds_batch_norms_and_ignores_the_batch():
     del net
 
 
+def test_the_frozen_stem_processes_a_bounded_number_of_patches_at_once_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    from comtip_fast.models import stems
+
+    torch.manual_seed(0)
+    stem, seen = stems.EfficientNetLite0Stem(), []
+    x = torch.randn(7, 3, 32, 32)
+    whole = stem.stages(x)
+    stem.conv_stem.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    monkeypatch.setattr(stems, "CPU_CHUNK", 3)
+    torch.testing.assert_close(stem.stages(x), whole, rtol=1e-4, atol=1e-4)
+    assert seen == [3, 3, 1]
+    assert stem.stages(x[:0]).shape == (0, whole.shape[1])
+
+
 def test_the_encoder_embeds_the_chosen_stages_of_the_stem():
     config = VisionConfig(stem="efficientnet_lite0", stem_stages=(7, 1), patch_px=16, width=16, depth=1, heads=2)
     encoder = VisionEncoder(config, 32)
