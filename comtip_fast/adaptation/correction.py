@@ -17,6 +17,7 @@ import numpy as np
 
 from comtip_fast.metrics import mean_pcc
 from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.kernel_map import FeatureMap, join
 from comtip_fast.training.readout.solve import RidgePath, SectionTable
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)
@@ -124,15 +125,17 @@ def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
     names = list(heads[0].blocks)
     known = np.array([[k in set(h.keys) for k in keys] for h in heads])
     share = known / known.sum(0)
-    blocks = {b: {norm: _merged(heads, b, norm, keys, share, 1 / len(names)) for norm in NORMS} for b in names}
+    merged = {b: {norm: _merged(heads, b, norm, keys, share, 1 / len(names)) for norm in NORMS} for b in names}
+    blocks = {b: {norm: head for norm, (_, head) in norms.items()} for b, norms in merged.items()}
+    maps = {b: norms[NORMS[0]][0] for b, norms in merged.items()}
     mix = dict.fromkeys(names, (1 - levels) / len(names)) | {"levels": levels}
     mean_F, std_F = (np.mean([getattr(h, name) for h in heads], axis=0) for name in ("mean_F", "std_F"))
-    return CohortHead(cohort, keys, mean_F, std_F, blocks, mix, dict(own[0].facts) if own else {})
+    return CohortHead(cohort, keys, mean_F, std_F, blocks, mix, maps, dict(own[0].facts) if own else {})
 
 
 def _merged(
     heads: list[CohortHead], block: str, norm: str, keys: list[str], share_HG: np.ndarray, weight: float
-) -> NormHead:
+) -> tuple[FeatureMap, NormHead]:
     """Return one block of the merged head; ``share_HG`` weights the heads, and ``weight`` is the block's new mixing weight."""
     mean, std = np.zeros(len(keys)), np.zeros(len(keys))
     weights, loadings = [], []
@@ -145,7 +148,8 @@ def _merged(
         weights.append(part.weight_FK)
         loadings.append(factor * np.where(at, part.std_G[row] * part.loading_KG[:, row], 0))
     std = np.where(std > 1e-9, std, 1.0)
-    return NormHead(np.concatenate(weights, axis=1), np.concatenate(loadings) / std, mean, std)
+    joined, weight_MK = join([head.map_of(block) for head in heads], weights)
+    return joined, NormHead(weight_MK, np.concatenate(loadings) / std, mean, std)
 
 
 def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str, Correction | None]) -> CohortHead:
@@ -161,17 +165,26 @@ def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str,
         One correction per normalisation; None leaves the head of that normalisation unchanged.
     """
     blocks = {name: dict(norms) for name, norms in base.blocks.items()}
-    for norm, correction in corrections.items():
-        if correction is None:
-            continue
-        old, new, scale = blocks[correction.block][norm], correction.head, base.mix[correction.block]
-        mean, loading = old.mean_G.copy(), np.zeros((new.loading_KG.shape[0], len(base.keys)))
-        mean[columns] += new.mean_G / scale
-        loading[:, columns] = new.std_G * new.loading_KG / (scale * old.std_G[columns])
-        weight = np.concatenate([old.weight_FK, new.weight_FK], axis=1)
-        joined = NormHead(weight, np.concatenate([old.loading_KG, loading]), mean, old.std_G)
-        blocks[correction.block][norm] = joined
-    return replace(base, blocks=blocks)
+    maps = {name: base.map_of(name) for name in blocks}
+    for block in {c.block: None for c in corrections.values() if c is not None}:
+        own = {norm: c.head for norm, c in corrections.items() if c is not None and c.block == block}
+        n_features = next(len(head.weight_FK) for head in own.values())
+        for norm, old in base.blocks[block].items():
+            weights = [old.weight_FK, own[norm].weight_FK if norm in own else np.zeros((n_features, 0))]
+            maps[block], weight = join([base.map_of(block), FeatureMap()], weights)
+            blocks[block][norm] = replace(old, weight_FK=weight)
+            if norm in own:
+                mean, loading = _added(old, own[norm], columns, base.mix[block])
+                blocks[block][norm] = NormHead(weight, np.concatenate([old.loading_KG, loading]), mean, old.std_G)
+    return replace(base, blocks=blocks, maps=maps)
+
+
+def _added(old: NormHead, new: NormHead, columns: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return means (G,) and the loadings (K, G) of the new programmes, for a block whose weight in the mixture is ``share``."""
+    mean, loading = old.mean_G.copy(), np.zeros((new.loading_KG.shape[0], old.loading_KG.shape[1]))
+    mean[columns] += new.mean_G / share
+    loading[:, columns] = new.std_G * new.loading_KG / (share * old.std_G[columns])
+    return mean, loading
 
 
 def with_head(readout: LinearReadout, head: CohortHead) -> LinearReadout:

@@ -19,6 +19,8 @@ from comtip_fast.models.readout.section_statistics import ADJACENT
 
 MOST_RADII, LARGEST_RADIUS = 4, 16.0
 """Bounds of the radii of a readout, which bound the number of neighbours that a prediction reads."""
+MOST_KERNELS = 64
+"""Largest number of kernels of a block: one per cohort of a species from which an adapted model was made."""
 
 
 def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -89,12 +91,13 @@ def check_readout(
         _check_head(head, f"{path}: head {number}", set(trained), blocks)
         shapes |= {f"{number}.mean": (n_features,), f"{number}.std": (n_features,)}
         G = len(head["keys"])
-        for prefix, block in ((f"{number}.{b}.{norm}", b) for b in blocks for norm in NORMS):
-            C = settings.columns(block, n_features).size
-            found = arrays.get(f"{prefix}.weight_FK", np.zeros((0, 0))).shape
-            K = max(1, found[-1]) if found else 1
-            shapes |= {f"{prefix}.weight_FK": (C, K), f"{prefix}.loading_KG": (K, G)}
-            shapes |= {f"{prefix}.mean_G": (G,), f"{prefix}.std_G": (G,)}
+        for block in blocks:
+            M, of_kernels = _kernel_shapes(arrays, head, f"{number}.{block}", settings.columns(block, n_features).size)
+            shapes |= of_kernels
+            for prefix in (f"{number}.{block}.{norm}" for norm in NORMS):
+                K = _columns(arrays, f"{prefix}.weight_FK")
+                shapes |= {f"{prefix}.weight_FK": (M, K), f"{prefix}.loading_KG": (K, G)}
+                shapes |= {f"{prefix}.mean_G": (G,), f"{prefix}.std_G": (G,)}
     if arrays.keys() != shapes.keys():
         odd = few(arrays.keys() ^ shapes.keys())
         raise ExportError(f"{path}: arrays missing or unknown: {odd}; {FIX}")
@@ -107,6 +110,33 @@ def check_readout(
             raise ExportError(f"{path}: {bad} of {array.size} values of {name} are not finite; {FIX}")
         if name.endswith((".std", ".std_G")) and (array < 0).any():
             raise ExportError(f"{path}: {name} has negative values; {FIX}")
+        if name.endswith(".length_1") and (array <= 0).any():
+            raise ExportError(f"{path}: {name} is {array[0]:g}, but the length of a kernel must be above 0; {FIX}")
+
+
+def _columns(arrays: Mapping[str, np.ndarray], name: str) -> int:
+    """Return the number of columns of an array, at least 1; 1 if there is no such array."""
+    found = arrays.get(name, np.zeros((0, 0))).shape
+    return max(1, found[-1]) if found else 1
+
+
+def _kernel_shapes(
+    arrays: Mapping[str, np.ndarray], head: Mapping[str, Any], prefix: str, n_features: int
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Return the number of mapped features of a block of ``n_features``, and the shapes of the arrays of its kernels."""
+    stated = head.get("maps", {}).get(prefix.split(".")[1], {"kernels": 0, "linear": True})
+    shapes: dict[str, tuple[int, ...]] = {}
+    M = n_features if stated["linear"] else 0
+    for kernel in (f"{prefix}.kernel{i}" for i in range(stated["kernels"])):
+        P = _columns(arrays, f"{kernel}.basis_FP")
+        landmarks = max(1, len(np.atleast_1d(arrays.get(f"{kernel}.landmark_MP", np.zeros(1)))))
+        shapes |= {
+            f"{kernel}.basis_FP": (n_features, P),
+            f"{kernel}.landmark_MP": (landmarks, P),
+            f"{kernel}.length_1": (1,),
+        }
+        M += landmarks
+    return M, shapes
 
 
 def _readout_settings(found: Any, path: Path, vector_dim: int, version: Any) -> ReadoutSettings:
@@ -148,9 +178,22 @@ def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: 
         raise ExportError(f"{where}: duplicate gene {Counter(keys).most_common(1)[0][0]}; {FIX}")
     if head.get("blocks") != list(blocks):
         raise ExportError(f"{where}: blocks are {head.get('blocks')!r}, expected {list(blocks)}; {FIX}")
+    maps = head.get("maps", {})
+    if not isinstance(maps, dict) or maps.keys() - set(blocks) or not all(_valid_map(m) for m in maps.values()):
+        raise ExportError(
+            f"{where}: maps are {maps!r}, expected, for blocks among {list(blocks)}, a number of kernels of at most {MOST_KERNELS} "
+            f"and whether features are used (linear), at least one of them; {FIX}"
+        )
     if not isinstance(mix, dict) or mix.keys() != {*blocks, "levels"}:
         raise ExportError(f"{where}: mix is {mix!r}, expected a weight for {', '.join(blocks)} and levels; {FIX}")
     weights = list(mix.values())
     valid = all(type(w) in (int, float) and 0 <= w <= 1 for w in weights)
     if not valid or abs(sum(weights) - 1) > 1e-6 or mix["levels"] == 1:
         raise ExportError(f"{where}: weights {mix!r} must be 0 to 1 with a sum of 1, and not all on levels; {FIX}")
+
+
+def _valid_map(found: Any) -> bool:
+    """Return whether the header states a feature map: a number of kernels, and whether features are used."""
+    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {"kernels": int, "linear": bool}:
+        return False
+    return 0 <= found["kernels"] <= MOST_KERNELS and (found["kernels"] > 0 or found["linear"])

@@ -360,11 +360,11 @@ class CoMTIPTask:
     def export(self, folder: Path) -> None:
         """Write an export of the current weights, with scores on split ``val``.
 
-        With ``readout.kind=linear``, the export has a readout that is fitted on the training split.
+        Unless ``readout.kind`` is ``levels``, the export has a readout that is fitted on the training split.
         """
         model = self._copy_of_model()
         bundle = replace(self.bundle(), model=model, config=self._plain_config())
-        if self.config.readout.kind == "linear":
+        if self.config.readout.kind != "levels":
             bundle.readout = fit_readout(model, self.config, self.shards, self.tables, self.loader)
         predictor = Predictor(bundle, self.device)
         per_cohort, per_gene = validation_scores(

@@ -28,6 +28,7 @@ from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.models.readout.features import ReadoutSettings
 from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
 from comtip_fast.shards import stated_options
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -145,29 +146,36 @@ def test_the_block_that_helps_is_chosen():
     assert found.block == "frozen"
 
 
-def head(seed: int, cohort: str, keys: list[str], mix: dict[str, float]) -> CohortHead:
+def head(seed: int, cohort: str, keys: list[str], mix: dict[str, float], *, kernel: bool = False) -> CohortHead:
     rng = np.random.default_rng(seed)
     settings = ReadoutSettings(views=1, radii=(), vector_dim=2)
+    n_columns = {b: settings.columns(b, F).size for b in ("vector", "frozen")}
+    maps = {b: FeatureMap() for b in n_columns}
+    if kernel:
+        maps = {
+            b: FeatureMap([KernelMap.fit(rng.normal(size=(9, n)), np.ones(n))], False) for b, n in n_columns.items()
+        }
 
     def part(block: str) -> NormHead:
-        columns = settings.columns(block, F).size
+        rows = 9 if kernel else n_columns[block]
         std = rng.uniform(0.5, 1, len(keys))
-        return NormHead(rng.normal(size=(columns, 3)), rng.normal(size=(3, len(keys))), rng.normal(size=len(keys)), std)
+        return NormHead(rng.normal(size=(rows, 3)), rng.normal(size=(3, len(keys))), rng.normal(size=len(keys)), std)
 
     blocks = {b: {norm: part(b) for norm in NORMS} for b in ("vector", "frozen")}
-    return CohortHead(cohort, keys, np.zeros(F), np.ones(F), blocks, mix)
+    return CohortHead(cohort, keys, np.zeros(F), np.ones(F), blocks, mix, maps)
 
 
 MIXES = [{"vector": 0.3, "frozen": 0.4, "levels": 0.3}, {"vector": 0.0, "frozen": 0.6, "levels": 0.4}]
 
 
+@pytest.mark.parametrize("kernels", [(False, False), (True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("cohort", ["human_breast", "human_skin"])
-def test_the_base_head_predicts_as_the_readout(cohort: str):
-    """Of the own cohort, or the mean over heads of the species for a cohort without a head."""
+def test_the_base_head_predicts_as_the_readout(cohort: str, kernels: tuple[bool, bool]):
+    """Of the own cohort, or the mean over heads of the species for a cohort without a head; of kernel values and of features."""
     keys = [f"human:G{i}" for i in range(G)]
     heads = [
-        head(1, "human_breast", keys[:6], MIXES[1]),
-        head(2, "human_colon", keys[3:], MIXES[0]),
+        head(1, "human_breast", keys[:6], MIXES[1], kernel=kernels[0]),
+        head(2, "human_colon", keys[3:], MIXES[0], kernel=kernels[1]),
         head(3, "mouse_bulb", ["mouse:G1", "mouse:G2"], MIXES[0]),
     ]
     readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), heads)
@@ -184,9 +192,11 @@ def test_the_base_head_predicts_as_the_readout(cohort: str):
     assert all(base.mix[b] > 0 for b in base.blocks)
 
 
-def test_a_corrected_head_predicts_the_sum():
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_corrected_head_predicts_the_sum(kernel: bool):
     keys = [f"human:G{i}" for i in range(G)]
-    readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), [head(1, "human_breast", keys, MIXES[1])])
+    own = head(1, "human_breast", keys, MIXES[1], kernel=kernel)
+    readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), [own])
     base = base_head(readout, "human_breast", "human")
     rng = np.random.default_rng(3)
     columns, loadings = np.array([6, 1, 4]), rng.normal(size=(2, 3))
@@ -200,7 +210,13 @@ def test_a_corrected_head_predicts_the_sum():
     difference = (after["cp10k"] - before["cp10k"]) * (1 - base.mix["levels"])
     np.testing.assert_allclose(difference[:, columns], added.predict(x[:, :2]), atol=1e-5)
     assert np.abs(difference[:, [0, 2, 3, 5, 7]]).max() < 1e-6
-    np.testing.assert_array_equal(after["raw"], before["raw"])
+    np.testing.assert_allclose(after["raw"], before["raw"], atol=1e-6)
+    # A second correction, of the other normalisation, is added to the first.
+    again = corrected_head(new, columns, {"cp10k": None, "raw": added})
+    both, _ = with_head(readout, again).predict(x, keys, "human_breast")
+    np.testing.assert_allclose(both["cp10k"], after["cp10k"], atol=1e-6)
+    difference = (both["raw"] - before["raw"]) * (1 - base.mix["levels"])
+    np.testing.assert_allclose(difference[:, columns], added.predict(x[:, :2]), atol=1e-5)
 
 
 # -- a complete adaptation ----------------------------------------------------------------------------------

@@ -508,6 +508,39 @@ READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any]
     "another first radius": (lambda a, h: h["settings"].update(radii=[1.0, 3.4]), "radii are"),
     "descending radii": (lambda a, h: h["settings"].update(radii=[1.3, 3.4, 2.0]), "radii are"),
     "many radii": (lambda a, h: h["settings"].update(radii=[1.3] * 5), "radii are"),
+    "a kernel of no length": (
+        lambda a, h: a["0.vector.kernel0.length_1"].fill(0),
+        "length of a kernel must be above 0",
+    ),
+    "no landmarks": (
+        lambda a, h: a.update({"0.vector.kernel0.landmark_MP": a["0.vector.kernel0.landmark_MP"][:0]}),
+        "landmark_MP is float32",
+    ),
+    "a landmark missing": (
+        lambda a, h: a.update({"0.vector.kernel0.landmark_MP": a["0.vector.kernel0.landmark_MP"][1:]}),
+        "weight_FK is float32",
+    ),
+    "a basis cut": (
+        lambda a, h: a.update({"0.vector.kernel0.basis_FP": a["0.vector.kernel0.basis_FP"][1:]}),
+        "basis_FP is float32",
+    ),
+    "a basis that is a number": (
+        lambda a, h: a.update({"0.vector.kernel0.basis_FP": np.float32(1)}),
+        "basis_FP is float32",
+    ),
+    "landmarks of a number": (
+        lambda a, h: a.update({"0.vector.kernel0.landmark_MP": np.float32(1)}),
+        "landmark_MP is float32",
+    ),
+    "a kernel more than stated": (
+        lambda a, h: a.update({"0.vector.kernel1.length_1": np.ones(1, np.float32)}),
+        "missing or unknown: 0.vector.kernel1.length_1",
+    ),
+    "no kernel and no features": (_set_head("maps", {"vector": {"kernels": 0, "linear": False}}), "maps are"),
+    "a million kernels": (_set_head("maps", {"vector": {"kernels": 10**6, "linear": False}}), "maps are"),
+    "text for kernels": (_set_head("maps", {"vector": {"kernels": "1", "linear": False}}), "maps are"),
+    "maps of another block": (_set_head("maps", {"frozen": {"kernels": 1, "linear": False}}), "maps are"),
+    "maps in a list": (_set_head("maps", [1]), "maps are"),
     "text for views": (lambda a, h: h["settings"].update(views="2"), "settings are"),
 }
 

@@ -26,12 +26,15 @@ import numpy as np
 
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.models.readout.features import ReadoutSettings
+from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
 from comtip_fast.models.readout.section_statistics import Moments, neighbour_means, standardise
 
-FORMAT, VERSION = "comtip-readout", 2
-READABLE_VERSIONS = (1, 2)
+FORMAT, VERSION = "comtip-readout", 3
+READABLE_VERSIONS = (1, 2, 3)
 NORMS = ("cp10k", "raw")
 VECTOR_RIDGE = 1.0
+ROWS_AT_ONCE = 1024
+"""Spots whose kernel values are in memory at once: 16 MB with 2,000 landmarks."""
 
 
 @dataclass
@@ -39,7 +42,7 @@ class NormHead:
     """The head of one cohort, for one block of features and one normalisation of counts."""
 
     weight_FK: np.ndarray
-    """Ridge weights W from features to programme scores."""
+    """Ridge weights W from mapped features to programme scores."""
     loading_KG: np.ndarray
     """Loadings L of the genes on the programmes."""
     mean_G: np.ndarray
@@ -48,7 +51,7 @@ class NormHead:
     """Standard deviation of each gene, log1p."""
 
     def scores(self, x_NF: np.ndarray) -> np.ndarray:
-        """Return programme scores (N, K)."""
+        """Return programme scores (N, K) from mapped features (:class:`.kernel_map.FeatureMap`)."""
         out: np.ndarray = x_NF @ self.weight_FK
         return out
 
@@ -68,6 +71,8 @@ class CohortHead:
     """Head of each block of features and, within it, of each normalisation of counts."""
     mix: dict[str, float]
     """Weight of each block, and of the prediction from level sentences (``levels``); the sum is 1."""
+    maps: dict[str, FeatureMap] = field(default_factory=dict)
+    """What the weights of a block multiply; the features themselves for a block without an entry."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Ridge penalty and number of programmes of each block with their scores, and facts about an adaptation."""
 
@@ -75,6 +80,19 @@ class CohortHead:
         """Return the weights of the blocks, rescaled to a sum of 1."""
         total = sum(self.mix[b] for b in self.blocks)
         return {b: self.mix[b] / total for b in self.blocks}
+
+    def map_of(self, block: str) -> FeatureMap:
+        """Return what the weights of a block multiply."""
+        return self.maps.get(block, FeatureMap())
+
+    def scores(self, block: str, x_NF: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the programme scores (N, K) of both normalisations from the standardised features of a block."""
+        mapped, norms = self.map_of(block), self.blocks[block]
+        parts = []
+        for start in range(0, max(len(x_NF), 1), ROWS_AT_ONCE):
+            features = mapped(x_NF[start : start + ROWS_AT_ONCE])
+            parts.append({norm: part.scores(features) for norm, part in norms.items()})
+        return {norm: np.concatenate([part[norm] for part in parts]) for norm in norms}
 
 
 @dataclass
@@ -159,8 +177,17 @@ class LinearReadout:
             for block, norms in head.blocks.items():
                 for norm, part in norms.items():
                     arrays |= {f"{i}.{block}.{norm}.{name}": value for name, value in vars(part).items()}
+                for j, kernel in enumerate(head.map_of(block).kernels):
+                    arrays |= {f"{i}.{block}.kernel{j}.{name}": value for name, value in vars(kernel).items()}
         heads = [
-            {"cohort": h.cohort, "keys": h.keys, "mix": h.mix, "blocks": list(h.blocks), "facts": h.facts}
+            {
+                "cohort": h.cohort,
+                "keys": h.keys,
+                "mix": h.mix,
+                "blocks": list(h.blocks),
+                "maps": {b: {"kernels": len(h.map_of(b).kernels), "linear": h.map_of(b).linear} for b in h.blocks},
+                "facts": h.facts,
+            }
             for h in self.heads
         ]
         header = {"format": FORMAT, "version": VERSION, "settings": asdict(self.settings), "heads": heads}
@@ -178,11 +205,18 @@ class LinearReadout:
                 }
                 for block in h["blocks"]
             }
-            heads.append(
-                CohortHead(
-                    h["cohort"], h["keys"], arrays[f"{i}.mean"], arrays[f"{i}.std"], blocks, h["mix"], h["facts"]
+            maps = {
+                block: FeatureMap(
+                    [
+                        KernelMap(*(arrays[f"{i}.{block}.kernel{j}.{n}"] for n in KernelMap.__dataclass_fields__))
+                        for j in range(stated["kernels"])
+                    ],
+                    stated["linear"],
                 )
-            )
+                for block, stated in h.get("maps", {}).items()
+            }
+            mean, std = arrays[f"{i}.mean"], arrays[f"{i}.std"]
+            heads.append(CohortHead(h["cohort"], h["keys"], mean, std, blocks, h["mix"], maps, h["facts"]))
         return cls(ReadoutSettings.of_header(header["settings"]), heads)
 
 
@@ -216,12 +250,10 @@ class ReadoutDecoder:
         for head, decoders in self._heads:
             x = standardise(x_NF, head.mean_F, head.std_F, section)
             for block, weight in head.linear_mix().items():
-                x_block = x[:, self.settings.columns(block, x.shape[1])]
+                scores = head.scores(block, x[:, self.settings.columns(block, x.shape[1])])
                 for norm in NORMS:
-                    part = head.blocks[block][norm]
-                    scores = part.scores(x_block)
-                    for columns, mean, std, loading in decoders.of_norm(part, norm):
-                        values[norm][:, columns] += weight * (mean + std * (scores @ loading))
+                    for columns, mean, std, loading in decoders.of_norm(head.blocks[block][norm], norm):
+                        values[norm][:, columns] += weight * (mean + std * (scores[norm] @ loading))
         return {n: (v / np.maximum(self._count, 1)).astype(np.float32) for n, v in values.items()}
 
 

@@ -62,7 +62,9 @@ def fit_readout(
         data = _cohort_data(reader, tables, cohort, train)
         if data is None:
             continue
-        head = fit_cohort(data, readout.settings, min_donors=config.readout.min_donors)
+        head = fit_cohort(
+            data, readout.settings, kernel=config.readout.kind == "kernel", min_donors=config.readout.min_donors
+        )
         readout.heads.append(head)
         n = sum(len(s.x_NF) for s in data.train)
         log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, _choices(head.facts))

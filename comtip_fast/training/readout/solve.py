@@ -13,6 +13,7 @@ import numpy as np
 
 from comtip_fast.models.readout.features import ReadoutSettings
 from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead
+from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
 
 SHARES = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
 """Shares of the heads and of the level sentences in the prediction. The head on frozen features has the largest, because it
@@ -35,7 +36,7 @@ class SectionTable:
 class DecomposedFeatures:
     """The features of some sections, decomposed once for all targets, penalties and numbers of programmes.
 
-    With a = alpha N and the smaller Gram matrix U diag(p) U^T, the ridge weights of targets T are
+    With the penalty a and the smaller Gram matrix U diag(p) U^T, the ridge weights of targets T are
 
         X^T U (p + a)^-1 U^T T  for  X X^T = U diag(p) U^T         U (p + a)^-1 U^T X^T T  for  X^T X = U diag(p) U^T
 
@@ -68,9 +69,9 @@ class DecomposedFeatures:
             return self.vectors.T @ targets_NG
         return self.vectors.T @ (self.x_NF.T @ targets_NG.astype(self.x_NF.dtype))
 
-    def weights(self, projected: np.ndarray, alpha: float) -> np.ndarray:
-        """Return the ridge weights (F, K) of projected targets for the penalty ``alpha`` per spot."""
-        out = self.vectors @ (projected / (self.power + alpha * len(self.x_NF))[:, None])
+    def weights(self, projected: np.ndarray, penalty: float) -> np.ndarray:
+        """Return the ridge weights (F, K) of projected targets."""
+        out = self.vectors @ (projected / (self.power + penalty)[:, None])
         return self.x_NF.T @ out.astype(self.x_NF.dtype) if self.of_spots else out
 
 
@@ -85,9 +86,19 @@ class RidgePath:
         Normalisation of counts.
     design
         Their decomposed features; None decomposes them.
+    per_spot
+        Whether the penalty is ``alpha`` times the number of spots, or ``alpha``. With kernel features, ``alpha`` is the variance of
+        the noise of a Gaussian process whose own variance is 1, which does not depend on the number of spots.
     """
 
-    def __init__(self, sections: Sequence[SectionTable], norm: str, design: DecomposedFeatures | None = None) -> None:
+    def __init__(
+        self,
+        sections: Sequence[SectionTable],
+        norm: str,
+        design: DecomposedFeatures | None = None,
+        *,
+        per_spot: bool = True,
+    ) -> None:
         measured = np.stack([s.measured_G for s in sections])
         centred = [np.where(s.measured_G, s.y[norm] - s.y[norm].mean(0), 0.0) for s in sections]
         n_G = np.maximum(sum(len(c) * s.measured_G for c, s in zip(centred, sections, strict=True)), 1)
@@ -104,15 +115,16 @@ class RidgePath:
         self.programmes_GK = np.linalg.eigh(own.T @ own)[1][:, ::-1]
         self.design = design or DecomposedFeatures.of(sections)
         self.projected = self.design.project(own)
+        self.penalty = len(self.design.x_NF) if per_spot else 1
 
     def fit(self, programmes: int, alpha: float) -> NormHead:
-        """Return the head with K programmes and the ridge penalty ``alpha`` per spot.
+        """Return the head with K programmes and the ridge penalty ``alpha``.
 
         K is ``programmes``, at most the number of genes that programmes are computed from; 0 selects this number.
         """
         K = min(programmes or self.common.size, self.common.size)
         scores = self.y_NG[:, self.common] @ self.programmes_GK[:, :K]
-        weight = self.design.weights(self.projected @ self.programmes_GK[:, :K], alpha)
+        weight = self.design.weights(self.projected @ self.programmes_GK[:, :K], alpha * self.penalty)
         loading = np.zeros((K, self.y_NG.shape[1]))
         loading[:, self.common] = self.programmes_GK[:, :K].T
         rest = np.setdiff1d(np.arange(self.y_NG.shape[1]), self.common)
@@ -130,6 +142,10 @@ class ReadoutGrid:
 
     programmes: tuple[int, ...] = (5, 10, 20, 0)
     alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+LINEAR_GRID = ReadoutGrid()
+KERNEL_GRID = ReadoutGrid()
 
 
 def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
@@ -166,7 +182,12 @@ class CohortData:
 
 
 def fit_cohort(
-    data: CohortData, settings: ReadoutSettings, *, min_donors: int = 1, grid: ReadoutGrid | None = None
+    data: CohortData,
+    settings: ReadoutSettings,
+    *,
+    kernel: bool = True,
+    min_donors: int = 1,
+    grid: ReadoutGrid | None = None,
 ) -> CohortHead:
     """Fit the heads of one cohort on its training sections.
 
@@ -180,31 +201,75 @@ def fit_cohort(
         The sections.
     settings
         Layout of the features.
+    kernel
+        Whether heads are linear in kernel values (:mod:`comtip_fast.models.readout.kernel_map`) instead of the features.
     min_donors
         Number of training donors that the head on z requires, see :func:`mixture`.
     grid
         The candidates; None uses the default grid.
     """
-    grid = grid or ReadoutGrid()
     n_features = data.train[0].x_NF.shape[1]
     names = settings.block_names(n_features)
     scale = np.ones(n_features) if data.scale_F is None else data.scale_F
     blocks: dict[str, dict[str, NormHead]] = {}
+    maps: dict[str, FeatureMap] = {}
     facts: dict[str, Any] = {"donors": data.n_donors, "chosen_on": "val" if data.valid else "train"}
     for block in names:
         columns = settings.columns(block, n_features)
+        train, valid = ([replace(s, x_NF=s.x_NF[:, columns]) for s in part] for part in (data.train, data.valid))
         factor = scale[columns].astype(data.train[0].x_NF.dtype)
-        train = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.train]
-        valid = [replace(s, x_NF=s.x_NF[:, columns] * factor) for s in data.valid]
-        blocks[block], facts[block] = {}, {}
-        design = DecomposedFeatures.of(train)
-        chosen = _choose(train, _folds(train, valid), design, data.score_genes, grid)
-        for norm, (K, alpha, score) in chosen.items():
-            head = RidgePath(train, norm, design).fit(K, alpha)
-            blocks[block][norm] = replace(head, weight_FK=factor[:, None] * head.weight_FK)
-            facts[block][norm] = {"programmes": K, "alpha": alpha, "score": score}
+        if kernel:
+            maps[block], blocks[block], facts[block] = _fit_kernel(train, valid, factor, data.score_genes, grid)
+        else:
+            blocks[block], facts[block] = _fit_linear(train, valid, factor, data.score_genes, grid)
     mix = mixture(names, data.n_donors, min_donors)
-    return CohortHead(data.cohort, data.keys, data.mean_F, data.std_F, blocks, mix, facts)
+    return CohortHead(data.cohort, data.keys, data.mean_F, data.std_F, blocks, mix, maps, facts)
+
+
+BlockHeads = dict[str, NormHead]
+BlockFacts = dict[str, dict[str, Any]]
+
+
+def _fit_linear(
+    train: list[SectionTable],
+    valid: list[SectionTable],
+    factor_F: np.ndarray,
+    genes: np.ndarray,
+    grid: ReadoutGrid | None,
+) -> tuple[BlockHeads, BlockFacts]:
+    """Return the heads of a block that are linear in its features, whose factors in the penalty are ``factor_F``."""
+    train, valid = ([replace(s, x_NF=s.x_NF * factor_F) for s in part] for part in (train, valid))
+    heads, facts = _fit_block(train, valid, genes, grid or LINEAR_GRID, per_spot=True)
+    return {n: replace(head, weight_FK=factor_F[:, None] * head.weight_FK) for n, head in heads.items()}, facts
+
+
+def _fit_kernel(
+    train: list[SectionTable],
+    valid: list[SectionTable],
+    factor_F: np.ndarray,
+    genes: np.ndarray,
+    grid: ReadoutGrid | None,
+) -> tuple[FeatureMap, BlockHeads, BlockFacts]:
+    """Return the kernel and the heads of a block that are linear in its values. Expression does not select the landmarks."""
+    values = KernelMap.fit(np.concatenate([s.x_NF for s in train]), factor_F)
+    whitening = values.whitening()
+    train, valid = ([replace(s, x_NF=values(s.x_NF) @ whitening) for s in part] for part in (train, valid))
+    heads, facts = _fit_block(train, valid, genes, grid or KERNEL_GRID, per_spot=False)
+    heads = {n: replace(head, weight_FK=whitening @ head.weight_FK) for n, head in heads.items()}
+    return FeatureMap([values], linear=False), heads, facts
+
+
+def _fit_block(
+    train: list[SectionTable], valid: list[SectionTable], genes: np.ndarray, grid: ReadoutGrid, *, per_spot: bool
+) -> tuple[BlockHeads, BlockFacts]:
+    """Choose the number of programmes and the penalty of each normalisation, and fit its head on all training sections."""
+    design = DecomposedFeatures.of(train)
+    heads: BlockHeads = {}
+    facts: BlockFacts = {}
+    for norm, (K, alpha, score) in _choose(train, _folds(train, valid), design, genes, grid, per_spot).items():
+        heads[norm] = RidgePath(train, norm, design, per_spot=per_spot).fit(K, alpha)
+        facts[norm] = {"programmes": K, "alpha": alpha, "score": score}
+    return heads, facts
 
 
 Folds = list[tuple[list[SectionTable], list[SectionTable]]]
@@ -218,7 +283,12 @@ def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
 
 
 def _choose(
-    train: list[SectionTable], folds: Folds, design: DecomposedFeatures, genes: np.ndarray, grid: ReadoutGrid
+    train: list[SectionTable],
+    folds: Folds,
+    design: DecomposedFeatures,
+    genes: np.ndarray,
+    grid: ReadoutGrid,
+    per_spot: bool,
 ) -> dict[str, tuple[int, float, float | None]]:
     """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds), per normalisation.
 
@@ -235,7 +305,7 @@ def _choose(
     for fit, held_out in folds:
         of_fit = design if fit is train else DecomposedFeatures.of(fit)
         for norm in NORMS:
-            path = RidgePath(fit, norm, of_fit)
+            path = RidgePath(fit, norm, of_fit, per_spot=per_spot)
             heads = (path.fit(K, alpha) for K, alpha in pairs)
             total[norm] += [np.mean([_mean_pcc(head, s, norm, genes) for s in held_out]) for head in heads]
     best = {norm: int(scores.argmax()) for norm, scores in total.items()}

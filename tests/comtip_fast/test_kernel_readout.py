@@ -1,0 +1,159 @@
+"""Heads of the readout by kernel ridge regression: against direct formulas, in exports, and in adapted models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from scipy.spatial.distance import cdist
+
+from comtip_fast.models.readout import heads as heads_module
+from comtip_fast.models.readout import kernel_map
+from comtip_fast.models.readout.features import ReadoutSettings
+from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout
+from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap, join
+from comtip_fast.models.readout.section_statistics import standardise
+from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, SectionTable, fit_cohort
+
+F, G = 9, 6
+KEYS = [f"human:G{i}" for i in range(G)]
+SETTINGS = ReadoutSettings(views=1, radii=(), vector_dim=4)
+FIXED = ReadoutGrid(programmes=(0,), alphas=(0.7,))
+
+
+def section(seed: int, n: int = 50) -> SectionTable:
+    """Expression that is not linear in the features: the same function for all seeds, and noise."""
+    rng, same = np.random.default_rng(seed), np.random.default_rng(9)
+    x = standardise(rng.normal(size=(n, F)), np.zeros(F), np.ones(F))
+    y = np.square(x @ same.normal(size=(F, G)) / 3) + 0.1 * rng.normal(size=(n, G))
+    return SectionTable(x, {"cp10k": y, "raw": 2 * y + 1}, np.ones(G, bool))
+
+
+def fit(train: list[SectionTable], *, kernel: bool = True, grid: ReadoutGrid | None = FIXED) -> CohortHead:
+    scale = np.linspace(0.5, 2, F)
+    data = CohortData("human_breast", KEYS, train, [], np.zeros(F), np.ones(F), np.arange(G), scale_F=scale)
+    return fit_cohort(data, SETTINGS, kernel=kernel, grid=grid)
+
+
+def matern(a: np.ndarray, b: np.ndarray, length: float) -> np.ndarray:
+    r = np.sqrt(3) * cdist(a, b) / length
+    return (1 + r) * np.exp(-r)
+
+
+def block_prediction(head: CohortHead, block: str, x_NF: np.ndarray) -> np.ndarray:
+    part = head.blocks[block]["cp10k"]
+    scores = head.scores(block, x_NF[:, SETTINGS.columns(block, F)])["cp10k"]
+    return part.mean_G + part.std_G * (scores @ part.loading_KG)
+
+
+def test_all_spots_as_landmarks_give_kernel_ridge_regression() -> None:
+    train, test = [section(1), section(2, 30)], section(3)
+    head = fit(train)
+    columns, scale = SETTINGS.columns("frozen", F), np.linspace(0.5, 2, F)
+    own, new = (x[:, columns] * scale[columns] for x in (np.concatenate([s.x_NF for s in train]), test.x_NF))
+    distance = cdist(own, own)
+    length = np.median(distance[distance > 1e-9])
+    # Posterior mean of a Gaussian process with variance 1 and noise of variance 0.7; sections are centred apart.
+    y = np.concatenate([s.y["cp10k"] - s.y["cp10k"].mean(0) for s in train])
+    mean = np.concatenate([s.y["cp10k"] for s in train]).mean(0)
+    weight = np.linalg.solve(matern(own, own, length) + 0.7 * np.eye(len(own)), y)
+    want = mean + matern(new, own, length) @ weight
+    np.testing.assert_allclose(block_prediction(head, "frozen", test.x_NF), want, atol=2e-5)
+
+
+def test_fewer_landmarks_than_spots_give_the_subset_of_regressors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_map, "MAX_LANDMARKS", 20)
+    train, test = [section(1), section(2, 30)], section(3)
+    head = fit(train)
+    kernel = head.map_of("frozen").kernels[0]
+    assert len(kernel.landmark_MP) == 20
+    columns, scale = SETTINGS.columns("frozen", F), np.linspace(0.5, 2, F)
+    own, new = (x[:, columns] * scale[columns] for x in (np.concatenate([s.x_NF for s in train]), test.x_NF))
+    chosen = own[np.linspace(0, len(own) - 1, 20).round().astype(int)]
+    length = float(kernel.length_1[0])
+    between, among = matern(own, chosen, length), matern(chosen, chosen, length)
+    y = np.concatenate([s.y["cp10k"] - s.y["cp10k"].mean(0) for s in train])
+    mean = np.concatenate([s.y["cp10k"] for s in train]).mean(0)
+    weight = np.linalg.solve(between.T @ between + 0.7 * among, between.T @ y)
+    np.testing.assert_allclose(
+        block_prediction(head, "frozen", test.x_NF), mean + matern(new, chosen, length) @ weight, atol=2e-5
+    )
+
+
+def test_components_are_those_with_the_largest_variance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer spots than features and with more; with all of them, distances are those of the features."""
+    rng = np.random.default_rng(0)
+    for n in (12, 60):
+        x = rng.normal(size=(n, 20)) * np.linspace(3, 0.1, 20)
+        full = KernelMap.fit(x, np.ones(20))
+        np.testing.assert_allclose(full(x), matern(x, x, float(full.length_1[0])), atol=1e-5)
+    monkeypatch.setattr(kernel_map, "MAX_COMPONENTS", 3)
+    few = KernelMap.fit(x, np.ones(20))
+    assert few.basis_FP.shape == (20, 3)
+    want = np.linalg.svd(x)[2][:3]
+    np.testing.assert_allclose(np.abs(np.sum(few.basis_FP.T * want, axis=1)), 1, atol=1e-5)
+
+
+def test_kernel_heads_follow_expression_that_is_not_linear_in_the_features() -> None:
+    train, test = [section(seed, 150) for seed in (1, 2)], section(3)
+
+    def pcc(head: CohortHead) -> float:
+        predicted = LinearReadout(SETTINGS, [head]).predict(test.x_NF, KEYS)[0]["cp10k"]
+        return float(np.mean([np.corrcoef(predicted[:, g], test.y["cp10k"][:, g])[0, 1] for g in range(G)]))
+
+    kernel, linear = pcc(fit(train, grid=None)), pcc(fit(train, kernel=False, grid=None))
+    assert kernel > 0.4
+    assert kernel > linear + 0.2
+
+
+def test_a_tile_unlike_all_landmarks_gets_the_mean_expression() -> None:
+    head = fit([section(1), section(2)])
+    far = np.full((1, F), 1e4)
+    np.testing.assert_allclose(block_prediction(head, "frozen", far)[0], head.blocks["frozen"]["cp10k"].mean_G)
+
+
+def test_spots_with_equal_features_and_features_without_variance_do_not_fail() -> None:
+    one = section(1)
+    twice = SectionTable(np.repeat(one.x_NF[:25], 2, axis=0), one.y, one.measured_G)
+    assert np.isfinite(block_prediction(fit([twice, one]), "vector", one.x_NF)).all()
+    constant = SectionTable(np.zeros((50, F)), one.y, one.measured_G)
+    head = fit([constant])
+    np.testing.assert_allclose(block_prediction(head, "vector", one.x_NF), np.tile(one.y["cp10k"].mean(0), (50, 1)))
+
+
+def test_scores_do_not_depend_on_the_number_of_spots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x = fit([section(1), section(2)]), section(3).x_NF
+    whole = block_prediction(head, "vector", x)
+    monkeypatch.setattr(heads_module, "ROWS_AT_ONCE", 7)
+    np.testing.assert_allclose(block_prediction(head, "vector", x), whole, rtol=1e-12)
+    assert block_prediction(head, "vector", x[:0]).shape == (0, G)
+
+
+def test_kernels_pass_through_arrays_and_header(tmp_path: Path) -> None:
+    readout = LinearReadout(SETTINGS, [fit([section(1), section(2)])])
+    arrays, header = readout.to_arrays()
+    save_file(arrays, tmp_path / "x.safetensors")
+    again = LinearReadout.from_arrays(load_file(tmp_path / "x.safetensors"), header)
+    x = section(3).x_NF
+    assert again.heads[0].map_of("vector").linear is False
+    for norm in NORMS:
+        np.testing.assert_allclose(again.predict(x, KEYS)[0][norm], readout.predict(x, KEYS)[0][norm], atol=1e-4)
+    linear = LinearReadout(SETTINGS, [fit([section(1)], kernel=False)])
+    assert not any("kernel" in name for name in linear.to_arrays()[0])
+
+
+def test_joined_heads_have_the_programmes_of_each() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(30, 4))
+    first, second = (KernelMap.fit(rng.normal(size=(n, 4)), np.ones(4)) for n in (8, 11))
+    maps = [FeatureMap([first], linear=False), FeatureMap(), FeatureMap([second], linear=True)]
+    weights = [rng.normal(size=(rows, k)) for rows, k in ((8, 2), (4, 3), (15, 1))]
+    joined, weight = join(maps, weights)
+    want = np.concatenate([m(x) @ w for m, w in zip(maps, weights, strict=True)], axis=1)
+    np.testing.assert_allclose(joined(x) @ weight, want, atol=1e-12)
+    assert (joined.linear, weight.shape) == (True, (8 + 11 + 4, 6))
+    alone, same = join(maps[:1], weights[:1])
+    assert not alone.linear
+    np.testing.assert_array_equal(same, weights[0])
