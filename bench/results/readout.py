@@ -106,7 +106,7 @@ class Lab:
             found += [s.mean_pcc_50_hvg, s.partial_pcc_50_hvg]
         row = self.shards.manifest.sections[section].section_id, name
         self.scores[row] = found
-        print(f"{row[0]:12s} {row[1]:46s} " + "{:.4f} / {:.4f}   {:.4f} / {:.4f}".format(*found), flush=True)
+        print(f"{row[0]:12s} {row[1]:58s} " + "{:.4f} / {:.4f}   {:.4f} / {:.4f}".format(*found), flush=True)
 
     # -- readouts -------------------------------------------------------------------------------------------
 
@@ -120,11 +120,13 @@ class Lab:
         *,
         n_radii: int = len(RADII),
         equal: bool = True,
+        kernel: bool = True,
         grid: ReadoutGrid | None = None,
     ) -> LinearReadout:
         """Fit the heads of a cohort; keep only the blocks in ``blocks``, each with the same share.
 
-        ``n_radii`` radii are used, and stages have equal weight in the penalty if ``equal``.
+        ``n_radii`` radii are used, stages have equal weight in the penalty if ``equal``, and heads are linear in kernel values if
+        ``kernel``, otherwise in the features.
         """
         settings = replace(self.readout.settings, radii=self.readout.settings.radii[:n_radii])
         tables = {s: self._table(s, keys, n_radii) for s in [*train, *valid]}
@@ -140,7 +142,7 @@ class Lab:
             np.array(ranked),
             scale_F=penalty_scale(self.predictor.model, settings) if equal else None,
         )
-        head = fit_cohort(data, settings, grid=grid)
+        head = fit_cohort(data, settings, kernel=kernel, grid=grid)
         head.blocks = {b: v for b, v in head.blocks.items() if b in blocks}
         head.mix = {b: 1 / len(head.blocks) for b in head.blocks} | {"levels": 0.0}
         return LinearReadout(settings, [head])
@@ -157,7 +159,7 @@ class Lab:
         y = {n: np.where(measured, v, 0.0) for n, v in self.values(section, keys).items()}
         return SectionTable(standardise(x, x.mean(0), x.std(0)), y, measured)
 
-    def linear(
+    def heads(
         self, readout: LinearReadout, section: int, keys: list[str], vectors: GeneVectors | None = None
     ) -> Values:
         """Predict with the heads alone."""
@@ -215,27 +217,35 @@ def table(lab: Lab, cohort: str, split: str) -> None:
     }
     unequal = lab.fit(cohort, train, valid, trained, {"frozen"}, equal=False)
     gene_wise = lab.fit(cohort, train, valid, trained, {"frozen"}, grid=ReadoutGrid(programmes=(0,)))
+    linear = {b: lab.fit(cohort, train, valid, trained, {b}, kernel=False) for b in ("vector", "frozen")}
     for section in lab.sections(cohort, split):
         keys = [k for k in lab.known(lab.ranked(train), [section])[:50] if k in set(trained)]
-        z, frozen = (lab.linear(heads[b, len(RADII)], section, keys) for b in ("vector", "frozen"))
+        z, frozen = (lab.heads(heads[b, len(RADII)], section, keys) for b in ("vector", "frozen"))
+        linear_z, linear_frozen = (lab.heads(linear[b], section, keys) for b in ("vector", "frozen"))
         read = lab.levels(section, keys, viewed=True)
         lines = {
             "levels, one view": lab.levels(section, keys, viewed=False),
             "levels, views, neighbours": read,
             "head on z": z,
-            "head on z, adjacent spots": lab.linear(heads["vector", 1], section, keys),
-            "head on z, no neighbours": lab.linear(heads["vector", 0], section, keys),
+            "head on z, adjacent spots": lab.heads(heads["vector", 1], section, keys),
+            "head on z, no neighbours": lab.heads(heads["vector", 0], section, keys),
             "head on frozen features": frozen,
-            "head on frozen features, adjacent spots": lab.linear(heads["frozen", 1], section, keys),
-            "head on frozen features, no neighbours": lab.linear(heads["frozen", 0], section, keys),
-            "head on frozen features, stages by width": lab.linear(unequal, section, keys),
-            "head on frozen features, no programmes": lab.linear(gene_wise, section, keys),
+            "head on frozen features, adjacent spots": lab.heads(heads["frozen", 1], section, keys),
+            "head on frozen features, no neighbours": lab.heads(heads["frozen", 0], section, keys),
+            "head on frozen features, stages by width": lab.heads(unequal, section, keys),
+            "head on frozen features, no programmes": lab.heads(gene_wise, section, keys),
             "z + frozen": mean_of(z, frozen),
             "frozen + levels": mean_of(frozen, read),
+            "z + levels": mean_of(z, read),
             "z + frozen + levels": mean_of(z, frozen, read),
-            "z + 2 frozen + levels (the default)": mean_of(z, frozen, frozen, read),
-            "z + 3 frozen + levels": mean_of(z, frozen, frozen, frozen, read),
-            "z + 2 frozen": mean_of(z, frozen, frozen),
+            "z + 2 frozen + levels": mean_of(z, frozen, frozen, read),
+            "2 z + frozen": mean_of(z, z, frozen),
+            "2 z + 2 frozen + levels (the default)": mean_of(z, z, frozen, frozen, read),
+            "linear head on z": linear_z,
+            "linear head on frozen features": linear_frozen,
+            "linear heads, z + 2 frozen + levels (the former default)": mean_of(
+                linear_z, linear_frozen, linear_frozen, read
+            ),
             "ridge, encoder features": lab.ridge(train, section, keys, "encoder"),
             "ridge, frozen features": lab.ridge(train, section, keys, LAST_NAME),
             "ridge, frozen features, all stages": lab.ridge(train, section, keys, STAGES_NAME),
@@ -260,14 +270,14 @@ def unseen(lab: Lab, cohort: str, split: str, vectors: GeneVectors, only: list[s
         shuffled = replace(
             vectors, vector_GK=vectors.vector_GK[np.random.default_rng(0).permutation(len(vectors.keys))]
         )
-        own = lab.linear(readout, section, seen)
+        own = lab.heads(readout, section, seen)
         mean = {n: ((v - v.mean(0)) / np.maximum(v.std(0), 1e-9)).mean(1, keepdims=True) for n, v in own.items()}
         lab.show(
-            f"by gene vectors ({len(seen)} seen genes)", section, genes, lab.linear(readout, section, genes, vectors)
+            f"by gene vectors ({len(seen)} seen genes)", section, genes, lab.heads(readout, section, genes, vectors)
         )
-        lab.show("control: vectors shuffled", section, genes, lab.linear(readout, section, genes, shuffled))
+        lab.show("control: vectors shuffled", section, genes, lab.heads(readout, section, genes, shuffled))
         lab.show("control: mean map", section, genes, {n: np.repeat(v, len(genes), 1) for n, v in mean.items()})
-        lab.show("ceiling: a head that knows them", section, genes, lab.linear(ceiling, section, genes))
+        lab.show("ceiling: a head that knows them", section, genes, lab.heads(ceiling, section, genes))
 
 
 def main() -> None:
@@ -303,7 +313,7 @@ def summarise(tables: list[dict[tuple[str, str], list[float]]]) -> None:
     for section, name in tables[0]:
         columns = zip(*(scores[section, name] for scores in tables), strict=True)
         cells = [f"{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns]
-        print(f"{section:12s} {name:46s} {cells[0]} / {cells[1]}   {cells[2]} / {cells[3]}")
+        print(f"{section:12s} {name:58s} {cells[0]} / {cells[1]}   {cells[2]} / {cells[3]}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="with --checkpoint: the run's shard set; repeat it for a run on several sets (default: those in its config)",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --checkpoint: change a key of the readout, which is fitted at export, e.g. readout.kind=linear",
+    )
     add_out(parser, "folder to write")
 
 
@@ -31,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if out_folder(args).exists() and any(args.out.iterdir()):
         raise FileExistsError(f"--out {args.out} exists and is not empty; give a new folder")
     if args.checkpoint is None:
-        refuse_unused({"--shards": args.shards}, "used with --checkpoint only")
+        refuse_unused({"--shards": args.shards, "--set": args.set}, "used with --checkpoint only")
         if (args.run_dir / "checkpoints").is_dir() and not (args.run_dir / "export").is_dir():
             raise FileNotFoundError(
                 f"{args.run_dir}: the run is not finished, so it has no export; export a checkpoint, e.g. --checkpoint newest"
@@ -40,6 +47,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         from comtip_fast.training.export_checkpoint import export_checkpoint
 
-        print(f"step {export_checkpoint(args.run_dir, args.checkpoint, args.out, args.shards)}")
+        print(f"step {export_checkpoint(args.run_dir, args.checkpoint, args.out, args.shards, args.set)}")
     print(f"{args.out}: " + ", ".join(sorted(p.name for p in args.out.iterdir())))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,9 @@ ATTEMPTS = 10
 """Number of attempts to read a checkpoint that a run in progress may replace."""
 
 
-def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths | None = None) -> int:
+def export_checkpoint(
+    run_dir: Path, which: str, out: Path, shards: ShardPaths | None = None, settings: Sequence[str] = ()
+) -> int:
     """Write an export from one checkpoint and return its step.
 
     Parameters
@@ -46,12 +49,14 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
     shards
         Shard set that the run was trained on up to this step, or a sequence of these sets; None searches for the sets that the run's
         config names (:func:`comtip_fast.shards.shards_of_run`).
+    settings
+        Keys of the readout to change, e.g. ``readout.kind=linear``. The readout is fitted at export, so no training is needed.
 
     Raises
     ------
     ValueError
         ``shards`` is None and the run's config names a URL, which is not opened because a file in a run folder must not start
-        a download; or the run's config or lineage, the shard set or the gene vectors cannot be used.
+        a download; or the run's config or lineage, the shard set, the gene vectors or ``settings`` cannot be used.
     FileNotFoundError
         The shard set or the gene vectors are not found.
     FileExistsError
@@ -60,10 +65,15 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: ShardPaths |
         The run has no such checkpoint, the checkpoint is damaged, or the shard set, tokenizer, gene vectors or trained genes are
         not those of the run.
     """
+    other = [item for item in settings if not item.startswith("readout.")]
+    if other:
+        raise ValueError(
+            f"{other[0]}: only keys of the readout (readout.kind, ...) can be changed at export; train again for others"
+        )
     step, loaded = _read(run_dir, which)
     folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
     check_state(loaded.state, folder, step)
-    config = with_earlier_values(loaded.state["config"], load_config(run_dir / "config.yaml"))
+    config = with_earlier_values(loaded.state["config"], load_config(run_dir / "config.yaml", settings))
     stated = names_of_sets(config.data.shards)
     stated = stated[: len(names_of_sets(config_from_dict(loaded.state["config"], str(folder)).data.shards))]
     if shards is None:

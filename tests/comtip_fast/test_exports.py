@@ -343,6 +343,26 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_with_its_rules(
     assert used == [("every", "none")]
 
 
+def test_the_readout_of_a_checkpoint_is_fitted_with_other_settings_at_export(
+    run_dir: Path, tiny_shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sets = ["--shards", str(tiny_shards.path), "--set", "readout.kind=linear"]
+    assert main(["export", str(run_dir), "--checkpoint", "newest", "--out", str(tmp_path / "out"), *sets]) == 0
+    linear, own = Bundle.load(tmp_path / "out"), Bundle.load(run_dir / "export")
+    assert linear.config.readout.kind == "linear"
+    assert linear.readout is not None
+    assert own.readout is not None
+    assert not any(linear.readout.heads[0].map_of(b).kernels for b in linear.readout.heads[0].blocks)
+    assert all(own.readout.heads[0].map_of(b).kernels for b in own.readout.heads[0].blocks)
+    capsys.readouterr()
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "copy"), *sets[2:]]) == 2
+    assert "--set has no effect here: used with --checkpoint only" in capsys.readouterr().err
+    arguments = ["export", str(run_dir), "--checkpoint", "newest", "--out", str(tmp_path / "other")]
+    assert main([*arguments, "--set", "align.dim=8"]) == 2
+    assert "align.dim=8: only keys of the readout" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_urls_in_a_config_of_a_run_are_not_downloaded(
     run_dir: Path,
     tiny_shards: ShardSet,
