@@ -51,6 +51,7 @@ def block_prediction(head: CohortHead, block: str, x_NF: np.ndarray) -> np.ndarr
 def test_all_spots_as_landmarks_give_kernel_ridge_regression() -> None:
     train, test = [section(1), section(2, 30)], section(3)
     head = fit(train)
+    assert head.mix == {"vector": 0.4, "frozen": 0.4, "levels": 0.2}
     columns, scale = SETTINGS.columns("frozen", F), np.linspace(0.5, 2, F)
     own, new = (x[:, columns] * scale[columns] for x in (np.concatenate([s.x_NF for s in train]), test.x_NF))
     distance = cdist(own, own)

@@ -180,10 +180,11 @@ def test_every_stage_of_the_stem_has_equal_weight_in_the_penalty(bundle: Bundle)
 
 
 def test_the_head_on_learnt_features_can_require_several_donors() -> None:
-    assert mixture(["vector", "frozen"], 1, 1) == {"vector": 0.25, "frozen": 0.5, "levels": 0.25}
-    assert mixture(["vector", "frozen"], 1, 2) == {"vector": 0.0, "frozen": 2 / 3, "levels": 1 / 3}
-    assert mixture(["vector"], 1, 2) == {"vector": 0.5, "levels": 0.5}
-    assert mixture(["vector", "frozen"], 3, 2)["vector"] == 0.25
+    shares = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
+    assert mixture(["vector", "frozen"], 1, 1, shares) == {"vector": 0.25, "frozen": 0.5, "levels": 0.25}
+    assert mixture(["vector", "frozen"], 1, 2, shares) == {"vector": 0.0, "frozen": 2 / 3, "levels": 1 / 3}
+    assert mixture(["vector"], 1, 2, shares) == {"vector": 0.5, "levels": 0.5}
+    assert mixture(["vector", "frozen"], 3, 2, shares)["vector"] == 0.25
 
 
 def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> LinearReadout:

@@ -15,9 +15,10 @@ from comtip_fast.models.readout.features import ReadoutSettings
 from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead
 from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
 
-SHARES = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
-"""Shares of the heads and of the level sentences in the prediction. The head on frozen features has the largest, because it
-transfers best to another donor (docs/ablations.md)."""
+KERNEL_SHARES = {"vector": 2.0, "frozen": 2.0, "levels": 1.0}
+LINEAR_SHARES = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
+"""Shares of the heads and of the level sentences in the prediction (docs/ablations.md). Of linear heads, that on frozen features has the
+largest, because that on z transfers worse to another donor."""
 
 
 @dataclass
@@ -148,16 +149,16 @@ LINEAR_GRID = ReadoutGrid()
 KERNEL_GRID = ReadoutGrid()
 
 
-def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
+def mixture(blocks: Sequence[str], n_donors: int, min_donors: int, shares: dict[str, float]) -> dict[str, float]:
     """Return the weight of the head on each block of features, and of the prediction from level sentences (``levels``).
 
-    Weights are in proportion to :data:`SHARES` and sum to 1, except that the head on the image vector z (block ``vector``) has
+    Weights are in proportion to ``shares`` and sum to 1, except that the head on the image vector z (block ``vector``) has
     weight 0 with fewer than ``min_donors`` training donors, unless z is the only block: z was trained on the expression of the same
     spots, so this head overfits.
     """
     used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
-    total = SHARES["levels"] + sum(SHARES[b] for b in used)
-    return {b: SHARES[b] / total if b in used else 0.0 for b in blocks} | {"levels": SHARES["levels"] / total}
+    total = shares["levels"] + sum(shares[b] for b in used)
+    return {b: shares[b] / total if b in used else 0.0 for b in blocks} | {"levels": shares["levels"] / total}
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def fit_cohort(
             maps[block], blocks[block], facts[block] = _fit_kernel(train, valid, factor, data.score_genes, grid)
         else:
             blocks[block], facts[block] = _fit_linear(train, valid, factor, data.score_genes, grid)
-    mix = mixture(names, data.n_donors, min_donors)
+    mix = mixture(names, data.n_donors, min_donors, KERNEL_SHARES if kernel else LINEAR_SHARES)
     return CohortHead(data.cohort, data.keys, data.mean_F, data.std_F, blocks, mix, maps, facts)
 
 
