@@ -18,6 +18,7 @@ runs, the last table has the mean over them.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -120,13 +121,13 @@ class Lab:
         *,
         n_radii: int = len(RADII),
         equal: bool = True,
-        kernel: bool = True,
+        kinds: Sequence[str] = ("kernel",),
         grid: ReadoutGrid | None = None,
     ) -> LinearReadout:
         """Fit the heads of a cohort; keep only the blocks in ``blocks``, each with the same share.
 
-        ``n_radii`` radii are used, stages have equal weight in the penalty if ``equal``, and heads are linear in kernel values if
-        ``kernel``, otherwise in the features.
+        ``n_radii`` radii are used, stages have equal weight in the penalty if ``equal``, and heads are of the
+        kind among ``kinds`` that scores highest on split ``val``.
         """
         settings = replace(self.readout.settings, radii=self.readout.settings.radii[:n_radii])
         tables = {s: self._table(s, keys, n_radii) for s in [*train, *valid]}
@@ -142,9 +143,10 @@ class Lab:
             np.array(ranked),
             scale_F=penalty_scale(self.predictor.model, settings) if equal else None,
         )
-        head = fit_cohort(data, settings, kernel=kernel, grid=grid)
+        head = fit_cohort(data, settings, kinds=kinds, grid=grid)
         head.blocks = {b: v for b, v in head.blocks.items() if b in blocks}
-        head.mix = {b: 1 / len(head.blocks) for b in head.blocks} | {"levels": 0.0}
+        equal_shares = {b: 1 / len(head.blocks) for b in head.blocks} | {"levels": 0.0}
+        head.mix = dict.fromkeys(NORMS, equal_shares)
         return LinearReadout(settings, [head])
 
     def _x(self, section: int, n_radii: int) -> np.ndarray:
@@ -217,7 +219,7 @@ def table(lab: Lab, cohort: str, split: str) -> None:
     }
     unequal = lab.fit(cohort, train, valid, trained, {"frozen"}, equal=False)
     gene_wise = lab.fit(cohort, train, valid, trained, {"frozen"}, grid=ReadoutGrid(programmes=(0,)))
-    linear = {b: lab.fit(cohort, train, valid, trained, {b}, kernel=False) for b in ("vector", "frozen")}
+    linear = {b: lab.fit(cohort, train, valid, trained, {b}, kinds=("linear",)) for b in ("vector", "frozen")}
     for section in lab.sections(cohort, split):
         keys = [k for k in lab.known(lab.ranked(train), [section])[:50] if k in set(trained)]
         z, frozen = (lab.heads(heads[b, len(RADII)], section, keys) for b in ("vector", "frozen"))

@@ -121,14 +121,14 @@ def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
     if not heads:
         raise ValueError(f"the model has no trained genes of species {species}; adapt a model that was trained on it")
     keys = list(dict.fromkeys(k for h in heads for k in h.keys if k.startswith(f"{species}:")))
-    levels = float(np.mean([h.mix.get("levels", 0.0) for h in heads]))
+    levels = float(np.mean([h.levels for h in heads]))
     names = list(heads[0].blocks)
     known = np.array([[k in set(h.keys) for k in keys] for h in heads])
     share = known / known.sum(0)
     merged = {b: {norm: _merged(heads, b, norm, keys, share, 1 / len(names)) for norm in NORMS} for b in names}
     blocks = {b: {norm: head for norm, (_, head) in norms.items()} for b, norms in merged.items()}
     maps = {b: norms[NORMS[0]][0] for b, norms in merged.items()}
-    mix = dict.fromkeys(names, (1 - levels) / len(names)) | {"levels": levels}
+    mix = dict.fromkeys(NORMS, dict.fromkeys(names, (1 - levels) / len(names)) | {"levels": levels})
     mean_F, std_F = (np.mean([getattr(h, name) for h in heads], axis=0) for name in ("mean_F", "std_F"))
     return CohortHead(cohort, keys, mean_F, std_F, blocks, mix, maps, dict(own[0].facts) if own else {})
 
@@ -142,7 +142,7 @@ def _merged(
     for head, share in zip(heads, share_HG, strict=True):
         index = {k: i for i, k in enumerate(head.keys)}
         row, at = np.array([index.get(k, 0) for k in keys]), share > 0
-        part, factor = head.blocks[block][norm], share * head.linear_mix()[block] / weight
+        part, factor = head.blocks[block][norm], share * head.head_mix(norm)[block] / weight
         mean += factor * np.where(at, part.mean_G[row], 0)
         std += share * np.where(at, part.std_G[row], 0)
         weights.append(part.weight_FK)
@@ -174,7 +174,7 @@ def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str,
             maps[block], weight = join([base.map_of(block), FeatureMap()], weights)
             blocks[block][norm] = replace(old, weight_FK=weight)
             if norm in own:
-                mean, loading = _added(old, own[norm], columns, base.mix[block])
+                mean, loading = _added(old, own[norm], columns, base.mix[norm][block])
                 blocks[block][norm] = NormHead(weight, np.concatenate([old.loading_KG, loading]), mean, old.std_G)
     return replace(base, blocks=blocks, maps=maps)
 

@@ -156,7 +156,7 @@ def adapt(
         raise FileExistsError(f"`out` {out}: exists and is not an empty folder; give a new folder")
     predictor = Predictor.load(run, pick_device(device))
     if predictor.bundle.readout is None:
-        raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=kernel")
+        raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=auto")
     found = read_section(predictor, section, stated_options(facts, pooling, counts), fmt)
     chosen = _splits(found, predictor.tile_um, fraction, splits, seed)
     compared = [_compare(predictor, found, s, i) for i, s in enumerate(chosen)]

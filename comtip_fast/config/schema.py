@@ -244,10 +244,10 @@ class LossConfig:
 class ReadoutConfig:
     """Prediction of expression from image features; fitted in closed form at export, without effect on training."""
 
-    kind: Literal["kernel", "linear", "levels"] = "kernel"
+    kind: Literal["auto", "kernel", "linear", "levels"] = "auto"
     """``kernel``: heads by kernel ridge regression on the training split, mixed with the prediction from level sentences. ``linear``:
-    the same with ridge regression, whose export is smaller. ``levels``: level sentences alone, which also predict the genes that no
-    head covers."""
+    the same with ridge regression, whose export is smaller. ``auto``: of each cohort, normalisation and block of features, whichever
+    scores higher on split ``val``. ``levels``: level sentences alone, which also predict the genes that no head covers."""
     views: Annotated[int, Field(ge=1, le=8)] = 2
     """Number of flips and rotations over which features are averaged; prediction encodes each tile this many times."""
     context: bool = True

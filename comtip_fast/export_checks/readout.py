@@ -88,7 +88,7 @@ def check_readout(
     shapes: dict[str, tuple[int, ...]] = {}
     for number, head in enumerate(heads):
         blocks = settings.block_names(n_features)
-        _check_head(head, f"{path}: head {number}", set(trained), blocks)
+        _check_head(head, f"{path}: head {number}", set(trained), blocks, header.get("version"))
         shapes |= {f"{number}.mean": (n_features,), f"{number}.std": (n_features,)}
         G = len(head["keys"])
         for block in blocks:
@@ -162,9 +162,9 @@ def _readout_settings(found: Any, path: Path, vector_dim: int, version: Any) -> 
     return ReadoutSettings.of_header(found)
 
 
-def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: Sequence[str]) -> None:
+def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: Sequence[str], version: Any) -> None:
     """Raise ExportError if the header of one head is invalid."""
-    keys, mix = head.get("keys"), head.get("mix")
+    keys = head.get("keys")
     if not isinstance(head.get("cohort"), str) or not isinstance(head.get("facts"), dict):
         raise ExportError(
             f"{where}: cohort is {head.get('cohort')!r}, expected text, and facts must be an object; {FIX}"
@@ -184,6 +184,26 @@ def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: 
             f"{where}: maps are {maps!r}, expected, for blocks among {list(blocks)}, a number of kernels of at most {MOST_KERNELS} "
             f"and whether features are used (linear), at least one of them; {FIX}"
         )
+    _check_mix(head.get("mix"), where, blocks, version)
+
+
+def _check_mix(found: Any, where: str, blocks: Sequence[str], version: Any) -> None:
+    """Raise ExportError if the weights of a head are invalid: of each normalisation or, before version 3, of both."""
+    if version < 3:
+        _check_weights(found, where, blocks)
+        return
+    if not isinstance(found, dict) or found.keys() != set(NORMS):
+        raise ExportError(f"{where}: mix is {found!r}, expected weights for {' and '.join(NORMS)}; {FIX}")
+    for norm in NORMS:
+        _check_weights(found[norm], f"{where}, {norm}", blocks)
+    if len({found[norm]["levels"] for norm in NORMS}) > 1:
+        raise ExportError(
+            f"{where}: mix is {found!r}, but the weight of levels must be the same for {' and '.join(NORMS)}; {FIX}"
+        )
+
+
+def _check_weights(mix: Any, where: str, blocks: Sequence[str]) -> None:
+    """Raise ExportError unless there is a weight for each block and for levels, with a sum of 1."""
     if not isinstance(mix, dict) or mix.keys() != {*blocks, "levels"}:
         raise ExportError(f"{where}: mix is {mix!r}, expected a weight for {', '.join(blocks)} and levels; {FIX}")
     weights = list(mix.values())

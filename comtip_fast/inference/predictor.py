@@ -63,7 +63,7 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
     own = bundle.vectors
     further = None if own is None or given is None else own.extended_by(given)
     if given is not None and further is None and bundle.readout is None:
-        train = "" if bundle.config.readout.kind != "levels" else "train with readout.kind=kernel, or "
+        train = "" if bundle.config.readout.kind != "levels" else "train with readout.kind=auto, or "
         raise ValueError(
             f"gene vectors were given, but the model has no linear readout to use them with; {train}load the model without gene "
             "vectors"

@@ -108,7 +108,7 @@ def linear_readout(task: SyntheticTask, keys: list[str]) -> LinearReadout:
 
     names = settings.block_names(width)
     blocks = {name: {norm: head(name) for norm in ("cp10k", "raw")} for name in names}
-    mix = dict.fromkeys([*names, "levels"], 1 / (len(names) + 1))
+    mix = dict.fromkeys(("cp10k", "raw"), dict.fromkeys([*names, "levels"], 1 / (len(names) + 1)))
     return LinearReadout(settings, [CohortHead(COHORT, known, np.zeros(width), np.ones(width), blocks, mix)])
 
 

@@ -162,7 +162,7 @@ def head(seed: int, cohort: str, keys: list[str], mix: dict[str, float], *, kern
         return NormHead(rng.normal(size=(rows, 3)), rng.normal(size=(3, len(keys))), rng.normal(size=len(keys)), std)
 
     blocks = {b: {norm: part(b) for norm in NORMS} for b in ("vector", "frozen")}
-    return CohortHead(cohort, keys, np.zeros(F), np.ones(F), blocks, mix, maps)
+    return CohortHead(cohort, keys, np.zeros(F), np.ones(F), blocks, dict.fromkeys(NORMS, mix), maps)
 
 
 MIXES = [{"vector": 0.3, "frozen": 0.4, "levels": 0.3}, {"vector": 0.0, "frozen": 0.6, "levels": 0.4}]
@@ -188,8 +188,9 @@ def test_the_base_head_predicts_as_the_readout(cohort: str, kernels: tuple[bool,
     assert same.all()
     for norm in NORMS:
         np.testing.assert_allclose(got[norm], want[norm], atol=1e-5)
-    assert sum(base.mix.values()) == pytest.approx(1)
-    assert all(base.mix[b] > 0 for b in base.blocks)
+    for mix in base.mix.values():
+        assert sum(mix.values()) == pytest.approx(1)
+        assert all(mix[b] > 0 for b in base.blocks)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -207,7 +208,7 @@ def test_a_corrected_head_predicts_the_sum(kernel: bool):
     before, _ = with_head(readout, base).predict(x, keys, "human_breast")
     after, _ = with_head(readout, new).predict(x, keys, "human_breast")
     # The readout's share of the prediction is 1 - levels.
-    difference = (after["cp10k"] - before["cp10k"]) * (1 - base.mix["levels"])
+    difference = (after["cp10k"] - before["cp10k"]) * (1 - base.levels)
     np.testing.assert_allclose(difference[:, columns], added.predict(x[:, :2]), atol=1e-5)
     assert np.abs(difference[:, [0, 2, 3, 5, 7]]).max() < 1e-6
     np.testing.assert_allclose(after["raw"], before["raw"], atol=1e-6)
@@ -215,7 +216,7 @@ def test_a_corrected_head_predicts_the_sum(kernel: bool):
     again = corrected_head(new, columns, {"cp10k": None, "raw": added})
     both, _ = with_head(readout, again).predict(x, keys, "human_breast")
     np.testing.assert_allclose(both["cp10k"], after["cp10k"], atol=1e-6)
-    difference = (both["raw"] - before["raw"]) * (1 - base.mix["levels"])
+    difference = (both["raw"] - before["raw"]) * (1 - base.levels)
     np.testing.assert_allclose(difference[:, columns], added.predict(x[:, :2]), atol=1e-5)
 
 

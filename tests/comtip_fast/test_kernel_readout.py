@@ -31,10 +31,12 @@ def section(seed: int, n: int = 50) -> SectionTable:
     return SectionTable(x, {"cp10k": y, "raw": 2 * y + 1}, np.ones(G, bool))
 
 
-def fit(train: list[SectionTable], *, kernel: bool = True, grid: ReadoutGrid | None = FIXED) -> CohortHead:
+def fit(
+    train: list[SectionTable], *, kinds: tuple[str, ...] = ("kernel",), grid: ReadoutGrid | None = FIXED
+) -> CohortHead:
     scale = np.linspace(0.5, 2, F)
     data = CohortData("human_breast", KEYS, train, [], np.zeros(F), np.ones(F), np.arange(G), scale_F=scale)
-    return fit_cohort(data, SETTINGS, kernel=kernel, grid=grid)
+    return fit_cohort(data, SETTINGS, kinds=kinds, grid=grid)
 
 
 def matern(a: np.ndarray, b: np.ndarray, length: float) -> np.ndarray:
@@ -51,7 +53,7 @@ def block_prediction(head: CohortHead, block: str, x_NF: np.ndarray) -> np.ndarr
 def test_all_spots_as_landmarks_give_kernel_ridge_regression() -> None:
     train, test = [section(1), section(2, 30)], section(3)
     head = fit(train)
-    assert head.mix == {"vector": 0.4, "frozen": 0.4, "levels": 0.2}
+    assert head.mix["cp10k"] == pytest.approx({"vector": 0.4, "frozen": 0.4, "levels": 0.2})
     columns, scale = SETTINGS.columns("frozen", F), np.linspace(0.5, 2, F)
     own, new = (x[:, columns] * scale[columns] for x in (np.concatenate([s.x_NF for s in train]), test.x_NF))
     distance = cdist(own, own)
@@ -104,7 +106,7 @@ def test_kernel_heads_follow_expression_that_is_not_linear_in_the_features() -> 
         predicted = LinearReadout(SETTINGS, [head]).predict(test.x_NF, KEYS)[0]["cp10k"]
         return float(np.mean([np.corrcoef(predicted[:, g], test.y["cp10k"][:, g])[0, 1] for g in range(G)]))
 
-    kernel, linear = pcc(fit(train, grid=None)), pcc(fit(train, kernel=False, grid=None))
+    kernel, linear = pcc(fit(train, grid=None)), pcc(fit(train, kinds=("linear",), grid=None))
     assert kernel > 0.4
     assert kernel > linear + 0.2
 
@@ -141,7 +143,7 @@ def test_kernels_pass_through_arrays_and_header(tmp_path: Path) -> None:
     assert again.heads[0].map_of("vector").linear is False
     for norm in NORMS:
         np.testing.assert_allclose(again.predict(x, KEYS)[0][norm], readout.predict(x, KEYS)[0][norm], atol=1e-4)
-    linear = LinearReadout(SETTINGS, [fit([section(1)], kernel=False)])
+    linear = LinearReadout(SETTINGS, [fit([section(1)], kinds=("linear",))])
     assert not any("kernel" in name for name in linear.to_arrays()[0])
 
 
@@ -158,3 +160,38 @@ def test_joined_heads_have_the_programmes_of_each() -> None:
     alone, same = join(maps[:1], weights[:1])
     assert not alone.linear
     np.testing.assert_array_equal(same, weights[0])
+
+
+def test_each_normalisation_has_the_kind_that_scores_higher_on_validation() -> None:
+    """Here, expression is linear in the features under one normalisation, and a square of them under the other."""
+    weight = np.random.default_rng(9).normal(size=(F, G)) / 3
+
+    def mixed(seed: int) -> SectionTable:
+        one = section(seed, 120)
+        noise = 0.3 * np.random.default_rng(seed + 50).normal(size=(120, G))
+        return SectionTable(one.x_NF, {"cp10k": one.y["cp10k"], "raw": one.x_NF @ weight + noise}, one.measured_G)
+
+    train, valid, test = [mixed(1), mixed(2)], [mixed(3)], mixed(4)
+    data = CohortData("human_breast", KEYS, train, valid, np.zeros(F), np.ones(F), np.arange(G))
+    settings = ReadoutSettings(views=1, radii=(), vector_dim=F)
+    head, kernel, linear = (
+        fit_cohort(data, settings, kinds=k) for k in (("kernel", "linear"), ("kernel",), ("linear",))
+    )
+    assert [head.facts["vector"][norm]["kind"] for norm in NORMS] == ["kernel", "linear"]
+    assert head.map_of("vector").linear
+    assert len(head.map_of("vector").kernels) == 1
+    for norm, alone in (("cp10k", kernel), ("raw", linear)):
+        got, want = (LinearReadout(settings, [h]).predict(test.x_NF, KEYS)[0][norm] for h in (head, alone))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        assert head.facts["vector"][norm]["score"] == alone.facts["vector"][norm]["score"]
+
+
+def test_a_head_of_one_kind_has_no_features_of_the_other() -> None:
+    train, valid = [section(1), section(2)], [section(3)]
+    data = CohortData("human_breast", KEYS, train, valid, np.zeros(F), np.ones(F), np.arange(G))
+    head = fit_cohort(data, ReadoutSettings(views=1, radii=(), vector_dim=F))
+    assert head.facts["vector"]["raw"]["kind"] == "kernel"
+    assert not head.map_of("vector").linear
+    # Without sections to compare kinds on, the first is used.
+    alone = fit([section(1)], kinds=("kernel", "linear"), grid=None)
+    assert {alone.facts[b][norm]["kind"] for b in alone.blocks for norm in NORMS} == {"kernel"}

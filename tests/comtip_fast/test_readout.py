@@ -31,7 +31,15 @@ from comtip_fast.models.readout.features import (
 from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
 from comtip_fast.models.readout.section_statistics import ADJACENT, neighbour_mean, standardise
 from comtip_fast.training.readout import fit as fitting
-from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
+from comtip_fast.training.readout.solve import (
+    KINDS,
+    CohortData,
+    ReadoutGrid,
+    RidgePath,
+    SectionTable,
+    fit_cohort,
+    mixture,
+)
 from comtip_fast.training.task import build_task
 
 F, G = 12, 9
@@ -46,10 +54,10 @@ def fit(
     cohort: str = "human_breast",
     grid: ReadoutGrid | None = None,
     n_donors: int = 1,
-    kernel: bool = False,
+    kinds: tuple[str, ...] = ("linear",),
 ) -> CohortHead:
     data = CohortData(cohort, KEYS, train, valid, np.zeros(F), np.ones(F), np.arange(G), n_donors)
-    return fit_cohort(data, settings, kernel=kernel, grid=grid)
+    return fit_cohort(data, settings, kinds=kinds, grid=grid)
 
 
 def section(seed: int, n: int = 40, measured: np.ndarray | None = None, rank: int = 2) -> SectionTable:
@@ -122,7 +130,7 @@ def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
     assert settings.columns("frozen", F).tolist() == [4, 5, 10, 11]
     train = [section(1), section(2)]
     head = fit(train, [], settings, n_donors=2)
-    assert head.mix == {"vector": 0.25, "frozen": 0.5, "levels": 0.25}
+    assert head.mix["raw"] == pytest.approx({"vector": 0.8 / 3, "frozen": 1.6 / 3, "levels": 0.2})
     readout, x = LinearReadout(settings, [head]), section(3).x_NF
     want = np.zeros((len(x), G))
     for block, weight in (("vector", 1 / 3), ("frozen", 2 / 3)):
@@ -130,7 +138,7 @@ def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
         scores = x[:, settings.columns(block, F)] @ part.weight_FK
         want += weight * (scores @ part.loading_KG * part.std_G + part.mean_G)
     np.testing.assert_allclose(readout.predict(x, KEYS)[0]["cp10k"], want, rtol=1e-4)
-    np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [0.25, 0])
+    np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [0.2, 0])
 
 
 @pytest.mark.parametrize("n", [60, 400])
@@ -159,7 +167,7 @@ def test_the_penalty_weights_features_by_their_scale() -> None:
     scale = np.linspace(0.2, 3, F)
     data = CohortData("human_breast", KEYS, train, [], np.zeros(F), np.ones(F), np.arange(G), scale_F=scale)
     grid = ReadoutGrid(programmes=(2,), alphas=(5.0,))
-    head = fit_cohort(data, settings, kernel=False, grid=grid).blocks["vector"]["cp10k"]
+    head = fit_cohort(data, settings, kinds=["linear"], grid=grid).blocks["vector"]["cp10k"]
     scaled = [replace(s, x_NF=s.x_NF * scale) for s in train]
     want = RidgePath(scaled, "cp10k").fit(2, 5.0)
     np.testing.assert_allclose(head.scores(test.x_NF), want.scores(test.x_NF * scale), rtol=1e-9)
@@ -180,11 +188,13 @@ def test_every_stage_of_the_stem_has_equal_weight_in_the_penalty(bundle: Bundle)
 
 
 def test_the_head_on_learnt_features_can_require_several_donors() -> None:
-    shares = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
-    assert mixture(["vector", "frozen"], 1, 1, shares) == {"vector": 0.25, "frozen": 0.5, "levels": 0.25}
-    assert mixture(["vector", "frozen"], 1, 2, shares) == {"vector": 0.0, "frozen": 2 / 3, "levels": 1 / 3}
-    assert mixture(["vector"], 1, 2, shares) == {"vector": 0.5, "levels": 0.5}
-    assert mixture(["vector", "frozen"], 3, 2, shares)["vector"] == 0.25
+    both = ["vector", "frozen"]
+    assert mixture(both, "kernel", 1, 1) == pytest.approx({"vector": 0.4, "frozen": 0.4, "levels": 0.2})
+    assert mixture(both, "linear", 1, 1) == pytest.approx({"vector": 0.8 / 3, "frozen": 1.6 / 3, "levels": 0.2})
+    for kind in KINDS:
+        assert mixture(both, kind, 1, 2) == pytest.approx({"vector": 0.0, "frozen": 2 / 3, "levels": 1 / 3})
+        assert mixture(["vector"], kind, 1, 2) == pytest.approx({"vector": 2 / 3, "levels": 1 / 3})
+    assert mixture(both, "kernel", 3, 2)["vector"] == pytest.approx(0.4)
 
 
 def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> LinearReadout:
@@ -437,9 +447,11 @@ def test_a_readout_of_version_1_has_its_features(
     blocks = {b: {norm: head(b) for norm in NORMS} for b in settings.block_names(width)}
     mix = {"vector": 0.25, "frozen": 0.75, "levels": 0.0}
     keys = now.readout.heads[0].keys[:3]
-    cohort = CohortHead("human_breast", keys, np.zeros(width), np.ones(width), blocks, mix)
+    cohort = CohortHead("human_breast", keys, np.zeros(width), np.ones(width), blocks, dict.fromkeys(NORMS, mix))
     arrays, header = LinearReadout(settings, [cohort]).to_arrays()
     header |= {"version": 1, "settings": {"views": 1, "context": context, "vector_dim": dim}}
+    header["heads"][0]["mix"] = mix
+    del header["heads"][0]["maps"]
     save_file(arrays, old / READOUT, metadata={"header": json.dumps(header)})
     write_sums(old, (*HASHED, READOUT))
     predictor = Predictor.load(old)

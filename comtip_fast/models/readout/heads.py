@@ -69,17 +69,23 @@ class CohortHead:
     """Standard deviation of the training features, for the same purpose."""
     blocks: dict[str, dict[str, NormHead]]
     """Head of each block of features and, within it, of each normalisation of counts."""
-    mix: dict[str, float]
-    """Weight of each block, and of the prediction from level sentences (``levels``); the sum is 1."""
+    mix: dict[str, dict[str, float]]
+    """Of each normalisation: weight of each block, and of the prediction from level sentences (``levels``), which is the same for all;
+    the sum is 1."""
     maps: dict[str, FeatureMap] = field(default_factory=dict)
     """What the weights of a block multiply; the features themselves for a block without an entry."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Ridge penalty and number of programmes of each block with their scores, and facts about an adaptation."""
 
-    def linear_mix(self) -> dict[str, float]:
+    def head_mix(self, norm: str) -> dict[str, float]:
         """Return the weights of the blocks, rescaled to a sum of 1."""
-        total = sum(self.mix[b] for b in self.blocks)
-        return {b: self.mix[b] / total for b in self.blocks}
+        total = sum(self.mix[norm][b] for b in self.blocks)
+        return {b: self.mix[norm][b] / total for b in self.blocks}
+
+    @property
+    def levels(self) -> float:
+        """Weight of the prediction from level sentences."""
+        return self.mix[NORMS[0]]["levels"]
 
     def map_of(self, block: str) -> FeatureMap:
         """Return what the weights of a block multiply."""
@@ -118,7 +124,7 @@ class LinearReadout:
 
         For each gene, it is the mean over the heads of :meth:`predict` whose ``keys`` contain the gene, or 0 if no head has it.
         """
-        heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
+        heads = [(set(h.keys), h.levels) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
         return np.array([float(np.mean(weights)) if weights else 0.0 for weights in own])
 
@@ -216,7 +222,9 @@ class LinearReadout:
                 for block, stated in h.get("maps", {}).items()
             }
             mean, std = arrays[f"{i}.mean"], arrays[f"{i}.std"]
-            heads.append(CohortHead(h["cohort"], h["keys"], mean, std, blocks, h["mix"], maps, h["facts"]))
+            # Before version 3, the weights were those of both normalisations.
+            mix = h["mix"] if header["version"] >= 3 else dict.fromkeys(NORMS, h["mix"])
+            heads.append(CohortHead(h["cohort"], h["keys"], mean, std, blocks, mix, maps, h["facts"]))
         return cls(ReadoutSettings.of_header(header["settings"]), heads)
 
 
@@ -249,10 +257,11 @@ class ReadoutDecoder:
         values = {norm: np.zeros((len(x_NF), len(self._count))) for norm in NORMS}
         for head, decoders in self._heads:
             x = standardise(x_NF, head.mean_F, head.std_F, section)
-            for block, weight in head.linear_mix().items():
+            for block, norms in head.blocks.items():
                 scores = head.scores(block, x[:, self.settings.columns(block, x.shape[1])])
-                for norm in NORMS:
-                    for columns, mean, std, loading in decoders.of_norm(head.blocks[block][norm], norm):
+                for norm, part in norms.items():
+                    weight = head.head_mix(norm)[block]
+                    for columns, mean, std, loading in decoders.of_norm(part, norm):
                         values[norm][:, columns] += weight * (mean + std * (scores[norm] @ loading))
         return {n: (v / np.maximum(self._count, 1)).astype(np.float32) for n, v in values.items()}
 

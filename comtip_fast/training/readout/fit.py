@@ -23,7 +23,7 @@ from comtip_fast.models.readout.features import BLOCKS, RADII, ReadoutSettings, 
 from comtip_fast.models.readout.heads import LinearReadout
 from comtip_fast.models.readout.section_statistics import standardise
 from comtip_fast.runtime.devices import autocast
-from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_cohort
+from comtip_fast.training.readout.solve import KINDS, CohortData, SectionTable, fit_cohort
 
 log = logging.getLogger("comtip_fast")
 SCORE_GENES = 50
@@ -58,13 +58,12 @@ def fit_readout(
         cohorts.setdefault(shards.cohort_of_section(int(section)), []).append(int(section))
     quota = max(MIN_SPOTS, config.readout.max_spots // max(1, sum(map(len, cohorts.values()))))
     reader = _Reader(model.eval(), shards, loader, readout, quota, config.train.seed, config.train.precision)
+    kinds = KINDS if config.readout.kind == "auto" else (config.readout.kind,)
     for cohort, train in sorted(cohorts.items()):
         data = _cohort_data(reader, tables, cohort, train)
         if data is None:
             continue
-        head = fit_cohort(
-            data, readout.settings, kernel=config.readout.kind == "kernel", min_donors=config.readout.min_donors
-        )
+        head = fit_cohort(data, readout.settings, kinds=kinds, min_donors=config.readout.min_donors)
         readout.heads.append(head)
         n = sum(len(s.x_NF) for s in data.train)
         log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, _choices(head.facts))
@@ -77,13 +76,13 @@ def readout_settings(config: RunConfig) -> ReadoutSettings:
 
 
 def _choices(facts: dict[str, Any]) -> str:
-    """Return the number of programmes and the ridge penalty of every block of features as text for the log."""
+    """Return the kind, the number of programmes and the penalty of every block of features as text for the log."""
     parts = []
     for block in BLOCKS:
         for norm, one in facts.get(block, {}).items():
             score = "not scored" if one["score"] is None else f"PCC {one['score']:.3f}"
             parts.append(
-                f"{block}, {norm}: {one['programmes'] or 'all'} programmes, ridge penalty {one['alpha']:g} ({score})"
+                f"{block}, {norm}: {one['kind']}, {one['programmes'] or 'all'} programmes, penalty {one['alpha']:g} ({score})"
             )
     return "; ".join(parts)
 

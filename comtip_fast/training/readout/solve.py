@@ -13,12 +13,13 @@ import numpy as np
 
 from comtip_fast.models.readout.features import ReadoutSettings
 from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead
-from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
+from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap, join
 
-KERNEL_SHARES = {"vector": 2.0, "frozen": 2.0, "levels": 1.0}
-LINEAR_SHARES = {"vector": 1.0, "frozen": 2.0, "levels": 1.0}
-"""Shares of the heads and of the level sentences in the prediction (docs/ablations.md). Of linear heads, that on frozen features has the
-largest, because that on z transfers worse to another donor."""
+KINDS = ("kernel", "linear")
+"""Kinds of heads: by kernel ridge regression (:mod:`comtip_fast.models.readout.kernel_map`) and by ridge regression on the features."""
+FROZEN_SHARE = {"kernel": 1.0, "linear": 2.0}
+"""Share of the head on frozen features, by the kind of the head on z, whose share is 1. A linear head on z transfers worse to another
+donor (docs/ablations.md)."""
 
 
 @dataclass
@@ -149,16 +150,18 @@ LINEAR_GRID = ReadoutGrid()
 KERNEL_GRID = ReadoutGrid()
 
 
-def mixture(blocks: Sequence[str], n_donors: int, min_donors: int, shares: dict[str, float]) -> dict[str, float]:
+def mixture(blocks: Sequence[str], kind: str, n_donors: int, min_donors: int) -> dict[str, float]:
     """Return the weight of the head on each block of features, and of the prediction from level sentences (``levels``).
 
-    Weights are in proportion to ``shares`` and sum to 1, except that the head on the image vector z (block ``vector``) has
-    weight 0 with fewer than ``min_donors`` training donors, unless z is the only block: z was trained on the expression of the same
-    spots, so this head overfits.
+    With n heads, the level sentences have the weight 1 / (1 + 2 n); the heads have the rest, with the shares of :data:`FROZEN_SHARE`
+    for the ``kind`` of the head on the image vector z (block ``vector``). That head has weight 0 with fewer than ``min_donors``
+    training donors, unless z is the only block: z was trained on the expression of the same spots, so it overfits.
     """
+    share = {b: FROZEN_SHARE[kind] if b == "frozen" else 1.0 for b in blocks}
     used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
-    total = shares["levels"] + sum(shares[b] for b in used)
-    return {b: shares[b] / total if b in used else 0.0 for b in blocks} | {"levels": shares["levels"] / total}
+    levels = 1 / (1 + 2 * len(used))
+    total = sum(share[b] for b in used)
+    return {b: (1 - levels) * share[b] / total if b in used else 0.0 for b in blocks} | {"levels": levels}
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def fit_cohort(
     data: CohortData,
     settings: ReadoutSettings,
     *,
-    kernel: bool = True,
+    kinds: Sequence[str] = KINDS,
     min_donors: int = 1,
     grid: ReadoutGrid | None = None,
 ) -> CohortHead:
@@ -202,8 +205,8 @@ def fit_cohort(
         The sections.
     settings
         Layout of the features.
-    kernel
-        Whether heads are linear in kernel values (:mod:`comtip_fast.models.readout.kernel_map`) instead of the features.
+    kinds
+        Candidates for the kind of a head, of :data:`KINDS`; the one with the highest mean PCC is used, the first without scores.
     min_donors
         Number of training donors that the head on z requires, see :func:`mixture`.
     grid
@@ -212,23 +215,43 @@ def fit_cohort(
     n_features = data.train[0].x_NF.shape[1]
     names = settings.block_names(n_features)
     scale = np.ones(n_features) if data.scale_F is None else data.scale_F
-    blocks: dict[str, dict[str, NormHead]] = {}
+    blocks: dict[str, BlockHeads] = {}
     maps: dict[str, FeatureMap] = {}
     facts: dict[str, Any] = {"donors": data.n_donors, "chosen_on": "val" if data.valid else "train"}
     for block in names:
         columns = settings.columns(block, n_features)
         train, valid = ([replace(s, x_NF=s.x_NF[:, columns]) for s in part] for part in (data.train, data.valid))
         factor = scale[columns].astype(data.train[0].x_NF.dtype)
-        if kernel:
-            maps[block], blocks[block], facts[block] = _fit_kernel(train, valid, factor, data.score_genes, grid)
-        else:
-            blocks[block], facts[block] = _fit_linear(train, valid, factor, data.score_genes, grid)
-    mix = mixture(names, data.n_donors, min_donors, KERNEL_SHARES if kernel else LINEAR_SHARES)
+        fits = {kind: _FIT[kind](train, valid, factor, data.score_genes, grid) for kind in kinds}
+        maps[block], blocks[block], facts[block] = _best_of(fits)
+    kind_of_z = {norm: facts[names[0]][norm]["kind"] for norm in NORMS}
+    mix = {norm: mixture(names, kind_of_z[norm], data.n_donors, min_donors) for norm in NORMS}
     return CohortHead(data.cohort, data.keys, data.mean_F, data.std_F, blocks, mix, maps, facts)
 
 
 BlockHeads = dict[str, NormHead]
 BlockFacts = dict[str, dict[str, Any]]
+BlockFit = tuple[FeatureMap, BlockHeads, BlockFacts]
+"""What the weights of a block's heads multiply, its head of each normalisation, and how that was chosen."""
+
+
+def _best_of(fits: dict[str, BlockFit]) -> BlockFit:
+    """Return the kind with the highest score for each normalisation; features of another kind have the weight 0."""
+    used = {
+        norm: max(fits, key=lambda kind: -1.0 if (score := fits[kind][2][norm]["score"]) is None else score)
+        for norm in NORMS
+    }
+    kinds = [kind for kind in fits if kind in used.values()]
+    facts = {norm: {"kind": kind} | fits[kind][2][norm] for norm, kind in used.items()}
+    heads: BlockHeads = {}
+    for norm, kind in used.items():
+        head = fits[kind][1][norm]
+        weights = [
+            head.weight_FK if other == kind else np.zeros((len(fits[other][1][norm].weight_FK), 0)) for other in kinds
+        ]
+        joined, weight = join([fits[other][0] for other in kinds], weights)
+        heads[norm] = replace(head, weight_FK=weight)
+    return joined, heads, facts
 
 
 def _fit_linear(
@@ -237,11 +260,12 @@ def _fit_linear(
     factor_F: np.ndarray,
     genes: np.ndarray,
     grid: ReadoutGrid | None,
-) -> tuple[BlockHeads, BlockFacts]:
+) -> BlockFit:
     """Return the heads of a block that are linear in its features, whose factors in the penalty are ``factor_F``."""
     train, valid = ([replace(s, x_NF=s.x_NF * factor_F) for s in part] for part in (train, valid))
     heads, facts = _fit_block(train, valid, genes, grid or LINEAR_GRID, per_spot=True)
-    return {n: replace(head, weight_FK=factor_F[:, None] * head.weight_FK) for n, head in heads.items()}, facts
+    heads = {n: replace(head, weight_FK=factor_F[:, None] * head.weight_FK) for n, head in heads.items()}
+    return FeatureMap(), heads, facts
 
 
 def _fit_kernel(
@@ -250,7 +274,7 @@ def _fit_kernel(
     factor_F: np.ndarray,
     genes: np.ndarray,
     grid: ReadoutGrid | None,
-) -> tuple[FeatureMap, BlockHeads, BlockFacts]:
+) -> BlockFit:
     """Return the kernel and the heads of a block that are linear in its values. Expression does not select the landmarks."""
     values = KernelMap.fit(np.concatenate([s.x_NF for s in train]), factor_F)
     whitening = values.whitening()
@@ -258,6 +282,9 @@ def _fit_kernel(
     heads, facts = _fit_block(train, valid, genes, grid or KERNEL_GRID, per_spot=False)
     heads = {n: replace(head, weight_FK=whitening @ head.weight_FK) for n, head in heads.items()}
     return FeatureMap([values], linear=False), heads, facts
+
+
+_FIT = {"kernel": _fit_kernel, "linear": _fit_linear}
 
 
 def _fit_block(
