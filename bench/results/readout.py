@@ -11,8 +11,8 @@ python bench/results/readout.py runs/demo --split test --cohort human_breast --v
 python bench/results/readout.py runs/demo --split test --cohort mouse_main_olfactory_bulb --vectors bulb.safetensors \
     --only mob2k_1,mob2k_2,mob2k_3
 
-Heads are by kernel ridge regression unless a row says otherwise. Each line: mean PCC over the 50 most variable genes / the same with colour and depth regressed out, log1p CP10K, then raw. With several
-runs, the last table has the mean over them.
+Heads are by kernel ridge regression unless a row says otherwise. Each line: mean PCC over the 50 most variable genes / the same with
+colour and depth regressed out, log1p CP10K, then raw. With several runs, the last table has the mean over them.
 """
 
 from __future__ import annotations
