@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardSet
+from comtip_shards.slides.pixel_scale import scale_length
 
 from comtip_fast.evaluation.evaluate import evaluate
-from comtip_fast.evaluation.figures import gene_histogram, scale_length
+from comtip_fast.evaluation.figures import gene_histogram
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.report.page import LABELS, best_baseline
 from comtip_fast.inference import Predictor
