@@ -216,7 +216,7 @@ def test_values_are_coarser_and_then_spots_are_left_out_within_the_bound():
 
 
 def test_the_table_of_genes_counts_towards_the_size_of_the_page(monkeypatch: pytest.MonkeyPatch):
-    """With thousands of genes it is as large as the values, so values that just fit the whole budget must be made coarser."""
+    """With thousands of genes it is as large as the values, so values that just fit the whole budget must become coarser."""
     data = section(side=30, genes=60)
     manifest = SimpleNamespace(sections=[SimpleNamespace(spot_diameter_um=55.0, mpp=1.0)])
     overview = np.full((300, 300, 3), 200, np.uint8), 1.0
