@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from comtip_shards.slides.pixel_scale import scale_length
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ def draw_maps(
         for axis, (title, values, limits, colours) in zip(row, panels, strict=True):
             _draw_image(axis, image if values is None else grey, window, title, bold=values is None)
             if values is None:
-                _scale_bar(axis, mpp, window)
+                scale_bar(axis, mpp, window)
                 continue
             marks = _draw_spots(axis, spots_N2, 1.15 * spot_px, "", array=values, cmap=colours, clim=limits)
             if title != "measured":
@@ -236,12 +237,6 @@ def plain(text: str) -> str:
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
-def scale_length(width_um: float) -> int:
-    """Return the length of a scale bar in um: the largest of 1, 2, 5, 10, ... up to a third of the image's width; at least 1."""
-    steps = [n * 10**k for k in range(5) for n in (1, 2, 5)]
-    return max((s for s in steps if s <= width_um / 3), default=1)
-
-
 def style_axis(axis: Axes, title: str, x: str, y: str) -> None:
     """Set the title and axis labels, and apply the style of the report."""
     axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False)
@@ -299,7 +294,7 @@ def _draw_spots(axis: Axes, spots: np.ndarray, size: float, colour: str, **value
     return marks
 
 
-def _scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]) -> None:
+def scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]) -> None:
     """Draw a scale bar with its length in um at the lower left of ``extent`` (left, right, top, bottom)."""
     left, right, top, bottom = extent
     um = scale_length((right - left) * mpp)

@@ -215,8 +215,9 @@ def scores(result: Evaluation | pd.DataFrame) -> Figure:
     Returns
     -------
     Figure
-        One panel per section, and another one for its unseen genes, if it has scores for them. Lines are 95 % bootstrap intervals over
-        spatial blocks; a section with fewer than 5 blocks has none.
+        One panel per section, and another one for its unseen genes, if it has scores for them; then those of the mean over the sections
+        of a cohort, if it has several. Lines are 95 % bootstrap intervals: over spatial blocks of a section, which needs at least 5 of
+        them, or over the sections.
 
     Raises
     ------
@@ -255,7 +256,7 @@ def scores(result: Evaluation | pd.DataFrame) -> Figure:
 
 def _intervals(result: Evaluation) -> pd.DataFrame:
     """Return the table ``intervals.csv`` of an evaluation; without rows if no section has a gene to show."""
-    parts = [table for data in result.sections if len(table := summaries.intervals(data))]
+    parts = summaries.all_intervals([(data.cohort, summaries.intervals(data)) for data in result.sections])
     return pd.concat(parts) if parts else pd.DataFrame(columns=list(OF_SCORES))
 
 

@@ -18,7 +18,7 @@ from comtip_shards.storage.atomic import write_atomic
 from comtip_fast._version import __version__
 from comtip_fast.adaptation.blocks import BlockSplit, split_blocks
 from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
-from comtip_fast.adaptation.section import AdaptSection, read_section
+from comtip_fast.adaptation.section import AdaptSection, read_section, seen_before
 from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.folds import FOLDS, spatial_folds
 from comtip_fast.evaluation.metrics import score
@@ -158,13 +158,14 @@ def adapt(
     if predictor.bundle.readout is None:
         raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=auto")
     found = read_section(predictor, section, stated_options(facts, pooling, counts), fmt)
+    seen = seen_before(predictor, found.facts)
     chosen = _splits(found, predictor.tile_um, fraction, splits, seed)
     compared = [_compare(predictor, found, s, i) for i, s in enumerate(chosen)]
     table = pd.concat([rows for rows, _ in compared], ignore_index=True)
     fit = chosen[0].fit if fraction < 1 else np.arange(len(found.xy_um))
     scores = dict(zip(found.keys, np.mean([pcc for _, pcc in compared], axis=0).tolist(), strict=True))
-    adapted, corrections = _adapted(predictor, found, fit, scores)
-    record = _record(found, adapted, fraction, chosen[0], fit, corrections)
+    adapted, corrections = _adapted(predictor, found, fit, scores, bool(seen["section_seen_by"]))
+    record = _record(found, adapted, fraction, chosen[0], fit, corrections) | seen
     result = Adaptation(table, record, adapted)
     if out is not None:
         _write(result, found, chosen[0], fit, Path(out))
@@ -288,12 +289,12 @@ def _compare(
 
 
 def _adapted(
-    predictor: Predictor, section: AdaptSection, fit: np.ndarray, scores: dict[str, float]
+    predictor: Predictor, section: AdaptSection, fit: np.ndarray, scores: dict[str, float], seen: bool
 ) -> tuple[Predictor, dict[str, Correction | None]]:
     """Return the model adapted to the spots ``fit``, with a run on the section added to its lineage, and its corrections.
 
-    ``scores`` are the scores of the section's genes in the comparison. Other genes keep the score that the parent has for them, with
-    what it was scored on.
+    ``scores`` are the scores of the section's genes in the comparison, on test spots that are new to the model unless ``seen``. Other genes
+    keep the score that the parent has for them, with what it was scored on.
     """
     parts = [np.arange(len(section.xy_um))]  # at prediction, neighbours are those of the complete section
     fitted = _fit(predictor, section, fit, parts)
@@ -314,7 +315,7 @@ def _adapted(
     }
     head = replace(fitted.head, facts={**fitted.head.facts, **note, "correction": chosen})
     parent = bundle.lineage.own
-    origin = f"test spots of {section.facts.section_id}"
+    origin = f"test spots of {section.facts.section_id}" + (", which training used" if seen else "")
     scored = parent.scores_with_origin() | {key: (score, origin) for key, score in scores.items()}
     own = LineageRun(
         name=name,

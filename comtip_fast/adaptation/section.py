@@ -23,7 +23,7 @@ from comtip_fast.evaluation.train_reference import spot_inputs
 from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.inference.answers import species_of
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
-from comtip_fast.lineage import LineageSection
+from comtip_fast.lineage import LEARNING, LineageSection, names_of_uses
 from comtip_fast.models.readout.features import frozen_columns
 
 log = logging.getLogger("comtip_fast")
@@ -113,6 +113,29 @@ def read_section(
         },
         covariates=np.column_stack([inputs["ridge_colour"]["tile colour"], depth]),
     )
+
+
+def seen_before(predictor: Predictor, section: LineageSection) -> dict[str, list[str] | None]:
+    """Return which runs of the model used a section, or trained on its donor; a warning is logged if a run used the section.
+
+    Returns
+    -------
+    dict
+        ``section_seen_by``, the runs that used the section for training or early stopping, and ``donor_seen_by``, the runs that
+        trained on its donor (:meth:`comtip_fast.lineage.Lineage.runs_that_trained_on`). A value is None if it is unknown, for example
+        because an ancestor was exported without lineage.
+    """
+    (uses,) = predictor.lineage.uses([section])
+    used = names_of_uses(uses, LEARNING)
+    if used:
+        log.warning(
+            "section %s: the model has learnt from it (%s), so its test spots are no new data and the scores of the comparison, also those "
+            "of the unadapted model, are too high; compare on a section that no run used",
+            section.section_id,
+            ", ".join(used),
+        )
+    known = used if used or predictor.lineage.parents_known else None
+    return {"section_seen_by": known, "donor_seen_by": predictor.lineage.runs_that_trained_on(section.donor)}
 
 
 def _ridge_inputs(

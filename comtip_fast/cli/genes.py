@@ -27,7 +27,7 @@ def add_vectors(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "counts",
         nargs="+",
         metavar="COUNTS",
-        help="count matrices of cells or spots: .h5ad, 10x .h5, folder with 10x matrix.mtx, or .tsv(.gz)",
+        help="count matrices of cells or spots: .h5ad, 10x .h5, folder with 10x matrix.mtx, or .tsv or .csv (also .gz)",
     )
     parser.add_argument(
         "--species", choices=("human", "mouse"), help="species of symbols in COUNTS; not needed with Ensembl ids"

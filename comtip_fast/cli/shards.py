@@ -10,6 +10,7 @@ from comtip_shards.builder.build import part_of
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.builder.skipping import OnError, check_policy
 from comtip_shards.builder.tile_choice import choose_tile
+from comtip_shards.format.manifest import REPORTS
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
@@ -207,6 +208,7 @@ def _build(args: argparse.Namespace) -> int:
         on_error=args.on_error,
     )
     print(printable(args.with_options(report.text)))
+    _print_pages(args.out / REPORTS)
     return int(bool(report.skipped))
 
 
@@ -251,6 +253,7 @@ def _merge(args: argparse.Namespace) -> int:
     """Merge shard sets and print the report."""
     report = merge_sets(args.parts, args.out, jobs=args.jobs, progress=True)
     print(printable(args.with_options(report.text)))
+    _print_pages(args.out / REPORTS)
     return 0
 
 
@@ -262,8 +265,14 @@ def _check(args: argparse.Namespace) -> int:
     for report in reports:
         text = "\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])
         print(printable(args.with_options(text)))
-    print(f"pages: {args.out / 'index.html'}")
+    _print_pages(args.out)
     return int(args.strict and any(r.status == "fail" for r in reports))
+
+
+def _print_pages(folder: Path) -> None:
+    """Print where the pages of the checks are, if there are any: a set of an earlier version may have none."""
+    if (folder / "index.html").is_file():
+        print(printable(f"pages of the checks: {folder / 'index.html'}"))
 
 
 def _open(args: argparse.Namespace) -> list[SectionSource]:

@@ -8,9 +8,9 @@ import io
 import numpy as np
 from matplotlib.figure import Figure
 
-from comtip_fast.drawing import draw_histogram, draw_maps, plain, scale_length
+from comtip_fast.drawing import draw_histogram, draw_maps, plain
 
-__all__ = ["as_uri", "gene_histogram", "maps", "plain", "scale_length"]
+__all__ = ["as_uri", "gene_histogram", "maps", "plain"]
 
 
 def as_uri(figure: Figure, dpi: int = 110, kind: str = "png") -> str:

@@ -21,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from comtip_fast.constants import UNS
-from comtip_fast.drawing import plain
+from comtip_fast.drawing import plain, scale_bar
 
 ROWS = 4096
 """Number of rows per read."""
@@ -57,6 +57,8 @@ class Answer:
             facts = ad.io.read_elem(file[f"uns/{UNS}"])
             library = next(iter(ad.io.read_elem(file["uns/spatial"]).values()))
         self.image, self.scale = library["images"]["hires"], float(library["scalefactors"]["tissue_hires_scalef"])
+        self.mpp = float(facts["mpp"]) / self.scale
+        """um per px of the image."""
         self.tile_px = float(facts["tile_um"]) / float(facts["mpp"])
         """Width of a tile in px of the slide."""
 
@@ -120,7 +122,9 @@ def write_overlays(answer: Answer, genes: Sequence[str], folder: Path) -> list[P
     for gene, column in zip(genes, columns, strict=True):
         values = np.concatenate([v[:, 0] for _, v in answer.rows([column])])
         path = folder / names[gene]
-        _draw(answer.image, owner, values, gene, path)
+        figure = _figure(answer.image, owner, values, gene, answer.mpp)
+        with atomic_path(path) as tmp_path:
+            figure.savefig(tmp_path, format="png", metadata={"Software": None})
         written.append(path)
     return written
 
@@ -153,8 +157,8 @@ def _owner(answer: Answer) -> np.ndarray:
     return owner
 
 
-def _draw(image_HW3: np.ndarray, owner_HW: np.ndarray, values_N: np.ndarray, gene: str, path: Path) -> None:
-    """Write the overview with the tiles coloured by the values of one gene, and a colour bar."""
+def _figure(image_HW3: np.ndarray, owner_HW: np.ndarray, values_N: np.ndarray, gene: str, mpp: float) -> Figure:
+    """Draw the overview with the tiles coloured by the values of one gene, a colour bar and a scale bar."""
     low, high = (float(v) for v in np.quantile(values_N, QUANTILES))
     norm, colours = Normalize(low, high if high > low else low + 1e-6, clip=True), colormaps["viridis"]
     picture = np.asarray(image_HW3, np.float32) / 255
@@ -168,8 +172,9 @@ def _draw(image_HW3: np.ndarray, owner_HW: np.ndarray, values_N: np.ndarray, gen
     axes.set_axis_off()
     axes.set_title(plain(gene), parse_math=False)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="log1p counts per 10,000, predicted")
-    with atomic_path(path) as tmp_path:
-        figure.savefig(tmp_path, format="png", metadata={"Software": None})
+    axes.autoscale(False)
+    scale_bar(axes, mpp, (0, width, 0, height))
+    return figure
 
 
 def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,14 @@ from comtip_fast.adaptation import correction as closed_form
 from comtip_fast.adaptation import run as adaptation
 from comtip_fast.adaptation.blocks import split_blocks
 from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
-from comtip_fast.adaptation.section import _ridge_inputs, read_section
+from comtip_fast.adaptation.section import _ridge_inputs, read_section, seen_before
 from comtip_fast.cli import main
 from comtip_fast.evaluation.evaluate import choose_sections, evaluate
 from comtip_fast.evaluation.folds import spatial_folds
 from comtip_fast.evaluation.seen import section_facts
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.lineage import Lineage, LineageRun, LineageSection
 from comtip_fast.models.readout.features import ReadoutSettings
 from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
 from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
@@ -377,6 +379,30 @@ def test_an_adapted_model_is_evaluated_and_adapted_again(adapted: Path, tiny_sha
     assert len(again.predictor.lineage.runs) == len(predictor.lineage.runs) + 1
     assert again.predictor.lineage.own.name == f"{predictor.config.name}, adapted to n2"
     assert [h.cohort for h in again.predictor.bundle.readout.heads] == ["human_breast"]
+
+
+def test_a_section_that_a_run_learnt_from_is_reported(caplog: pytest.LogCaptureFixture):
+    facts = {"dataset": "d", "species": "human", "tissue": "breast"}
+    sections = [
+        LineageSection(section_id=i, donor=donor, split=split, **facts)
+        for i, donor, split in (("t", "a", "train"), ("v", "b", "val"), ("x", "c", "test"))
+    ]
+    predictor = SimpleNamespace(lineage=Lineage(runs=(LineageRun(name="r", sections=tuple(sections)),)))
+    found = [seen_before(predictor, s) for s in sections]  # type: ignore[arg-type]
+    assert [f["section_seen_by"] for f in found] == [["r"], ["r"], []]
+    assert [f["donor_seen_by"] for f in found] == [["r"], [], []]
+    assert [message.split(":")[0] for message in caplog.messages] == ["section t", "section v"]
+    predictor.lineage = replace(predictor.lineage, parents_known=False)
+    assert seen_before(predictor, sections[2]) == {"section_seen_by": None, "donor_seen_by": None}  # type: ignore[arg-type]
+
+
+def test_adapting_again_to_the_same_section_says_that_its_test_spots_are_not_new(adapted: Path, large: ShardSet):
+    own = Predictor.load(adapted).lineage.own.name
+    assert json.loads((adapted / "adaptation.json").read_text())["section_seen_by"] == []
+    again = comtip_fast.adapt(adapted, f"{large.path}:n1", fraction=0.2, splits=1, device="cpu")
+    assert again.facts["section_seen_by"] == again.facts["donor_seen_by"] == [own]
+    scored = again.predictor.lineage.own.scored_on
+    assert scored["human:GAPDH"] == "test spots of n1, which training used"
 
 
 def test_predictions_of_an_adapted_model_have_the_scores_of_the_comparison(

@@ -139,8 +139,15 @@ def test_vectors_equal_a_dense_svd_over_several_sources_and_blocks(tmp_path: Pat
 
 def test_every_format_gives_the_same_vectors(tmp_path: Path) -> None:
     counts = make_counts(50)
+    text = gzip.decompress(write_table(tmp_path / "a.tsv.gz", counts).read_bytes()).decode()
+    (tmp_path / "semicolons.txt").write_text(text.replace("\t", ";"))
+    with gzip.open(tmp_path / "as_r_writes.csv.gz", "wt") as file:
+        header, *rows = text.replace("\t", ",").splitlines()
+        file.write("\n".join([",".join(f'"{name}"' for name in header.split(",")), *rows]) + "\n")
     sources = {
-        "table": write_table(tmp_path / "a.tsv.gz", counts),
+        "table": tmp_path / "a.tsv.gz",
+        "table with semicolons": tmp_path / "semicolons.txt",
+        "table with commas": tmp_path / "as_r_writes.csv.gz",
         "csr": write_h5ad(tmp_path / "b.h5ad", sparse.csr_matrix(counts.astype(np.float32))),
         "csc": write_h5ad(tmp_path / "c.h5ad", sparse.csc_matrix(counts.astype(np.float32))),
         "dense": write_h5ad(tmp_path / "d.h5ad", counts.astype(np.float32)),
@@ -270,10 +277,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
         FileNotFoundError, match=r"none.h5ad: no such file or folder; give a count matrix: an .h5ad, a 10x .h5, a 10x"
     ):
         open_counts(tmp_path / "none.h5ad")
-    commas = tmp_path / "commas.tsv"
-    commas.write_text("id,A,B\nc1,1,2\n")
-    with pytest.raises(SourceError, match="the row after the header has no tab"):
-        open_counts(commas)
+    mixed = tmp_path / "mixed.tsv"
+    mixed.write_text("id\tA\tB\nc1,1,2\n")
+    with pytest.raises(SourceError, match="the separator of the header, a tab, is not in the row after it"):
+        open_counts(mixed)
     latin = tmp_path / "latin.tsv"
     latin.write_bytes("id\té\tb\nc1\t1\t2\n".encode("latin-1"))
     with pytest.raises(SourceError, match="not UTF-8 text"):
@@ -286,7 +293,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="raw counts are needed"):
         gene_vectors([bad], species="human")
     with pytest.raises(SourceError, match="unknown format"):
-        open_counts(write_table(tmp_path / "c.csv", make_counts(4)))
+        open_counts(write_table(tmp_path / "c.xls", make_counts(4)))
     cut = tmp_path / "cut.tsv.gz"
     cut.write_bytes(table.read_bytes()[:-40])
     with pytest.raises(SourceError, match="truncated"):

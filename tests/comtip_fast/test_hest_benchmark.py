@@ -3,6 +3,8 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from comtip_shards.sections.benchmark import BenchmarkSection
 from safetensors.torch import save_file
 from scipy.stats import pearsonr
 from sklearn.decomposition import PCA
@@ -18,12 +21,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from comtip_fast.benchmarks.hest import run as hest_run
-from comtip_fast.benchmarks.hest.folder import H5Patches, read_benchmark
+from comtip_fast.benchmarks.hest.folder import BenchmarkSample, BenchmarkTask, Fold, H5Patches, read_benchmark
 from comtip_fast.benchmarks.hest.recipe import ALPHAS, FoldData, best_alpha, score_fold
 from comtip_fast.benchmarks.hest.run import HestScores, benchmark_hest, seen_in_training
 from comtip_fast.benchmarks.hest.variants import RECIPE, VARIANTS
 from comtip_fast.cli import main
 from comtip_fast.data.tile_sources import TileGeometry
+from comtip_fast.evaluation.encoders import RunEncoder
 from comtip_fast.lineage import Lineage, LineageRun, LineageSection
 from testkit.hest_benchmark import TASKS, write_embeddings, write_hest_benchmark
 
@@ -268,6 +272,36 @@ def test_training_on_the_benchmark_is_reported(folder: Path):
     assert seen_in_training(lineage("hest_s2", "HEST-1k", "d", "val"), tasks) == ["S2"]
     assert seen_in_training(lineage("S1", "x", "d", "test"), tasks) == []
     assert seen_in_training(lineage("other", "x", "d", "train"), tasks) == []
+
+
+def test_all_sections_of_a_donor_that_training_used_are_reported(monkeypatch: pytest.MonkeyPatch):
+    """A patient has up to 15 sections in the benchmark."""
+    listed = {
+        i.lower(): BenchmarkSection("READ", i, "scored", donor, "a list")
+        for i, donor in (
+            ("S1", "Study: patient 1"),
+            ("S2", "Study: Patient  1"),
+            ("S3", "Study: patient 2"),
+            ("S4", "unknown"),
+        )
+    }
+    monkeypatch.setattr(hest_run, "load_benchmark", lambda: listed)
+    samples = tuple(BenchmarkSample("READ", i, Path("p"), Path("e")) for i in ("S1", "S2", "S3", "S4"))
+    tasks = [BenchmarkTask("READ", ("G",), (Fold(0, samples[:2], samples[2:]),))]
+
+    def trained_on(donor: str, parents_known: bool = True) -> Any:
+        facts = {"species": "human", "tissue": "bowel", "split": "train"}
+        run = LineageRun(name="r", sections=(LineageSection(section_id="other", dataset="x", donor=donor, **facts),))
+        encoder = object.__new__(RunEncoder)
+        encoder.predictor = SimpleNamespace(lineage=Lineage(runs=(run,), parents_known=parents_known))
+        encoder.label, encoder.facts = "r", {}
+        return hest_run.encoder_facts(encoder, tasks, False)["trained_on"]
+
+    assert trained_on("study: patient 1") == ["S1", "S2"]
+    assert trained_on("unknown") == []
+    # An export without lineage may have been trained on anything before.
+    assert trained_on("me", parents_known=False) is None
+    assert trained_on("study: patient 2", parents_known=False) == ["S3"]
 
 
 @pytest.mark.parametrize(

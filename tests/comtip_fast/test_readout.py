@@ -232,6 +232,9 @@ def test_unseen_genes_follow_the_genes_that_their_vectors_resemble() -> None:
     strange = GeneVectors(["human:N"], one, np.ones((1, 4), np.float32), one[0, :1])
     with pytest.raises(ValueError, match="contain 0 of the 9 genes of a head of the linear readout"):
         readout.predict(test.x_NF, ["human:N"], vectors=strange)
+    zero = replace(vectors, vector_GK=np.where(np.arange(len(keys))[:, None] < G, 0, vectors.vector_GK))
+    with pytest.raises(ValueError, match=f"gene vectors of all {G} genes of a head .* are 0"):
+        readout.predict(test.x_NF, asked, vectors=zero)
     other = GeneVectors(["mouse:N"], one, np.ones((1, 4), np.float32), one[0, :1])
     assert not readout.predict(test.x_NF, ["mouse:N"], vectors=other)[1].any()
 

@@ -1,17 +1,21 @@
 """The report states how each section was used and how it was scored."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from comtip_shards import ShardSet
+from comtip_shards.slides.pixel_scale import scale_length
 
 from comtip_fast.evaluation.evaluate import evaluate
-from comtip_fast.evaluation.figures import gene_histogram, scale_length
+from comtip_fast.evaluation.figures import gene_histogram
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.report.page import LABELS, best_baseline
 from comtip_fast.inference import Predictor
+from comtip_fast.lineage import LineageVectors
 
 
 def page_of(run: Path, shards: ShardSet, out: Path, sections: list[str], tissue: str | None = None) -> str:
@@ -32,6 +36,13 @@ def test_sections_that_training_used_are_reported(tiny_run: Path, tiny_shards: S
     assert "t1 against chance" in page
     assert "best baseline: <strong>" in page
     assert page.count('src="data:image') >= 2 * 3
+    assert "95 % interval over the 2 sections" in page
+    # Without scripts no tab opens a panel, so none is hidden.
+    panels = re.findall(r'<section role="tabpanel"[^>]*>', page)
+    assert len(panels) == 2
+    assert not any("hidden" in panel for panel in panels)
+    table = pd.read_csv(tmp_path / "intervals.csv")
+    assert set(table["section"]) == {"t1", "v1", "mean of 2 sections of human_breast"}
 
 
 def test_a_platform_that_training_lacks_is_reported(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
@@ -40,7 +51,8 @@ def test_a_platform_that_training_lacks_is_reported(tiny_run: Path, tiny_shards:
     assert {s.platform for s in trained} == {tiny_shards.manifest.sections[0].platform}
     for platform, seen in (("Xenium", False), ("", None)):
         own = tuple(replace(s, platform=platform) for s in trained)
-        predictor.lineage = predictor.lineage.with_own(sections=own)
+        vectors = None if seen is None else LineageVectors(sha256="ab" * 32, licence="CC0", sources=("atlas.h5ad",))
+        predictor.lineage = predictor.lineage.with_own(sections=own, vectors=vectors)
         result = evaluate(predictor, tiny_shards, sections=["x1"], n_null=0)
         entry = result.metrics["sections"]["x1"]
         assert entry["platform_seen_in_training"] is seen
@@ -49,6 +61,7 @@ def test_a_platform_that_training_lacks_is_reported(tiny_run: Path, tiny_shards:
         write_report(None, result, tmp_path / "report.html")
         page = " ".join((tmp_path / "report.html").read_text().split())
         assert ("; platform not in training" in page) == (seen is False)
+        assert ("(SHA-256 abababababababab, licence CC0), computed from atlas.h5ad." in page) == (vectors is not None)
         assert (f"on a platform that is not in the training set ({entry['platform']})" in page) == (seen is False)
 
 

@@ -14,11 +14,13 @@ import pytest
 
 from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K
 from comtip_fast.drawing import calibration_slope, calibration_table, residual_map
+from comtip_fast.evaluation import figures
 from comtip_fast.evaluation.evaluate import SectionData
 from comtip_fast.evaluation.report import payload
 from comtip_fast.evaluation.report.charts import loss_curves, ticks
+from comtip_fast.evaluation.report.page import _StaticImages
 from comtip_fast.evaluation.report.payload import SectionPayload, page_json
-from comtip_fast.evaluation.report.summaries import BLOCKS_PER_SIDE, clusters, intervals
+from comtip_fast.evaluation.report.summaries import BLOCKS_PER_SIDE, all_intervals, clusters, intervals
 from comtip_fast.evaluation.tasks.intervals import spatial_blocks, weighted_pcc
 from comtip_fast.metrics import pcc_per_gene
 from comtip_fast.plots import maps, scores
@@ -86,6 +88,25 @@ def test_intervals_contain_the_score_and_widen_with_blocks():
     weight = np.stack([np.bincount(d, minlength=len(block)) for d in draws]).astype(float)
     single = weighted_pcc(data.measured["cp10k"], data.predicted["cp10k"], weight).mean(1)
     assert wide["high"] - wide["low"] > 1.2 * (np.quantile(single, 0.975) - np.quantile(single, 0.025))
+
+
+def test_means_over_the_sections_of_a_cohort_have_intervals_over_sections():
+    parts = [replace(section(seed, noise=0.2 + seed), section_id=f"s{seed}") for seed in range(4)]
+    alone = replace(section(9), section_id="t", cohort="mouse_brain")
+    del parts[3].baselines["ridge_colour"]
+    tables = [intervals(data) for data in (*parts, alone)]
+    *own, mean = all_intervals([(d.cohort, t) for d, t in zip((*parts, alone), tables, strict=True)])
+    assert len(own) == 5
+    assert set(mean["section"]) == {"mean of 4 sections of human_breast"}, "one section of a cohort has no mean"
+    mean = mean.set_index("predictor")
+    of_model = [t.set_index("predictor").loc["zero_shot", "mean_pcc"] for t in tables[:4]]
+    assert mean.loc["zero_shot", "mean_pcc"] == pytest.approx(np.mean(of_model))
+    assert min(of_model) < mean.loc["zero_shot", "low"] < mean.loc["zero_shot", "mean_pcc"]
+    assert mean.loc["zero_shot", "mean_pcc"] < mean.loc["zero_shot", "high"] < max(of_model)
+    # A method without a score in a section is averaged over the others, and its difference is over these.
+    assert mean["blocks"].to_dict() == {"zero_shot": 4, "ridge_colour": 3}
+    difference = [t.set_index("predictor").loc["ridge_colour", "difference"] for t in tables[:3]]
+    assert mean.loc["ridge_colour", "difference"] == pytest.approx(np.mean(difference))
 
 
 def test_few_blocks_have_no_interval():
@@ -174,7 +195,7 @@ def unpack(data: SectionData, rows: np.ndarray, packed: bytes, ranges: np.ndarra
 
 def test_encoded_values_are_those_of_the_maps_within_a_quantisation_step():
     data = section()
-    rows, packed, ranges = payload._values(data, 1 << 20, 0)
+    (rows, packed), ranges = payload._values(data, 1 << 20, 0), payload._ranges(data)
     got = unpack(data, rows, packed, ranges)
     step = (ranges[1] - ranges[0]) / 255
     for value, found in zip((data.measured, data.predicted), got, strict=True):
@@ -184,14 +205,39 @@ def test_encoded_values_are_those_of_the_maps_within_a_quantisation_step():
 def test_values_are_coarser_and_then_spots_are_left_out_within_the_bound():
     data = section(side=40, genes=8)
     whole = len(payload._values(data, 1 << 30, 0)[1])
-    rows, packed, _ = payload._values(data, int(whole * 4 / 3) - 1, 0)
+    rows, packed = payload._values(data, int(whole * 4 / 3) - 1, 0)
     assert rows.size == 1600
     assert len(packed) < whole
-    rows, packed, ranges = payload._values(data, 4000, 0)
+    (rows, packed), ranges = payload._values(data, 4000, 0), payload._ranges(data)
     assert 50 <= rows.size < 1600
     assert len(packed) * 4 / 3 <= 4000
     got = unpack(data, rows, packed, ranges)[0].T
     assert (np.abs(got - data.measured["cp10k"][rows]) <= 0.51 * (ranges[1] - ranges[0]) / 15).all()
+
+
+def test_the_table_of_genes_counts_towards_the_size_of_the_page(monkeypatch: pytest.MonkeyPatch):
+    """With thousands of genes it is as large as the values, so values that just fit the whole budget must become coarser."""
+    data = section(side=30, genes=60)
+    manifest = SimpleNamespace(sections=[SimpleNamespace(spot_diameter_um=55.0, mpp=1.0)])
+    overview = np.full((300, 300, 3), 200, np.uint8), 1.0
+    shards = SimpleNamespace(section_number=lambda name: 0, manifest=manifest, overview=lambda number: overview)
+    whole = len(payload._base64(payload._values(data, 1 << 30, 0)[1]))
+    monkeypatch.setattr(payload, "VALUES_BYTES", 2 * (whole + 8))
+    entry = payload.section_payload(SimpleNamespace(shards=shards), data, None, 2).data
+    genes = len(json.dumps(entry["genes"], separators=(",", ":")))
+    assert len(entry["values"]) + genes <= whole + 8
+    assert len(entry["values"]) > whole / 2, "no more than necessary is left out"
+
+
+def test_images_of_examples_exceed_their_budget_by_less_than_one(monkeypatch: pytest.MonkeyPatch):
+    manifest = SimpleNamespace(sections=[SimpleNamespace(spot_diameter_um=55.0, mpp=1.0)])
+    shards = SimpleNamespace(
+        section_number=lambda name: 0, manifest=manifest, overview=lambda number: (np.zeros(0), 1.0)
+    )
+    monkeypatch.setattr(figures, "maps", lambda *_: "x" * 400)
+    images, result = _StaticImages(1000), SimpleNamespace(shards=shards)
+    assert [gene for gene, _ in images.draw(result, section(), [4, 0, 2, 1])] == ["G4", "G0", "G2"]
+    assert images.draw(result, section(), [1]) == []
 
 
 def test_the_json_cannot_end_its_script():
@@ -205,7 +251,9 @@ def test_the_json_cannot_end_its_script():
 def test_undefined_scores_are_null_and_positions_fit():
     data = section()
     data.gene_table.loc[0, "pcc"] = np.nan
-    genes = payload._genes(data, payload._values(data, 1 << 20, 0)[2])
+    data.gene_table.loc[1, "seen"] = "held out"
+    genes, seen = payload._genes(data)
+    assert [seen[gene[5]] for gene in genes] == data.gene_table["seen"].tolist()
     assert genes[0][:2] == ["G0", None]
     assert genes[1][1] == pytest.approx(data.pcc[1], abs=1e-4)
     assert base64.b64decode(payload._base64(b"ab")) == b"ab"

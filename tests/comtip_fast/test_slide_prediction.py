@@ -27,7 +27,7 @@ from comtip_fast.cli.predict import _output_names
 from comtip_fast.data.sections import TileGeometry
 from comtip_fast.inference import Predictor
 from comtip_fast.slide_prediction import fit_tiles, pieces, run
-from comtip_fast.slide_prediction.drawings import overlay_names, write_overlays
+from comtip_fast.slide_prediction.drawings import _figure, overlay_names, write_overlays
 from comtip_fast.slide_prediction.grid import tissue_grid
 from comtip_fast.slide_prediction.pieces import Pieces
 from comtip_fast.slide_prediction.tissue import tissue_mask
@@ -350,6 +350,7 @@ def test_overlays_of_genes_that_differ_in_case_or_are_formulas(tmp_path: Path):
     answer = SimpleNamespace(
         image=np.full((20, 30, 3), 200, np.uint8),
         scale=1.0,
+        mpp=2.0,
         tile_px=10.0,
         xy_N2=np.array([[5.0, 5.0], [15, 5]]),
         columns=lambda wanted: [genes.index(g) for g in wanted],
@@ -357,6 +358,14 @@ def test_overlays_of_genes_that_differ_in_case_or_are_formulas(tmp_path: Path):
     )
     written = write_overlays(answer, genes, tmp_path / "overlays")
     assert len(set(written)) == len(list((tmp_path / "overlays").iterdir())) == 4
+
+
+def test_an_overlay_has_a_scale_bar():
+    owner = np.zeros((20, 300), np.int32)
+    axes = _figure(np.full((20, 300, 3), 200, np.uint8), owner, np.ones(1), "CD74", 12.0).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1,000 µm"]
+    assert np.ptp(axes.lines[-1].get_xdata()) * 12.0 == pytest.approx(1000)
+    assert axes.get_xlim() == (-0.5, 299.5)
 
 
 @pytest.mark.parametrize("length", [241, 255, 256])

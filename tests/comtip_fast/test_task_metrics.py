@@ -16,6 +16,7 @@ from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.folds import spatial_folds
 from comtip_fast.evaluation.tasks import retrieval
+from comtip_fast.evaluation.tasks.context import TaskOptions
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.expression import _predicted, _Shuffled, _with_control
 from comtip_fast.evaluation.tasks.gene_sets import (
@@ -40,6 +41,7 @@ from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
 from comtip_fast.evaluation.tasks.retrieval import Ranking, chance, ranks, recall_at
 from comtip_fast.evaluation.tasks.rows import TaskRow, table
+from comtip_fast.evaluation.tasks.space import _agreement_rows
 from comtip_fast.genes.families import families
 from comtip_fast.metrics import mean_pcc
 
@@ -111,6 +113,20 @@ def test_intervals_without_draws_or_with_undefined_draws_are_undefined():
     assert np.isnan(section_interval(np.array([0.3]), 10, seed=0)).all()
     low, high = section_interval(np.array([0.1, 0.2, 0.3]), 500, seed=0)
     assert 0.1 <= low < 0.2 < high <= 0.3
+
+
+def test_intervals_of_agreement_are_around_the_score(rng):
+    """Copies of a spot in a draw agree with each other, so that draws of random clusters are above chance."""
+    xy = grid(10)
+    labels = rng.integers(0, 10, 100).astype(str)
+    weights = block_weights(spatial_blocks(xy), 200, seed=0, section="s")
+    context = SimpleNamespace(options=TaskOptions(n_null=0))
+    section = SimpleNamespace(section_id="s", xy_N2=xy)
+    x, known = rng.normal(size=(100, 4)), np.ones(100, bool)
+    rows = _agreement_rows(context, section, "m", labels, x, known, weights)  # type: ignore[arg-type]
+    assert [r.metric for r in rows] == ["ari", "nmi"]
+    for row in rows:
+        assert row.low < row.value < row.high <= 1, row
 
 
 @pytest.mark.parametrize("side", [4, 8, 12, 20])

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from comtip_fast.cli import main
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import TaskContext, TaskOptions
+from comtip_fast.evaluation.tasks.expression import mean_rows
 from comtip_fast.evaluation.tasks.gene_sets import read_gmt
 from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.rows import TaskRow
@@ -110,6 +112,18 @@ def test_means_over_sections(rows: list[TaskRow]):
     assert mean.value == pytest.approx(np.mean(parts))
     assert min(parts) - 1e-9 <= mean.low <= mean.high <= max(parts) + 1e-9
     assert mean.n == 2
+
+
+def test_sections_of_different_cohorts_are_not_averaged():
+    values = {"b1": 0.2, "b2": 0.4, "m1": 0.9, "m2": 0.7}
+    rows = [TaskRow("probe", s, "m", "pcc_50", v, chance=0.0, shuffled=0.0) for s, v in values.items()]
+    cohort = {s: "human_breast" if s.startswith("b") else "mouse_bulb" for s in values}
+    sections = [SimpleNamespace(section_id=s, cohort=cohort[s]) for s in values]
+    context = SimpleNamespace(sections=sections, options=TaskOptions(n_bootstrap=20))
+    found = {r.section: (round(r.value, 6), r.n) for r in mean_rows(rows, context)}  # type: ignore[arg-type]
+    assert found == {"mean of 2 sections of human_breast": (0.3, 2), "mean of 2 sections of mouse_bulb": (0.8, 2)}
+    alone = SimpleNamespace(sections=sections[:2], options=context.options)
+    assert [r.section for r in mean_rows(rows[:2], alone)] == ["mean of 2 sections"]  # type: ignore[arg-type]
 
 
 def test_retrieval_is_above_chance_and_equals_that_of_training(

@@ -20,6 +20,7 @@ from comtip_shards.qc.page import overlay, pages, ramp
 from comtip_shards.qc.result import FAIL, NOT_APPLICABLE, OK, WARN, Finding, SectionReport, explain, graded
 from comtip_shards.qc.run import _scalefactors, build_context
 from comtip_shards.sections.section import Section
+from comtip_shards.slides.pixel_scale import scale_length
 from comtip_shards.sources import open_source
 from PIL import Image
 from scipy import sparse
@@ -197,6 +198,29 @@ def test_ramp_is_dark_for_few_and_bright_for_many():
     assert colours[0].tolist() == [68, 1, 84]
     assert colours[-1].tolist() == [253, 231, 37]
     assert ramp(np.ones(3)).shape == (3, 3)
+
+
+def test_the_page_states_the_counts_at_the_ends_of_the_colours(tiny: Section):
+    report = check_section(tiny)
+    low, high = np.quantile(np.asarray(tiny.counts.sum(1)).ravel(), [0.02, 0.98])
+    found = report.facts["counts_per_spot"]
+    assert list(found.values()) == pytest.approx([low, high], rel=0.02)
+    caption = re.search(r"Total counts per spot, (\d+) <span.*?</span> (\d+)\n", pages(report)["html"])
+    assert caption is not None
+    assert [int(v) for v in caption.groups()] == list(found.values())
+    for hostile in (None, "text", {"other": 1}):  # an older report, or one that was changed
+        html = pages(replace(report, facts=report.facts | {"counts_per_spot": hostile}))["html"]
+        assert re.search(r"Total counts per spot, few <span.*</span> many\n", html)
+
+
+def test_the_overlay_has_a_scale_bar(tiny: Section):
+    with tiny.open_slide() as slide:
+        context = build_context(tiny, slide, 224.0)
+    pixels = np.asarray(Image.open(io.BytesIO(overlay(context, []))).convert("L"))
+    width_um = pixels.shape[1] * context.mpp * context.picture_HW3.shape[1] / pixels.shape[1]
+    row = pixels[round(0.97 * pixels.shape[0]) - 2] < 40
+    assert row.sum() * width_um / pixels.shape[1] == pytest.approx(scale_length(width_um), rel=0.03)
+    assert row[: len(row) // 2].any()
 
 
 def test_pages_are_self_contained_and_escaped(tiny: Section):

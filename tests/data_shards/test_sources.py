@@ -1,6 +1,7 @@
 """Readers: the values they return, and the error of each bad input. Fixtures are written in the real layouts."""
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,46 @@ def test_legacy_st_without_array_coordinates_needs_a_scale(legacy: Path):
     section = open_source(legacy, overrides=FACTS | {"mpp": 8.0})[0].read()
     assert section.meta.mpp == 8.0
     assert any("not compared with the array" in n for n in section.notes)
+
+
+@pytest.mark.parametrize(
+    ("spots", "platform", "two_k"),
+    [
+        ([(2, 6), (40, 6), (2, 60), (41, 59)], "", True),
+        ([(x, y) for x in range(2, 22) for y in range(2, 22) if (x + y) % 2 == 0], "", True),
+        ([(x, y) for x in range(2, 10) for y in range(2, 10)], "", False),
+        ([(2, 6), (4, 6), (6, 6), (4, 8)], "", False),
+        ([(2, 6), (4, 6), (6, 6), (4, 8)], "ST 2k array", True),
+    ],
+    ids=["beyond 33 x 35", "chessboard", "1k", "few spots", "stated"],
+)
+def test_legacy_st_of_a_2k_array_has_150_um_between_neighbours(
+    legacy: Path, spots: list[tuple[int, int]], platform: str, two_k: bool
+):
+    x, y = np.array(spots).T
+    ids = [f"{a}x{b}" for a, b in spots]
+    counts = pd.DataFrame(np.ones((len(ids), 2), int), index=ids, columns=SYMBOLS[:2])
+    counts.to_csv(legacy / "A1.tsv.gz", sep="\t")
+    pd.DataFrame({"x": x, "y": y, "pixel_x": x * 9.0, "pixel_y": y * 9.0}).to_csv(
+        legacy / "A1_alignment.tsv", sep="\t", index=False
+    )
+    meta = open_source(legacy, overrides=FACTS | {"platform": platform})[0].meta
+    pitch, diameter, neighbours_px = (150, 110, 9 * np.sqrt(2)) if two_k else (200, 100, 9)
+    assert meta.mpp == pytest.approx(pitch / neighbours_px)
+    assert (meta.spot_pitch_um, meta.spot_diameter_um) == (pitch, diameter)
+    assert ("2k" in meta.platform) == two_k
+
+
+@pytest.mark.parametrize("name", ["A1_HE.png", "A1_crop_h&e.png", "A1-he.png"])
+def test_legacy_st_prefers_the_image_called_he_and_names_the_others(legacy: Path, name: str):
+    (legacy / "A1_HE.png").rename(legacy / name.replace("A1-", "A1_x-"))
+    Image.new("RGB", (640, 680)).save(legacy / "A1_Annotated.png")
+    source = open_source(legacy, overrides=FACTS)[0]
+    assert source.inputs[0].name.lower().replace("&", "").endswith("he.png")
+    assert any(re.search(r"was taken as the image, not A1_Annotated\.png; `image`", n) for n in source.read().notes)
+    source = open_source(legacy, overrides=FACTS | {"image": str(legacy / "A1_Annotated.png")})[0]
+    assert source.inputs[0].name == "A1_Annotated.png"
+    assert not any("was taken as the image" in n for n in source.read().notes)
 
 
 def test_legacy_st_asks_for_what_it_cannot_know(legacy: Path):

@@ -61,7 +61,10 @@ def test_the_scale_may_be_stated(folder: Path):
 
 def test_a_radius_that_contradicts_the_spacing_is_refused(folder: Path):
     write_slide(folder, replace(ST, drawn_um=30.0))
-    with pytest.raises(SourceError, match=r"A1_coord\.csv: the spot pitch is 50\.0 px and r is 3\.8 px.*set `mpp`"):
+    with pytest.raises(
+        SourceError,
+        match=r"A1_coord\.csv: the spot pitch is 50\.0 px and r is 3\.8 px.*set `mpp` \(to 3 if this is a 2k",
+    ):
         read(folder)
 
 

@@ -344,6 +344,19 @@ def test_a_dry_run_of_one_source_needs_no_table(tiny_source: Path, tmp_path: Pat
     assert "line 1" not in out
 
 
+def test_a_dry_run_shows_the_donor_and_says_if_it_is_missing(sources: Path, tmp_path: Path, capsys):
+    path = sources / "b/manifest.tsv"
+    frame = pd.read_csv(path, sep="\t", dtype=str).assign(donor="")
+    frame.to_csv(path, sep="\t", index=False)
+    assert dry_run(table(sources, "path,split\na,train\nb,test\n"), tmp_path / "set") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^sa: .*, donor da, split train;", out, re.MULTILINE)
+    assert re.search(r"^sb: .*, donor \?, split test;", out, re.MULTILINE)
+    assert re.search(r"^1 of 2 sections: the donor is not stated, .* set --donor, or", out, re.MULTILINE)
+    assert dry_run(table(sources, "path,split\na,train\n"), tmp_path / "set") == 0
+    assert "is not stated" not in capsys.readouterr().out
+
+
 def dry_run(study: Path, out: Path, *options: str) -> int:
     return main(["shards", "build", str(study), "--out", str(out), *TILE, "--dry-run", *options])
 

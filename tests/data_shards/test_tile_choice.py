@@ -73,7 +73,11 @@ def test_a_build_without_options_keeps_what_the_image_has(tmp_path: Path, capsys
     assert main(["shards", "build", str(source), "--out", str(tmp_path / "set")]) == 0
     tile = ShardSet(tmp_path / "set").manifest.tile
     assert (tile.px, tile.um, tile.min_mpp) == (64, 112.0, 2.0)
-    assert "blurred" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "blurred" not in out
+    pages = tmp_path / "set" / "report" / "index.html"
+    assert f"pages of the checks: {pages}\n" in out
+    assert pages.is_file()
     other = write_tiny_source(tmp_path / "two", [TinySection("coarse", "e", "train")], seed=1).parent  # 5 um per px
     sources = [*open_source(source), *open_source(other)]
     report = build_shards(sources, tmp_path / "both")

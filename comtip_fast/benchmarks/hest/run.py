@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from comtip_shards.sections.benchmark import BenchmarkSection, benchmark_of, load_benchmark
+from comtip_shards.sections.splits import donor_name
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.benchmarks.hest.folder import (
@@ -245,7 +246,14 @@ def encoder_facts(
         return {"kind": "embeddings", "trained_on": None}
     if not isinstance(encoder, RunEncoder):
         return encoder.facts | {"trained_on": None}
-    seen = seen_in_training(encoder.predictor.lineage, tasks)
+    lineage = encoder.predictor.lineage
+    seen = seen_in_training(lineage, tasks)
+    if not seen and not lineage.parents_known:
+        log.warning(
+            "%s was exported without lineage, so it is unknown whether it was trained on sections or donors of the benchmark",
+            encoder.label,
+        )
+        return encoder.facts | {"whole_patch": whole_patch, "trained_on": None}
     if seen:
         log.warning(
             "training or early stopping of %s used sections or donors of the benchmark: %s; its scores are not on unseen data",
@@ -258,17 +266,15 @@ def encoder_facts(
 def seen_in_training(lineage: Lineage, tasks: Sequence[BenchmarkTask]) -> list[str]:
     """Return the ids of the benchmark sections that a run of the lineage used for training or early stopping, or whose donor it used."""
     ids = {i.lower(): BenchmarkSection(t.name, i, "scored", "", "the folder") for t in tasks for i in t.samples()}
-    donors = {_folded(s.donor): s.id for k, s in load_benchmark().items() if s.donor and k in ids}
-    found = set()
+    of_donor: dict[str, set[str]] = {}  # a donor may have several sections in the benchmark
+    for key, listed in load_benchmark().items():
+        if donor_name(listed.donor) and key in ids:
+            of_donor.setdefault(donor_name(listed.donor), set()).add(ids[key].id)
+    found: set[str] = set()
     for run in lineage.runs:
         for section in run.sections:
             if section.split in LEARNING:
                 hit = benchmark_of(section, ids)
                 found |= {hit.id} if hit else set()
-                found |= {donors[_folded(section.donor)]} if _folded(section.donor) in donors else set()
+                found |= of_donor.get(donor_name(section.donor), set())
     return sorted(found)
-
-
-def _folded(donor: str) -> str:
-    """Return a donor's name in lower case without white space, for comparison."""
-    return "".join(donor.split()).lower()

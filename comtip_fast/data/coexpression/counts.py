@@ -35,7 +35,7 @@ from scipy import sparse
 BLOCK_ROWS = 4096
 TABLE_ROWS = 256
 """Number of rows of a text table that are parsed at once; they are dense, with 8 bytes per gene."""
-ACCEPTED = "an .h5ad, a 10x .h5, a 10x folder with matrix.mtx, or a .tsv(.gz) of spots x genes"
+ACCEPTED = "an .h5ad, a 10x .h5, a 10x folder with matrix.mtx, or a .tsv or .csv of spots x genes, also as .gz"
 """Accepted formats, for messages."""
 
 
@@ -86,7 +86,7 @@ def open_counts(path: str | Path) -> CountSource:
     ----------
     path
         ``.h5ad``, a 10x ``.h5``, a folder with a 10x matrix (see :func:`comtip_shards.sources.tenx.run.find_matrix_of`), or a
-        tab-separated table (``.tsv``, ``.txt``, also ``.gz``) of spots x genes with a header and an id column.
+        table (``.tsv``, ``.csv``, ``.txt``, also ``.gz``) of spots x genes with a header and an id column.
 
     Raises
     ------
@@ -115,8 +115,11 @@ def species_of(genes: list[str]) -> str | None:
     return best if votes[best] else None
 
 
+_SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+
+
 class _Table:
-    """A tab-separated text table, read row by row."""
+    """A text table separated by tabs, commas or semicolons, read row by row."""
 
     @staticmethod
     def files(path: Path) -> tuple[Path, ...]:
@@ -124,31 +127,40 @@ class _Table:
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
+        genes, _ = _Table._header(path)
+        return genes, [""] * len(genes)
+
+    @staticmethod
+    def _header(path: Path) -> tuple[list[str], str]:
+        """Return (genes, separator): tab, or in a header without one the most frequent of comma and semicolon."""
         with _explained(path), _text(path) as file:
-            names = [n.strip().strip('"') for n in file.readline(MAX_LINE).rstrip("\r\n").split("\t")]
-            columns = file.readline(MAX_LINE).rstrip("\r\n").count("\t")
+            header, first = (file.readline(MAX_LINE).rstrip("\r\n") for _ in range(2))
+        sep = "\t" if "\t" in header else max(_SEPARATORS, key=header.count)
+        names = [n.strip().strip('"') for n in header.split(sep)]
+        columns = first.count(sep)
         if columns < 1:
             raise SourceError(
-                f"{path}: the row after the header has no tab; give a tab-separated table of spots x genes with a header"
+                f"{path}: the separator of the header, {_SEPARATORS[sep]}, is not in the row after it; give a table of spots x "
+                "genes with one separator and a header"
             )
         # R omits the name of the id column, other writers include it.
         genes = names[1:] if len(names) == columns + 1 else names
         if len(genes) != columns:
             raise SourceError(
-                f"{path}: {len(names)} names in the header, but {columns + 1} columns in the first row; give a tab-separated table "
-                "of spots x genes"
+                f"{path}: {len(names)} names in the header, but {columns + 1} columns in the first row; give a table of spots x "
+                "genes"
             )
-        return genes, [""] * len(genes)
+        return genes, sep
 
     @staticmethod
     def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
-        n_genes = len(_Table.genes(path)[0])
+        genes, sep = _Table._header(path)
         rows: list[np.ndarray] = []
         with _explained(path), _text(path) as file:
             file.readline(MAX_LINE)
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), start=2):
                 if line.strip():
-                    rows.append(_row(line, n_genes, path, number))
+                    rows.append(_row(line, sep, len(genes), path, number))
                 if len(rows) == TABLE_ROWS:
                     yield sparse.csr_matrix(np.stack(rows))
                     rows = []
@@ -156,9 +168,9 @@ class _Table:
             yield sparse.csr_matrix(np.stack(rows))
 
 
-def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
+def _row(line: str, sep: str, n_genes: int, path: Path, number: int) -> np.ndarray:
     """Return the counts of a line of a table, float64 (genes,); raise SourceError for other contents."""
-    cells = line.rstrip("\r\n").split("\t")[1:]
+    cells = line.rstrip("\r\n").split(sep)[1:]
     try:
         values = np.array(cells, np.float64)
     except ValueError as error:
@@ -303,6 +315,6 @@ def _reader(path: Path) -> Any:
         return _AnnData
     if name.endswith(".h5"):
         return _Tenx
-    if name.endswith((".tsv", ".tsv.gz", ".txt.gz", ".txt")):
+    if name.removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
         return _Table
     raise SourceError(f"{path}: unknown format; give {ACCEPTED}")

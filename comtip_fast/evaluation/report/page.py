@@ -19,7 +19,14 @@ from comtip_fast.evaluation import figures
 from comtip_fast.evaluation.evaluate import Evaluation, SectionData, predictors_of
 from comtip_fast.evaluation.report import charts
 from comtip_fast.evaluation.report.payload import page_json, section_payload
-from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals, ranked_genes
+from comtip_fast.evaluation.report.summaries import (
+    all_intervals,
+    calibration_rows,
+    clusters,
+    intervals,
+    mean_intervals,
+    ranked_genes,
+)
 from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
 from comtip_fast.evaluation.scoring import UNSEEN
 from comtip_fast.lineage import LineageSection, same_sections
@@ -72,7 +79,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
     sections = {d.section_id: _section(result, d, static) for d in result.sections}
     tables = {
         SCORES: score_table(result),
-        INTERVALS: _joined([s["intervals"] for s in sections.values() if len(s["intervals"])]),
+        INTERVALS: _joined(all_intervals([(d.cohort, sections[d.section_id]["intervals"]) for d in result.sections])),
         CALIBRATION: pd.concat([s["calibration"] for s in sections.values()], ignore_index=True),
         CLUSTERS: _joined([s["clusters"][0].drop(columns="row") for s in sections.values() if s["clusters"]]),
     }
@@ -135,6 +142,9 @@ def _training(result: Evaluation) -> dict[str, Any]:
         "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and donor_name(s["donor"]) in donors],
         "runs": lineage.labels(),
         "parents_known": lineage.parents_known,
+        "vectors": [
+            (n, r.vectors) for n, r in zip(lineage.labels(), lineage.runs, strict=True) if r.vectors is not None
+        ],
         "n_trained": len(predictor.trained_genes),
         "n_held_out": len(predictor.held_out_genes),
         "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
@@ -155,8 +165,9 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
     for cohort, entry in result.metrics["cohorts"].items():
         own = [sections[d.section_id] for d in result.sections if d.cohort == cohort]
         title = cohort.replace("_", " ")
-        # Whiskers belong to one section: the mean over several sections has no interval here.
-        spans = own[0]["intervals"] if len(own) == 1 else own[0]["intervals"].iloc[:0]
+        # A bar is the mean over the sections: with several, its whisker is that of a bootstrap over sections.
+        tables = [s["intervals"] for s in own]
+        spans = tables[0] if len(own) == 1 else mean_intervals(tables, cohort)
         out.append(
             {
                 "title": title,
@@ -217,12 +228,14 @@ class _StaticImages:
         self.left = budget
 
     def draw(self, result: Evaluation, data: SectionData, indices: list[int]) -> list[tuple[str, str]]:
-        """Return (symbol, data URI) of each of the genes ``indices``; an empty list if earlier calls have used up the budget."""
+        """Return (symbol, data URI) of the genes ``indices`` in their order; of fewer or none once the budget is used up."""
         number = result.shards.section_number(data.section_id)
         meta = result.shards.manifest.sections[number]
         overview, mpp = result.shards.overview(number)
         symbols, out = data.gene_table["gene"].tolist(), []
-        for i in indices if self.left > 0 else []:
+        for i in indices:
+            if self.left <= 0:
+                break
             measured, predicted = data.measured["cp10k"][:, i], data.predicted["cp10k"][:, i]
             gene = (symbols[i], measured, predicted, float(data.pcc[i]))
             uri = figures.maps(overview, mpp, meta.mpp, data.xy, meta.spot_diameter_um, [gene])
@@ -237,6 +250,7 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
     found = clusters(result, data)
     calibration, slopes = calibration_rows(data)
     payload = section_payload(result, data, found[0] if found else None, len(result.sections))
+    examples, unseen = _examples(data), _unseen_examples(data)
     title = f"{data.section_id}: {data.panel.size} panel genes"
     return {
         "id": data.section_id,
@@ -245,8 +259,9 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
         "payload": payload,
         "n_spots": len(data.xy),
         "n_genes": len(data.keys),
-        "static": static.draw(result, data, _examples(data)),
-        "static_unseen": static.draw(result, data, _unseen_examples(data)),
+        "static": static.draw(result, data, examples),
+        "static_unseen": static.draw(result, data, unseen),
+        "examples": (len(examples), len(unseen)),
         "histogram": charts.gene_histogram(data.pcc[data.panel], data.null_pcc, title),
         "ranked": _ranked(data),
         "intervals": intervals(data),

@@ -21,7 +21,8 @@ from comtip_fast.evaluation.evaluate import Evaluation, SectionData
 from comtip_fast.metrics import finite_or_none
 
 VALUES_BYTES = 9 << 19
-"""Intended size of the encoded values of all sections, 4.5 MiB, so that the page with all its images stays below 8 MB."""
+"""Intended size of the tables of genes and the encoded values of all sections, 4.5 MiB, so that the page with all its images stays
+below 8 MB."""
 IMAGE_BYTES = 1 << 20
 """Intended size of the H&E images of all sections, encoded."""
 IMAGE_PX, MIN_IMAGE_PX = 900, 160
@@ -65,7 +66,8 @@ def section_payload(
     diameter = meta.spot_diameter_um / mpp
     spots = data.xy * meta.mpp / mpp
     image, offset, scale = _crop(overview, spots, 3 * diameter, IMAGE_BYTES // n_sections)
-    rows, values, quantised = _values(data, VALUES_BYTES // n_sections, seed)
+    genes, seen = _genes(data)
+    rows, values = _values(data, VALUES_BYTES // n_sections - len(json.dumps(genes, separators=(",", ":"))), seed)
     xy = np.clip((spots[rows] - offset) * scale * SUB_PX, 0, 65535).round().astype("<u2")
     entry = {
         "id": plain(data.section_id),
@@ -75,7 +77,8 @@ def section_payload(
         "radius": diameter * scale * 0.56 * float(np.sqrt(data.xy.shape[0] / rows.size)),
         "um": mpp / scale,
         "values": _base64(values),
-        "genes": _genes(data, quantised),
+        "genes": genes,
+        "seen": seen,
         "labels": None if labels is None else _labels(labels, rows, len(data.xy)),
     }
     return SectionPayload(_as_jpeg(image), entry, int(rows.size))
@@ -94,24 +97,29 @@ def page_json(payloads: list[SectionPayload]) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _values(data: SectionData, budget: int, seed: int) -> tuple[np.ndarray, bytes, np.ndarray]:
-    """Return (rows of the drawn spots, compressed uint8 values, range of each gene (2, G)).
+def _ranges(data: SectionData) -> np.ndarray:
+    """Return the lowest and highest value of each gene in both maps, (2, G); they differ."""
+    measured, predicted = data.measured["cp10k"], data.predicted["cp10k"]
+    low = np.minimum(measured.min(0), predicted.min(0))
+    return np.stack([low, np.maximum(np.maximum(measured.max(0), predicted.max(0)), low + 1e-6)])
+
+
+def _values(data: SectionData, budget: int, seed: int) -> tuple[np.ndarray, bytes]:
+    """Return the rows of the drawn spots, and the compressed uint8 values: shares of :func:`_ranges`.
 
     Of :func:`_candidates`, the first whose encoded values fit ``budget`` bytes is used, or the last if none fits.
     """
-    measured, predicted = data.measured["cp10k"], data.predicted["cp10k"]
-    low = np.minimum(measured.min(0), predicted.min(0))
-    high = np.maximum(np.maximum(measured.max(0), predicted.max(0)), low + 1e-6)
-    for rows, levels in _candidates(len(measured), data.section_id, seed):
+    low, high = _ranges(data)
+    for rows, levels in _candidates(len(data.xy), data.section_id, seed):
         steps = np.empty((2, low.size, rows.size), np.uint8)
-        for out, values in zip(steps, (measured, predicted), strict=True):
+        for out, values in zip(steps, (data.measured["cp10k"], data.predicted["cp10k"]), strict=True):
             for gene in range(low.size):
                 share = (values[rows, gene] - low[gene]) / (high[gene] - low[gene])
                 out[gene] = np.rint(np.rint(share * levels) * (255 / levels))
         packed = zlib.compress(steps.tobytes(), 9)
         if len(packed) * 4 / 3 <= budget:
             break
-    return rows, packed, np.stack([low, high])
+    return rows, packed
 
 
 def _candidates(n: int, section: str, seed: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -125,18 +133,23 @@ def _candidates(n: int, section: str, seed: int) -> Iterator[tuple[np.ndarray, i
         keep //= 2
 
 
-def _genes(data: SectionData, ranges: np.ndarray) -> list[list[Any]]:
-    """Return a row per gene: symbol, scores, how it was seen in training, and the full and the drawn range of its values."""
-    table = data.gene_table
+def _genes(data: SectionData) -> tuple[list[list[Any]], list[str]]:
+    """Return a row per gene, and the texts that rows refer to.
+
+    A row has symbol, scores, the index of the text that says how the gene was seen in training, and the full and the drawn range of the
+    gene's values.
+    """
+    table, ranges = data.gene_table, _ranges(data)
     both = np.concatenate([data.measured["cp10k"], data.predicted["cp10k"]])
     low, high = np.percentile(both, [1, 99], axis=0) if both.size else (ranges[0], ranges[1])
     columns = ("pcc", "pcc_partial", "null_p", "detection")
+    seen, code = np.unique(table["seen"].astype(str).to_numpy(str), return_inverse=True)
     out: list[list[Any]] = []
     for i, row in enumerate(table.to_dict("records")):
         drawn = (float(low[i]), float(max(high[i], low[i] + 1e-6)))
         numbers = [float(f"{v:.4g}") for v in (*ranges[:, i].tolist(), *drawn)]
-        out.append([plain(str(row["gene"])), *(_rounded(row[c]) for c in columns), plain(str(row["seen"])), *numbers])
-    return out
+        out.append([plain(str(row["gene"])), *(_rounded(row[c]) for c in columns), int(code[i]), *numbers])
+    return out, [plain(text) for text in seen.tolist()]
 
 
 def _rounded(value: float) -> float | None:

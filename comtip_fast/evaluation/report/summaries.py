@@ -5,6 +5,8 @@ Shapes: N spots, G genes, D draws.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -12,11 +14,30 @@ from comtip_fast.drawing import calibration_slope, calibration_table
 from comtip_fast.evaluation.evaluate import Evaluation, SectionData
 from comtip_fast.evaluation.scoring import N_HVG, UNSEEN
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
-from comtip_fast.evaluation.tasks.intervals import block_weights, interval, spatial_blocks, weighted_pcc
+from comtip_fast.evaluation.tasks.intervals import (
+    block_weights,
+    interval,
+    section_interval,
+    spatial_blocks,
+    weighted_pcc,
+)
 from comtip_fast.metrics import pcc_per_gene
 
 DRAWS, BLOCKS_PER_SIDE = 500, 6
 """Draws of the bootstrap, and blocks along the longer side of a section."""
+INTERVAL_COLUMNS = (
+    "section",
+    "predictor",
+    "mean_pcc",
+    "low",
+    "high",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "blocks",
+    "genes",
+)
+"""Columns of ``intervals.csv``."""
 RANKED = 8
 """Number of genes in each of the lists of best, median and worst genes."""
 MIN_LABELLED, MAX_CLUSTERS = 30, 20
@@ -61,8 +82,51 @@ def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
             ends, of_difference = interval(draws), interval(model[1] - draws)
             counts = (n_blocks, int(known.sum()))
             rows.append((data.section_id, name, point, *ends, model[0] - point, *of_difference, *counts))
-    names = ["section", "predictor", "mean_pcc", "low", "high", "difference", "difference_low", "difference_high"]
-    return pd.DataFrame(rows, columns=[*names, "blocks", "genes"])
+    return pd.DataFrame(rows, columns=list(INTERVAL_COLUMNS))
+
+
+def mean_intervals(tables: Sequence[pd.DataFrame], title: str, seed: int = 0) -> pd.DataFrame:
+    """Return 95 % intervals of the mean over the sections of a cohort, by a bootstrap over its sections.
+
+    Parameters
+    ----------
+    tables
+        Tables of :func:`intervals`, one per section of the cohort.
+    title
+        Value of the column ``section``.
+    seed
+        Seed of the bootstrap; all predictors with scores in the same sections have the same draws.
+
+    Returns
+    -------
+    DataFrame
+        One row for each predictor with scores in at least two sections, with the columns of :func:`intervals`: ``blocks`` is the number
+        of these sections, which are the units that are drawn, and ``genes`` the sum over them. With few sections the intervals are too
+        narrow.
+    """
+    if not any(len(table) for table in tables):
+        return pd.DataFrame(columns=list(INTERVAL_COLUMNS))
+    every = pd.concat([table for table in tables if len(table)], ignore_index=True)
+    rows = []
+    for name, own in every.groupby("predictor", sort=False):
+        if len(own) > 1:
+            score, difference = own["mean_pcc"].to_numpy(), own["difference"].to_numpy()
+            ends, of_difference = (section_interval(v, DRAWS, seed=seed) for v in (score, difference))
+            means = (float(score.mean()), *ends, float(difference.mean()), *of_difference)
+            rows.append((title, name, *means, len(own), int(own["genes"].sum())))
+    return pd.DataFrame(rows, columns=list(INTERVAL_COLUMNS))
+
+
+def all_intervals(sections: Sequence[tuple[str, pd.DataFrame]]) -> list[pd.DataFrame]:
+    """Return the tables of ``intervals.csv``, without empty ones: those of the sections, then the means over several of a cohort.
+
+    ``sections`` has the cohort and the table of :func:`intervals` of every section.
+    """
+    tables = [table for _, table in sections]
+    for cohort in dict.fromkeys(cohort for cohort, _ in sections):
+        own = [table for name, table in sections if name == cohort]
+        tables.append(mean_intervals(own, f"mean of {len(own)} sections of {cohort}"))
+    return [table for table in tables if len(table)]
 
 
 def _means(measured: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:

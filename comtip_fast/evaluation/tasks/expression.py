@@ -262,17 +262,22 @@ def _expression_rows(
 
 
 def mean_rows(rows: list[TaskRow], context: TaskContext) -> list[TaskRow]:
-    """Return a row for each task, method and metric with several sections: the mean over sections, with an interval."""
-    groups: dict[tuple[str, str, str], list[TaskRow]] = {}
+    """Return a row for each task, cohort, method and metric with several sections: the mean over sections, with an interval.
+
+    Sections of different cohorts are not averaged: a mean over organs or species is that of no tissue.
+    """
+    cohort_of = {s.section_id: s.cohort for s in context.sections}
+    several = len(set(cohort_of.values())) > 1
+    groups: dict[tuple[str, str, str, str], list[TaskRow]] = {}
     for row in rows:
-        groups.setdefault((row.task, row.method, row.metric), []).append(row)
+        groups.setdefault((row.task, cohort_of[row.section], row.method, row.metric), []).append(row)
     out = []
-    for (task, method, metric), own in groups.items():
+    for (task, cohort, method, metric), own in groups.items():
         if len(own) > 1:
             values = np.array([r.value for r in own])
             low, high = section_interval(values, context.options.n_bootstrap, seed=context.options.seed)
             chance, shuffled = (float(np.mean([getattr(r, k) for r in own])) for k in ("chance", "shuffled"))
-            name = f"mean of {len(own)} sections"
+            name = f"mean of {len(own)} sections" + (f" of {cohort}" if several else "")
             out.append(TaskRow(task, name, method, metric, float(values.mean()), low, high, chance, shuffled, len(own)))
     return out
 

@@ -80,10 +80,22 @@ def weighted_pcc(a_NG: np.ndarray, b_NG: np.ndarray, weights_DN: np.ndarray) -> 
     return out
 
 
-def resampled(statistic: Callable[[np.ndarray], float], weights_DN: np.ndarray) -> Interval:
-    """Return the bootstrap interval of ``statistic``, which is called with the indices of the drawn spots, with repeats."""
+def resampled(statistic: Callable[[np.ndarray], float], weights_DN: np.ndarray, value: float | None = None) -> Interval:
+    """Return the bootstrap interval of a statistic.
+
+    Parameters
+    ----------
+    statistic
+        Called with the indices of the drawn spots, with repeats.
+    weights_DN
+        From :func:`block_weights`.
+    value
+        If given, the draws are shifted so that their mean is this value, the statistic of all spots. The draws of a statistic of pairs
+        are too high: copies of a spot are always in the same cluster and have the same label.
+    """
     index = np.arange(weights_DN.shape[1])
-    return interval(np.array([statistic(np.repeat(index, w.astype(np.int64))) for w in weights_DN]))
+    draws = np.array([statistic(np.repeat(index, w.astype(np.int64))) for w in weights_DN])
+    return interval(draws if value is None or not draws.size else draws - draws.mean() + value)
 
 
 def section_interval(values_S: np.ndarray, n_draws: int, *, seed: int) -> Interval:

@@ -25,7 +25,8 @@ class TaskRow:
 
     task: str
     section: str
-    """Section id, ``mean of N sections``, ``all of COHORT``, or empty if no section is involved."""
+    """Section id, ``mean of N sections`` (followed by ``of COHORT`` if several cohorts are scored), ``all of COHORT``, or empty if no
+    section is involved."""
     method: str
     metric: str
     value: float

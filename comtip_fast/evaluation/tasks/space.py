@@ -198,7 +198,7 @@ def _agreement_rows(
     rows = []
     for metric, value in agreement(labels, found).items():
         statistic = partial(_score_of, metric, labels, found)
-        ends = resampled(statistic, weights_DN) if len(weights_DN) else NO_INTERVAL
+        low, high = resampled(statistic, weights_DN, value) if len(weights_DN) else NO_INTERVAL
         control = float(np.mean([d[metric] for d in null])) if null else NAN
         rows.append(
             TaskRow(
@@ -207,7 +207,8 @@ def _agreement_rows(
                 method,
                 metric,
                 value,
-                *ends,
+                low,
+                min(high, 1.0),  # a NaN stays NaN
                 0.0 if metric == "ari" else NAN,
                 control,
                 len(labels),

@@ -153,7 +153,7 @@ class LinearReadout:
         Raises
         ------
         ValueError
-            A gene needs ``vectors``, but these contain fewer than 2 genes of the head.
+            A gene needs ``vectors``, but these contain fewer than 2 genes of the head, or only vectors of 0 for them.
         """
         decoder = self.decoder(keys, cohort, vectors)
         return decoder.predict(x_NF), decoder.known
@@ -328,6 +328,11 @@ def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) 
         )
     v = vectors.vector_GK[index[known]].astype(np.float64)
     scale = np.sqrt((v**2).sum(1).mean())
+    if not scale > 0:
+        raise ValueError(
+            f"the gene vectors of all {known.size} genes of a head of the linear readout that have one ({keys[known[0]]} ...) are 0, so that "
+            "no other gene can be related to them; give a file of vectors that distinguish these genes"
+        )
     v, new = v / scale, vectors.vector_GK[rows].astype(np.float64) / scale
     gram = v.T @ v + VECTOR_RIDGE * np.eye(v.shape[1])
     out = np.zeros((len(keys), len(new)))

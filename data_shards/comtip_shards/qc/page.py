@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import inside
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
+from comtip_shards.slides.pixel_scale import scale_length
 from comtip_shards.storage.atomic import atomic_folder
 
 Extension = Literal["json", "html"]
@@ -25,13 +26,21 @@ Pages = Mapping[Extension, str]
 OVERLAY_PX = 1000
 RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Colours from few counts to many, safe for colour blindness."""
+RAMP_QUANTILES = (0.02, 0.98)
+"""Quantiles of the total counts at the ends of the ramp."""
 MARK = (220, 30, 30)
+COUNTS_PER_SPOT = "counts_per_spot"
+"""Name in :attr:`SectionReport.facts` of :func:`counts_per_spot`."""
+_ENDS = ("at the 2nd percentile", "at the 98th")
 _SUPER = 2
 """Supersampling factor, for smooth discs."""
 
 
 def overlay(context: SectionContext, findings: Sequence[Finding]) -> bytes:
-    """Return a JPEG of the image with spots coloured by log total counts; spots of checks that warn or fail have a red ring."""
+    """Return a JPEG of the image with spots coloured by log total counts, and a scale bar.
+
+    Spots of checks that warn or fail have a red ring.
+    """
     height, width = context.picture_HW3.shape[:2]
     scale = _SUPER * min(1.0, OVERLAY_PX / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -47,6 +56,7 @@ def overlay(context: SectionContext, findings: Sequence[Finding]) -> bytes:
         if i in marked:
             ring = (box[0] - 3, box[1] - 3, box[2] + 3, box[3] + 3)
             draw.ellipse(ring, outline=MARK, width=2 * _SUPER)
+    _scale_bar(draw, size, context.mpp / scale)
     out = io.BytesIO()
     canvas.resize((max(1, size[0] // _SUPER), max(1, size[1] // _SUPER)), Image.Resampling.BOX).save(
         out, "JPEG", quality=82
@@ -54,9 +64,21 @@ def overlay(context: SectionContext, findings: Sequence[Finding]) -> bytes:
     return out.getvalue()
 
 
+def _scale_bar(draw: ImageDraw.ImageDraw, size: tuple[int, int], mpp: float) -> None:
+    """Draw a black scale bar with its length, on white, at the lower left of an image of ``size`` (width, height), ``mpp`` um per px."""
+    um = scale_length(size[0] * mpp)
+    length, x, y = um / mpp, 0.03 * size[0], 0.97 * size[1]
+    font, height, pad = ImageFont.load_default(16 * _SUPER), 4 * _SUPER, 5 * _SUPER
+    text = f"{um:,} um"
+    box = draw.textbbox((x, y - height - pad), text, font=font, anchor="ls")
+    draw.rectangle((x - pad, box[1] - pad, max(x + length, box[2]) + pad, y + pad), fill=(255, 255, 255))
+    draw.text((x, y - height - pad), text, fill=(0, 0, 0), font=font, anchor="ls")
+    draw.rectangle((x, y - height, x + length, y), fill=(0, 0, 0))
+
+
 def ramp(values: np.ndarray) -> np.ndarray:
     """Map values, (n,), to colours, uint8 (n, 3): :data:`RAMP` spans their 2nd to 98th percentile."""
-    low, high = np.quantile(values, [0.02, 0.98])
+    low, high = np.quantile(values, RAMP_QUANTILES)
     level = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(RAMP) - 1)
     anchors = np.array(RAMP, np.float64)
     return (
@@ -69,7 +91,18 @@ def section_page(report: SectionReport) -> str:
     picture = base64.b64encode(report.overlay).decode("ascii") if report.overlay else ""
     css = ", ".join(f"rgb{c}" for c in RAMP)
     marked = sum(1 for f in report.findings if f.status in (WARN, FAIL) and f.spots)
-    return _template("section.html.j2").render(report=report, picture=picture, ramp=css, marked=marked)
+    ends = report.facts.get(COUNTS_PER_SPOT)  # of any type in the stored report of a set to merge, absent in older ones
+    known = isinstance(ends, dict) and set(ends) == set(_ENDS)
+    low, high = (ends[k] for k in _ENDS) if known else ("few", "many")
+    return _template("section.html.j2").render(
+        report=report, picture=picture, ramp=css, marked=marked, low=low, high=high
+    )
+
+
+def counts_per_spot(totals: np.ndarray) -> dict[str, int]:
+    """Return the total counts at the ends of the colours, from the totals (n,) of all spots: {name in a report: counts}."""
+    ends = np.expm1(np.quantile(np.log1p(totals), RAMP_QUANTILES))
+    return {name: round(float(value)) for name, value in zip(_ENDS, ends, strict=True)}
 
 
 def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], without_page: Collection[str] = ()) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from comtip_shards.errors import SourceError
 from comtip_shards.qc import counts, geometry, picture
 from comtip_shards.qc.context import CELL, MAX_PATCHES, MAX_PICTURE_PX, PATCH_MPP, PATCH_PX, PICTURE_MPP, SectionContext
-from comtip_shards.qc.page import overlay, pages, write_pages
+from comtip_shards.qc.page import COUNTS_PER_SPOT, counts_per_spot, overlay, pages, write_pages
 from comtip_shards.qc.result import FAIL, Finding, SectionReport, explain
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
@@ -153,6 +153,7 @@ def _facts(context: SectionContext) -> dict[str, Any]:
         "spots": len(context.section.spot_ids),
         "genes": len(context.section.gene_ids),
         "counts": int(context.totals.sum()),
+        COUNTS_PER_SPOT: counts_per_spot(context.totals),
         "dropped_spots": dict(context.section.dropped),
         "notes": list(context.section.notes),
         "tile_um": context.tile_um,

@@ -171,3 +171,9 @@ def _px_per_unit(value: Any) -> float | None:
     except (TypeError, ValueError, ZeroDivisionError, IndexError, OverflowError):
         return None
     return number if math.isfinite(number) and number > 0 else None
+
+
+def scale_length(width_um: float) -> int:
+    """Return the length of a scale bar in um: the largest of 1, 2, 5, 10, ... up to a third of the image's width; at least 1."""
+    steps = [n * 10**k for k in range(5) for n in (1, 2, 5)]
+    return max((s for s in steps if s <= width_um / 3), default=1)

@@ -3,12 +3,17 @@
 Positions are read from ``*_spots.tsv`` (px of the image), ``*_selection.tsv`` or ``*_alignment.tsv`` (px of the image
 used for alignment). Without these files they are derived from the 33 x 35 array, whose frame fills the published
 images exactly.
+
+1k arrays have 33 x 35 positions, 200 um apart. 2k arrays use every second position of a finer grid, as a chessboard, so that
+neighbours are one step apart along both x and y: 150 um. The grid exceeds 33 x 35.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +26,32 @@ from comtip_shards.sources.base import SectionSource, check_one_file, pick, stat
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.files.spots import SpotPositions, join, read_spots_table
 from comtip_shards.sources.files.tables import numbers, read_counts_table, read_table
-from comtip_shards.sources.geometry import ScaleCheck
+from comtip_shards.sources.geometry import ScaleCheck, platform_pitch
 
-PITCH_UM, DIAMETER_UM = 200.0, 100.0
+
+@dataclass(frozen=True)
+class _Array:
+    """Geometry of an array."""
+
+    platform: str
+    pitch_um: float
+    """Distance between neighbouring spots."""
+    diameter_um: float
+    steps: float
+    """Distance between neighbouring spots in units of the array coordinates."""
+
+
+_1K = _Array("legacy Spatial Transcriptomics", 200.0, 100.0, 1.0)
+_2K = _Array("ST 2k array", 150.0, 110.0, sqrt(2))
+_GRID_1K = (33.5, 35.5)
+"""Upper limits of the array coordinates on a 1k array, with half a step of tolerance."""
+_MANY_SPOTS = 50
+"""Minimum number of spots from which a chessboard is inferred; fewer spots of a 1k array may form one by chance."""
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
 """Range in um of the spot pitch that a stated scale must give."""
 _COUNTS = re.compile(r"(?P<id>.+?)(?:_stdata|_counts)?\.tsv(?:\.gz)?$")
 _NOT_COUNTS = re.compile(r"(_spots|_selection|_alignment|_annotation|_labeled_coordinates|_onehot|genes|manifest)\b")
+_CALLED_HE = re.compile(r"(?i)(?:^|[^a-z])h[&_-]?e(?:[^a-z]|$)")
 _SPOT_ID = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)$")
 
 
@@ -37,9 +61,9 @@ def recognise(path: Path) -> str | None:
     return f"count tables with images: {', '.join(found)}" if found else None
 
 
-def _sections(path: Path) -> dict[str, tuple[Path, Path]]:
-    """Return {section id: (counts, image)}."""
-    out: dict[str, tuple[Path, Path]] = {}
+def _sections(path: Path) -> dict[str, tuple[Path, list[Path]]]:
+    """Return {section id: (counts, images)}, with images that are called HE first."""
+    out: dict[str, tuple[Path, list[Path]]] = {}
     for counts in sorted(find(path, "*.tsv*")):
         match = _COUNTS.match(counts.name)
         if match is None or _NOT_COUNTS.search(counts.name):
@@ -52,7 +76,7 @@ def _sections(path: Path) -> dict[str, tuple[Path, Path]]:
         ]
         images = [p for p in images if "overlay" not in p.stem.lower()]
         if images:
-            out[name] = (counts, images[0])
+            out[name] = (counts, sorted(images, key=lambda p: _CALLED_HE.search(p.stem) is None))
     return out
 
 
@@ -73,27 +97,33 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 
 def _source(
-    path: Path, name: str, counts: Path, image: Path, facts: SectionFacts, species: str, tissue: str
+    path: Path, name: str, counts: Path, images: Sequence[Path], facts: SectionFacts, species: str, tissue: str
 ) -> SectionSource:
-    image = stated_image(facts, name) or image
+    stated = stated_image(facts, name)
+    image = stated or images[0]
     table = next(
         (p for kind in ("spots", "selection", "alignment") if (p := path / f"{name}_{kind}.tsv").is_file()), None
     )
     spots = _read_spots(table, image) if table is not None else None
     notes = [] if table is not None else [f"no spot file: assumed that the 33 x 35 array frame fills {image.name}"]
-    mpp = _scale(table or image, facts, spots, image, notes)
+    if stated is None and len(images) > 1:
+        notes.append(
+            f"{image.name} was taken as the image, not {', '.join(p.name for p in images[1:])}; `image` selects another"
+        )
+    array = _array_of(facts, spots)
+    mpp = _scale(table or image, facts, spots, image, array, notes)
     meta = SectionMeta(
         section_id=name,
         dataset=path.name,
         species=species,
         tissue=tissue,
         donor=facts.donor or "",
-        platform=facts.platform or "legacy Spatial Transcriptomics",
+        platform=facts.platform or array.platform,
         licence=facts.licence or "",
         attribution=facts.attribution or "",
         mpp=mpp,
-        spot_diameter_um=DIAMETER_UM,
-        spot_pitch_um=PITCH_UM,
+        spot_diameter_um=array.diameter_um,
+        spot_pitch_um=array.pitch_um,
     )
 
     def load() -> Section:
@@ -107,8 +137,21 @@ def _source(
     return SectionSource(meta, inputs, load, examine=ScaleCheck.of(facts))
 
 
-def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: Path, notes: list[str]) -> float:
-    """Return um per px: the stated scale, or else the scale at which the array has its pitch of 200 um.
+def _array_of(facts: SectionFacts, spots: SpotPositions | None) -> _Array:
+    """Return the array: as the platform states it, 2k if the coordinates exceed 33 x 35 or form a chessboard, else 1k."""
+    if platform_pitch(facts.platform or "") == _2K.pitch_um:
+        return _2K
+    if spots is None or not np.isfinite(spots.array_xy).all():
+        return _1K
+    beyond = (spots.array_xy.max(axis=0, initial=0) > _GRID_1K).any()
+    parities = np.unique(np.rint(spots.array_xy).sum(axis=1) % 2)
+    return _2K if beyond or (len(spots.ids) >= _MANY_SPOTS and len(parities) == 1) else _1K
+
+
+def _scale(
+    path: Path, facts: SectionFacts, spots: SpotPositions | None, image: Path, array: _Array, notes: list[str]
+) -> float:
+    """Return um per px: the stated scale, or else the scale at which the array has its pitch.
 
     Raises SourceError if no scale is stated and the pitch in px is unknown, if this pitch is less than 1 px, or if a stated scale
     gives an implausible pitch and the caller does not trust it.
@@ -121,6 +164,7 @@ def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: 
             raise SourceError(f"{path}: {why}, so the scale cannot be derived; complete the table, or set `mpp`")
         notes.append(f"the stated scale was not compared with the array: {path.name} has {why}")
         return facts.mpp
+    pitch_px *= array.steps
     if not 1 <= pitch_px < np.inf:
         raise SourceError(
             f"{path}: spots on the array are {pitch_px:g} px apart, expected at least one; "
@@ -132,13 +176,16 @@ def _scale(path: Path, facts: SectionFacts, spots: SpotPositions | None, image: 
         )
     stated = facts.mpp
     if stated is None:
-        notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {PITCH_UM / pitch_px:.4f} um per px")
-        return PITCH_UM / pitch_px
+        mpp = array.pitch_um / pitch_px
+        notes.append(
+            f"scale from the {array.pitch_um:g} um between spots of the array ({array.platform}): {mpp:.4f} um per px"
+        )
+        return mpp
     pitch = pitch_px * stated
     if not facts.trust_mpp and not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
         raise SourceError(
-            f"{path}: with {stated:g} um per px the spot pitch is {pitch:.0f} um, but arrays have 150 or {PITCH_UM:g} um; "
-            f"set `mpp` to {PITCH_UM * stated / pitch:.4g} or omit it, or set `trust_mpp=yes` for an array of another pitch"
+            f"{path}: with {stated:g} um per px the spot pitch is {pitch:.0f} um, but arrays have {_2K.pitch_um:g} or {_1K.pitch_um:g} um; "
+            f"set `mpp` to {array.pitch_um * stated / pitch:.4g} or omit it, or set `trust_mpp=yes` for an array of another pitch"
         )
     return stated
 
@@ -166,7 +213,7 @@ def _from_array(ids: list[str], image: Path, counts: Path, name: str) -> SpotPos
             f"{counts}: spot id {bad[0]!r} is not of the form 12x7; provide positions in {name}_spots.tsv"
         )
     array = np.array([[float(m[1]), float(m[2])] for m in parsed if m is not None])
-    if array.min() < 0.5 or array[:, 0].max() > 33.5 or array[:, 1].max() > 35.5:
+    if array.min() < 0.5 or (array.max(axis=0) > _GRID_1K).any():
         raise SourceError(f"{counts}: array coordinates exceed 33 x 35; provide positions in {name}_spots.tsv")
     width, height = image_size(image)
     xy = np.stack([(array[:, 0] - 1) / 32 * width, (array[:, 1] - 1) / 34 * height], axis=1)

@@ -31,6 +31,7 @@ TECHS = ("ST", "Visium", "VisiumHD")
 TABLE = "meta/meta_all_gene*.csv"
 LICENCE = "MIT (STimage-1K4M); each study's data under its own terms"
 PITCH_UM = {"ST": 200.0, "Visium": 100.0}
+PITCH_2K_UM = 150.0
 DIAMETER_UM = {"ST": 100.0, "Visium": 55.0}
 DRAWN_UM = {"ST": (80.0, 130.0), "Visium": (45.0, 75.0)}
 """Valid range of 2 ``r`` in um; Space Ranger draws the 55 um spots of Visium 65 um wide."""
@@ -229,8 +230,9 @@ def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: li
         raise SourceError(
             f"{path}: the spot pitch is {gap:.1f} px and r is {radius:.1f} px; with the pitch of {PITCH_UM[tech]:g} um of "
             f"{tech} slides, the spot diameter is {drawn:.0f} um instead of {DIAMETER_UM[tech]:g}; set `mpp`"
+            + (f" (to {PITCH_2K_UM / gap:.4g} if this is a 2k array, with {PITCH_2K_UM:g} um)" if tech == "ST" else "")
         )
-    also = " (1k arrays; for 2k arrays with 150 um set `mpp`)" if tech == "ST" else ""
+    also = f" (1k arrays; for 2k arrays with {PITCH_2K_UM:g} um set `mpp`)" if tech == "ST" else ""
     notes.append(
         f"no scale in the source: assumed a spot pitch of {PITCH_UM[tech]:g} um{also}: {mpp:.4f} um per px; r and "
         f"spots of {DIAMETER_UM[tech]:g} um give {DIAMETER_UM[tech] / (2 * radius):.4f}"

@@ -15,6 +15,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.format.manifest import TileSpec
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import StatedSplits
+from comtip_shards.sections.splits import is_stated
 from comtip_shards.sources import detect, locate
 from comtip_shards.sources.base import SectionSource, named
 from comtip_shards.storage.remote import is_url
@@ -24,6 +25,10 @@ from comtip_shards.study.table import StudyRow
 
 ASSUMED = {"species": "human", "tissue": "unknown", "mpp": 0.5}
 """Placeholders for missing facts, with which the dry run searches for further problems. A build never uses them."""
+NO_DONOR = (
+    "the donor is not stated, so each counts as a donor of its own, and sections of one donor may get different splits; set "
+    "`donor`, or the column donor of a study"
+)
 SPOTS_PER_S = 78.0
 """Spots per second of one process: 732 spots of four sections in tiles of 224 px (data_shards/README.md), checks included."""
 DECODED_PER_S = 30e6
@@ -217,6 +222,9 @@ def plan_text(
     longest = max((s for _, s in found), default=0.0)
     if any(scale_cost(meta, tile) for meta in metas):
         lines += ["", CHANGE]
+    unknown = sum(not is_stated(meta.donor) for meta in metas)
+    if unknown:
+        lines += ["", f"{unknown} of {len(metas)} sections: {NO_DONOR}"]
     remote = sum(p.remote for p in plans)
     duration = _time(max(seconds / max(1, jobs), longest))
     total = (
@@ -243,8 +251,9 @@ def _section_lines(plan: SectionPlan, tile: TileSpec) -> list[str]:
         scale = "scale missing" if "mpp" in plan.assumed else f"{meta.mpp:.4g} um/px"
         facts = {"species": meta.species, "tissue": meta.tissue}
         shown = " ".join("?" if name in plan.assumed else value for name, value in facts.items())
+        donor = meta.donor if is_stated(meta.donor) else "?"
         lines.append(
-            f"{plan.name}: {plan.fmt}, {shown}, split {meta.split or 'none'}; {_count(size.spots)} spots, "
+            f"{plan.name}: {plan.fmt}, {shown}, donor {donor}, split {meta.split or 'none'}; {_count(size.spots)} spots, "
             f"{_count(size.genes)} genes; image {size.image or '?'} {px}, {scale}"
         )
         cost = None if "mpp" in plan.assumed else scale_cost(meta, tile)

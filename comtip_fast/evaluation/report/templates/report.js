@@ -84,7 +84,7 @@
       this.draw();
       const g = this.data.genes[gene];
       this.facts.textContent = g[0] + ": PCC " + shown(g[1]) + "; given colour and depth " + shown(g[2]) +
-        (g[3] === null ? "" : "; p = " + g[3].toFixed(3) + " against moved maps") + "; detected in " + Math.round(100 * g[4]) + " % of spots; " + g[5];
+        (g[3] === null ? "" : "; p = " + g[3].toFixed(3) + " against moved maps") + "; detected in " + Math.round(100 * g[4]) + " % of spots; " + this.data.seen[g[5]];
     }
     map(which) {
       const n = this.data.n, start = (which * this.data.genes.length + this.gene) * n, g = this.data.genes[this.gene];
