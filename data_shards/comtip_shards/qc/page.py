@@ -92,8 +92,9 @@ def section_page(report: SectionReport) -> str:
     css = ", ".join(f"rgb{c}" for c in RAMP)
     marked = sum(1 for f in report.findings if f.status in (WARN, FAIL) and f.spots)
     ends = report.facts.get(COUNTS_PER_SPOT)  # of any type in the stored report of a set to merge, absent in older ones
-    known = isinstance(ends, dict) and set(ends) == set(_ENDS)
-    low, high = (ends[k] for k in _ENDS) if known else ("few", "many")
+    low, high = "few", "many"
+    if isinstance(ends, dict) and set(ends) == set(_ENDS):
+        low, high = (ends[k] for k in _ENDS)
     return _template("section.html.j2").render(
         report=report, picture=picture, ramp=css, marked=marked, low=low, high=high
     )
