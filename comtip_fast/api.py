@@ -113,7 +113,7 @@ class Model:
             genes of the section's species.
         facts, pooling, counts
             Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``), and options for pooling and for
-            counts and positions in an AnnData. The tissue selects the head of the linear readout, as in an evaluation. A stated
+            counts and positions in an AnnData. The tissue selects the head of the readout, as in an evaluation. A stated
             tissue, donor, platform, licence or attribution is recorded in ``uns["comtip"]``.
         fmt
             Format of a source folder, see :func:`comtip_shards.sources.open_source`.
@@ -128,7 +128,7 @@ class Model:
             and ``validation_on`` (what it was scored on: the validation sections of a run, or the test spots of a section that
             the model was adapted to).
             ``obs_names`` are those of the section. ``uns["comtip"]["readout"]`` names the cohorts (species and organ) whose heads
-            of the linear readout predicted the section; several if its tissue is unknown or was not trained.
+            of the readout predicted the section; several if its tissue is unknown or was not trained.
 
         Raises
         ------
@@ -345,7 +345,7 @@ class Model:
         species
             ``human`` or ``mouse``; may be None if the model was trained on one species, which is then used.
         tissue
-            Selects the head of the linear readout; None uses the mean over the heads of the species.
+            Selects the head of the readout; None uses the mean over the heads of the species.
         xy
             Centres of the tiles (N, 2) in any unit, which determine neighbours; None predicts without neighbours.
         stain

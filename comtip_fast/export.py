@@ -38,10 +38,10 @@ from comtip_fast.lineage import (
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.comtip import reshape_scalars
 from comtip_fast.models.pretrained import fill_normalisation
-from comtip_fast.models.readout.heads import LinearReadout
+from comtip_fast.models.readout.heads import Readout
 
 EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 3, (1, 2, 3)
-"""Version 1 has no linear readout, versions 1 and 2 have no lineage."""
+"""Version 1 has no readout, versions 1 and 2 have no lineage."""
 SECTION_FIELDS = ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split", "n_spots")
 """Fields of a section in ``config.json`` and ``Bundle.sections``."""
 
@@ -65,7 +65,7 @@ class Bundle:
     """um per px to which images of a higher resolution are resampled."""
     tokenizer_sha256: str
     """SHA-256 of the gene tokenizer that the model was trained with."""
-    readout: LinearReadout | None = None
+    readout: Readout | None = None
     """Linear readout; None if expression is predicted from level sentences alone."""
     lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
     """The model's own run and its ancestors; by default, the ancestors are unknown."""
@@ -97,7 +97,7 @@ class Bundle:
         parents: Lineage | None = None,
         vectors: GeneVectors | None = None,
     ) -> Bundle:
-        """Build the bundle of a training task from its open shard set and training tables, without a linear readout.
+        """Build the bundle of a training task from its open shard set and training tables, without a readout.
 
         ``parents`` is the lineage of the model that the run started from; None without ``train.start_from``.
         ``vectors`` are the gene vectors of the run; None if it has none.
@@ -135,7 +135,7 @@ class Bundle:
     def save(self, folder: Path) -> None:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``lineage.json``, ``README.md``.
 
-        A linear readout is written to ``readout.safetensors``, and gene vectors to ``gene_vectors.safetensors``.
+        A readout is written to ``readout.safetensors``, and gene vectors to ``gene_vectors.safetensors``.
         ``SHA256SUMS`` contains the hashes of all files but the README. An earlier export in ``folder`` is replaced once the
         new one is complete.
 
@@ -320,13 +320,13 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return dict(meta)
 
 
-def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[ExportGene]) -> LinearReadout:
-    """Read the linear readout of an export and check that it fits the model and its genes."""
+def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[ExportGene]) -> Readout:
+    """Read the readout of an export and check that it fits the model and its genes."""
     path = folder / export_checks.READOUT
     arrays, header = read_readout(path)
     trained = [g.key for g in genes if g.trained]
     check_readout(arrays, header, path, trained, model=model, dim=config.align.dim)
-    return LinearReadout.from_arrays(arrays, header)
+    return Readout.from_arrays(arrays, header)
 
 
 def model_card(bundle: Bundle) -> str:
@@ -396,7 +396,7 @@ def _card_adaptation(bundle: Bundle) -> str:
     """Return the model card's text on the tissue sections that the readout was adapted to; empty if there are none."""
     facts = [] if bundle.readout is None else [head.facts for head in bundle.readout.heads]
     lines = [
-        f"- Section {_markdown(f['adapted_to'])} of donor {_markdown(f.get('adapted_donor') or 'not stated')}: the linear readout was "
+        f"- Section {_markdown(f['adapted_to'])} of donor {_markdown(f.get('adapted_donor') or 'not stated')}: the readout was "
         f"adapted to {_markdown(f.get('adapted_spots', 'some'))} of its spots; the encoders were not changed. Scores on this "
         "section and on other sections of this donor are not scores on new data.\n"
         for f in facts

@@ -85,7 +85,7 @@ def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def quick(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of two steps, with a linear readout."""
+    """Return a run of two steps, with a readout."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.task import build_task
     from comtip_fast.training.trainer import Trainer

@@ -36,7 +36,7 @@ from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.models.readout.features import LAST_NAME, RADII, STAGES_NAME, frozen_columns, penalty_scale
-from comtip_fast.models.readout.heads import NORMS, LinearReadout
+from comtip_fast.models.readout.heads import NORMS, Readout
 from comtip_fast.models.readout.section_statistics import neighbour_mean, standardise
 from comtip_fast.training.readout.solve import KINDS, CohortData, ReadoutGrid, SectionTable, fit_cohort
 
@@ -50,8 +50,8 @@ class Lab:
     def __init__(self, run: Path) -> None:
         self.predictor = Predictor.load(run)
         if self.predictor.bundle.readout is None:
-            raise ValueError(f"{run}: the model has no linear readout; train with readout.kind=linear")
-        self.readout: LinearReadout = self.predictor.bundle.readout
+            raise ValueError(f"{run}: the model has no readout; train with readout.kind=linear")
+        self.readout: Readout = self.predictor.bundle.readout
         self.shards = open_sets(self.predictor.config.data.shards)
         self.keys = [g.key for g in self.shards.genes]
         self.row = {k: i for i, k in enumerate(self.keys)}
@@ -123,7 +123,7 @@ class Lab:
         equal: bool = True,
         kinds: Sequence[str] = ("kernel",),
         grid: ReadoutGrid | None = None,
-    ) -> LinearReadout:
+    ) -> Readout:
         """Fit the heads of a cohort; keep only the blocks in ``blocks``, each with the same share, or all with their shares if None.
 
         ``n_radii`` radii are used, stages have equal weight in the penalty if ``equal``, and heads are of the
@@ -145,11 +145,11 @@ class Lab:
         )
         head = fit_cohort(data, settings, kinds=kinds, grid=grid)
         if blocks is None:
-            return LinearReadout(settings, [head])
+            return Readout(settings, [head])
         head.blocks = {b: v for b, v in head.blocks.items() if b in blocks}
         equal_shares = {b: 1 / len(head.blocks) for b in head.blocks} | {"levels": 0.0}
         head.mix = dict.fromkeys(NORMS, equal_shares)
-        return LinearReadout(settings, [head])
+        return Readout(settings, [head])
 
     def _x(self, section: int, n_radii: int) -> np.ndarray:
         """Return the features with their means over neighbours within the first radii."""
@@ -163,9 +163,7 @@ class Lab:
         y = {n: np.where(measured, v, 0.0) for n, v in self.values(section, keys).items()}
         return SectionTable(standardise(x, x.mean(0), x.std(0)), y, measured)
 
-    def heads(
-        self, readout: LinearReadout, section: int, keys: list[str], vectors: GeneVectors | None = None
-    ) -> Values:
+    def heads(self, readout: Readout, section: int, keys: list[str], vectors: GeneVectors | None = None) -> Values:
         """Predict with the heads alone."""
         return readout.predict(self._x(section, len(readout.settings.radii)), keys, None, vectors)[0]
 
@@ -293,7 +291,7 @@ def main() -> None:
     """Print the chosen table for each cohort."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders of training runs whose models have a linear readout, such as seeds"
+        "runs", nargs="+", type=Path, help="folders of training runs whose models have a readout, such as seeds"
     )
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to predict (default val)")
     parser.add_argument("--cohort", help="cohort to predict (default: every cohort of the model)")

@@ -1,4 +1,4 @@
-"""Adaptation of a trained model to one section: a closed-form correction of the linear readout, tested on separate blocks."""
+"""Adaptation of a trained model to one section: a closed-form correction of the readout, tested on separate blocks."""
 
 from comtip_fast.adaptation.run import Adaptation, adapt
 

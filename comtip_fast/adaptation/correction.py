@@ -1,8 +1,8 @@
-"""A closed-form correction of the linear readout, fitted to some spots of a section.
+"""A closed-form correction of the readout, fitted to some spots of a section.
 
 The model's prediction is kept, and a ridge regression of its residuals on the frozen encoder's features is added to it. With a
 strong penalty, the correction approaches a constant per gene, the mean residual, so that a small number of spots changes the
-predicted pattern only slightly. The sum is again a linear readout, which an export can store.
+predicted pattern only slightly. The sum is again a readout, which an export can store.
 
 Shapes: N spots, F features, G genes, K programmes.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from comtip_fast.metrics import mean_pcc
-from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead, Readout
 from comtip_fast.models.readout.kernel_map import FeatureMap, join
 from comtip_fast.training.readout.solve import RidgePath, SectionTable
 
@@ -105,7 +105,7 @@ def _path(x_NF: np.ndarray, residual_NG: np.ndarray) -> RidgePath:
     return RidgePath([table], "correction")
 
 
-def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
+def base_head(readout: Readout, cohort: str, species: str) -> CohortHead:
     """Return the head of a cohort that corrections are added to: its own head or, without one, the mean of the species' heads.
 
     A gene is averaged over the heads that have it. All blocks of features get the same positive weight, so that each can be
@@ -187,6 +187,6 @@ def _added(old: NormHead, new: NormHead, columns: np.ndarray, share: float) -> t
     return mean, loading
 
 
-def with_head(readout: LinearReadout, head: CohortHead) -> LinearReadout:
+def with_head(readout: Readout, head: CohortHead) -> Readout:
     """Return the readout with the head of its cohort added or replaced."""
-    return LinearReadout(readout.settings, [*(h for h in readout.heads if h.cohort != head.cohort), head])
+    return Readout(readout.settings, [*(h for h in readout.heads if h.cohort != head.cohort), head])

@@ -99,7 +99,7 @@ def adapt(
 ) -> Adaptation:
     """Adapt a model to a section with counts, or to a share of its spots.
 
-    The encoder stays frozen. A correction of the linear readout is fitted in closed form, and is used only where it
+    The encoder stays frozen. A correction of the readout is fitted in closed form, and is used only where it
     predicts spatial folds of the fitted spots better. The adapted and the unadapted model, and ridge regression on the same
     spots, are compared on test spots whose tiles share no pixel with those of the fitted blocks. The adapted model's mean score
     over these splits becomes the validation score of each gene that the section measured.
@@ -107,7 +107,7 @@ def adapt(
     Parameters
     ----------
     run
-        A run folder or an export, with a linear readout.
+        A run folder or an export, with a readout.
     section
         As for :meth:`Model.compare`.
     out
@@ -135,7 +135,7 @@ def adapt(
     ------
     ValueError, FileNotFoundError
         ``fraction`` or ``splits`` is out of range, the model or the section does not exist or cannot be used, the model has no
-        linear readout, the section has too few spots for blocks and margin, or there is no such device.
+        readout, the section has too few spots for blocks and margin, or there is no such device.
     FileExistsError
         ``out`` exists and is not an empty folder.
 
@@ -156,7 +156,7 @@ def adapt(
         raise FileExistsError(f"`out` {out}: exists and is not an empty folder; give a new folder")
     predictor = Predictor.load(run, pick_device(device))
     if predictor.bundle.readout is None:
-        raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=auto")
+        raise ValueError(f"{run}: the model has no readout to adapt; train with readout.kind=auto")
     found = read_section(predictor, section, stated_options(facts, pooling, counts), fmt)
     seen = seen_before(predictor, found.facts)
     chosen = _splits(found, predictor.tile_um, fraction, splits, seed)

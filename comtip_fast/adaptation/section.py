@@ -64,7 +64,7 @@ def read_section(
     Parameters
     ----------
     predictor
-        A model with a linear readout.
+        A model with a readout.
     spec
         A SECTION as for :func:`comtip_fast.data.sections.open_section`, with raw counts.
     options

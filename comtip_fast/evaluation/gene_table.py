@@ -70,7 +70,7 @@ class ScoringInputs:
     """{normalisation: predicted log1p expression (N, G)}."""
     from_levels: dict[str, tuple[np.ndarray, np.ndarray]]
     """{normalisation: (PCC of the G genes, partial PCC of the genes ``genes.hvg``)} of the prediction from level sentences
-    alone, without the linear readout."""
+    alone, without the readout."""
     covariates: np.ndarray
     """Mean colour and log total counts of each spot, float64 (N, 4)."""
     ridge_inputs: Inputs

@@ -29,7 +29,7 @@ HASHED = ("config.json", "model.safetensors", "levels.safetensors", "genes.tsv",
 FIRST_WITH_LINEAGE = 3
 """First version of exports with ``lineage.json``; the parents of earlier exports are unknown."""
 READOUT = "readout.safetensors"
-"""The linear readout; exports of version 1, and of runs with ``readout.kind: levels``, have none."""
+"""The readout; exports of version 1, and of runs with ``readout.kind: levels``, have none."""
 VECTORS = "gene_vectors.safetensors"
 """The gene vectors of a model that was trained with ``text.gene_vectors``."""
 FILES = (*HASHED, READOUT, VECTORS, "README.md", SUMS)

@@ -1,4 +1,4 @@
-"""Reading and validation of the linear readout of an export (``readout.safetensors``)."""
+"""Reading and validation of the readout of an export (``readout.safetensors``)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_readout(
     model: CoMTIP,
     dim: int,
 ) -> None:
-    """Check settings, genes, mixing weights, shapes, dtypes and values of a linear readout.
+    """Check settings, genes, mixing weights, shapes, dtypes and values of a readout.
 
     Parameters
     ----------

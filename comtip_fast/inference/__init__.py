@@ -8,7 +8,7 @@ h(g, q) is the vector of a level sentence, the text of gene g with level q, and 
 both as in training. Genes that were not trained are predicted in the same way, with the frequencies and values of the global row
 of the level table.
 
-If the export has a linear readout (:mod:`comtip_fast.models.readout.heads`), the prediction of a trained gene is a mixture of this
+If the export has a readout (:mod:`comtip_fast.models.readout.heads`), the prediction of a trained gene is a mixture of this
 expected value and the prediction of the readout. With gene vectors, the readout also predicts genes that were not trained.
 
 Tiles, spots and genes are processed in chunks, so that only the features and the output grow with the section;

@@ -57,7 +57,7 @@ def species_of(model: Predictor, known: str, what: str) -> str:
 
 
 def cohorts_of(model: Predictor, species: str, tissue: str, what: str) -> list[str]:
-    """Return the cohorts whose heads of the linear readout predict a section, as in an evaluation.
+    """Return the cohorts whose heads of the readout predict a section, as in an evaluation.
 
     This is the section's own cohort. If it has no head, or the tissue is unknown, these are all cohorts of the species; the
     prediction is then the mean over their heads, and a warning is logged if there are several.
@@ -76,7 +76,7 @@ def cohorts_of(model: Predictor, species: str, tissue: str, what: str) -> list[s
     Returns
     -------
     list of str
-        Names of cohorts, e.g. ``human_breast``; empty for a model without a linear readout, or without a head of the species.
+        Names of cohorts, e.g. ``human_breast``; empty for a model without a readout, or without a head of the species.
     """
     heads = [] if model.bundle.readout is None else model.bundle.readout.heads
     found = [head.cohort for head in heads if any(key.startswith(f"{species}:") for key in head.keys)]

@@ -40,7 +40,7 @@ class ImageFeatures:
     pooled_Nd: np.ndarray
     """float32 (N, d), mean patch feature before projection."""
     readout_NF: np.ndarray | None = None
-    """float32 (N, F), input of the linear readout; None without a readout, without tiles, or if it was not requested."""
+    """float32 (N, F), input of the readout; None without a readout, without tiles, or if it was not requested."""
     xy_N2: np.ndarray | None = None
     """Positions of the spots, if known."""
 
@@ -56,7 +56,7 @@ class EncodedTiles:
 
 
 def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
-    """Return the vectors for the gene encoder, and the vectors with which the linear readout predicts genes that were not trained.
+    """Return the vectors for the gene encoder, and the vectors with which the readout predicts genes that were not trained.
 
     Raise ValueError if the model cannot use the given vectors.
     """
@@ -65,14 +65,14 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
     if given is not None and further is None and bundle.readout is None:
         train = "" if bundle.config.readout.kind != "levels" else "train with readout.kind=auto, or "
         raise ValueError(
-            f"gene vectors were given, but the model has no linear readout to use them with; {train}load the model without gene "
+            f"gene vectors were given, but the model has no readout to use them with; {train}load the model without gene "
             "vectors"
             if own is None
-            else f"{_OTHER_AXES}, and the model has no linear readout to use them with; give a file that contains genes of the "
+            else f"{_OTHER_AXES}, and the model has no readout to use them with; give a file that contains genes of the "
             "model's own vectors with the same values"
         )
     if own is not None and given is not None and further is None:
-        log.warning("%s: the linear readout uses the given vectors, but gene sentences do not", _OTHER_AXES)
+        log.warning("%s: the readout uses the given vectors, but gene sentences do not", _OTHER_AXES)
     return further or own, further or given or own
 
 
@@ -185,7 +185,7 @@ class Predictor:
         stain
             Stain statistics of the section, used if the model normalises stain; None leaves the tiles unchanged.
         readout
-            Whether to compute the features of a linear readout; each tile is then encoded under ``readout.views`` views.
+            Whether to compute the features of a readout; each tile is then encoded under ``readout.views`` views.
         """
         if self.normalises_stain and stain is not None:
             tiles_NSS3 = normalise_stain(tiles_NSS3, stain)
@@ -219,7 +219,7 @@ class Predictor:
         stain
             As in :meth:`encode`.
         xy_N2
-            Positions of the spots in any unit, which define the neighbours in the linear readout; None uses each spot alone.
+            Positions of the spots in any unit, which define the neighbours in the readout; None uses each spot alone.
         readout
             As in :meth:`encode`.
         """
@@ -247,7 +247,7 @@ class Predictor:
     ) -> dict[str, np.ndarray]:
         """Predict expression of one section.
 
-        For genes of the linear readout, the predictions of the readout and from level sentences are mixed. Other genes are
+        For genes of the readout, the predictions of the readout and from level sentences are mixed. Other genes are
         predicted by the readout with gene vectors if these contain the gene. All remaining genes, and all genes if there is no
         readout or its features were not computed, are predicted from level sentences alone.
 
@@ -270,7 +270,7 @@ class Predictor:
         Raises
         ------
         ValueError
-            The gene vectors have too few genes of the readout, see :meth:`comtip_fast.models.readout.heads.LinearReadout.predict`.
+            The gene vectors have too few genes of the readout, see :meth:`comtip_fast.models.readout.heads.Readout.predict`.
         """
         readout = self.bundle.readout
         if readout is None or features.readout_NF is None:
@@ -292,7 +292,7 @@ class Predictor:
     def predict_levels(
         self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = GENES_PER_CHUNK
     ) -> dict[str, np.ndarray]:
-        """Predict expression without the linear readout, from level sentences alone, ``chunk`` genes at a time.
+        """Predict expression without the readout, from level sentences alone, ``chunk`` genes at a time.
 
         A level sentence is the text of a gene and one of its expression levels; the prediction is the expected value over the levels,
         see :mod:`comtip_fast.inference`. It is returned as by :meth:`predict`.
@@ -327,12 +327,12 @@ class Predictor:
         Raises
         ------
         ValueError
-            The model has no linear readout, or its features were not computed.
+            The model has no readout, or its features were not computed.
         """
         if self.bundle.readout is None or features.readout_NF is None:
             raise ValueError(
                 "readout_NF is missing, so views cannot be averaged; call image_features with readout=True on a model with a "
-                "linear readout"
+                "readout"
             )
         return ImageFeatures(self.view_vectors(features.readout_NF), features.pooled_Nd)
 

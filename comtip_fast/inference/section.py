@@ -1,6 +1,6 @@
 """Prediction of a complete section in bounded memory.
 
-Tiles are encoded in chunks. Their features are stored, because the linear readout needs statistics of the whole section and the
+Tiles are encoded in chunks. Their features are stored, because the readout needs statistics of the whole section and the
 neighbours of each spot; if they are large, they are stored in a temporary file. Expression is then predicted for blocks of
 spots and genes.
 """
@@ -74,7 +74,7 @@ class SectionFeatures:
             raise
 
     def predict_levels(self, levels: SentenceLevels) -> dict[str, np.ndarray]:
-        """Predict the expression of the g genes of ``levels`` without the linear readout; see :meth:`Predictor.predict_levels`.
+        """Predict the expression of the g genes of ``levels`` without the readout; see :meth:`Predictor.predict_levels`.
 
         Returns
         -------

@@ -23,7 +23,7 @@ from comtip_fast.evaluation.trained import METHODS
 from comtip_fast.export_checks import ExportGene
 from comtip_fast.inference import Predictor
 from comtip_fast.models.readout.features import feature_width
-from comtip_fast.models.readout.heads import CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.heads import CohortHead, NormHead, Readout
 from comtip_fast.training.readout.fit import readout_settings
 from testkit.synthetic_task import SyntheticTask, gene_names
 
@@ -95,7 +95,7 @@ def section_facts() -> list[dict[str, Any]]:
     return [{"section_id": s, "donor": donor, "split": split, "n_spots": SPOTS} | names for s, donor, split in SECTIONS]
 
 
-def linear_readout(task: SyntheticTask, keys: list[str]) -> LinearReadout:
+def readout_of_task(task: SyntheticTask, keys: list[str]) -> Readout:
     """Return a readout with the config's settings and arbitrary weights, whose head covers every second gene."""
     config, known = task.config, keys[::2]
     settings = readout_settings(config)
@@ -109,7 +109,7 @@ def linear_readout(task: SyntheticTask, keys: list[str]) -> LinearReadout:
     names = settings.block_names(width)
     blocks = {name: {norm: head(name) for norm in ("cp10k", "raw")} for name in names}
     mix = dict.fromkeys(("cp10k", "raw"), dict.fromkeys([*names, "levels"], 1 / (len(names) + 1)))
-    return LinearReadout(settings, [CohortHead(COHORT, known, np.zeros(width), np.ones(width), blocks, mix)])
+    return Readout(settings, [CohortHead(COHORT, known, np.zeros(width), np.ones(width), blocks, mix)])
 
 
 def evaluation(predictor: Predictor, part: str) -> Callable[[], Any]:

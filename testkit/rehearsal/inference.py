@@ -17,7 +17,7 @@ from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.lineage import Lineage
 from comtip_fast.training.validation import Validation
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
-from testkit.rehearsal.evaluation import PARTS, evaluation, linear_readout, section_facts
+from testkit.rehearsal.evaluation import PARTS, evaluation, readout_of_task, section_facts
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.stand_in import CUDA
@@ -55,7 +55,7 @@ def _predictor(task: SyntheticTask, part: str) -> Any:
     levels = _levels(len(genes), task.sizes.n_levels)
     bundle = Bundle(task.config, task.sizes, task.model, levels, genes, [], 112.0, 0.5, task.tokenizer.sha256)
     if part in PARTS:
-        readout = linear_readout(task, [g.key for g in genes])
+        readout = readout_of_task(task, [g.key for g in genes])
         bundle = replace(bundle, sections=section_facts(), readout=readout, lineage=Lineage(parents_known=True))
         return evaluation(Predictor(bundle, CUDA), part)
     predictor = Predictor(bundle, CUDA)

@@ -29,7 +29,7 @@ from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.lineage import Lineage, LineageRun, LineageSection
 from comtip_fast.models.readout.features import ReadoutSettings
-from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead, Readout
 from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap
 from comtip_fast.shards import stated_options
 from testkit.tiny import TinySection, write_tiny_source
@@ -180,11 +180,11 @@ def test_the_base_head_predicts_as_the_readout(cohort: str, kernels: tuple[bool,
         head(2, "human_colon", keys[3:], MIXES[0], kernel=kernels[1]),
         head(3, "mouse_bulb", ["mouse:G1", "mouse:G2"], MIXES[0]),
     ]
-    readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), heads)
+    readout = Readout(ReadoutSettings(views=1, radii=(), vector_dim=2), heads)
     base = base_head(readout, cohort, "human")
     assert base.cohort == cohort
     x = np.random.default_rng(0).normal(size=(40, F))
-    want, known = LinearReadout(readout.settings, heads[:2]).predict(x, base.keys, cohort)
+    want, known = Readout(readout.settings, heads[:2]).predict(x, base.keys, cohort)
     got, same = with_head(readout, base).predict(x, base.keys, cohort)
     assert known.all()
     assert same.all()
@@ -199,7 +199,7 @@ def test_the_base_head_predicts_as_the_readout(cohort: str, kernels: tuple[bool,
 def test_a_corrected_head_predicts_the_sum(kernel: bool):
     keys = [f"human:G{i}" for i in range(G)]
     own = head(1, "human_breast", keys, MIXES[1], kernel=kernel)
-    readout = LinearReadout(ReadoutSettings(views=1, radii=(), vector_dim=2), [own])
+    readout = Readout(ReadoutSettings(views=1, radii=(), vector_dim=2), [own])
     base = base_head(readout, "human_breast", "human")
     rng = np.random.default_rng(3)
     columns, loadings = np.array([6, 1, 4]), rng.normal(size=(2, 3))
@@ -306,7 +306,7 @@ def test_ridge_on_frozen_features_uses_all_of_them(radii: tuple[float, ...]):
     views = np.arange(5 * 12, dtype=np.float32).reshape(5, 12)
     settings = ReadoutSettings(radii=radii, vector_dim=4, stages=False)
     predictor = SimpleNamespace(
-        bundle=SimpleNamespace(readout=LinearReadout(settings, [])),
+        bundle=SimpleNamespace(readout=Readout(settings, [])),
         model=SimpleNamespace(vision=SimpleNamespace(stem=SimpleNamespace(width=4))),
         normalises_stain=False,
     )
@@ -360,7 +360,7 @@ def test_the_lineage_carries_the_section_and_its_donor(adapted: Path, tiny_run: 
     assert lineage.runs_that_trained_on("donor_new") == [lineage.own.name]
     assert "CC-BY-4.0" in lineage.licences()
     card = (adapted / "export/README.md").read_text()
-    assert "Section n1 of donor donor_new: the linear readout was adapted to 39 of its spots" in card
+    assert "Section n1 of donor donor_new: the readout was adapted to 39 of its spots" in card
     facts = json.loads((adapted / "adaptation.json").read_text())
     assert facts["section"]["donor"] == "donor_new"
     assert facts["margin_um"] == TILE_UM

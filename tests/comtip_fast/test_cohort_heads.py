@@ -19,7 +19,7 @@ import comtip_fast
 from comtip_fast.api import Model
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.inference import Predictor
-from comtip_fast.models.readout.heads import CohortHead, LinearReadout
+from comtip_fast.models.readout.heads import CohortHead, Readout
 from comtip_fast.slide_prediction import run as slides
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -45,14 +45,14 @@ def model(tiny_run: Path) -> Model:
     readout = bundle.readout
     assert readout is not None
     heads = [*readout.heads, other(readout.heads[0], "human_lung")]
-    return Model(Predictor(replace(bundle, readout=LinearReadout(readout.settings, heads))))
+    return Model(Predictor(replace(bundle, readout=Readout(readout.settings, heads))))
 
 
 def only(model: Model, cohort: str) -> Model:
     """Return the model with the head of one cohort alone."""
     readout = model.predictor.bundle.readout
     assert readout is not None
-    alone = LinearReadout(readout.settings, [h for h in readout.heads if h.cohort == cohort])
+    alone = Readout(readout.settings, [h for h in readout.heads if h.cohort == cohort])
     return Model(Predictor(replace(model.predictor.bundle, readout=alone)))
 
 

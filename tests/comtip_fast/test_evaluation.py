@@ -286,7 +286,7 @@ def test_the_report_is_one_file_that_states_the_training_data(evaluation, tiny_r
 
 def test_predictions_are_the_expectation_over_levels(tiny_run: Path, tiny_shards: ShardSet):
     predictor = Predictor.load(tiny_run)
-    predictor.bundle.readout = None  # a model without a linear readout, as exports of version 1 are
+    predictor.bundle.readout = None  # a model without a readout, as exports of version 1 are
     spots = tiny_shards.select(split="test")[:3]
     features = predictor.image_features(tiny_shards.tiles(spots).transpose(0, 3, 1, 2), tiny_shards.stain(3))
     key = predictor.trained_genes[2]

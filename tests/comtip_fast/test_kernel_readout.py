@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist
 from comtip_fast.models.readout import heads as heads_module
 from comtip_fast.models.readout import kernel_map
 from comtip_fast.models.readout.features import ReadoutSettings
-from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout
+from comtip_fast.models.readout.heads import NORMS, CohortHead, Readout
 from comtip_fast.models.readout.kernel_map import FeatureMap, KernelMap, join
 from comtip_fast.models.readout.section_statistics import standardise
 from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, SectionTable, fit_cohort
@@ -103,7 +103,7 @@ def test_kernel_heads_follow_expression_that_is_not_linear_in_the_features() -> 
     train, test = [section(seed, 150) for seed in (1, 2)], section(3)
 
     def pcc(head: CohortHead) -> float:
-        predicted = LinearReadout(SETTINGS, [head]).predict(test.x_NF, KEYS)[0]["cp10k"]
+        predicted = Readout(SETTINGS, [head]).predict(test.x_NF, KEYS)[0]["cp10k"]
         return float(np.mean([np.corrcoef(predicted[:, g], test.y["cp10k"][:, g])[0, 1] for g in range(G)]))
 
     kernel, linear = pcc(fit(train, grid=None)), pcc(fit(train, kinds=("linear",), grid=None))
@@ -135,15 +135,15 @@ def test_scores_do_not_depend_on_the_number_of_spots_at_once(monkeypatch: pytest
 
 
 def test_kernels_pass_through_arrays_and_header(tmp_path: Path) -> None:
-    readout = LinearReadout(SETTINGS, [fit([section(1), section(2)])])
+    readout = Readout(SETTINGS, [fit([section(1), section(2)])])
     arrays, header = readout.to_arrays()
     save_file(arrays, tmp_path / "x.safetensors")
-    again = LinearReadout.from_arrays(load_file(tmp_path / "x.safetensors"), header)
+    again = Readout.from_arrays(load_file(tmp_path / "x.safetensors"), header)
     x = section(3).x_NF
     assert again.heads[0].map_of("vector").linear is False
     for norm in NORMS:
         np.testing.assert_allclose(again.predict(x, KEYS)[0][norm], readout.predict(x, KEYS)[0][norm], atol=1e-4)
-    linear = LinearReadout(SETTINGS, [fit([section(1)], kinds=("linear",))])
+    linear = Readout(SETTINGS, [fit([section(1)], kinds=("linear",))])
     assert not any("kernel" in name for name in linear.to_arrays()[0])
 
 
@@ -181,7 +181,7 @@ def test_each_normalisation_has_the_kind_that_scores_higher_on_validation() -> N
     assert head.map_of("vector").linear
     assert len(head.map_of("vector").kernels) == 1
     for norm, alone in (("cp10k", kernel), ("raw", linear)):
-        got, want = (LinearReadout(settings, [h]).predict(test.x_NF, KEYS)[0][norm] for h in (head, alone))
+        got, want = (Readout(settings, [h]).predict(test.x_NF, KEYS)[0][norm] for h in (head, alone))
         np.testing.assert_allclose(got, want, atol=1e-6)
         assert head.facts["vector"][norm]["score"] == alone.facts["vector"][norm]["score"]
 

@@ -1,4 +1,4 @@
-"""The linear readout: its closed form, its features, its file, and how a model with and without one predicts."""
+"""The readout: its closed form, its features, its file, and how a model with and without one predicts."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from comtip_fast.models.readout.features import (
     tile_features,
     turn_tiles,
 )
-from comtip_fast.models.readout.heads import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead, Readout
 from comtip_fast.models.readout.section_statistics import ADJACENT, neighbour_mean, standardise
 from comtip_fast.training.readout import fit as fitting
 from comtip_fast.training.readout.solve import (
@@ -131,7 +131,7 @@ def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
     train = [section(1), section(2)]
     head = fit(train, [], settings, n_donors=2)
     assert head.mix["raw"] == pytest.approx({"vector": 0.8 / 3, "frozen": 1.6 / 3, "levels": 0.2})
-    readout, x = LinearReadout(settings, [head]), section(3).x_NF
+    readout, x = Readout(settings, [head]), section(3).x_NF
     want = np.zeros((len(x), G))
     for block, weight in (("vector", 1 / 3), ("frozen", 2 / 3)):
         part = head.blocks[block]["cp10k"]
@@ -197,9 +197,9 @@ def test_the_head_on_learnt_features_can_require_several_donors() -> None:
     assert mixture(both, "kernel", 3, 2)["vector"] == pytest.approx(0.4)
 
 
-def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> LinearReadout:
+def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> Readout:
     settings = ReadoutSettings(2, (), F)
-    return LinearReadout(settings, [fit(sections, [], settings, cohort=cohort)])
+    return Readout(settings, [fit(sections, [], settings, cohort=cohort)])
 
 
 def test_unseen_genes_follow_the_genes_that_their_vectors_resemble() -> None:
@@ -230,7 +230,7 @@ def test_unseen_genes_follow_the_genes_that_their_vectors_resemble() -> None:
     np.testing.assert_array_equal(without["cp10k"][:, 0], values["cp10k"][:, 0])
     one = np.ones((1, 3), np.float32)
     strange = GeneVectors(["human:N"], one, np.ones((1, 4), np.float32), one[0, :1])
-    with pytest.raises(ValueError, match="contain 0 of the 9 genes of a head of the linear readout"):
+    with pytest.raises(ValueError, match="contain 0 of the 9 genes of a head of the readout"):
         readout.predict(test.x_NF, ["human:N"], vectors=strange)
     zero = replace(vectors, vector_GK=np.where(np.arange(len(keys))[:, None] < G, 0, vectors.vector_GK))
     with pytest.raises(ValueError, match=f"gene vectors of all {G} genes of a head .* are 0"):
@@ -241,7 +241,7 @@ def test_unseen_genes_follow_the_genes_that_their_vectors_resemble() -> None:
 
 def test_the_head_of_the_cohort_is_used_and_else_the_mean_over_heads() -> None:
     a, b = readout_of([section(1)], "human_breast"), readout_of([section(8)], "human_lung")
-    both = LinearReadout(a.settings, [*a.heads, *b.heads])
+    both = Readout(a.settings, [*a.heads, *b.heads])
     x, key = section(3).x_NF, ["human:G1"]
     of_a, of_b = a.predict(x, key)[0]["cp10k"], b.predict(x, key)[0]["cp10k"]
     np.testing.assert_array_equal(both.predict(x, key, "human_lung")[0]["cp10k"], of_b)
@@ -271,7 +271,7 @@ def test_the_eight_views_are_the_eight_symmetries_of_a_square() -> None:
 def test_arrays_and_header_round_trip() -> None:
     readout = readout_of([section(1), section(2)])
     arrays, header = readout.to_arrays()
-    again = LinearReadout.from_arrays(arrays, json.loads(json.dumps(header)))
+    again = Readout.from_arrays(arrays, json.loads(json.dumps(header)))
     assert again.settings == readout.settings
     x = section(3).x_NF
     np.testing.assert_allclose(again.predict(x, KEYS)[0]["raw"], readout.predict(x, KEYS)[0]["raw"], rtol=1e-4)
@@ -378,7 +378,7 @@ def test_gene_vectors_need_a_readout_and_change_untrained_genes_only(bundle: Bun
     vector = np.random.default_rng(0).normal(size=(len(keys), 3)).astype(np.float32)
     moments = np.tile([2.0, 1.5, 3.0, 0.5], (len(keys), 1)).astype(np.float32)
     vectors = GeneVectors(keys, vector, moments, np.ones(len(keys), np.float32))
-    with pytest.raises(ValueError, match="no linear readout"):
+    with pytest.raises(ValueError, match="no readout"):
         Predictor(Bundle(**{**vars(bundle), "readout": None}), vectors=vectors)
     tiles, genes = tiles_of(tiny_shards, "x1"), queries(bundle)
     plain, decoding = Predictor(bundle), Predictor(bundle, vectors=vectors)
@@ -451,7 +451,7 @@ def test_a_readout_of_version_1_has_its_features(
     mix = {"vector": 0.25, "frozen": 0.75, "levels": 0.0}
     keys = now.readout.heads[0].keys[:3]
     cohort = CohortHead("human_breast", keys, np.zeros(width), np.ones(width), blocks, dict.fromkeys(NORMS, mix))
-    arrays, header = LinearReadout(settings, [cohort]).to_arrays()
+    arrays, header = Readout(settings, [cohort]).to_arrays()
     header |= {"version": 1, "settings": {"views": 1, "context": context, "vector_dim": dim}}
     header["heads"][0]["mix"] = mix
     del header["heads"][0]["maps"]

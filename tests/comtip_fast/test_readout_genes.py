@@ -1,4 +1,4 @@
-"""Genes on which candidates of the linear readout are compared."""
+"""Genes on which candidates of the readout are compared."""
 
 from __future__ import annotations
 

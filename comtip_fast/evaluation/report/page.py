@@ -33,7 +33,7 @@ from comtip_fast.lineage import LineageSection, same_sections
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
-    "zero_shot_levels": "CoMTIP, from level sentences alone (no linear readout)",
+    "zero_shot_levels": "CoMTIP, from level sentences alone (no readout)",
     "zero_shot_unseen_genes": "CoMTIP, unseen genes",
     "unseen_mean_map": "Unseen genes: mean map of the trained genes, the same for every gene",
     "unseen_names_shuffled": "Unseen genes, control: each with the name of another",

@@ -1,4 +1,4 @@
-"""Image features of the linear readout: which features of a tile it has, and how they are computed.
+"""Image features of the readout: which features of a tile it has, and how they are computed.
 
 A tile has the vector z of the shared space and, with a frozen stem, the mean and standard deviation over patches of the stem's
 features. Shapes: B tiles, F features.

@@ -1,7 +1,7 @@
-"""Linear readout: low-rank linear heads from image features to expression, fitted in closed form.
+"""Readout: low-rank heads from image features to expression, fitted in closed form.
 
 The training spots of one cohort (species and organ) give standardised expression Y (N, G) per gene. Its leading right
-singular vectors are K programmes. Ridge regression maps image features X (N, F) to the programme scores T (N, K), and a
+singular vectors are K programmes. Ridge regression maps mapped image features X (N, F) to the programme scores T (N, K), and a
 gene is decoded with its loadings L (K, G):
 
     W = (X^T X + alpha I)^-1 X^T T          value[:, g] = mean_g + std_g * (X W L)[:, g]
@@ -9,9 +9,9 @@ gene is decoded with its loadings L (K, G):
 There is one head per block of features: ``vector``, the tile's vector z in the shared space, and ``frozen``, the mean and
 standard deviation, over patches, of the features of every stage of a frozen stem. Features are averaged over flips and rotations
 of the tile, concatenated with their means over the neighbouring spots within several radii, and standardised within the section.
-The penalty gives every stage equal weight: stage i with c_i channels is scaled by sqrt(mean of c / c_i). The prediction is a fixed
-mixture of the heads and of the prediction from level sentences. A gene that was not trained is decoded with loadings that are
-regressed on gene vectors, if there are any.
+They are mapped to the values of a kernel, or to themselves (:mod:`.kernel_map`). Every stage has equal weight: stage i with c_i
+channels is scaled by sqrt(mean of c / c_i). The prediction is a fixed mixture of the heads and of the prediction from level
+sentences. A gene that was not trained is decoded with loadings that are regressed on gene vectors, if there are any.
 
 Shapes: N spots, F features, G genes, K programmes, V components of a gene vector.
 """
@@ -102,8 +102,8 @@ class CohortHead:
 
 
 @dataclass
-class LinearReadout:
-    """The linear readout of a model: settings of the features, and one head per cohort."""
+class Readout:
+    """The readout of a model: settings of the features, and one head per cohort."""
 
     settings: ReadoutSettings
     heads: list[CohortHead]
@@ -131,7 +131,7 @@ class LinearReadout:
     def predict(
         self, x_NF: np.ndarray, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Predict the expression of genes in one section with the linear heads alone, without the level sentences.
+        """Predict the expression of genes in one section with the heads alone, without the level sentences.
 
         Parameters
         ----------
@@ -200,7 +200,7 @@ class LinearReadout:
         return {k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, header
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> LinearReadout:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> Readout:
         """Build the readout from the result of :meth:`to_arrays`; the caller checks it, see ``export_checks.readout``."""
         heads = []
         for i, h in enumerate(header["heads"]):
@@ -229,7 +229,7 @@ class LinearReadout:
 
 
 class ReadoutDecoder:
-    """Predicts the requested genes with the linear heads; built by :meth:`LinearReadout.decoder`."""
+    """Predicts the requested genes with the heads; built by :meth:`Readout.decoder`."""
 
     def __init__(self, settings: ReadoutSettings, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
         self.settings, self._heads = settings, heads
@@ -243,14 +243,14 @@ class ReadoutDecoder:
         return self._count > 0
 
     def predict(self, x_NF: np.ndarray, section: Moments | None = None) -> dict[str, np.ndarray]:
-        """Predict ``cp10k`` and ``raw`` with the linear heads: log1p of CP10K and of raw counts, float32 (N, G).
+        """Predict ``cp10k`` and ``raw`` with the heads: log1p of CP10K and of raw counts, float32 (N, G).
 
         A gene is predicted by the mean over the heads that decode it; columns of genes that no head decodes are 0.
 
         Parameters
         ----------
         x_NF
-            Features from :meth:`LinearReadout.head_features`.
+            Features from :meth:`Readout.head_features`.
         section
             Moments of the section if ``x_NF`` is a part of it; None if ``x_NF`` is the complete section.
         """
@@ -323,14 +323,14 @@ def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) 
     known = np.flatnonzero(index >= 0)
     if known.size < 2:
         raise ValueError(
-            f"the gene vectors contain {known.size} of the {len(keys)} genes of a head of the linear readout ({keys[0]} ...), but at "
+            f"the gene vectors contain {known.size} of the {len(keys)} genes of a head of the readout ({keys[0]} ...), but at "
             "least 2 are needed; give a file of vectors that contains more of them"
         )
     v = vectors.vector_GK[index[known]].astype(np.float64)
     scale = np.sqrt((v**2).sum(1).mean())
     if not scale > 0:
         raise ValueError(
-            f"the gene vectors of all {known.size} genes of a head of the linear readout that have one ({keys[known[0]]} ...) are 0, so that "
+            f"the gene vectors of all {known.size} genes of a head of the readout that have one ({keys[known[0]]} ...) are 0, so that "
             "no other gene can be related to them; give a file of vectors that distinguish these genes"
         )
     v, new = v / scale, vectors.vector_GK[rows].astype(np.float64) / scale

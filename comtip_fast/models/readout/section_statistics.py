@@ -1,4 +1,4 @@
-"""Section statistics for the linear readout: moments, which can be accumulated over parts, and means over neighbours.
+"""Section statistics for the readout: moments, which can be accumulated over parts, and means over neighbours.
 
 Shapes: N spots, n of them in a part, F features, k candidate neighbours, M spots that include the neighbours.
 """

@@ -1,1 +1,1 @@
-"""Fit of the linear readout of an export on the training split."""
+"""Fit of the readout of an export on the training split."""

@@ -1,4 +1,4 @@
-"""Fit of the linear readout of a trained model: reading of features and expression, and one fit per cohort."""
+"""Fit of the readout of a trained model: reading of features and expression, and one fit per cohort."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
 from comtip_fast.models.readout.features import BLOCKS, RADII, ReadoutSettings, penalty_scale, tile_features
-from comtip_fast.models.readout.heads import LinearReadout
+from comtip_fast.models.readout.heads import Readout
 from comtip_fast.models.readout.section_statistics import standardise
 from comtip_fast.runtime.devices import autocast
 from comtip_fast.training.readout.solve import KINDS, CohortData, SectionTable, fit_cohort
@@ -36,15 +36,15 @@ BATCH = 128
 @torch.no_grad()
 def fit_readout(
     model: CoMTIP, config: RunConfig, shards: ShardSet, tables: TrainingTables, loader: BaseLoader
-) -> LinearReadout | None:
-    """Fit one linear readout per cohort on the sections of split ``train``.
+) -> Readout | None:
+    """Fit one readout per cohort on the sections of split ``train``.
 
     Split ``val`` selects the number of programmes and the ridge penalty; if it is empty, see :func:`.solve.fit_cohort`. Held-out
     genes and split ``test`` are not used. Called on one rank, with a model that holds all parameters.
 
     Returns
     -------
-    LinearReadout or None
+    Readout or None
         None if no cohort has at least :data:`MIN_SPOTS` readable training spots and 2 genes.
 
     Raises
@@ -52,7 +52,7 @@ def fit_readout(
     ShardError
         More records are damaged than ``data.faults`` and ``data.max_faults`` allow.
     """
-    readout = LinearReadout(readout_settings(config), [])
+    readout = Readout(readout_settings(config), [])
     cohorts: dict[str, list[int]] = {}
     for section in np.unique(shards.sections_of(tables.spots)):
         cohorts.setdefault(shards.cohort_of_section(int(section)), []).append(int(section))
@@ -66,12 +66,12 @@ def fit_readout(
         head = fit_cohort(data, readout.settings, kinds=kinds, min_donors=config.readout.min_donors)
         readout.heads.append(head)
         n = sum(len(s.x_NF) for s in data.train)
-        log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, _choices(head.facts))
+        log.info("readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, _choices(head.facts))
     return readout if readout.heads else None
 
 
 def readout_settings(config: RunConfig) -> ReadoutSettings:
-    """Return the settings of the features of a run's linear readout."""
+    """Return the settings of the features of a run's readout."""
     return ReadoutSettings(config.readout.views, RADII if config.readout.context else (), config.align.dim)
 
 
@@ -98,7 +98,7 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     n = sum(len(raw[i][0]) for i in fitted)
     if n < MIN_SPOTS or rows.size < 2:
         log.warning(
-            "no linear readout for %s: %d readable training spots and %d genes, but at least %d spots and 2 genes are needed; genes "
+            "no readout for %s: %d readable training spots and %d genes, but at least %d spots and 2 genes are needed; genes "
             "that no other cohort has are predicted from level sentences",
             cohort,
             n,
@@ -162,7 +162,7 @@ class _Reader:
     model: CoMTIP
     shards: ShardSet
     loader: BaseLoader
-    readout: LinearReadout
+    readout: Readout
     quota: int
     """Largest number of spots per section."""
     seed: int

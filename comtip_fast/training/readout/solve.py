@@ -1,4 +1,4 @@
-"""Closed-form fit of the linear readout: programmes, ridge regression, and selection of rank and penalty.
+"""Closed-form fit of the readout: programmes, ridge regression, and selection of rank and penalty.
 
 Shapes: N spots, F features, G genes, K programmes; see :mod:`comtip_fast.models.readout.heads`.
 """
