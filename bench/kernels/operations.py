@@ -163,7 +163,7 @@ def count() -> list[dict[str, str]]:
     rows = []
     for one in operations():
         for part, record in walked(one.build):
-            kernel = kernels[one.op, part, one.size].moved.memory
+            kernel = kernels[one.op, part, one.size].moved.once
             rows.append(
                 {
                     "op": one.op,
@@ -186,18 +186,20 @@ def read(path: Path = TABLE) -> list[dict[str, str]]:
 
 
 def problems(rows: list[dict[str, str]], committed: list[dict[str, str]]) -> list[str]:
-    """Return a message for each count above the committed one, and for each row that the table lacks."""
+    """Return a message for each count above the committed one, and for each row that only the table or only the code has."""
     known = {(r["op"], r["part"], r["size"]): r for r in committed}
     out = []
     for row in rows:
-        where, before = f"{row['op']} {row['part']}, {row['size']}", known.get((row["op"], row["part"], row["size"]))
+        where = f"{row['op']} {row['part']}, {row['size']}"
+        before = known.pop((row["op"], row["part"], row["size"]), None)
         if before is None:
             out.append(f"{where}: not in {TABLE.name}; run python bench/kernels/operations.py")
             continue
         for name in ("operators", "launches", "operation_mb"):
             if float(row[name]) > float(before[name]):
                 out.append(f"{where}: {name} is {row[name]}, the table has {before[name]}")
-    return out
+    gone = [f"{op} {part}, {size}" for op, part, size in known]
+    return out + [f"{where}: only in {TABLE.name}; run python bench/kernels/operations.py" for where in gone]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -19,11 +19,13 @@ from comtip_kernels.ledger.sizes import ROOFS
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[2]
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+BLUE, ORANGE, GREEN, PINK, GRAY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#7f7f7f"
 HEAD = (
     "operation",
     "size",
     "MB moved",
+    "x floor",
+    "L2 MB",
     "x floor",
     "GFLOP",
     "of these again",
@@ -49,7 +51,7 @@ def flop_ratio(row: dict[str, str]) -> float | None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Return the table of operations, with predicted times, as Markdown."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 11]
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 13]
     for r in rows:
         ratio = flop_ratio(r)
         again = float(r["recomputed_gflop"])
@@ -61,6 +63,8 @@ def table(rows: list[dict[str, str]]) -> str:
             r["size"],
             f"{float(r['memory_mb']):,.0f}",
             f"{float(r['memory_ratio']):.2f}",
+            f"{float(r['loaded_mb']):,.0f}",
+            f"{float(r['loaded_ratio']):.2f}",
             *flops,
             f"{int(r['programs']):,}",
             f"{int(r['predicted_us_a100']):,}",
@@ -135,16 +139,18 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 0.52 * len(bottom_up) + 1.2), sharey=True, layout="constrained"
     )
-    moved = [float(r["memory_ratio"]) for r in bottom_up]
-    left.barh([v + 0.2 for v in y], moved, 0.38, color=BLUE, label="bytes from and to memory")
-    products = [flop_ratio(r) or 0 for r in bottom_up]
-    left.barh([v - 0.2 for v in y], products, 0.38, color=ORANGE, label="FLOPs, including padding and masks")
-    for v, a, b in zip(y, moved, products, strict=True):
-        left.text(a * 1.03, v + 0.2, f"{a:.2f}", va="center", fontsize=7)
-        if b:
-            left.text(b * 1.03, v - 0.2, f"{b:.2f}", va="center", fontsize=7)
+    bars = (
+        ("bytes from and to memory", BLUE, [float(r["memory_ratio"]) for r in bottom_up]),
+        ("bytes that cross L2", GRAY, [float(r["loaded_ratio"]) for r in bottom_up]),
+        ("FLOPs, including padding and masks", ORANGE, [flop_ratio(r) or 0 for r in bottom_up]),
+    )
+    for offset, (label, color, ratios) in zip((0.27, 0.0, -0.27), bars, strict=True):
+        left.barh([v + offset for v in y], ratios, 0.26, color=color, label=label)
+        for v, ratio in zip(y, ratios, strict=True):
+            if ratio:
+                left.text(ratio * 1.03, v + offset, f"{ratio:.2f}", va="center", fontsize=6)
     left.axvline(1, color="black", lw=0.8)
-    left.set(xscale="log", xlim=(0.7, 80), xlabel="times the floor (1 is the floor)", yticks=list(y))
+    left.set(xscale="log", xlim=(0.7, 110), xlabel="times the floor (1 is the floor)", yticks=list(y))
     left.set_yticklabels(names, fontsize=7.5)
     ticks = [1, 2, 5, 10, 32]
     left.set_xticks(ticks, [str(t) for t in ticks])

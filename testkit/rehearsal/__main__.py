@@ -61,8 +61,16 @@ def key_of(row: dict[str, str]) -> tuple[str, str, str]:
     return row["config"], row["ranks"], row["walk"]
 
 
+def share_of(row: dict[str, str]) -> float:
+    """Return the WGMMA share of a row; 0 for a walk that launches no product of this package."""
+    return 0.0 if row["hgmma_share"] == "-" else float(row["hgmma_share"])
+
+
 def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]:
-    """Return a message for each count above, or WGMMA share below, the committed one, and for each walk of CI without a row."""
+    """Return a message for each count above, or WGMMA share below, the committed one.
+
+    Walks of CI without a committed row, and committed rows that CI does not walk, are reported, too.
+    """
     required = keys_of_ci()
     known = {(r["config"], r["ranks"], r["walk"]): r for r in before}
     out = []
@@ -75,8 +83,12 @@ def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]
             out += [f"{where}: not in {TABLE.name}; run python -m testkit.rehearsal"] if key in required else []
             continue
         out += [f"{where}: {n} is {row[n]}, the table has {old[n]}" for n in NOT_ABOVE if float(row[n]) > float(old[n])]
-        if row["hgmma_share"] != "-" and float(row["hgmma_share"]) < float(old["hgmma_share"]):
+        if share_of(row) < share_of(old):
             out.append(f"{where}: hgmma_share is {row['hgmma_share']}, the table has {old['hgmma_share']}")
+    out += [
+        f"{config}, ranks {ranks}, {walk}: only in {TABLE.name}, CI does not walk it; run python -m testkit.rehearsal"
+        for config, ranks, walk in sorted(known.keys() - required)
+    ]
     return out
 
 

@@ -49,3 +49,4 @@ def test_a_worse_count_is_reported(operations: ModuleType):
     assert len(operations.problems(worse, rows)) == 1
     assert "operators is" in operations.problems(worse, rows)[0]
     assert "not in operations.csv" in operations.problems(rows, rows[1:])[0]
+    assert "only in operations.csv" in operations.problems(rows[1:], rows)[0]

@@ -158,18 +158,40 @@ def test_a_set_with_fewer_spots_than_a_batch_is_refused(task: CoMTIPTask, tmp_pa
         benchmark_step(config, ["ours"], rounds=1, per_round=1, out=tmp_path)
 
 
-def test_smaller_batches_are_counted_as_what_they_are():
+def test_smaller_batches_are_counted_as_what_they_are_or_left_out():
     class Steps(StepContender):
         def __init__(self) -> None:
-            self.device, self.sizes = torch.device("cpu"), iter((16, 16, 2))
+            self.device, self.sizes = torch.device("cpu"), iter((16, 16, 2, 17))
+            self.clock, self.trained = PartClock(self.device), []
 
         def load(self) -> Namespace:
             return Namespace(spot_index=torch.arange(next(self.sizes)))
 
         def train(self, batch: Namespace) -> torch.Tensor:
+            self.trained.append(len(batch.spot_index))
             return batch.spot_index.sum()
 
-    assert measure._run(Steps(), 3)[1] == 34
+    assert measure._run(Steps(), 3, 0)[1] == 34
+    # The rest of an epoch would cost a step that encodes a table more per sample than others, and has other operations.
+    steps = Steps()
+    assert measure._run(steps, 3, 16)[1] == 49
+    assert steps.trained == [16, 16, 17]
+    measure.seconds_by_part(steps := Steps(), 3, 16)
+    assert steps.trained == [16, 16, 17]
+
+
+def test_gradients_of_the_last_step_are_no_part_of_the_memory_at_the_start(
+    task: CoMTIPTask, monkeypatch: pytest.MonkeyPatch
+):
+    """Our step frees them when it begins, the other ones when they end: on a GPU, the memory at the start is subtracted."""
+    ours = Ours(task)
+    ours.train(ours.load())
+    weights = [p for p in ours.engine.module.parameters() if p.grad is not None]
+    assert weights
+    at_the_start: list[bool] = []
+    monkeypatch.setattr(ours, "train", lambda _batch: at_the_start.extend(p.grad is not None for p in weights))
+    measure.peak_mb(ours, None)
+    assert at_the_start == [False] * len(weights)
 
 
 def test_a_loader_that_is_slower_than_its_step_makes_it_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -177,8 +199,8 @@ def test_a_loader_that_is_slower_than_its_step_makes_it_wait(monkeypatch: pytest
     now = [0.0]
     monkeypatch.setattr(measure, "time", Namespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(measure, "product_rate", lambda *_: 1e9)
-    monkeypatch.setattr(measure, "_profile", lambda *_: 1.0)
-    monkeypatch.setattr(measure, "counted_gflop", lambda _: 1.0)
+    monkeypatch.setattr(measure, "peak_mb", lambda *_: 1.0)
+    monkeypatch.setattr(measure, "counted_gflop", lambda *_: 1.0)
 
     class Slow(StepContender):
         name, prepared_ahead = "slow loader", 3

@@ -1,7 +1,7 @@
 """Classes of instructions, and the programs that a multiprocessor holds."""
 
 import pytest
-from comtip_kernels.ledger.instructions import CLASSES, INTEGER, classes, resident_programs, tensor_shape
+from comtip_kernels.ledger.instructions import CLASSES, INTEGER, classes, resident_programs, tensor_kind, tensor_shape
 
 CODE = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -24,6 +24,18 @@ def test_every_instruction_has_one_class():
     expected = dict.fromkeys((*CLASSES, INTEGER), 1) | {"memory": 2, "fp": 2, INTEGER: 2}
     assert classes(CODE) == expected
     assert sum(expected.values()) == 12  # NOP is not counted
+
+
+SMALL_PRODUCT = "        /*00d0*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;\n"
+
+
+def test_products_of_every_kind_are_counted():
+    """A kernel whose large products are HGMMA or UTCMMA can have small ones that are HMMA."""
+    assert classes(CODE + SMALL_PRODUCT * 3)["tensor"] == 4
+    assert tensor_kind(CODE + SMALL_PRODUCT) == "HGMMA"
+    assert tensor_kind(SMALL_PRODUCT) == "HMMA"
+    assert tensor_kind(SMALL_PRODUCT + CODE.replace("HGMMA", "UTCHMMA")) == "UTCMMA"
+    assert tensor_kind(CODE.replace("HGMMA", "FFMA")) == "-"
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,22 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
+import triton
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger import __main__ as ledger
 from comtip_kernels.ledger import entries as ledger_entries
 from comtip_kernels.ledger import traffic
-from comtip_kernels.ledger.__main__ import compiled, dropped, main, merged, problems, read, sized_problems, write
+from comtip_kernels.ledger.__main__ import (
+    compiled,
+    dropped,
+    main,
+    merged,
+    parsed,
+    problems,
+    read,
+    sized_problems,
+    write,
+)
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import entries
 from comtip_kernels.ledger.sizes import ROOFS, sizes
@@ -98,6 +109,32 @@ def test_fewer_programs_and_sizes_that_are_not_compared_are_reported(monkeypatch
     assert sized_problems(table) == [
         f"infonce forward, B = M = 32k, D = 512: only in {table}; run python -m comtip_kernels.ledger"
     ]
+
+
+def test_no_operation_loads_less_than_its_floor_of_l2():
+    """The floor of a product is that of the best tile of 65,536 sums, which are the registers of a multiprocessor in fp32."""
+    assert all(s.moved.loaded >= s.floor_loaded >= s.moved.distinct for s in sizes())
+    forward = next(s for s in sizes() if (s.op, s.part) == ("infonce", "forward"))
+    n, side = 32768, 256
+    assert forward.floor_loaded == 2 * (n // side) * n * 512 * 2 + 4 * (n // side) ** 2
+    shapes = [(1 << i, 1 << j) for i in range(17) for j in range(17 - i)]
+    summed = [
+        traffic.weighted_sum(4096, 2048, 32, 512, 2, {"BM": h, "NG": 1, "QP": 32, "BD": w}).loaded for h, w in shapes
+    ]
+    pool = next(s for s in sizes() if (s.op, s.part) == ("table_pool", "forward"))
+    assert pool.floor_loaded == min(summed)
+    assert traffic.fewest_loads(lambda h, w: -(h * w), unit=32) == -65536 // 32
+
+
+def test_products_of_every_kind_are_in_the_table():
+    """The scores of one query per head are products of 16 rows: HMMA, in a kernel whose other products are HGMMA on sm_90."""
+    entry = next(e for e in entries() if e.name == "backward_64_bf16" and e.op == "one_query")
+    key = {"triton": triton.__version__, "op": entry.op, "name": entry.name, "arch": "90"}
+    committed = [r for r in read(Path(__file__).parents[2] / "bench/ledger.csv") if key.items() <= r.items()]
+    row = compile_entry(entry, 90)
+    assert row.mma == "HGMMA"
+    assert row.mma_count > 10  # two of them are HGMMA
+    assert [parsed(r) for r in committed] in ([], [row])  # no rows of this Triton
 
 
 def test_rows_of_other_tritons_are_kept(tmp_path: Path):
@@ -203,8 +240,26 @@ def test_idle_multiprocessors_cost_time():
 def test_columns_that_exceed_the_cache_are_read_once_per_group_of_tiles():
     tiles = infonce.FORWARD["bf16"]
     small, large = (traffic.infonce_forward(n, n, 512, 2, tiles) for n in (32768, 131072))
-    assert small.distinct == 2 * 32768 * 1024 + 4
-    assert large.distinct == (131072 + 1024 // 8 * 131072) * 1024 + 4
+    assert small.memory - small.stored == small.distinct == 2 * 32768 * 1024 + 4
+    assert large.memory - large.stored == (131072 + 1024 // 8 * 131072) * 1024 + 4
+
+
+def test_a_table_that_exceeds_the_cache_is_read_once_per_tile_of_spots():
+    """Neighbouring programs of the scores and of their derivatives have the same spots, and those of the next spots start over."""
+    B, D, Q = 4096, 512, 32
+    dot, level, gradient = (
+        c["bf16"] | {"QP": Q, "NG": 4} for c in (table.SAMPLED_DOT, table.LEVEL_LOSS, table.LEVEL_GRADIENT)
+    )
+    for G, beyond in ((1024, 0), (2048, 1)):  # tables of 34 and 67 MB; the cache has 42 MB
+        size = beyond * G * Q * D * 2
+        assert traffic.sampled_dot(B, G, Q, D, 2, dot).again == (B // 256 - 1) * size
+        assert traffic.sampled_dot(B, G, Q, D, 2, level, loss=True).again == (B // 128 - 1) * size
+        assert traffic.level_gradient(B, G, Q, D, 2, gradient).again == (B // 128 - 1) * size
+        assert traffic.weighted_sum(B, G, Q, D, 2, dot | {"BD": 128}).again == 0  # all spots take a gene at a time
+    loss = next(s for s in sizes() if s.op == "level_cross_entropy" and s.part == "forward")
+    assert loss.seconds(ROOFS["a100"])["memory"] == pytest.approx(
+        (loss.moved.once + (B // 128 - 1) * size) / ROOFS["a100"].reachable_memory
+    )
 
 
 def test_old_compilers_are_used_without_blackwell():

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from comtip_kernels.rates import MEMORY_SHARE
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
@@ -36,6 +37,30 @@ def test_the_tables_are_the_ledgers(plot: ModuleType):
     assert plot.kernels_table(plot.read(ROOT / "bench/ledger.csv")) in README
     assert plot.ways_table() in README
     assert plot.tiles_table() in README
+
+
+def test_what_is_above_the_floors_is_named(plot: ModuleType):
+    """In the first column: the operations, and which of their floors, more than 1.3 times lower."""
+    section = README.partition("Above 1.3 times the lower bound are:")[2].partition("**Whole operations**")[0]
+    named: dict[str, set[str]] = {"bytes": set(), "L2 bytes": set(), "FLOPs": set()}
+    for line in section.splitlines()[4:]:
+        operations, _, kind = line.partition(" | ")[0].rpartition(", ")
+        if kind:
+            named[kind] |= set(re.findall(r"`(\w+)`", operations))
+    above: dict[str, set[str]] = {kind: set() for kind in named}
+    for row in plot.read(ROOT / "bench/traffic.csv"):
+        ratios = {"bytes": row["memory_ratio"], "L2 bytes": row["loaded_ratio"], "FLOPs": plot.flop_ratio(row) or 1}
+        for kind, ratio in ratios.items():
+            above[kind] |= {row["op"]} if float(ratio) > 1.3 else set()
+    assert named == above
+
+
+def test_the_time_of_pooling_outside_of_its_kernels_is_that_of_the_tables(plot: ModuleType):
+    rows = [r for r in plot.read(ROOT / "bench/operations.csv") if r["op"] == "table_pool" and "B = 4k" in r["size"]]
+    whole, kernels = (sum(float(r[c]) for r in rows) / 1e3 for c in ("operation_mb", "kernel_mb"))
+    ms = (whole - kernels) * 1e12 / plot.ROOFS["h100"].reachable_memory
+    text = f"that is {whole - kernels:.1f} of {whole:.1f} GB: {ms:.2f} ms at {MEMORY_SHARE:.0%} of an H100's"
+    assert text.replace("%", " %") in " ".join(README.split())
 
 
 def test_the_figure_can_be_drawn(plot: ModuleType, tmp_path: Path):

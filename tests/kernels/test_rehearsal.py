@@ -293,7 +293,12 @@ def test_a_count_that_grew_is_reported():
     assert worse([row | {"waits": "4"}], [row]) == []
     assert worse([row | {"waits": "6"}], [row]) == ["1gpu, ranks 1, step: waits is 6, the table has 5"]
     assert "hgmma_share is 0.800" in worse([row | {"hgmma_share": "0.800"}], [row])[0]
+    assert "hgmma_share is -, the table has 0.900" in worse([row | {"hgmma_share": "-"}], [row])[0]
+    assert worse([row], [row | {"hgmma_share": "-"}]) == []  # a walk that had no products of this package
     assert "not in rehearsal.csv" in worse([row], [])[0]
+    assert worse([], [row | {"walk": "step micro_batches=3"}]) == [
+        "1gpu, ranks 1, step micro_batches=3: only in rehearsal.csv, CI does not walk it; run python -m testkit.rehearsal"
+    ]
 
 
 def test_a_count_that_fell_passes_and_is_reported():

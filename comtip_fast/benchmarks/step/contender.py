@@ -50,6 +50,9 @@ class StepContender(ABC):
         """Return the number of spots of a batch of :meth:`load`."""
         return int(batch.spot_index.numel())
 
+    def clear_gradients(self) -> None:  # noqa: B027 - most contenders clear their gradients at the end of a step
+        """Free the gradients that a step leaves in memory for the next one to free."""
+
     def close(self) -> None:  # noqa: B027 - not every contender has worker processes
         """Stop worker processes."""
 
@@ -99,6 +102,10 @@ class Ours(StepContender):
             update = self.engine.update(loss.isfinite())
             self.task.after_step(self.engine.module, self._step, update.good)
         return loss
+
+    def clear_gradients(self) -> None:
+        """See :meth:`StepContender.clear_gradients`."""
+        self.engine.module.zero_grad(set_to_none=True)
 
     def close(self) -> None:
         """See :meth:`StepContender.close`."""

@@ -37,8 +37,10 @@ class Measured:
     """Mean seconds per step of each part."""
     gflop: float = 0.0
     """Floating-point operations of the matrix products in one step, recomputation included, in 10^9; counted, not measured."""
+    samples: int = 0
+    """Samples of the counted step; the last batch of an epoch, which can be smaller, is not trained on."""
     peak_mb: float = 0.0
-    """Peak memory of one step in MB, above what was allocated before the step."""
+    """Peak memory of one step in MB, above what was allocated before the step, gradients included."""
     share: list[float] = field(default_factory=list)
     """Counted FLOP/s, divided by the FLOP/s of large matrix products that were timed in the same round; one value per round."""
 
@@ -58,20 +60,32 @@ def measure(contenders: Sequence[StepContender], *, rounds: int, steps: int, out
     found = [Measured(c.name) for c in contenders]
     for contender, result in zip(contenders, found, strict=True):
         log.info("counting the operations of the first step of %s", contender.name)
-        result.gflop = counted_gflop(contender)
+        batch = contender.load()
+        result.samples, result.gflop = contender.n_samples(batch), counted_gflop(contender, batch)
     for number in range(rounds):
         rate = product_rate(contenders[0].device, contenders[0].config.train.precision)
         log.info("round %d of %d: a large matrix product runs at %.0f GFLOP/s", number + 1, rounds, rate / 1e9)
         for contender, result in zip(contenders, found, strict=True):
             settle(contender)
-            elapsed, samples = _run(contender, steps)
+            elapsed, samples = _run(contender, steps, result.samples)
             result.samples_per_s.append(samples / elapsed)
             result.share.append(steps * result.gflop * 1e9 / elapsed / rate)
     for contender, result in zip(contenders, found, strict=True):
         settle(contender)
-        result.seconds = seconds_by_part(contender, steps)
-        result.peak_mb = _profile(contender, out / f"profile_{contender.name.replace(' ', '_')}.txt")
+        result.seconds = seconds_by_part(contender, steps, result.samples)
+        path = out / f"profile_{contender.name.replace(' ', '_')}.txt"
+        result.peak_mb = peak_mb(contender, next_batch(contender, result.samples), path)
     return found
+
+
+def next_batch(contender: StepContender, samples: int) -> Any:
+    """Return the next batch, or the one after it if it has fewer than ``samples`` samples, as the last batch of an epoch can have.
+
+    What a step computes per batch, such as our table of sentences, would make such a batch slower per sample for one step than for
+    another, and its operations are not those that were counted.
+    """
+    batch = contender.load()
+    return batch if contender.n_samples(batch) >= samples else contender.load()
 
 
 def settle(contender: StepContender) -> None:
@@ -85,11 +99,17 @@ def settle(contender: StepContender) -> None:
     _wait(contender.device)
 
 
-def _run(contender: StepContender, steps: int) -> tuple[float, int]:
-    """Run ``steps`` steps, and return the elapsed seconds, including loading, and the number of samples in their batches."""
+def _run(contender: StepContender, steps: int, least: int) -> tuple[float, int]:
+    """Run ``steps`` steps on batches of at least ``least`` samples, see :func:`next_batch`.
+
+    Returns
+    -------
+    tuple
+        The elapsed seconds, including loading, and the number of samples in the batches.
+    """
     began, samples = time.perf_counter(), 0
     for _ in range(steps):
-        batch = contender.load()
+        batch = next_batch(contender, least)
         contender.train(batch)
         samples += contender.n_samples(batch)
     _wait(contender.device)
@@ -115,13 +135,13 @@ def product_rate(device: torch.device, precision: str) -> float:
     return 2.0 * n**3 / best
 
 
-def counted_gflop(contender: StepContender) -> float:
-    """Train one step, and return the floating-point operations of its matrix products in GFLOP (10^9 operations).
+def counted_gflop(contender: StepContender, batch: Any) -> float:
+    """Train one step on ``batch``, and return the floating-point operations of its matrix products in GFLOP (10^9 operations).
 
     They are computed from the shapes of the operands, by the formulas that are registered in ``torch.utils.flop_counter``.
     """
     with _FlopCount() as counter:
-        contender.train(contender.load())
+        contender.train(batch)
     return counter.flops / 1e9
 
 
@@ -144,25 +164,23 @@ class _FlopCount(TorchDispatchMode):
         return out
 
 
-def seconds_by_part(contender: StepContender, steps: int) -> dict[str, float]:
-    """Train ``steps`` more steps, and return the mean seconds per step of every part, forward and backward."""
+def seconds_by_part(contender: StepContender, steps: int, least: int) -> dict[str, float]:
+    """Train ``steps`` more steps, and return the mean seconds per step of every part, forward and backward.
+
+    Batches have at least ``least`` samples, see :func:`next_batch`.
+    """
     clock = contender.clock
     clock.seconds.clear()
     with contender.timed():
         clock.start()
         for _ in range(steps):
-            contender.train(contender.load())
+            contender.train(next_batch(contender, least))
         clock.stop()
     return {part: clock.seconds[part] / steps for part in (*PARTS, OTHER)}
 
 
-def _profile(contender: StepContender, path: Path) -> float:
-    """Write the 30 slowest operators of one step, and return the peak memory of the step in MB above its start."""
-    return peak_mb(contender, contender.load(), path)
-
-
 def peak_mb(contender: StepContender, batch: Any, path: Path | None = None) -> float:
-    """Train one step on ``batch``, and return its peak memory in MB above its start.
+    """Train one step on ``batch``, and return its peak memory in MB above its start, the gradients of the step included.
 
     Parameters
     ----------
@@ -172,6 +190,7 @@ def peak_mb(contender: StepContender, batch: Any, path: Path | None = None) -> f
         File for the 30 slowest operators of the step; None writes none.
     """
     device = contender.device
+    contender.clear_gradients()  # otherwise those of the last step would be part of the start, for steps that keep them until now
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

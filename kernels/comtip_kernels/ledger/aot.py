@@ -81,8 +81,9 @@ class LedgerRow:
     """Number of loads and stores of local memory."""
     shared_kib: int
     mma: str
-    """``HMMA``, ``HGMMA``, ``UTCMMA`` or ``-``."""
+    """``HGMMA``, ``UTCMMA``, ``HMMA`` or ``-``: the first of them that the code has."""
     mma_count: int
+    """Tensor-core instructions of every kind: small products of a kernel can be HMMA while its large ones are not."""
     loads_128: int
     """Global loads of 128 bits, including asynchronous copies to shared memory."""
     async_copies: int
@@ -137,9 +138,6 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
         raise RuntimeError(
             f"{entry.op}/{entry.name}: cuobjdump printed no resource usage: {usage[:300]}; install another Triton"
         )
-    kinds = {"HGMMA": r"\bHGMMA\b", "UTCMMA": r"\bUTC\w*MMA", "HMMA": r"\bHMMA\b"}
-    counts = {kind: len(re.findall(pattern, code)) for kind, pattern in kinds.items()}
-    mma = next((kind for kind, count in counts.items() if count), "-")
     of = instructions.classes(code)
     registers, shared_kib = int(found[1]), -(-int(built.metadata.shared) // 1024)
     return LedgerRow(
@@ -150,8 +148,8 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
         int(found[2]),
         of["local"],
         shared_kib,
-        mma,
-        counts.get(mma, 0),
+        instructions.tensor_kind(code),
+        of["tensor"],
         len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)),
         len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
         of["special"],

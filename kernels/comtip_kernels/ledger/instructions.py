@@ -22,6 +22,7 @@ INTEGER = "integer"
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 _PATTERNS = {name: re.compile(pattern) for name, pattern in CLASSES.items()}
 _SHAPES = (re.compile(r"\bHGMMA\.(\d+x\d+x\d+)"), re.compile(r"\bHMMA\.(\d+)"))
+_KINDS = {"HGMMA": r"HGMMA", "UTCMMA": r"UTC\w*MMA", "HMMA": r"HMMA"}
 _NOTHING = {"NOP"}
 
 REGISTERS, WARPS, PROGRAMS = 65536, 64, 32
@@ -37,6 +38,12 @@ def classes(code: str) -> dict[str, int]:
         if mnemonic not in _NOTHING:
             counts[next((name for name, p in _PATTERNS.items() if p.fullmatch(mnemonic)), INTEGER)] += 1
     return dict(counts)
+
+
+def tensor_kind(code: str) -> str:
+    """Return the kind of the tensor-core instructions, ``HGMMA``, ``UTCMMA`` or ``HMMA``; of several, the first; ``-`` without any."""
+    found = set(_LINE.findall(code))
+    return next((kind for kind, pattern in _KINDS.items() if any(re.fullmatch(pattern, m) for m in found)), "-")
 
 
 def tensor_shape(code: str) -> str:

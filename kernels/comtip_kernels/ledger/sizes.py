@@ -10,7 +10,7 @@ from typing import Any
 from comtip_kernels import tiles as table
 from comtip_kernels.flops import attention_tile, infonce_chunk, level_chunk, panel_parts
 from comtip_kernels.ledger import traffic
-from comtip_kernels.ledger.traffic import Traffic
+from comtip_kernels.ledger.traffic import Traffic, fewest_loads, library_product
 from comtip_kernels.rates import Rates, read_rates
 
 ROOFS = {"a100": read_rates()["a100-80"], "h100": read_rates()["h100"]}
@@ -32,6 +32,9 @@ class Sized:
     """Lower bound of the bytes from and to memory."""
     floor_flops: int
     """Lower bound of the FLOPs."""
+    floor_loaded: int
+    """Fewest bytes that cross L2: for products, with the tile that loads least among those whose sums fit into the registers of a
+    multiprocessor (:data:`comtip_kernels.ledger.traffic.REGISTER_SUMS`); otherwise every distinct byte once."""
     programs: int
     """Number of programs of the operation's kernel that has the fewest; library kernels do not count."""
     recomputed_flops: int = 0
@@ -44,6 +47,8 @@ class Sized:
             "part": self.part,
             "size": self.size,
             "loaded_mb": f"{self.moved.loaded / 1e6:.1f}",
+            "floor_loaded_mb": f"{self.floor_loaded / 1e6:.1f}",
+            "loaded_ratio": f"{self.moved.loaded / self.floor_loaded:.3f}",
             "memory_mb": f"{self.moved.memory / 1e6:.1f}",
             "floor_mb": f"{self.floor_bytes / 1e6:.1f}",
             "memory_ratio": f"{self.moved.memory / self.floor_bytes:.3f}",
@@ -87,17 +92,42 @@ def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
     return config | ({"BD": min(config["BD"], D)} if "BD" in config else {})
 
 
+def _fewest_logits(B: int, M: int, D: int, ids: int = 0) -> int:
+    """Return the fewest bytes that the forward pass of InfoNCE loads."""
+    return fewest_loads(
+        lambda h, w: traffic.infonce_forward(B, M, D, BF16, {"BM": h, "BN": w, "BK": 1}, ids).loaded,
+    )
+
+
+def _fewest_derivatives(B: int, M: int, D: int, ids: int = 0) -> int:
+    """Return the fewest bytes that load the derivatives' operands in the backward pass of InfoNCE."""
+    return fewest_loads(
+        lambda h, w: traffic.infonce_gradient(B, M, D, BF16, {"BM": h, "BN": w, "BK": 1}, ids).loaded,
+    )
+
+
+def _fewest_gradients(n: int, m: int, D: int, derivatives: int) -> int:
+    """Return the fewest bytes that load ``derivatives`` of (n, m) scores and their products with both sides, of width D."""
+    sides = (
+        fewest_loads(lambda h, w, a=a, k=k: library_product(a, D, k, BF16, tile=(h, w)).loaded)
+        for a, k in ((n, m), (m, n))
+    )
+    return derivatives + sum(sides)
+
+
 def infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of InfoNCE on one device."""
     forward = traffic.infonce_forward(B, M, D, BF16, table.INFONCE_FORWARD["bf16"])
     blocks = _blocks(B, M, table.INFONCE_FORWARD["bf16"])
-    yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D, blocks)
+    floor = (B + M) * D * BF16 + 8 * B
+    yield Sized("infonce", "forward", name, forward, floor, 2 * B * M * D, _fewest_logits(B, M, D), blocks)
     chunk = infonce_chunk(M, BF16)
     backward = traffic.infonce_backward(B, M, D, BF16, table.INFONCE_GRADIENT["bf16"], chunk)
     # The logits again and one product per side, for which their derivatives are written once and read twice.
     floor = (B + M) * D * (BF16 + 4) + 3 * B * M * BF16
     blocks = _blocks(min(B, chunk), M, table.INFONCE_GRADIENT["bf16"])
-    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D, blocks, 2 * B * M * D)
+    least = _fewest_gradients(B, M, D, _fewest_derivatives(B, M, D))
+    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D, least, blocks, 2 * B * M * D)
 
 
 def infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
@@ -106,12 +136,14 @@ def infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
     vectors = (R + C) * (D * BF16 + ids)
     forward = traffic.infonce_forward(R, C, D, BF16, table.INFONCE_FORWARD["bf16"], ids, diagonal=False)
     blocks = _blocks(R, C, table.INFONCE_FORWARD["bf16"])
-    yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D, blocks)
+    least = _fewest_logits(R, C, D, ids)
+    yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D, least, blocks)
     chunk = infonce_chunk(C, BF16)
     moved = traffic.infonce_backward(R, C, D, BF16, table.INFONCE_GRADIENT["bf16"], chunk, ids)
     floor = vectors + stats + (R + C) * D * 4 + 3 * R * C * BF16
     blocks = _blocks(min(R, chunk), C, table.INFONCE_GRADIENT["bf16"])
-    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D, blocks, 2 * R * C * D)
+    least = _fewest_gradients(R, C, D, _fewest_derivatives(R, C, D, ids))
+    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D, least, blocks, 2 * R * C * D)
 
 
 def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:
@@ -119,21 +151,16 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
     U, V = sum(kinds), 4099
     tables = (V + kinds[0]) * D * BF16
     forward = traffic.sentence_rows(*kinds, D, BF16, tables) + traffic.copy_rows(S, U, D, BF16)
-    yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0, U)
+    yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0, forward.distinct, U)
     sums = traffic.sum_tokens(S, U, D, BF16)
     through = traffic.norm_grads(*kinds, D, BF16, table.NORM_ROWS, tables)
     # Added by torch: the gradients of the tables read their rows of the U and are written.
     genes, names, _ = kinds
     read, written = 4 * D * (U + genes + names + genes), 4 * D * (V + genes)
-    yield Sized(
-        "gene_sentence_embedding",
-        "backward",
-        name,
-        sums + through + Traffic(read, read, written),
-        S * D * BF16 + written,
-        0,
-        ceil(U / table.NORM_ROWS),
-    )
+    backward = sums + through + Traffic(read, read, written)
+    programs = ceil(U / table.NORM_ROWS)
+    floor = S * D * BF16 + written
+    yield Sized("gene_sentence_embedding", "backward", name, backward, floor, 0, backward.distinct, programs)
 
 
 def packed_attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> Iterator[Sized]:
@@ -145,7 +172,7 @@ def packed_attention(S: int, H: int, E: int, longest: int, useful: int, name: st
         blocks = ceil(S / (tile - longest + 1)) * H
         floors = (tensors * S * H * E * BF16, products * 2 * useful * H * E)
         again = 2 * useful * H * E if backward else 0
-        yield Sized("packed_attention", part, name, moved, *floors, blocks, again)
+        yield Sized("packed_attention", part, name, moved, *floors, moved.distinct, blocks, again)
 
 
 def one_query_attention(N: int, S: int, H: int, D: int, longest: int, name: str) -> Iterator[Sized]:
@@ -155,7 +182,7 @@ def one_query_attention(N: int, S: int, H: int, D: int, longest: int, name: str)
     for backward, rows, products in ((False, S + 2 * vectors, 2), (True, 2 * S + 3 * vectors, 5)):
         moved = traffic.one_query_attention(N, S, H, D, BF16, t, backward=backward)
         part, again = ("backward", u) if backward else ("forward", 0)
-        yield Sized("one_query_attention", part, name, moved, rows * D * BF16, products * u, N, again)
+        yield Sized("one_query_attention", part, name, moved, rows * D * BF16, products * u, moved.distinct, N, again)
 
 
 def sentence_table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
@@ -183,21 +210,47 @@ def sentence_table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]
     of_pick, of_pool = _blocks(B, G, pick, width="NG"), blocks * parts
     of_transpose = _blocks(G, D, transpose, "NG", "BD")
     # Lower bounds: every operand and every result once; for pooling and pairs only the products that a level selects.
-    inputs = (vectors + rows) * BF16
-    fewest = min(of_pick, of_transpose)
-    yield Sized("table_pool", "forward", name, summed, rows * BF16 + 5 * each + 4 * vectors, selected, of_pool)
-    yield Sized(
-        "table_pool", "backward", name, sampled + transposed, inputs + 9 * each + 4 * rows, 2 * selected, fewest
-    )
-    yield Sized("pair_scores", "forward", name, sampled, inputs + 5 * each, selected, of_pick)
-    floor = inputs + 5 * each + 4 * (vectors + rows)
-    yield Sized("pair_scores", "backward", name, summed + transposed, floor, 2 * selected, min(of_pool, of_transpose))
-    of_level = _blocks(B, G, level, width="NG")
-    yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, selected * Q, of_level)
+    inputs, least = (vectors + rows) * BF16, _fewest_of_table(B, G, Q, D)
+    floor, fewest = rows * BF16 + 5 * each + 4 * vectors, min(of_pick, of_transpose)
+    yield Sized("table_pool", "forward", name, summed, floor, selected, least["sum"], of_pool)
+    floor, loads = inputs + 9 * each + 4 * rows, least["pick"] + least["transpose"]
+    yield Sized("table_pool", "backward", name, sampled + transposed, floor, 2 * selected, loads, fewest)
+    yield Sized("pair_scores", "forward", name, sampled, inputs + 5 * each, selected, least["pick"], of_pick)
+    floor, loads = inputs + 5 * each + 4 * (vectors + rows), least["sum"] + least["transpose"]
+    fewest = min(of_pool, of_transpose)
+    yield Sized("pair_scores", "backward", name, summed + transposed, floor, 2 * selected, loads, fewest)
+    of_level, floor, flops = _blocks(B, G, level, width="NG"), inputs + 2 * each, selected * Q
+    yield Sized("level_cross_entropy", "forward", name, loss, floor, flops, least["loss"], of_level)
     # The scores again and one product per side, for which their derivatives are written once and read twice.
     floor = inputs + 2 * each + 4 * (vectors + rows) + 3 * each * Q * BF16
     of_level = _blocks(B, min(G, level_chunk(B, Q, BF16)), gradient, width="NG")
-    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * selected * Q, of_level, selected * Q)
+    loads = _fewest_gradients(B, G * Q, D, least["derivatives"])
+    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * flops, loads, of_level, flops)
+
+
+def _fewest_of_table(B: int, G: int, Q: int, D: int) -> dict[str, int]:
+    """Return {kernel over the sentence table: fewest bytes that it loads}."""
+    QP = 1 << (Q - 1).bit_length()
+
+    def sampled(h: int, w: int, *, loss: bool = False) -> int:
+        return traffic.sampled_dot(B, G, Q, D, BF16, {"BM": h, "NG": w, "QP": QP, "BK": 1}, loss=loss).loaded
+
+    def derivatives(h: int, w: int) -> int:
+        return traffic.level_gradient(B, G, Q, D, BF16, {"BM": h, "NG": w, "QP": QP, "BK": 1}).loaded
+
+    def summed(h: int, w: int) -> int:
+        return traffic.weighted_sum(B, G, Q, D, BF16, {"BM": h, "NG": 1, "QP": QP, "BD": w}).loaded
+
+    def transposed(h: int, w: int) -> int:
+        return traffic.weighted_sum_transpose(B, G, Q, D, BF16, {"BM": 1, "NG": h, "QP": QP, "BD": w}).loaded
+
+    return {
+        "pick": fewest_loads(sampled, QP),
+        "loss": fewest_loads(lambda h, w: sampled(h, w, loss=True), QP),
+        "derivatives": fewest_loads(derivatives, QP),
+        "sum": fewest_loads(summed),
+        "transpose": fewest_loads(transposed, QP),
+    }
 
 
 def sizes() -> list[Sized]:

@@ -3,12 +3,13 @@
 ``tests/kernels/interpreted/test_traffic.py`` runs the kernels at small sizes in the interpreter, counts, and requires equality;
 the named sizes extrapolate. ``exact_lse`` of InfoNCE is not included: it does nothing unless a sum underflowed.
 ``loaded`` counts every load request, most of which caches serve; ``memory`` is what must be transferred from or to memory if caches
-hold the rest, and is compared with the lower bound.
+serve the rest, and is compared with the lower bound. Operands that a kernel sweeps once per tile of the others, and that do not fit
+into the L2 cache, are read from memory in every sweep (``again``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -28,6 +29,8 @@ class Traffic:
     """Bytes of distinct addresses loaded."""
     stored: int
     flops: int = 0
+    again: int = 0
+    """Bytes that are read from memory more than once, because the L2 cache does not hold them until they are read again."""
 
     def __add__(self, other: Traffic) -> Traffic:
         """Return the sum of two launches, the second with cold caches."""
@@ -36,12 +39,18 @@ class Traffic:
             self.distinct + other.distinct,
             self.stored + other.stored,
             self.flops + other.flops,
+            self.again + other.again,
         )
+
+    @property
+    def once(self) -> int:
+        """Bytes of every operand and every result."""
+        return self.distinct + self.stored
 
     @property
     def memory(self) -> int:
         """Bytes transferred from and to memory."""
-        return self.distinct + self.stored
+        return self.once + self.again
 
 
 def _padded(D: int, t: Tiles) -> int:
@@ -49,7 +58,14 @@ def _padded(D: int, t: Tiles) -> int:
 
 
 L2_BYTES = 40 << 20
-"""L2 cache of an A100; an H100 has 50 MiB. Columns that do not fit are read once per group of row tiles."""
+"""L2 cache of an A100; an H100 has 50 MiB."""
+
+
+def read_again(size: int, sweeps: int) -> int:
+    """Return the bytes of an operand of ``size`` bytes that are read from memory again, if a kernel sweeps it ``sweeps`` times."""
+    return (sweeps - 1) * size if size > L2_BYTES else 0
+
+
 BLOCK_IDS = 12
 """Bytes per row and column of a block of InfoNCE: class and excluded flag."""
 
@@ -58,12 +74,12 @@ def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *
     """Return the traffic of the forward pass, for elements of ``size`` bytes and masks of ``ids`` bytes per row and column."""
     rows, cols = ceil(B / t["BM"]), ceil(M / t["BN"])
     vector = D * size + ids
-    reads = ceil(rows / ROW_GROUP) if M * vector > L2_BYTES else 1
     return Traffic(
         loaded=(cols * B + rows * M) * vector + 4 * rows * cols,
-        distinct=(B + reads * M) * vector + 4,
+        distinct=(B + M) * vector + 4,
         stored=4 * (cols * B + rows * M + (B if diagonal else 0)),
         flops=rows * cols * 2 * t["BM"] * t["BN"] * _padded(D, t),
+        again=read_again(M * vector, ceil(rows / ROW_GROUP)),
     )
 
 
@@ -78,13 +94,37 @@ def infonce_gradient(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0) 
     )
 
 
+REGISTER_SUMS = 65536
+"""Sums in fp32 that fill the registers of a multiprocessor, and so the most that a tile of a product can have."""
+
+
+def fewest_loads(loads: Callable[[int, int], int], unit: int = 1) -> int:
+    """Return the fewest bytes that the programs of an operation load with tiles of any shape whose sides are powers of 2.
+
+    Parameters
+    ----------
+    loads
+        Returns the bytes that all programs load with tiles of this height and width, fewer for larger tiles.
+    unit
+        Sums of a tile of height and width 1, a power of 2. Tiles have :data:`REGISTER_SUMS` sums.
+    """
+    tiles = REGISTER_SUMS // unit
+    heights = [1 << power for power in range(tiles.bit_length())]
+    return min(loads(height, tiles // height) for height in heights)
+
+
 LIBRARY_TILE = (128, 256)
 """Assumed tile of a library product, which loads each operand once per tile of the other; with clusters it loads less."""
 
 
-def library_product(n: int, m: int, k: int, size: int, *, accumulate: bool = False) -> Traffic:
-    """Return the assumed traffic of a library's (n, k) by (k, m) product with a result in fp32."""
-    rows, cols = sorted(LIBRARY_TILE) if n <= m else sorted(LIBRARY_TILE, reverse=True)
+def library_product(
+    n: int, m: int, k: int, size: int, *, accumulate: bool = False, tile: tuple[int, int] = LIBRARY_TILE
+) -> Traffic:
+    """Return the assumed traffic of a library's (n, k) by (k, m) product with a result in fp32.
+
+    The longer side of the tile lies along the longer side of the result.
+    """
+    rows, cols = sorted(tile) if n <= m else sorted(tile, reverse=True)
     added = 4 * n * m if accumulate else 0
     loaded = (ceil(m / cols) * n + ceil(n / rows) * m) * k * size + added
     return Traffic(loaded, (n + m) * k * size + added, 4 * n * m, 2 * n * m * k)
@@ -164,14 +204,17 @@ def one_query_attention(N: int, S: int, H: int, D: int, size: int, t: Tiles, *, 
 
 
 def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the traffic of ``sampled_dot``; with ``loss``, that of L_level with its prior."""
+    """Return the traffic of ``sampled_dot``; with ``loss``, that of L_level with its prior.
+
+    Neighbouring programs share their spots: each tile of spots sweeps the table.
+    """
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     loaded = (cols * B + rows * G * Q) * D * size + B * G
     distinct = (B + G * Q) * D * size + B * G
     if loss:
         loaded, distinct = loaded + B * G + rows * (G * Q * 4) + rows * cols * 4, distinct + B * G + G * Q * 4 + 4
     flops = rows * cols * 2 * t["BM"] * t["NG"] * t["QP"] * _padded(D, t)
-    return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops)
+    return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops, read_again(G * Q * D * size, rows))
 
 
 def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
@@ -182,6 +225,7 @@ def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traff
         distinct=(B + G * Q) * D * size + 2 * B * G + G * Q * 4 + 8,
         stored=B * G * Q * size + 4 * rows * G * Q,
         flops=rows * cols * 2 * t["BM"] * t["NG"] * t["QP"] * _padded(D, t),
+        again=read_again(G * Q * D * size, rows),
     )
 
 
@@ -215,4 +259,5 @@ def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles) 
         distinct=5 * B * G + B * D * size,
         stored=4 * G * Q * D,
         flops=rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
+        again=read_again(5 * B * G, slices),
     )
