@@ -108,11 +108,11 @@ def _fewest_derivatives(B: int, M: int, D: int, ids: int = 0) -> int:
 
 def _fewest_gradients(n: int, m: int, D: int, derivatives: int) -> int:
     """Return the fewest bytes that load ``derivatives`` of (n, m) scores and their products with both sides, of width D."""
-    sides = (
-        fewest_loads(lambda h, w, a=a, k=k: library_product(a, D, k, BF16, tile=(h, w)).loaded)
-        for a, k in ((n, m), (m, n))
-    )
-    return derivatives + sum(sides)
+
+    def side(rows: int, depth: int) -> int:
+        return fewest_loads(lambda h, w: library_product(rows, D, depth, BF16, tile=(h, w)).loaded)
+
+    return derivatives + side(n, m) + side(m, n)
 
 
 def infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
