@@ -66,7 +66,7 @@ class Bundle:
     tokenizer_sha256: str
     """SHA-256 of the gene tokenizer that the model was trained with."""
     readout: Readout | None = None
-    """Linear readout; None if expression is predicted from level sentences alone."""
+    """Readout; None if expression is predicted from level sentences alone."""
     lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
     """The model's own run and its ancestors; by default, the ancestors are unknown."""
     vectors: GeneVectors | None = None
@@ -346,7 +346,8 @@ def model_card(bundle: Bundle) -> str:
         f"{bundle.sizes.tile_px} px; {trained} genes trained, {held} held out of training.\n\n"
         f"## Training data\n{_card_runs(lineage)}\n"
         "| run | section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|---|\n"
-        f"{_card_sections(lineage)}\n\n{_card_adaptation(bundle)}## Licences\nOf the data that influenced the weights:\n{licences}\n\n"
+        f"{_card_sections(lineage)}\n\n{_card_readout(bundle)}{_card_adaptation(bundle)}"
+        f"## Licences\nOf the data that influenced the weights:\n{licences}\n\n"
         f"## Attribution\n{attributions}\n\n## Use\nResearch only; not a medical device. "
         "Load it with `comtip_fast.load(<this folder>)`; weights are safetensors, without pickle.\n"
     )
@@ -390,6 +391,15 @@ def _card_extensions(run: LineageRun) -> str:
     """Return the model card's text on sets that a run did not start with; empty if there are none."""
     parts = [f"{len(e.sets)} from step {e.step + 1} on" for e in run.extensions]
     return f"; further shard sets: {', '.join(parts)} (genes and levels are those of the first sets)" if parts else ""
+
+
+def _card_readout(bundle: Bundle) -> str:
+    """Return the model card's text on the training spots whose features the readout contains; empty if there are none."""
+    heads = [] if bundle.readout is None else bundle.readout.heads
+    spots = {h.cohort: max((m.n_kernel_values for m in h.maps.values()), default=0) for h in heads}
+    lines = [f"- {_markdown(cohort)}: {n} spots\n" for cohort, n in spots.items() if n]
+    note = f"`{export_checks.READOUT}` contains image features (principal components) of training spots, and no tiles or counts of them:\n"
+    return "## Training spots in the readout\n" + note + "".join(lines) + "\n" if lines else ""
 
 
 def _card_adaptation(bundle: Bundle) -> str:

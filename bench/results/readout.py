@@ -50,7 +50,7 @@ class Lab:
     def __init__(self, run: Path) -> None:
         self.predictor = Predictor.load(run)
         if self.predictor.bundle.readout is None:
-            raise ValueError(f"{run}: the model has no readout; train with readout.kind=linear")
+            raise ValueError(f"{run}: the model has no readout; train with readout.kind=auto")
         self.readout: Readout = self.predictor.bundle.readout
         self.shards = open_sets(self.predictor.config.data.shards)
         self.keys = [g.key for g in self.shards.genes]

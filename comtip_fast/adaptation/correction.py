@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from comtip_fast.export_checks.readout import MOST_KERNELS
 from comtip_fast.metrics import mean_pcc
 from comtip_fast.models.readout.heads import NORMS, CohortHead, NormHead, Readout
 from comtip_fast.models.readout.kernel_map import FeatureMap, join
@@ -114,7 +115,7 @@ def base_head(readout: Readout, cohort: str, species: str) -> CohortHead:
     Raises
     ------
     ValueError
-        The cohort has no head, and no head has genes of the species.
+        The cohort has no head, and no head has genes of the species, or their heads have more kernels than an export may have.
     """
     own = [h for h in readout.heads if h.cohort == cohort]
     heads = own or [h for h in readout.heads if any(k.startswith(f"{species}:") for k in h.keys)]
@@ -128,6 +129,12 @@ def base_head(readout: Readout, cohort: str, species: str) -> CohortHead:
     merged = {b: {norm: _merged(heads, b, norm, keys, share, 1 / len(names)) for norm in NORMS} for b in names}
     blocks = {b: {norm: head for norm, (_, head) in norms.items()} for b, norms in merged.items()}
     maps = {b: norms[NORMS[0]][0] for b, norms in merged.items()}
+    n_kernels = max(len(m.kernels) for m in maps.values())
+    if n_kernels > MOST_KERNELS:
+        raise ValueError(
+            f"the model has no head for {cohort}, and the {len(heads)} heads of {species} have {n_kernels} kernels, more than the "
+            f"{MOST_KERNELS} of an export; adapt a model of fewer tissues, or one that was trained with readout.kind=linear"
+        )
     mix = dict.fromkeys(NORMS, dict.fromkeys(names, (1 - levels) / len(names)) | {"levels": levels})
     mean_F, std_F = (np.mean([getattr(h, name) for h in heads], axis=0) for name in ("mean_F", "std_F"))
     return CohortHead(cohort, keys, mean_F, std_F, blocks, mix, maps, dict(own[0].facts) if own else {})

@@ -20,7 +20,7 @@ from comtip_fast.models.readout.section_statistics import ADJACENT
 MOST_RADII, LARGEST_RADIUS = 4, 16.0
 """Bounds of the radii of a readout, which bound the number of neighbours that a prediction reads."""
 MOST_KERNELS = 64
-"""Largest number of kernels of a block: one per cohort of a species from which an adapted model was built."""
+"""Largest number of kernels of a block: one per trained cohort of a species from which an adapted model was built."""
 
 
 def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -190,12 +190,12 @@ class Predictor:
         if self.normalises_stain and stain is not None:
             tiles_NSS3 = normalise_stain(tiles_NSS3, stain)
         x = upload(torch.from_numpy(np.ascontiguousarray(tiles_NSS3.transpose(0, 3, 1, 2))), self.device)
-        linear, views = self.bundle.readout if readout else None, None
+        heads, views = self.bundle.readout if readout else None, None
         with autocast(self.config.train.precision, self.device):
-            if linear is None:
+            if heads is None:
                 out = self.model.encode_image(self.model.vision.stem_features(x))
             else:
-                out, views = tile_features(self.model, x, linear.settings)
+                out, views = tile_features(self.model, x, heads.settings)
         found = [x.float() for x in (out.vector_BD, out.pooled_Bd, views) if x is not None]
         # One copy to the host, which waits for the device.
         parts = torch.cat(found, dim=1).cpu().split([x.shape[1] for x in found], dim=1)
@@ -224,18 +224,18 @@ class Predictor:
             As in :meth:`encode`.
         """
         source = tiles if isinstance(tiles, TileSource) else ArrayTiles(np.asarray(tiles).transpose(0, 2, 3, 1))
-        linear, n = self.bundle.readout if readout else None, len(source)
+        heads, n = self.bundle.readout if readout else None, len(source)
         vector_ND = np.zeros((n, self.config.align.dim), np.float32)
         pooled_Nd = np.zeros((n, self.model.vision.width), np.float32)
         if n == 0:
             return ImageFeatures(vector_ND, pooled_Nd)
-        views_NF = None if linear is None else np.zeros((n, self.view_width), np.float32)
+        views_NF = None if heads is None else np.zeros((n, self.view_width), np.float32)
         for rows, chunk in source.ahead():
             encoded = self.encode(chunk, stain, readout=readout)
             vector_ND[rows], pooled_Nd[rows] = encoded.vector_nD, encoded.pooled_nd
             if views_NF is not None:
                 views_NF[rows] = encoded.views_nF
-        joined = None if linear is None or views_NF is None else linear.head_features(views_NF, xy_N2)
+        joined = None if heads is None or views_NF is None else heads.head_features(views_NF, xy_N2)
         return ImageFeatures(vector_ND, pooled_Nd, joined, xy_N2)
 
     def predict(

@@ -21,7 +21,7 @@ from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore, Sp
 from comtip_fast.inference.levels import GENES_PER_CHUNK, NORMS, GeneQuery, SentenceLevels, predict_chunks
 from comtip_fast.inference.predictor import EncodedTiles, Predictor
 from comtip_fast.models.readout.features import frozen_columns
-from comtip_fast.models.readout.heads import ReadoutDecoder
+from comtip_fast.models.readout.heads import ReadoutDecoder, Scores
 from comtip_fast.models.readout.section_statistics import Moments, Neighbours, mean_over
 
 FEATURES_IN_MEMORY = 64 << 20
@@ -51,7 +51,7 @@ class SectionFeatures:
         Mean patch feature of each tile before projection, float32 (N, d) in blocks.
     frozen
         Mean and standard deviation of the frozen stem's patch features, averaged over the readout's views, by name of the features:
-        those that the encoder embeds and, if the readout has them, those of all stages. Empty without a frozen stem or a linear
+        those that the encoder embeds and, if the readout has them, those of all stages. Empty without a frozen stem or a
         readout.
     """
 
@@ -203,6 +203,7 @@ class SectionPrediction:
 
     def __init__(self, predictor: Predictor, genes: Sequence[GeneQuery], cohort: str | None = None) -> None:
         self.predictor, self.n_genes, self.readout = predictor, len(genes), predictor.bundle.readout
+        self._cohort = cohort
         self._dim = predictor.config.align.dim
         self.width = stored_width(predictor)
         """Number of stored features per tile."""
@@ -259,9 +260,11 @@ class SectionPrediction:
     def predict_rows(self, whole: _Whole, rows: np.ndarray) -> Iterator[PredictedBlock]:
         """Predict all genes of some spots; ``whole`` is from :meth:`summarise`."""
         around = self._around(whole, rows)
-        head = None if self.readout is None else self._head_features(around)
+        scores = None
+        if self.readout is not None:  # once for all genes: kernel values cost more than the genes' loadings
+            scores = self.readout.scores(self._head_features(around), self._cohort, whole.moments)
         for chunk in self._chunks:
-            yield PredictedBlock(rows, chunk.columns, self._predict(chunk, around, head, whole.moments))
+            yield PredictedBlock(rows, chunk.columns, self._predict(chunk, around, scores))
 
     def _chunk(self, genes: Sequence[GeneQuery], columns: slice, cohort: str | None) -> _GeneChunk:
         """Encode the sentences of some genes, and choose for each gene whether the readout, level sentences or both predict it."""
@@ -302,14 +305,12 @@ class SectionPrediction:
         means = [around.mean(views, i) for i in range(len(self.radii))]
         return np.concatenate([own, *means], axis=1).astype(np.float32)
 
-    def _predict(
-        self, chunk: _GeneChunk, around: _Around, head: np.ndarray | None, moments: Moments | None
-    ) -> dict[str, np.ndarray]:
+    def _predict(self, chunk: _GeneChunk, around: _Around, scores: list[Scores] | None) -> dict[str, np.ndarray]:
         """Predict the genes of one chunk for the block's spots."""
         vectors = around.features[:, : self._dim]
-        if chunk.decoder is None or head is None:
+        if chunk.decoder is None or scores is None:
             return predict_chunks(chunk.rest_levels, vectors[around.own])
-        values = chunk.decoder.predict(head, moments)
+        values = chunk.decoder.predict(scores)
         if chunk.mixed.size:
             adjacent = around.adjacent()
             levels = predict_chunks(chunk.mixed_levels, self.predictor.view_vectors(adjacent.features[:, self._dim :]))

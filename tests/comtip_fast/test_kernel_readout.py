@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
 
+from comtip_fast.adaptation import correction
+from comtip_fast.adaptation.correction import base_head, with_head
+from comtip_fast.export import Bundle
+from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.inference import section as section_module
+from comtip_fast.inference.section import SectionPrediction
 from comtip_fast.models.readout import heads as heads_module
 from comtip_fast.models.readout import kernel_map
 from comtip_fast.models.readout.features import ReadoutSettings
@@ -124,12 +133,14 @@ def test_spots_with_equal_features_and_features_without_variance_do_not_fail() -
     constant = SectionTable(np.zeros((50, F)), one.y, one.measured_G)
     head = fit([constant])
     np.testing.assert_allclose(block_prediction(head, "vector", one.x_NF), np.tile(one.y["cp10k"].mean(0), (50, 1)))
+    # An export that had no component would be refused.
+    assert {head.map_of(b).kernels[0].basis_FP.shape[1] for b in head.blocks} == {1}
 
 
 def test_scores_do_not_depend_on_the_number_of_spots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     head, x = fit([section(1), section(2)]), section(3).x_NF
     whole = block_prediction(head, "vector", x)
-    monkeypatch.setattr(heads_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(heads_module, "VALUES_AT_ONCE", 7 * 100)
     np.testing.assert_allclose(block_prediction(head, "vector", x), whole, rtol=1e-12)
     assert block_prediction(head, "vector", x[:0]).shape == (0, G)
 
@@ -160,6 +171,93 @@ def test_joined_heads_have_the_programmes_of_each() -> None:
     alone, same = join(maps[:1], weights[:1])
     assert not alone.linear
     np.testing.assert_array_equal(same, weights[0])
+
+
+def test_a_kernel_that_several_heads_have_is_kept_once() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(30, 4))
+    first, second = (KernelMap.fit(rng.normal(size=(n, 4)), np.ones(4)) for n in (8, 11))
+    loaded = KernelMap(*(v.copy() for v in vars(first).values()))
+    maps = [FeatureMap([first, second], linear=False), FeatureMap([second, loaded], linear=True)]
+    weights = [rng.normal(size=(rows, 2)) for rows in (19, 23)]
+    joined, weight = join(maps, weights)
+    assert [len(k.landmark_MP) for k in joined.kernels] == [8, 11]
+    want = np.concatenate([m(x) @ w for m, w in zip(maps, weights, strict=True)], axis=1)
+    np.testing.assert_allclose(joined(x) @ weight, want, atol=1e-12)
+
+
+def test_repeated_adaptation_to_new_tissues_does_not_add_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that, their number doubled each time, until the export of the adapted model was refused."""
+    other = replace(fit([section(2)]), cohort="human_skin")
+    readout = Readout(SETTINGS, [fit([section(1)]), other])
+    for tissue in ("lung", "liver", "heart"):
+        readout = with_head(readout, base_head(readout, f"human_{tissue}", "human"))
+        arrays, header = readout.to_arrays()
+        readout = Readout.from_arrays(arrays, header)
+        assert len(readout.heads[-1].map_of("vector").kernels) == 2
+    monkeypatch.setattr(correction, "MOST_KERNELS", 1)
+    with pytest.raises(ValueError, match="no head for human_brain, and the 5 heads of human have 2 kernels"):
+        base_head(readout, "human_brain", "human")
+
+
+def test_spots_at_once_are_fewer_with_more_landmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x, sizes = fit([section(1), section(2)]), section(3).x_NF, []
+    monkeypatch.setattr(heads_module, "VALUES_AT_ONCE", 7 * 100)
+    values = KernelMap.__call__
+    monkeypatch.setattr(KernelMap, "__call__", lambda self, x: sizes.append(len(x)) or values(self, x))
+    block_prediction(head, "vector", x)
+    assert sizes == [7] * 7 + [1]
+
+
+def test_a_section_computes_kernels_once_for_all_genes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Genes are predicted in chunks. An export with kernels is read again, and its model card says that it has features of spots."""
+    bundle = Bundle.load(Path(__file__).parent / "fixtures" / "export_version_1")
+    trained, D = [g for g in bundle.genes if g.trained][:G], bundle.config.align.dim
+    rng, settings = np.random.default_rng(0), ReadoutSettings(views=1, radii=(), vector_dim=D)
+    table = replace(section(1), x_NF=rng.normal(size=(50, D)))
+    data = CohortData(
+        "human_breast", [g.key for g in trained], [table], [], np.zeros(D), np.ones(D), np.arange(len(trained))
+    )
+    table.y.update({norm: y[:, : len(trained)] for norm, y in table.y.items()})
+    head = fit_cohort(replace(data, train=[replace(table, measured_G=np.ones(len(trained), bool))]), settings)
+    replace(bundle, readout=Readout(settings, [head])).save(tmp_path / "out")
+    assert "- human_breast: 50 spots\n" in (tmp_path / "out" / "README.md").read_text()
+    predictor = Predictor(Bundle.load(tmp_path / "out"))
+    stored = rng.normal(size=(60, 2 * D)).astype(np.float32)
+    genes = [GeneQuery(g.symbol, g.name, g.key) for g in trained]
+    want = predictor.predict(ImageFeatures(stored[:, :D], stored[:, :0], stored[:, D:]), genes)
+    monkeypatch.setattr(section_module, "GENES_PER_CHUNK", 2)
+    calls, values = [], KernelMap.__call__
+    monkeypatch.setattr(KernelMap, "__call__", lambda self, x: calls.append(len(x)) or values(self, x))
+    found = SectionPrediction(predictor, genes).predict_all(SimpleNamespace(read=lambda rows: stored[rows]), 60, None)
+    assert len(genes) > 2
+    assert calls == [60]
+    for norm in NORMS:
+        np.testing.assert_allclose(found[norm], want[norm], atol=1e-5)
+
+
+def test_kernel_values_need_no_more_than_two_arrays_of_their_size() -> None:
+    rng = np.random.default_rng(0)
+    kernel = KernelMap(
+        np.eye(8, dtype=np.float32), rng.normal(size=(500, 8)).astype(np.float32), np.ones(1, np.float32)
+    )
+    x = rng.normal(size=(2000, 8)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        size = kernel(x).nbytes
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.2 * size
+
+
+def test_validation_sections_without_a_scored_gene_leave_the_choice_to_training_sections() -> None:
+    train, measured = [section(1), section(2)], np.arange(G) >= 3
+    unscored = replace(section(3), measured_G=measured)
+    data = CohortData("human_breast", KEYS, train, [unscored], np.zeros(F), np.ones(F), np.arange(3))
+    head = fit_cohort(data, SETTINGS, kinds=("linear",), grid=FIXED)
+    assert head.facts["chosen_on"] == "train"
+    assert head.facts["vector"]["raw"]["score"] is not None
 
 
 def test_each_normalisation_has_the_kind_that_scores_higher_on_validation() -> None:

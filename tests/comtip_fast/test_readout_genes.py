@@ -44,7 +44,7 @@ def test_candidates_that_cannot_be_compared_are_those_of_the_middle() -> None:
     train, settings = [table(0, 6), table(1, 6)], ReadoutSettings(1, (), F)
     keys = [f"human:G{i}" for i in range(6)]
     unmeasured = replace(table(2, 6), measured_G=np.arange(6) >= 2)
-    for genes, valid in ((np.zeros(0, np.int64), []), (np.array([0, 1]), [unmeasured])):
-        data = CohortData("human_lung", keys, train, valid, np.zeros(F), np.ones(F), genes)
+    for genes, own, valid in ((np.zeros(0, np.int64), train, []), (np.array([0, 1]), train[:1], [unmeasured])):
+        data = CohortData("human_lung", keys, own, valid, np.zeros(F), np.ones(F), genes)
         for one in fit_cohort(data, settings, grid=GRID).facts["vector"].values():
             assert (one["alpha"], one["score"]) == (1.0, None)

@@ -326,6 +326,12 @@ def test_a_checkpoint_without_newer_keys_keeps_its_rules(tmp_path: Path) -> None
     assert fit(run, "genes.detected_in=every", "panel.balance=none", resume=True).stopped == "steps"
 
 
+def test_settings_of_the_readout_may_change_because_it_is_fitted_at_export(reference: Path, tmp_path: Path) -> None:
+    """Otherwise, a run that began before the default of ``readout.kind`` changed could not be resumed with its config file."""
+    run = shutil.copytree(reference, tmp_path / "run")
+    assert fit(run, "readout.kind=linear", "readout.views=1", resume=True).stopped == "steps"
+
+
 def test_other_trained_genes_are_refused_where_the_checkpoint_states_them() -> None:
     """Genes depend on more than the set: on statistics without damaged records, and on the version."""
     then = {"shards": "a", "gene vectors": "v"}

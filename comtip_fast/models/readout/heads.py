@@ -33,8 +33,10 @@ FORMAT, VERSION = "comtip-readout", 3
 READABLE_VERSIONS = (1, 2, 3)
 NORMS = ("cp10k", "raw")
 VECTOR_RIDGE = 1.0
-ROWS_AT_ONCE = 1024
-"""Spots whose kernel values are in memory at once: 16 MB with 2,000 landmarks."""
+VALUES_AT_ONCE = 2**21
+"""Kernel values in memory at once, 16 MB: those of 1,024 spots with 2,048 landmarks, of fewer spots with more landmarks."""
+Scores = dict[str, dict[str, np.ndarray]]
+"""Programme scores (N, K) of one head, by block of features and normalisation."""
 
 
 @dataclass
@@ -94,9 +96,9 @@ class CohortHead:
     def scores(self, block: str, x_NF: np.ndarray) -> dict[str, np.ndarray]:
         """Return the programme scores (N, K) of both normalisations from the standardised features of a block."""
         mapped, norms = self.map_of(block), self.blocks[block]
-        parts = []
-        for start in range(0, max(len(x_NF), 1), ROWS_AT_ONCE):
-            features = mapped(x_NF[start : start + ROWS_AT_ONCE])
+        parts, n = [], max(1, VALUES_AT_ONCE // max(mapped.n_kernel_values, 1))
+        for start in range(0, max(len(x_NF), 1), n):
+            features = mapped(x_NF[start : start + n])
             parts.append({norm: part.scores(features) for norm, part in norms.items()})
         return {norm: np.concatenate([part[norm] for part in parts]) for norm in norms}
 
@@ -156,17 +158,35 @@ class Readout:
             A gene needs ``vectors``, but these contain fewer than 2 genes of the head, or only vectors of 0 for them.
         """
         decoder = self.decoder(keys, cohort, vectors)
-        return decoder.predict(x_NF), decoder.known
+        return decoder.predict(self.scores(x_NF, cohort)), decoder.known
+
+    def scores(self, x_NF: np.ndarray, cohort: str | None = None, section: Moments | None = None) -> list[Scores]:
+        """Return the programme scores of each head of :meth:`predict`, which :meth:`decoder` decodes for any genes.
+
+        Parameters
+        ----------
+        x_NF
+            Features from :meth:`head_features`.
+        cohort
+            As in :meth:`predict`.
+        section
+            Moments of the section if ``x_NF`` is a part of it; None if ``x_NF`` is the complete section.
+        """
+        out = []
+        for head in self._of(cohort):
+            x = standardise(x_NF, head.mean_F, head.std_F, section)
+            out.append({b: head.scores(b, x[:, self.settings.columns(b, x.shape[1])]) for b in head.blocks})
+        return out
 
     def decoder(
         self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> ReadoutDecoder:
-        """Return a decoder for these genes, which can predict a section in parts.
+        """Return a decoder for these genes, which can predict a section in parts from :meth:`scores` of the same cohort.
 
         Parameters and errors are those of :meth:`predict`.
         """
         heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
-        return ReadoutDecoder(self.settings, heads, len(keys))
+        return ReadoutDecoder(heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
         """Return a list with the head of the cohort; if the cohort has no head or is None, return all heads."""
@@ -231,8 +251,8 @@ class Readout:
 class ReadoutDecoder:
     """Predicts the requested genes with the heads; built by :meth:`Readout.decoder`."""
 
-    def __init__(self, settings: ReadoutSettings, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
-        self.settings, self._heads = settings, heads
+    def __init__(self, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
+        self._heads = heads
         self._count = np.zeros(n_genes)
         for _, decoders in heads:
             self._count[decoders.columns] += 1
@@ -242,27 +262,19 @@ class ReadoutDecoder:
         """Whether a head decodes each gene, bool (G,)."""
         return self._count > 0
 
-    def predict(self, x_NF: np.ndarray, section: Moments | None = None) -> dict[str, np.ndarray]:
-        """Predict ``cp10k`` and ``raw`` with the heads: log1p of CP10K and of raw counts, float32 (N, G).
+    def predict(self, scores: Sequence[Scores]) -> dict[str, np.ndarray]:
+        """Predict ``cp10k`` and ``raw`` from :meth:`Readout.scores`: log1p of CP10K and of raw counts, float32 (N, G).
 
         A gene is predicted by the mean over the heads that decode it; columns of genes that no head decodes are 0.
-
-        Parameters
-        ----------
-        x_NF
-            Features from :meth:`Readout.head_features`.
-        section
-            Moments of the section if ``x_NF`` is a part of it; None if ``x_NF`` is the complete section.
         """
-        values = {norm: np.zeros((len(x_NF), len(self._count))) for norm in NORMS}
-        for head, decoders in self._heads:
-            x = standardise(x_NF, head.mean_F, head.std_F, section)
+        n_spots = len(next(iter(scores[0].values()))[NORMS[0]])
+        values = {norm: np.zeros((n_spots, len(self._count))) for norm in NORMS}
+        for (head, decoders), of_head in zip(self._heads, scores, strict=True):
             for block, norms in head.blocks.items():
-                scores = head.scores(block, x[:, self.settings.columns(block, x.shape[1])])
                 for norm, part in norms.items():
                     weight = head.head_mix(norm)[block]
                     for columns, mean, std, loading in decoders.of_norm(part, norm):
-                        values[norm][:, columns] += weight * (mean + std * (scores[norm] @ loading))
+                        values[norm][:, columns] += weight * (mean + std * (of_head[block][norm] @ loading))
         return {n: (v / np.maximum(self._count, 1)).astype(np.float32) for n, v in values.items()}
 
 

@@ -46,6 +46,8 @@ class KernelMap:
         power, vectors = np.linalg.eigh(gram)
         kept = np.flatnonzero(power > 1e-6 * max(power[-1], 1e-12))[::-1][:MAX_COMPONENTS]
         basis = own.T @ (vectors[:, kept] / np.sqrt(power[kept])) if wide else vectors[:, kept]
+        if not kept.size:  # all features are constant: one component of 0, because an export has no empty arrays
+            basis = np.zeros((len(scale_F), 1))
         basis_FP = (scale_F[:, None] * basis).astype(np.float32)
         landmark_MP = (x_NF[chosen] @ basis_FP).astype(np.float32)
         distance = np.sqrt(_squared_distance(landmark_MP, landmark_MP))
@@ -69,10 +71,19 @@ class KernelMap:
         return inverse.T
 
     def _values(self, at_NP: np.ndarray) -> np.ndarray:
-        r = np.sqrt(_squared_distance(at_NP, self.landmark_MP))
+        # In two arrays, because each has 320 MB with 20,000 spots and 2,000 landmarks.
+        r = _squared_distance(at_NP, self.landmark_MP)
+        np.sqrt(r, out=r)
         r *= np.sqrt(3) / float(self.length_1[0])
-        values: np.ndarray = (1 + r) * np.exp(-r)
+        values: np.ndarray = np.negative(r)
+        np.exp(values, out=values)
+        r += 1
+        values *= r
         return values
+
+    def equals(self, other: KernelMap) -> bool:
+        """Return whether another kernel has the same values everywhere, because all its arrays are equal."""
+        return self is other or all(np.array_equal(a, vars(other)[name]) for name, a in vars(self).items())
 
 
 @dataclass
@@ -95,7 +106,7 @@ class FeatureMap:
 
 
 def join(maps: Sequence[FeatureMap], weights: Sequence[np.ndarray]) -> tuple[FeatureMap, np.ndarray]:
-    """Join heads on the same features.
+    """Join heads on the same features. A kernel that several heads have, as heads that were merged before, is kept once.
 
     Parameters
     ----------
@@ -107,21 +118,34 @@ def join(maps: Sequence[FeatureMap], weights: Sequence[np.ndarray]) -> tuple[Fea
     joined, weight
         A map with the features of all, and weights (M, sum of K_i) with which the programmes of all heads follow each other.
     """
-    joined = FeatureMap([k for m in maps for k in m.kernels], any(m.linear for m in maps))
+    kernels: list[KernelMap] = []
+    for kernel in (k for m in maps for k in m.kernels):
+        if not any(kernel.equals(known) for known in kernels):
+            kernels.append(kernel)
+    ends = np.cumsum([0, *(len(k.landmark_MP) for k in kernels)])
+    joined = FeatureMap(kernels, any(m.linear for m in maps))
     n_features = max(len(w) - m.n_kernel_values for m, w in zip(maps, weights, strict=True))
     out = np.zeros((joined.n_kernel_values + n_features, sum(w.shape[1] for w in weights)))
-    row = column = 0
+    column = 0
     for own, weight in zip(maps, weights, strict=True):
-        n, programmes = own.n_kernel_values, slice(column, column + weight.shape[1])
-        out[row : row + n, programmes] = weight[:n]
+        n, programmes = 0, slice(column, column + weight.shape[1])
+        for kernel in own.kernels:
+            at = ends[next(i for i, known in enumerate(kernels) if kernel.equals(known))]
+            size = len(kernel.landmark_MP)
+            out[at : at + size, programmes] += weight[n : n + size]
+            n += size
         if own.linear:
             out[joined.n_kernel_values :, programmes] = weight[n:]
-        row, column = row + n, programmes.stop
+        column = programmes.stop
     return joined, out
 
 
 def _squared_distance(a_NP: np.ndarray, b_MP: np.ndarray) -> np.ndarray:
     """Return squared distances, float64 (N, M)."""
     a, b = a_NP.astype(np.float64), b_MP.astype(np.float64)
-    out: np.ndarray = np.square(a).sum(1)[:, None] - 2 * (a @ b.T) + np.square(b).sum(1)
-    return np.maximum(out, 0.0)
+    out: np.ndarray = a @ b.T
+    out *= -2
+    out += np.square(a).sum(1)[:, None]
+    out += np.square(b).sum(1)
+    np.maximum(out, 0.0, out=out)
+    return out

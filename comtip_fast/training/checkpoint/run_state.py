@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from comtip_fast.config.io import config_from_dict, config_to_dict, flatten
-from comtip_fast.config.schema import EngineConfig, RunConfig, TrainConfig, WatchConfig
+from comtip_fast.config.schema import EngineConfig, ReadoutConfig, RunConfig, TrainConfig, WatchConfig
 from comtip_fast.training.checkpoint.set_changes import APPEND, FIRST, SETS, changed_sets, first_sets, further_sets
 from comtip_fast.training.protocol import Extension, TrainingError
 
@@ -70,6 +70,8 @@ FREE_KEYS = {
     "train.threads",
     *(f"engine.{f.name}" for f in fields(EngineConfig)),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
+    # The readout is fitted at export.
+    *(f"readout.{f.name}" for f in fields(ReadoutConfig)),
 }
 """Keys of the config that may change when a run resumes."""
 

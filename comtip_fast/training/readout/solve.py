@@ -196,8 +196,8 @@ def fit_cohort(
     """Fit the heads of one cohort on its training sections.
 
     The ridge penalty and the number of programmes are those with the highest mean PCC on the validation sections. Without
-    validation sections, they are selected by leave-one-section-out on the training sections; with a single training section,
-    candidates from the middle of the grid are used.
+    validation sections that measured a gene to score, they are selected by leave-one-section-out on the training sections; with a
+    single training section, candidates from the middle of the grid are used.
 
     Parameters
     ----------
@@ -212,6 +212,7 @@ def fit_cohort(
     grid
         The candidates; None uses the default grid.
     """
+    data = replace(data, valid=[s for s in data.valid if s.measured_G[data.score_genes].any()])
     n_features = data.train[0].x_NF.shape[1]
     names = settings.block_names(n_features)
     scale = np.ones(n_features) if data.scale_F is None else data.scale_F
