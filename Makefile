@@ -24,7 +24,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (10 to 15 minutes on 2 cores)
+demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (8 to 15 minutes on 2 cores)
 	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards --jobs 2 \
 	  --tile-um 224 --tile-px 128 --min-mpp 4
 	$(BIN)/comtip shards verify $(RUN)/shards
