@@ -5,7 +5,7 @@ Shapes: N spots, F features, G genes, K programmes; see :mod:`comtip_fast.models
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,10 +146,6 @@ class ReadoutGrid:
     alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
-LINEAR_GRID = ReadoutGrid()
-KERNEL_GRID = ReadoutGrid()
-
-
 def mixture(blocks: Sequence[str], kind: str, n_donors: int, min_donors: int) -> dict[str, float]:
     """Return the weight of the head on each block of features, and of the prediction from level sentences (``levels``).
 
@@ -223,7 +219,7 @@ def fit_cohort(
         columns = settings.columns(block, n_features)
         train, valid = ([replace(s, x_NF=s.x_NF[:, columns]) for s in part] for part in (data.train, data.valid))
         factor = scale[columns].astype(data.train[0].x_NF.dtype)
-        fits = {kind: _FIT[kind](train, valid, factor, data.score_genes, grid) for kind in kinds}
+        fits = {kind: _fit_block(kind, train, valid, factor, data.score_genes, grid or ReadoutGrid()) for kind in kinds}
         maps[block], blocks[block], facts[block] = _best_of(fits)
     kind_of_z = {norm: facts[names[0]][norm]["kind"] for norm in NORMS}
     mix = {norm: mixture(names, kind_of_z[norm], data.n_donors, min_donors) for norm in NORMS}
@@ -255,50 +251,41 @@ def _best_of(fits: dict[str, BlockFit]) -> BlockFit:
     return joined, heads, facts
 
 
-def _fit_linear(
-    train: list[SectionTable],
-    valid: list[SectionTable],
-    factor_F: np.ndarray,
-    genes: np.ndarray,
-    grid: ReadoutGrid | None,
-) -> BlockFit:
-    """Return the heads of a block that are linear in its features, whose factors in the penalty are ``factor_F``."""
-    train, valid = ([replace(s, x_NF=s.x_NF * factor_F) for s in part] for part in (train, valid))
-    heads, facts = _fit_block(train, valid, genes, grid or LINEAR_GRID, per_spot=True)
-    heads = {n: replace(head, weight_FK=factor_F[:, None] * head.weight_FK) for n, head in heads.items()}
-    return FeatureMap(), heads, facts
-
-
-def _fit_kernel(
-    train: list[SectionTable],
-    valid: list[SectionTable],
-    factor_F: np.ndarray,
-    genes: np.ndarray,
-    grid: ReadoutGrid | None,
-) -> BlockFit:
-    """Return the kernel and the heads of a block that are linear in its values. Expression does not select the landmarks."""
-    values = KernelMap.fit(np.concatenate([s.x_NF for s in train]), factor_F)
-    whitening = values.whitening()
-    train, valid = ([replace(s, x_NF=values(s.x_NF) @ whitening) for s in part] for part in (train, valid))
-    heads, facts = _fit_block(train, valid, genes, grid or KERNEL_GRID, per_spot=False)
-    heads = {n: replace(head, weight_FK=whitening @ head.weight_FK) for n, head in heads.items()}
-    return FeatureMap([values], linear=False), heads, facts
-
-
-_FIT = {"kernel": _fit_kernel, "linear": _fit_linear}
-
-
 def _fit_block(
-    train: list[SectionTable], valid: list[SectionTable], genes: np.ndarray, grid: ReadoutGrid, *, per_spot: bool
-) -> tuple[BlockHeads, BlockFacts]:
+    kind: str,
+    train: list[SectionTable],
+    valid: list[SectionTable],
+    factor_F: np.ndarray,
+    genes: np.ndarray,
+    grid: ReadoutGrid,
+) -> BlockFit:
     """Choose the number of programmes and the penalty of each normalisation, and fit its head on all training sections."""
-    design = DecomposedFeatures.of(train)
+    mapped, transform, weights = _design(kind, np.concatenate([s.x_NF for s in train]), factor_F)
+    train, valid = ([replace(s, x_NF=transform(s.x_NF)) for s in part] for part in (train, valid))
+    design, per_spot = DecomposedFeatures.of(train), kind == "linear"
     heads: BlockHeads = {}
     facts: BlockFacts = {}
     for norm, (K, alpha, score) in _choose(train, _folds(train, valid), design, genes, grid, per_spot).items():
-        heads[norm] = RidgePath(train, norm, design, per_spot=per_spot).fit(K, alpha)
+        head = RidgePath(train, norm, design, per_spot=per_spot).fit(K, alpha)
+        heads[norm] = replace(head, weight_FK=weights(head.weight_FK))
         facts[norm] = {"programmes": K, "alpha": alpha, "score": score}
-    return heads, facts
+    return mapped, heads, facts
+
+
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+def _design(kind: str, x_NF: np.ndarray, factor_F: np.ndarray) -> tuple[FeatureMap, Transform, Transform]:
+    """Return what the weights of heads of a kind multiply, the features on which ridge regression is fitted, and its weights for the map.
+
+    ``factor_F`` are the factors of the block's training features ``x_NF`` in the penalty, or in distances. Expression does not select
+    the landmarks.
+    """
+    if kind == "linear":
+        return FeatureMap(), lambda x: x * factor_F, lambda w: factor_F[:, None] * w
+    kernel = KernelMap.fit(x_NF, factor_F)
+    whitening = kernel.whitening()
+    return FeatureMap([kernel], linear=False), lambda x: kernel(x) @ whitening, lambda w: whitening @ w
 
 
 Folds = list[tuple[list[SectionTable], list[SectionTable]]]
