@@ -10,7 +10,7 @@ from comtip_kernels.flops import infonce_chunk_bytes, level_chunk_bytes
 
 from comtip_fast.plan.cost import INDEX
 from comtip_fast.plan.engine import ELEMENT, EngineSpec
-from comtip_fast.plan.parts import RankShare, StepPart, largest_block
+from comtip_fast.plan.parts import RankShare, StepPart, largest_block, stored_together, table_bytes
 from comtip_fast.plan.sizes import Sizes
 
 MAX_LIVE = 1_000_000_000
@@ -98,13 +98,13 @@ def _location(offload: str) -> str:
 
 def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], ranks: int) -> list[MemoryRow]:
     """Return the rows that a step adds: activations, copies of weights, loss buffers, draws of mispaired spots, batches."""
-    rows = [MemoryRow(f"activations: {p.name}", p.saved) for p in parts if p.saved]
+    rows = [MemoryRow(f"activations: {p.name}", p.saved) for p in stored_together(parts) if p.saved]
     if w.checkpointing:
         rows.append(MemoryRow("activations: recomputed block", largest_block(s, w)))
     if e.micro_batches > 1:
-        # The vectors and table tensors that the losses read, and their gradients.
-        inputs = (w.spots * s.D + s.G * s.Q * (3 * s.D + 1)) * ELEMENT
-        rows.append(MemoryRow("loss inputs of all micro-batches", 2 * inputs))
+        # The vectors and table tensors that the losses read; gradients of the table are among the sentence table's.
+        inputs = 2 * w.spots * s.D * ELEMENT + table_bytes(s, w.precision)
+        rows.append(MemoryRow("loss inputs of all micro-batches", inputs))
     if e.precision.weight_copies:
         note = "autocast keeps them for the backward pass"
         rows.append(MemoryRow("bf16 copies of weights", s.matrices * 2, note=note))

@@ -41,6 +41,9 @@ class StepPart:
     costs: Sequence[Cost]
     times: int = 1
     """Number of executions per step."""
+    phase: str = ""
+    """Phase of a step with several micro-batches: ``losses`` over all of them, or ``pieces``, the encoders after it. What one phase stores
+    is released before the other stores anything. Empty for a step with one micro-batch."""
 
     def sum(self, field: str) -> float:
         """Return the total per step of one field of :class:`Cost` (FLOPs or bytes moved), over all costs and executions of this part."""
@@ -50,6 +53,12 @@ class StepPart:
     def saved(self) -> float:
         """Bytes stored for the backward pass; successive executions reuse the memory."""
         return total(self.costs, "saved")
+
+
+def stored_together(parts: Sequence[StepPart]) -> list[StepPart]:
+    """Return the parts whose stored bytes are in memory at the same time: those of the phase that stores most, in their order."""
+    of_phase = {phase: [p for p in parts if p.phase == phase] for phase in sorted({p.phase for p in parts})}
+    return max(of_phase.values(), key=lambda own: sum(p.saved for p in own), default=[])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +108,16 @@ def step_parts(s: Sizes, w: RankShare) -> list[StepPart]:
             StepPart("vision, full, first pass", forward_only(full), n),
             StepPart("table, first pass", forward_only(table)),
         ]
+    losses = []
     if s.has_nce:
-        parts += [StepPart("pooling", pooling(s, w, w.columns)), StepPart("InfoNCE", infonce(s, w))]
+        losses += [StepPart("pooling", pooling(s, w, w.columns)), StepPart("InfoNCE", infonce(s, w))]
     if s.has_level:
-        parts.append(StepPart("L_level", level(s, w)))
+        losses.append(StepPart("L_level", level(s, w)))
     if s.mispairs:
-        parts.append(StepPart("L_pair and adversary", pair(s, w)))
-    return parts
+        losses.append(StepPart("L_pair and adversary", pair(s, w)))
+    if n == 1:
+        return [*parts, *losses]
+    return [*(replace(p, phase="pieces") for p in parts), *(replace(p, phase="losses") for p in losses)]
 
 
 def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
@@ -181,11 +193,14 @@ def projection(n: float, width: int, D: int, p: Precision) -> list[Cost]:
     ]
 
 
-def unit(n: float, D: int, p: Precision) -> list[Cost]:
-    """Return the costs of normalisation to unit length, which stores input, output and lengths for the backward pass."""
+def unit(n: float, D: int, p: Precision, *, read: bool = True) -> list[Cost]:
+    """Return the costs of normalisation to unit length, which stores the input and the lengths for the backward pass.
+
+    If the vectors are ``read`` by a loss of the same graph, it stores them, too.
+    """
     return [
         pointwise(n, D, p.operand, name="normalise"),
-        Cost("unit vectors", saved=n * D * p.stream + 2 * n * STATISTIC),
+        Cost("unit vectors", saved=n * D * p.stream * read + 2 * n * STATISTIC),
     ]
 
 
@@ -237,16 +252,24 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     embed = Cost("embed", moved=n * d * p.stream, back_moved=n * d * p.stream, saved=n * 4)
     # The rest of what the rehearsal counts: the last block's and the head's casts, gradients of equal tokens, sums of gradients.
     rest = Cost("rest of the table", moved=TABLE_REST[0] * N * d + TABLE_REST[1] * rows * s.D)
+    # Losses over several micro-batches read the table in a graph of their own, before the encoders' graph.
+    own_graph = w.micro_batches > 1
     head = [
         rest,
         norm(N, d, p),
         *projection(N, d, s.D, p),
         linear(N, d, 1, p, keep=False),
-        *unit(rows, s.D, p),
+        *unit(rows, s.D, p, read=not own_graph),
         linear(rows, s.D, s.D, p, keep=keep_cast),
-        pointwise(rows, s.D, p.operand, keep=2 if s.has_pair else 1, name="pair scale"),
+        pointwise(rows, s.D, p.operand, keep=2 if s.has_pair and not own_graph else 1, name="pair scale"),
+        *([Cost("gradients of the table", saved=table_bytes(s, p))] if own_graph else []),
     ]
     return [embed, *sentence_blocks(s, w), *head]
+
+
+def table_bytes(s: Sizes, p: Precision) -> float:
+    """Return the bytes of what losses read of the sentence table: rows, unit vectors, pair vectors and pooling scores."""
+    return s.G * s.Q * (s.D * (2 * p.operand + p.stream) + p.operand)
 
 
 def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:

@@ -12,6 +12,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.memory import MemoryRow, state_rows
+from comtip_fast.plan.parts import stored_together
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs, sizes_of
 from testkit.distributed import run_distributed
@@ -109,7 +110,7 @@ def test_live_bytes_after_the_backward_pass(case: str, measured: dict[str, dict[
 @pytest.mark.parametrize("case", [c for c in CASES if "micro-batches" not in c])
 def test_activations_of_a_rank(case: str, measured: dict[str, dict[str, Any]]):
     plan, found = plan_of(case, measured[case]), measured[case]
-    saved = sum(p.saved for p in plan.parts)
+    saved = sum(p.saved for p in stored_together(plan.parts))
     batch = plan.share.spots * plan.sizes.P * plan.sizes.patch_inputs * 4
     # The distributed loss saves unit vectors and, in the gather form, all images; gradients are computed later.
     vectors = plan.share.spots * (0 if plan.engine.loss_form == "ring" else W - 1) * plan.sizes.D * 4
