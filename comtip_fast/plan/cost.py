@@ -35,8 +35,29 @@ class Cost:
     """Bytes that a kernel of ``comtip_kernels`` loads from the L2 cache in the forward pass; 0 if they do not limit it."""
     back_loaded: float = 0.0
     """The same in the backward pass."""
+    again: float = 0.0
+    """Bytes that such a kernel reads from memory more than once in the forward pass, because the L2 cache is too small to keep them; not
+    part of ``moved``, which counts every operand once."""
+    back_again: float = 0.0
+    """The same in the backward pass."""
     programs: int = 0
     """Fewest programs of such a kernel in a launch: multiprocessors without a program do not load."""
+
+    def repeated(self, times: int) -> Cost:
+        """Return the cost of the operation executed ``times`` times."""
+        return Cost(
+            self.name,
+            times * self.flops,
+            times * self.back_flops,
+            times * self.moved,
+            times * self.back_moved,
+            times * self.saved,
+            times * self.loaded,
+            times * self.back_loaded,
+            times * self.again,
+            times * self.back_again,
+            self.programs,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ def total(costs: Iterable[Cost], field: str) -> float:
 
 def forward_only(costs: Iterable[Cost]) -> list[Cost]:
     """Return the costs of the same operations without gradients: nothing is stored and there is no backward pass."""
-    return [Cost(c.name, c.flops, 0.0, c.moved, loaded=c.loaded, programs=c.programs) for c in costs]
+    return [Cost(c.name, c.flops, moved=c.moved, loaded=c.loaded, again=c.again, programs=c.programs) for c in costs]
 
 
 def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]:
@@ -87,6 +108,7 @@ def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]
             back_flops=c.back_flops + c.flops * (i < last),
             back_moved=c.back_moved + c.moved * (i < last),
             back_loaded=c.back_loaded + c.loaded * (i < last),
+            back_again=c.back_again + c.again * (i < last),
             saved=0.0,
         )
         for i, c in enumerate(costs)

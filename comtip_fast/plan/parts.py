@@ -393,7 +393,7 @@ def text_attention(s: Sizes, w: RankShare) -> Cost:
 
 
 def on_l2(cost: Cost, w: RankShare, passes: Iterable[Sized]) -> Cost:
-    """Return ``cost`` with what its kernels load from the L2 cache of a GPU, as the kernels' ledger counts it in bf16.
+    """Return ``cost`` with what its kernels load from the L2 cache of a GPU and read again from memory, as their ledger counts it in bf16.
 
     Parameters
     ----------
@@ -407,7 +407,15 @@ def on_l2(cost: Cost, w: RankShare, passes: Iterable[Sized]) -> Cost:
         return cost
     forward, backward = passes
     programs = min(forward.programs, backward.programs)
-    return replace(cost, loaded=forward.moved.loaded, back_loaded=backward.moved.loaded, programs=programs)
+    first, second = forward.moved, backward.moved
+    return replace(
+        cost,
+        loaded=first.loaded,
+        back_loaded=second.loaded,
+        again=first.again,
+        back_again=second.again,
+        programs=programs,
+    )
 
 
 def table_kernels(s: Sizes, spots: float, operation: str) -> tuple[Sized, Sized]:
@@ -470,27 +478,13 @@ def pair(s: Sizes, w: RankShare) -> list[Cost]:
     p, pairs, issued = w.precision, w.spots * s.G, flops.pair_scores(w.spots, s.G, s.Q, s.D)
     moved = s.G * s.Q * s.D * p.operand + w.spots * s.D * p.operand + pairs * (INDEX + 4)
     scored = s.candidates if s.candidates > 1 else 0
-    forward, backward = table_kernels(s, w.spots, "pair_scores")
-    once = on_l2(Cost("scores"), w, (forward, backward))
-    loaded, back_loaded, programs = once.loaded, once.back_loaded, once.programs
+    once = on_l2(Cost("adversary", *issued, moved, 2 * moved), w, table_kernels(s, w.spots, "pair_scores"))
     costs = [
         Cost("draws", moved=DRAWS * pairs + (GATHERED * s.B * s.G if s.other_spots and w.images > w.spots else 0)),
-        Cost("adversary", scored * issued.forward, moved=scored * moved, loaded=scored * loaded, programs=programs),
+        *forward_only([once.repeated(scored)]),
     ]
     if s.has_pair:
-        costs.append(
-            Cost(
-                "true and mispaired",
-                2 * issued.forward,
-                2 * issued.backward,
-                2 * moved,
-                4 * moved,
-                pairs * PAIR_SAVED,
-                2 * loaded,
-                2 * back_loaded,
-                programs,
-            )
-        )
+        costs.append(replace(once.repeated(2), name="true and mispaired", saved=pairs * PAIR_SAVED))
     if s.text_context:
         own_gene, trained = 2.0 * s.G * s.Q**2 * s.D, 2 if s.has_pair else 0
         costs += [Cost("own gene", (scored + trained) * own_gene, 2 * trained * own_gene)]

@@ -64,8 +64,8 @@ def compute_time(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1
     for cost in costs:
         l2 = c.device.l2_bytes_per_s * (busy_share(cost.programs, c.device.multiprocessors) if cost.programs else 1.0)
         for f, m, loaded, least, backward in (
-            (cost.flops, cost.moved, cost.loaded, launch, False),
-            (cost.back_flops, cost.back_moved, cost.back_loaded, 2 * launch, True),
+            (cost.flops, cost.moved + cost.again, cost.loaded, launch, False),
+            (cost.back_flops, cost.back_moved + cost.back_again, cost.back_loaded, 2 * launch, True),
         ):
             if not (f or m or loaded):
                 continue
