@@ -206,7 +206,7 @@ def one_query_attention(N: int, S: int, H: int, D: int, size: int, t: Tiles, *, 
 def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
     """Return the traffic of ``sampled_dot``; with ``loss``, that of L_level with its prior.
 
-    Neighbouring programs share their spots: each tile of spots sweeps the table.
+    Neighbouring programs share their genes: each tile of genes sweeps the vectors.
     """
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     loaded = (cols * B + rows * G * Q) * D * size + B * G
@@ -214,7 +214,7 @@ def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bo
     if loss:
         loaded, distinct = loaded + B * G + rows * (G * Q * 4) + rows * cols * 4, distinct + B * G + G * Q * 4 + 4
     flops = rows * cols * 2 * t["BM"] * t["NG"] * t["QP"] * _padded(D, t)
-    return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops, read_again(G * Q * D * size, rows))
+    return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops, read_again(B * D * size, cols))
 
 
 def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
@@ -225,7 +225,7 @@ def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traff
         distinct=(B + G * Q) * D * size + 2 * B * G + G * Q * 4 + 8,
         stored=B * G * Q * size + 4 * rows * G * Q,
         flops=rows * cols * 2 * t["BM"] * t["NG"] * t["QP"] * _padded(D, t),
-        again=read_again(G * Q * D * size, rows),
+        again=read_again(B * D * size, cols),
     )
 
 

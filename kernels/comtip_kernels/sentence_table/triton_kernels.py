@@ -18,7 +18,7 @@ from comtip_kernels import tiles
 PICK, CROSS_ENTROPY = 0, 1
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the panel change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
-_SIZES = ["n_spots", "n_genes", "n_gene_tiles", "panel_genes", "part_genes"]
+_SIZES = ["n_spots", "n_genes", "n_spot_tiles", "panel_genes", "part_genes"]
 _UNALIGNED = ["weight_ptr", "levels_ptr", "prior_ptr", "scale_ptr", "factor_ptr", "out_ptr", "sums_ptr"]
 
 
@@ -125,7 +125,7 @@ def sampled_dot(  # type: ignore[no-untyped-def]
     t_stride_gene,
     t_stride_level,
     t_stride_dim,
-    n_gene_tiles,
+    n_spot_tiles,
     MODE: tl.constexpr,
     PRIOR: tl.constexpr,
     BM: tl.constexpr,
@@ -137,7 +137,8 @@ def sampled_dot(  # type: ignore[no-untyped-def]
 ):
     """Store <vector_b, table[g, level]> (n_spots, n_genes); with CROSS_ENTROPY the sum of weight * loss of each tile."""
     pid = tl.program_id(0)
-    tile_m, tile_n = pid // n_gene_tiles, pid % n_gene_tiles
+    # Neighbouring programs share their genes, so the table is read from memory once; the vectors of all spots are far smaller.
+    tile_m, tile_n = pid % n_spot_tiles, pid // n_spot_tiles
     spots, genes = tile_m * BM + tl.arange(0, BM), tile_n * NG + tl.arange(0, NG)
     column = tl.arange(0, NG * QP)
     s = _scores(
@@ -287,7 +288,7 @@ def level_gradient(  # type: ignore[no-untyped-def]
     t_stride_level,
     t_stride_dim,
     first,
-    n_gene_tiles,
+    n_spot_tiles,
     out_stride_spot,
     panel_genes,
     PRIOR: tl.constexpr,
@@ -303,7 +304,8 @@ def level_gradient(  # type: ignore[no-untyped-def]
     In the dtype of the vectors. With PRIOR also the sums over the tile's spots, fp32 (n_spot_tiles, panel_genes * n_levels).
     """
     pid = tl.program_id(0)
-    tile_m, tile_n = pid // n_gene_tiles, pid % n_gene_tiles
+    # Neighbouring programs share their genes, so the table is read from memory once; the vectors of all spots are far smaller.
+    tile_m, tile_n = pid % n_spot_tiles, pid // n_spot_tiles
     spots, local = tile_m * BM + tl.arange(0, BM), tile_n * NG + tl.arange(0, NG)
     genes, column = first + local, tl.arange(0, NG * QP)
     gene, level = first + tile_n * NG + column // QP, column % QP

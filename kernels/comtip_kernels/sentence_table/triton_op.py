@@ -89,7 +89,7 @@ def sampled_dot(vector: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> Te
         n_m, n_g = triton.cdiv(B, tiles["BM"]), triton.cdiv(G, tiles["NG"])
         # ``out`` replaces the weight, prior and scale, which this mode does not read.
         tensors = (vector, table, out, levels.contiguous(), out, out, out)
-        sizes = (B, G, Q, D, *vector.stride(), *table.stride(), n_g)
+        sizes = (B, G, Q, D, *vector.stride(), *table.stride(), n_m)
         launch(kernels.sampled_dot, (n_m * n_g,), *tensors, *sizes, **_constants(vector, kernels.PICK, None), **tiles)
     return out
 
@@ -146,7 +146,7 @@ def level_loss(
             scale,
             parts,
         )
-        sizes = (B, G, Q, D, *image.stride(), *table.stride(), n_g)
+        sizes = (B, G, Q, D, *image.stride(), *table.stride(), n_m)
         constants = _constants(image, kernels.CROSS_ENTROPY, prior)
         launch(kernels.sampled_dot, (n_m * n_g,), *tensors, *sizes, **constants, **tiles)
     return parts.sum()
@@ -185,7 +185,7 @@ def level_loss_grads(
     for first in range(0, G, n_genes):
         last = min(first + n_genes, G)
         n_g = triton.cdiv(last - first, tiles["NG"])
-        sizes = (B, last, Q, D, *image.stride(), *table.stride(), first, n_g, row_length)
+        sizes = (B, last, Q, D, *image.stride(), *table.stride(), first, n_m, row_length)
         launch(kernels.level_gradient, (n_m * n_g,), *tensors, chunk, sums, *sizes, G, **constants, **tiles)
         w = chunk[:, : (last - first) * Q]
         add_product(dimage, w, table[first:last].reshape(-1, D), accumulate=first > 0)

@@ -170,6 +170,30 @@ def test_table(B: int, G: int, Q: int, D: int):
     )
 
 
+def genes_in_order(counted: Counted, rows: torch.Tensor) -> list[int]:
+    """Return the first gene of every load from a contiguous table, in the order of the programs."""
+    first, size = rows.data_ptr(), rows.nbytes
+    inside = [page[0] - first for page in counted._pages if page.size and first <= page[0] < first + size]
+    return [int(offset) // rows[0].nbytes for offset in inside]
+
+
+@pytest.mark.parametrize("operation", ["scores", "loss", "gradient"])
+def test_programs_take_all_spots_before_the_next_genes(operation: str):
+    """So a table that exceeds the L2 cache is read from memory once: ``again`` of the formulas, which counts cannot show."""
+    B, G, Q, D = 70, 9, 8, 16
+    image, rows, levels = vectors(B, D), vectors(G, Q, D), torch.randint(Q, (B, G)).to(torch.uint8)
+    weight, scale, prior = torch.ones(B, G, dtype=torch.uint8), torch.tensor(5.0), torch.zeros(G, Q)
+    with counting() as counted:
+        {
+            "scores": lambda: table.sampled_dot(image, rows, levels, False),
+            "loss": lambda: table.level_loss(image, rows, levels, weight, scale, prior, False),
+            "gradient": lambda: table.level_loss_grads(image, rows, levels, weight, scale, prior, scale, False),
+        }[operation]()
+    genes = genes_in_order(counted, rows)
+    assert len(set(genes)) > 1 and len(genes) > 2 * len(set(genes))
+    assert genes == sorted(genes)
+
+
 @pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 70, 10, 40), (20, 3, 5, 300)])
 def test_gradients_of_level_loss(B: int, G: int, Q: int, D: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flops, "CHUNK_BYTES", 1)  # 64 genes at a time
