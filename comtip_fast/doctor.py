@@ -102,7 +102,9 @@ def _gpu() -> DoctorCheck:
     props = torch.cuda.get_device_properties(0)
     detail = f"{torch.cuda.device_count()} x {props.name}, {props.total_memory / 2**30:.0f} GiB, sm_{props.major}{props.minor}"
     if props.major < OLDEST_GPU:
-        fix = f"the kernels need sm_{OLDEST_GPU}0 (A100) or newer; hide the GPU (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        fix = (
+            f"the kernels need sm_{OLDEST_GPU}0 (A100) or newer; hide the GPU (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
         return DoctorCheck("GPU", "broken", detail, fix)
     return DoctorCheck("GPU", "ok", detail)
 
