@@ -16,6 +16,8 @@ from pathlib import Path
 
 DEMO_MEMORY, DEMO_DISK = 4e9, 2e9
 """Bytes of memory and of free disk; the demo needs more than these."""
+OLDEST_GPU = 8
+"""Major compute capability that Triton needs. PyTorch emulates bf16 on older GPUs, and says that they support it."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ def _gpu() -> DoctorCheck:
         return DoctorCheck("GPU", "missing", f"PyTorch finds none ({built})", fix)
     props = torch.cuda.get_device_properties(0)
     detail = f"{torch.cuda.device_count()} x {props.name}, {props.total_memory / 2**30:.0f} GiB, sm_{props.major}{props.minor}"
-    bf16 = "" if torch.cuda.is_bf16_supported() else "bf16 is not supported: set train.precision=fp32"
-    return DoctorCheck("GPU", "ok", detail, bf16)
+    if props.major < OLDEST_GPU:
+        fix = (
+            f"the kernels need sm_{OLDEST_GPU}0 (A100) or newer; hide the GPU (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+        return DoctorCheck("GPU", "broken", detail, fix)
+    return DoctorCheck("GPU", "ok", detail)
 
 
 def _triton() -> DoctorCheck:
@@ -175,7 +181,11 @@ def _attention() -> DoctorCheck:
     for name in ("triton", "flash", "varlen", "sdpa"):
         with suppress(ValueError):
             works.append(attention_name(name, device, dtype, 18))
-    auto = attention_name("auto", device, dtype, 18)
+    try:
+        auto = attention_name("auto", device, dtype, 18)
+    except ValueError as error:  # the installed Triton is too old for this GPU
+        problem, _, fix = str(error).partition("; ")
+        return DoctorCheck("Attention", "broken", problem, fix.removesuffix(", or use impl='reference'"))
     text = f"text.attention=auto runs {auto}; {', '.join(works)} can be chosen"
     # ViT-B/32, the encoder of the GPU configs, with tiles of 224 px.
     image = attention_backend(12, 49, 64, device, dtype)

@@ -78,7 +78,8 @@ def run_parts(
     table
         Table to which every row is written when it is sent.
     seconds
-        Deadline of all parts together, in s.
+        Deadline of all parts together, in s. If the deadlines of the parts sum to more, each part is sure of the same share of
+        its own, and gets more as far as the parts before it took less; so no part keeps a later one from running.
     log
         File for the output of the parts.
     env
@@ -90,10 +91,11 @@ def run_parts(
         {name of the part: outcome}; the status is ``deadline`` if no time was left for a part.
     """
     ends, outcomes = time.monotonic() + seconds, {}
-    for part in parts:
-        left = ends - time.monotonic()
-        if left < min(LEAST_S, part.seconds):
-            outcome = Outcome("deadline", 0, 0.0, f"not started: {max(0.0, left):.0f} s of --minutes were left")
+    share = min(1.0, seconds / sum(part.seconds for part in parts))
+    for i, part in enumerate(parts):
+        left = ends - time.monotonic() - share * sum(later.seconds for later in parts[i + 1 :])
+        if left < min(LEAST_S, 0.9 * share * part.seconds):  # earlier parts also took time to be killed
+            outcome = Outcome("deadline", 0, 0.0, f"not started: {max(0.0, left):.0f} s of --minutes were left for it")
         else:
             outcome = run_part(part, command(part), table, min(part.seconds, left), log, env)
         outcomes[part.name] = outcome

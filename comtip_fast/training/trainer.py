@@ -1,7 +1,8 @@
 """The training loop: steps, validation, checkpoints and resume.
 
 A step depends only on the config, the data, a few integers (step, epoch, position in the epoch) and the state in the checkpoint.
-A run that is killed and resumed therefore computes the same losses and weights as an uninterrupted one.
+A run that is killed and resumed therefore computes the same losses and weights as an uninterrupted one; on a GPU up to rounding,
+because PyTorch's attention in the image encoder may add in another order.
 """
 
 from __future__ import annotations

@@ -82,12 +82,34 @@ def test_a_part_that_fails_or_hangs_costs_only_its_own_rows(tmp_path: Path):
     assert {r["commit"] for r in rows} == {"abc"}
 
 
-def test_the_total_deadline_ends_a_part_and_starts_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runner, "LEAST_S", 2.0)
-    rows, outcomes = run(tmp_path, {"hangs": 60.0, "runs": 60.0}, seconds=3.0)
-    assert [o.status for o in outcomes.values()] == ["deadline", "deadline"]
-    assert outcomes["runs"].note.startswith("not started")
-    assert [r["name"] for r in rows] == ["before", "part", "part"]
+@pytest.mark.parametrize(
+    ("takes", "allowed"),
+    [
+        ({}, {"a": 50.0, "b": 25.0, "c": 25.0}),  # every part hangs: each is stopped at its share
+        ({"a": 10.0}, {"a": 50.0, "b": 50.0, "c": 40.0}),  # what a leaves, b and c may use
+        ({"a": 95.0}, {"a": 50.0}),  # a could not be killed in time
+    ],
+)
+def test_no_part_keeps_a_later_one_from_running(
+    takes: dict[str, float], allowed: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Deadlines that sum to more than the total once left no time for the last parts."""
+    clock, given = [0.0], {}
+
+    def run_part(part: Part, command: list[str], table: Table, seconds: float, *_: object) -> Outcome:
+        given[part.name] = seconds
+        clock[0] += takes.get(part.name, seconds)
+        return Outcome("deadline", 0, seconds)
+
+    monkeypatch.setattr(runner, "run_part", run_part)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    parts = [Part("a", 100.0, ""), Part("b", 50.0, ""), Part("c", 50.0, "")]
+    table = Table(tmp_path / "out.csv", {"mode": GPU})
+    outcomes = run_parts(parts, lambda part: [], table, seconds=100.0, log=tmp_path / "out.log")
+    assert given == pytest.approx(allowed)
+    assert clock[0] <= 100.0
+    for name in outcomes.keys() - allowed.keys():
+        assert outcomes[name].note.startswith("not started")
 
 
 STOPPED = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,35 @@ def test_the_stand_in_has_the_signature_of_flash_attn(release: str):
 
 def test_every_flash_module_has_a_signature():
     assert sorted(MODULES.values()) == sorted(peers.FLASH_MODULES)
+
+
+def test_a_flash_attn_that_cannot_be_used_hides_no_older_one(monkeypatch: pytest.MonkeyPatch):
+    """The early flash-attn 4 in wheels of flash-attn 2, and packages that raise when they are imported."""
+    two = flash("2")
+
+    def early(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+        raise AssertionError
+
+    def found_with(newer: Any) -> Callable[..., Any] | None:
+        def load(name: str) -> Any:
+            if name == MODULES["2"]:
+                return SimpleNamespace(flash_attn_varlen_func=two)
+            if isinstance(newer, Exception):
+                raise newer
+            return newer
+
+        monkeypatch.setattr(peers.importlib, "import_module", load)
+        peers.flash_varlen.cache_clear()
+        return peers.flash_varlen()
+
+    try:
+        assert found_with(SimpleNamespace(flash_attn_varlen_func=early)) is two
+        assert found_with(SimpleNamespace()) is two
+        assert found_with(AttributeError("module 'cutlass' has no attribute 'cute'")) is two
+        two = None
+        assert found_with(SimpleNamespace(flash_attn_varlen_func=early)) is early  # refused by name when it is called
+    finally:
+        peers.flash_varlen.cache_clear()
 
 
 @pytest.mark.parametrize("name", STAND_INS)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,30 @@ def test_the_gpu_of_a_process_is_selected_before_its_group_is_made(monkeypatch: 
     with pytest.raises(KeyboardInterrupt), init_distributed(env=DistributedEnv(3, 4, 3, "a", 1, "slurm")):
         pass
     assert done == [0, ("nccl", "0")]
+
+
+def test_a_numbered_gpu_is_the_current_one_of_one_process_and_refused_for_several(monkeypatch: pytest.MonkeyPatch):
+    """Events and streams are those of the current GPU; all ranks would share the GPU of this number."""
+    current: list[str] = []
+
+    @contextmanager
+    def use(device: str) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", use)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with init_distributed(device="cuda:1", env=DistributedEnv()) as group:
+        assert (group.size, current) == (1, ["cuda:1"])
+        assert os.environ["LOCAL_RANK"] == "1"  # to this GPU, DeepSpeed moves the model
+    with init_distributed(device="cuda", env=DistributedEnv()):
+        assert not current
+    with (
+        pytest.raises(TrainingError, match=r"^train.device=cuda:1: 4 processes .* set train.device=cuda, so that"),
+        init_distributed(device="cuda:1", env=DistributedEnv(3, 4, 3, "a", 1, "slurm")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

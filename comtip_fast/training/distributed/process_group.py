@@ -214,7 +214,8 @@ def init_distributed(
     timeout_s
         Timeout of collectives in seconds; if a rank does not reach a collective in time, the run ends on every rank.
     device
-        ``cpu`` selects gloo even if there are GPUs; otherwise NCCL is used if PyTorch finds a GPU.
+        ``cpu`` selects gloo even if there are GPUs; otherwise NCCL is used if PyTorch finds a GPU. With a GPU's number, as in
+        ``cuda:1``, a single process has this GPU as its current one inside the block; several processes refuse it.
     env
         Rank of this process and address of rank 0; None reads the environment.
     wait_timeout_s
@@ -229,14 +230,25 @@ def init_distributed(
     ------
     TrainingError
         A variable of the launcher is missing or not a number, the host of rank 0 cannot be determined, there are fewer GPUs
-        than processes on this host, or, with several ranks, the block cannot write a path.
+        than processes on this host, ``device`` is a single GPU of several processes, or, with several ranks, the block cannot write
+        a path.
     RestartError
         With several ranks: a rank is lost or late, or a disk is full or fails in the block.
     """
     env = distributed_env() if env is None else env
+    number = device.removeprefix("cuda:") if device.startswith("cuda:") else ""
     if env.size == 1:
-        yield SingleProcessGroup()
+        if number:
+            os.environ["LOCAL_RANK"] = number  # as below
+        # Events, streams and kernels of other packages use the current GPU, wherever the tensors are.
+        with torch.cuda.device(device) if number else nullcontext():
+            yield SingleProcessGroup()
         return
+    if number:
+        raise TrainingError(
+            f"train.device={device}: {env.size} processes were started, which would all use this GPU; set train.device=cuda, so that "
+            "each uses its own, and select GPUs with CUDA_VISIBLE_DEVICES"
+        )
     gpu = device != "cpu" and torch.cuda.is_available()
     own = gpu_of(env, torch.cuda.device_count()) if gpu else env.local_rank
     if gpu:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,13 +26,21 @@ MAX_SENTENCES = 65_535
 
 @cache
 def flash_varlen() -> Callable[..., Any] | None:
-    """Return the variable-length function of the newest flash-attn that can be imported; None if there is none."""
+    """Return the variable-length function of the newest flash-attn that can be imported; None if there is none.
+
+    A release whose backward pass cannot be deterministic is returned only if there is no other: wheels of flash-attn 2 also contain
+    an early flash-attn 4, which can be imported once its compiler is installed.
+    """
+    found = None
     for name in FLASH_MODULES:
         try:
-            return getattr(importlib.import_module(name), "flash_attn_varlen_func", None)
-        except (ImportError, OSError, RuntimeError):
+            function = getattr(importlib.import_module(name), "flash_attn_varlen_func", None)
+        except Exception:  # a package that does not fit its compiler or PyTorch can raise anything
             continue
-    return None
+        if function is not None and _is_deterministic(function):
+            return cast("Callable[..., Any]", function)
+        found = found or function
+    return found
 
 
 @cache
