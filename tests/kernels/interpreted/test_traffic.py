@@ -190,7 +190,8 @@ def test_programs_take_all_spots_before_the_next_genes(operation: str):
             "gradient": lambda: table.level_loss_grads(image, rows, levels, weight, scale, prior, scale, False),
         }[operation]()
     genes = genes_in_order(counted, rows)
-    assert len(set(genes)) > 1 and len(genes) > 2 * len(set(genes))
+    assert len(set(genes)) > 1
+    assert len(genes) > 2 * len(set(genes))
     assert genes == sorted(genes)
 
 
