@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, which the ledger and ``comtip plan`` also read where Triton is not installed.
 
-By mode (``tl_common.product_mode``): sizes that compile without spills and within the shared memory of sm_80 and sm_90. Nothing is
-autotuned: a result must not depend on what else the GPU was doing.
+By mode (``tl_common.product_mode``): sizes that compile without spills and within the shared memory of sm_80 and sm_90, and of sm_86 and
+sm_89, which run the code of sm_80 but give a program 99 KiB at most. Nothing is autotuned: a result must not depend on what else the GPU was doing.
 
 BM and BN are the rows and columns of a tile of the result, BK is the slice of the inner dimension that is loaded at a time. In the
 kernels over the sentence table, BN is the number of genes of a tile times padded levels, and BD the width of the output that one
@@ -16,7 +16,7 @@ from comtip_kernels.tl_common import power_of_2
 
 INFONCE_FORWARD: dict[str, dict[str, Any]] = {
     "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
     "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
 INFONCE_EXACT: dict[str, dict[str, Any]] = {

@@ -237,6 +237,14 @@ def test_idle_multiprocessors_cost_time():
     )
 
 
+def test_tiles_of_sm_80_fit_into_the_shared_memory_of_sm_86_and_sm_89():
+    """A block has 99 KiB there, 163 KiB on an A100; a kernel that needs more fails at its first launch."""
+    rows = ledger.read(Path(__file__).parents[2] / "bench" / "ledger.csv")
+    needed = {(r["triton"], r["op"], r["name"]): int(r["shared_kib"]) for r in rows if r["arch"] == "80"}
+    assert len(needed) > 100
+    assert {row: kib for row, kib in needed.items() if kib > 99} == {}
+
+
 def test_columns_that_exceed_the_cache_are_read_once_per_group_of_tiles():
     tiles = infonce.FORWARD["bf16"]
     small, large = (traffic.infonce_forward(n, n, 512, 2, tiles) for n in (32768, 131072))

@@ -22,8 +22,11 @@ from triton.compiler import ASTSource
 
 from comtip_kernels.ledger import instructions
 
-SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}
-"""Maximum shared memory of a block by architecture; a kernel that needs more compiles, but fails when it is loaded."""
+SHARED_LIMIT_KIB = {80: 99, 90: 227, 100: 227}
+"""Maximum shared memory of a block by architecture; a kernel that needs more compiles, but fails when it is loaded.
+
+That of sm_80 is the limit of sm_86 and sm_89 (GeForce RTX 30 and 40, A10, L4, L40), which take the same tiles; an A100 has 163 KiB.
+"""
 
 
 INSTRUCTION_CLASSES = ("memory", "shared", "waiting", "branch", "fp", "integer")
