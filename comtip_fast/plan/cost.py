@@ -1,6 +1,6 @@
 """Cost of one operation: FLOPs, memory traffic of the device, and bytes stored for the backward pass.
 
-Every part of a step is a list of costs (``parts.py``), from which FLOPs, activation memory and times are derived. The
+Every part of a step is a list of costs (``parts.py``, ``loss_parts.py``), from which FLOPs, activation memory and times are derived. The
 formulas follow what PyTorch's autograd saves; ``tests/comtip_fast/test_plan_step.py`` compares them with a real step.
 n is a number of tokens, d a width.
 """

@@ -10,7 +10,8 @@ from comtip_kernels.flops import infonce_chunk_bytes, level_chunk_bytes
 
 from comtip_fast.plan.cost import INDEX
 from comtip_fast.plan.engine import ELEMENT, EngineSpec
-from comtip_fast.plan.parts import RankShare, StepPart, largest_block, stored_together, table_bytes
+from comtip_fast.plan.parts import largest_block, table_bytes
+from comtip_fast.plan.rank_share import RankShare, StepPart, stored_together
 from comtip_fast.plan.sizes import Sizes
 
 MAX_LIVE = 1_000_000_000

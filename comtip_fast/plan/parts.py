@@ -1,15 +1,12 @@
-"""The parts of a training step as lists of costs; docs/scaling.md has the formulas."""
+"""The encoders of a training step as lists of costs, and all parts of the step; docs/scaling.md has the formulas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 
 from comtip_kernels import flops
-from comtip_kernels.flops import KEPT_BYTES
 from comtip_kernels.ledger import sizes
-from comtip_kernels.ledger.sizes import Sized
 from comtip_kernels.one_query_attention import LONGEST, MOST_HEADS
 
 from comtip_fast.plan.cost import (
@@ -30,64 +27,9 @@ from comtip_fast.plan.cost import (
     residual,
     total,
 )
+from comtip_fast.plan.loss_parts import infonce, level, pair, pooling
+from comtip_fast.plan.rank_share import RankShare, StepPart, on_l2
 from comtip_fast.plan.sizes import Sizes
-
-
-@dataclass(frozen=True)
-class StepPart:
-    """One part of a step on one rank."""
-
-    name: str
-    costs: Sequence[Cost]
-    times: int = 1
-    """Number of executions per step."""
-    phase: str = ""
-    """Phase of a step with several micro-batches: ``losses`` over all of them, or ``pieces``, the encoders after it. What one phase stores
-    is released before the other stores anything. Empty for a step with one micro-batch."""
-
-    def sum(self, field: str) -> float:
-        """Return the total per step of one field of :class:`Cost` (FLOPs or bytes moved), over all costs and executions of this part."""
-        return self.times * total(self.costs, field)
-
-    @property
-    def saved(self) -> float:
-        """Bytes stored for the backward pass; successive executions reuse the memory."""
-        return total(self.costs, "saved")
-
-
-def stored_together(parts: Sequence[StepPart]) -> list[StepPart]:
-    """Return the parts whose stored bytes are in memory at the same time: those of the phase that stores most, in their order."""
-    of_phase = {phase: [p for p in parts if p.phase == phase] for phase in sorted({p.phase for p in parts})}
-    return max(of_phase.values(), key=lambda own: sum(p.saved for p in own), default=[])
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankShare:
-    """One rank's share of a step, and how it is computed."""
-
-    spots: int
-    """Number of spots b of the rank."""
-    micro_batches: int = 1
-    """Number of micro-batches. If there are several, each is embedded twice, and the losses read all micro-batches together."""
-    images: int
-    """Number of images that the rank's text columns are compared with."""
-    columns: int
-    """Number of text columns of the rank, mispaired ones included."""
-    table_rows: int
-    """Number of sentences that the rank encodes."""
-    precision: Precision
-    gpu: bool
-    checkpointing: bool = False
-    """Whether activation checkpointing is used."""
-    compiled: bool = False
-    """Whether Inductor compiles the blocks."""
-    ring: bool = False
-    """Whether InfoNCE passes blocks of images around."""
-
-    @property
-    def micro_batch_spots(self) -> int:
-        """Number of spots of a micro-batch."""
-        return ceil(self.spots / self.micro_batches)
 
 
 def step_parts(s: Sizes, w: RankShare) -> list[StepPart]:
@@ -231,17 +173,7 @@ def generator(s: Sizes, w: RankShare) -> list[Cost]:
 
 
 TABLE_REST = (315, 94)
-"""Bytes per row and column of the encoded sentences, and of the whole table, that no other cost has; see :data:`DRAWS`."""
-DRAWS = 6120
-"""Bytes per (spot, gene) of drawing mispaired levels, of hashes of texts, and of the adversary's choice.
-
-Fitted, with :data:`TABLE_REST`, :data:`GATHERED` and :data:`RING`, to the steps in ``bench/rehearsal.csv``; a test compares the sum of
-all costs with each of them to 2 %.
-"""
-GATHERED = 34
-"""Bytes per (spot, gene) of all ranks of taking mispaired levels from other ranks' spots."""
-RING = 104
-"""Bytes per value of all ranks' image vectors of passing blocks of them around (``engine.loss_form: ring``)."""
+"""Bytes per row and column of the encoded sentences, and of the whole table, that no other cost has; see :data:`.loss_parts.DRAWS`."""
 
 
 def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
@@ -390,107 +322,3 @@ def text_attention(s: Sizes, w: RankShare) -> Cost:
     moved = 7 * n * s.width * w.precision.operand
     cost = replace(cost, flops=issued.forward, back_flops=issued.backward, back_moved=moved)
     return on_l2(cost, w, sizes.packed_attention(ceil(n), s.text_heads, E, s.longest, 0, ""))
-
-
-def on_l2(cost: Cost, w: RankShare, passes: Iterable[Sized]) -> Cost:
-    """Return ``cost`` with what its kernels load from the L2 cache of a GPU and read again from memory, as their ledger counts it in bf16.
-
-    Parameters
-    ----------
-    cost, w
-        Cost of an operation, and how the rank computes it. On a CPU and in fp32, the cost is returned as it is: products in fp32
-        are limited by the FLOPs.
-    passes
-        Forward and backward pass of the operation (:mod:`comtip_kernels.ledger.sizes`).
-    """
-    if not w.gpu or not w.precision.is_bf16:
-        return cost
-    forward, backward = passes
-    programs = min(forward.programs, backward.programs)
-    first, second = forward.moved, backward.moved
-    return replace(
-        cost,
-        loaded=first.loaded,
-        back_loaded=second.loaded,
-        again=first.again,
-        back_again=second.again,
-        programs=programs,
-    )
-
-
-def table_kernels(s: Sizes, spots: float, operation: str) -> tuple[Sized, Sized]:
-    """Return forward and backward pass of an operation over the sentence table, as the kernels' ledger counts them in bf16."""
-    passes = sizes.sentence_table(max(1, ceil(spots)), s.G, s.Q, s.D, "")
-    forward, backward = (one for one in passes if one.op == operation)
-    return forward, backward
-
-
-def pooling(s: Sizes, w: RankShare, spots: float) -> list[Cost]:
-    """Return the costs of pooling: a one-hot matrix product with the table on a GPU, an embedding bag on a CPU."""
-    rows, pairs = s.G * s.Q * s.D * w.precision.operand, spots * s.G
-    saved = pairs * POOL_SAVED + spots * s.D * 4
-    issued = flops.table_pool(spots, s.G, s.Q, s.D, gpu=w.gpu)
-    pool = Cost("pool", *issued, rows + 13 * pairs + spots * s.D * 4, 3 * rows + 26 * pairs + spots * s.D * 4, saved)
-    return [on_l2(pool, w, table_kernels(s, spots, "table_pool"))]
-
-
-POOL_SAVED = 3 * INDEX + 2 * 4 + 1
-"""Bytes that pooling stores for the backward pass per (spot, gene): rows, offsets and bags as int64, scores and weights as fp32, the mask."""
-
-
-def infonce(s: Sizes, w: RankShare) -> list[Cost]:
-    """Return the costs of InfoNCE between all images and the rank's text columns.
-
-    The backward pass recomputes the logits. A GPU stores the derivatives of the logits and multiplies them with images and
-    texts. A single CPU process stores the exponentials of its first tiles.
-    """
-    pairs = w.images * w.columns
-    vectors = (w.images + w.columns) * s.D * w.precision.operand
-    single_process = not w.gpu and w.images == w.spots
-    saved = min(pairs, KEPT_BYTES // 4) if single_process else 0
-    issued = flops.infonce(w.images, w.columns, s.D, gpu=w.gpu, blocks=not single_process)
-    # Written once and read by two products.
-    derivatives = 3 * pairs * w.precision.operand if w.gpu else 0
-    kept = (w.images + w.columns) * STATISTIC + 4 * saved
-    cost = Cost("logits", *issued, vectors, 3 * vectors + derivatives, kept)
-    ring = [Cost("ring", moved=RING * w.images * s.D)] if w.ring else []
-    return [on_l2(cost, w, sizes.infonce(w.images, w.columns, s.D, "")), *ring]
-
-
-def level(s: Sizes, w: RankShare) -> list[Cost]:
-    """Return the costs of L_level; on a CPU, the forward pass also computes and stores the gradients."""
-    p, rows = w.precision, s.G * s.Q * s.D
-    moved = rows * p.operand + w.spots * (s.D * p.operand + s.G * (INDEX + 1))
-    issued = flops.level_cross_entropy(w.spots, s.G, s.Q, s.D, gpu=w.gpu)
-    if w.gpu:
-        # Derivatives are written once and read by two products.
-        derivatives = 3 * w.spots * s.G * s.Q * p.operand
-        cost = Cost("scores", *issued, moved, 2 * moved + rows * 4 + derivatives, w.spots * s.G)
-        return [on_l2(cost, w, table_kernels(s, w.spots, "level_cross_entropy"))]
-    return [Cost("scores", *issued, 3 * moved, 2 * rows * 4, (rows + w.spots * s.D) * 4)]
-
-
-def pair(s: Sizes, w: RankShare) -> list[Cost]:
-    """Return the costs of L_pair and of the adversary, which scores all candidates.
-
-    If a text vector is the context, the scored gene is removed from the text.
-    """
-    p, pairs, issued = w.precision, w.spots * s.G, flops.pair_scores(w.spots, s.G, s.Q, s.D)
-    moved = s.G * s.Q * s.D * p.operand + w.spots * s.D * p.operand + pairs * (INDEX + 4)
-    scored = s.candidates if s.candidates > 1 else 0
-    once = on_l2(Cost("adversary", *issued, moved, 2 * moved), w, table_kernels(s, w.spots, "pair_scores"))
-    costs = [
-        Cost("draws", moved=DRAWS * pairs + (GATHERED * s.B * s.G if s.other_spots and w.images > w.spots else 0)),
-        *forward_only([once.repeated(scored)]),
-    ]
-    if s.has_pair:
-        costs.append(replace(once.repeated(2), name="true and mispaired", saved=pairs * PAIR_SAVED))
-    if s.text_context:
-        own_gene, trained = 2.0 * s.G * s.Q**2 * s.D, 2 if s.has_pair else 0
-        costs += [Cost("own gene", (scored + trained) * own_gene, 2 * trained * own_gene)]
-        costs += forward_only(pooling(s, w, w.spots * scored)) + pooling(s, w, w.spots * trained)
-    return costs
-
-
-PAIR_SAVED = 3 * INDEX + 2 * 4 + 1
-"""Bytes that L_pair stores for the backward pass per (spot, gene): true and mispaired levels as int64, two logits, the mask."""

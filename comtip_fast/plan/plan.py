@@ -12,8 +12,10 @@ from comtip_fast.plan.cost import Cost, forward_only
 from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
 from comtip_fast.plan.host import operators
+from comtip_fast.plan.loss_parts import level, pooling
 from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, step_rows
-from comtip_fast.plan.parts import RankShare, StepPart, image_head, level, pooling, sentence_table, step_parts, vision
+from comtip_fast.plan.parts import image_head, sentence_table, step_parts, vision
+from comtip_fast.plan.rank_share import RankShare, StepPart
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
 from comtip_fast.plan.timing import PartTime, compute_time, optimizer_cost, time_collectives, time_parts
 from comtip_fast.plan.traffic import Collective, step_traffic

@@ -9,7 +9,7 @@ from comtip_kernels.ledger.sizes import busy_share
 
 from comtip_fast.plan.cost import Cost, Precision
 from comtip_fast.plan.hardware import Cluster
-from comtip_fast.plan.parts import StepPart
+from comtip_fast.plan.rank_share import StepPart
 from comtip_fast.plan.traffic import Collective
 
 

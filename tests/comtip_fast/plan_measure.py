@@ -12,8 +12,9 @@ from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.plan.cost import AUTOCAST, FP32
 from comtip_fast.plan.hardware import make_cluster
-from comtip_fast.plan.parts import RankShare, StepPart, step_parts
+from comtip_fast.plan.parts import step_parts
 from comtip_fast.plan.plan import Plan, make_plan
+from comtip_fast.plan.rank_share import RankShare, StepPart
 from comtip_fast.plan.sizes import Inputs, Sizes, sizes_of
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward

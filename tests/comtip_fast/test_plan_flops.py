@@ -20,7 +20,8 @@ from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models import CoMTIP
 from comtip_fast.models import gene_encoder as gene_encoder_module
 from comtip_fast.plan.cost import AUTOCAST, Cost, total
-from comtip_fast.plan.parts import RankShare, distinct_tokens, generator, image_head, sentence_table, vision
+from comtip_fast.plan.parts import distinct_tokens, generator, image_head, sentence_table, vision
+from comtip_fast.plan.rank_share import RankShare
 from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,8 +12,8 @@ from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.memory import MemoryRow, state_rows
-from comtip_fast.plan.parts import stored_together
 from comtip_fast.plan.plan import Plan, make_plan
+from comtip_fast.plan.rank_share import stored_together
 from comtip_fast.plan.sizes import Inputs, sizes_of
 from testkit.distributed import run_distributed
 

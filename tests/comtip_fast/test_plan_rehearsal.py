@@ -13,7 +13,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
-from comtip_fast.plan import host, parts
+from comtip_fast.plan import host, loss_parts, parts, rank_share
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs
@@ -101,7 +101,7 @@ def test_collectives_send_the_bytes_counted(pair: tuple[dict[str, str], Plan]):
 
 def test_saved_bytes_are_those_counted(pair: tuple[dict[str, str], Plan]):
     row, plan = pair
-    saved = sum(part.saved for part in parts.stored_together(plan.parts)) / 1e6
+    saved = sum(part.saved for part in rank_share.stored_together(plan.parts)) / 1e6
     assert saved == pytest.approx(float(row["saved_mb"]), rel=0.02)
 
 
@@ -132,9 +132,10 @@ def test_the_host_issues_the_operators_counted(pair: tuple[dict[str, str], Plan]
 def test_the_fitted_costs_are_those_in_the_documents():
     text = " ".join((ROOT / "docs/scaling.md").read_text(encoding="utf-8").split())
     encoded, whole = parts.TABLE_REST
+    ring = loss_parts.RING
     assert (
-        f"{parts.DRAWS:,} bytes per (spot, gene), {encoded} per value of the encoded sentences, {whole} per value of the table, "
-        f"{parts.GATHERED} per (spot, gene) of all ranks if levels come from their spots, and {parts.RING} per value of all image vectors in "
+        f"{loss_parts.DRAWS:,} bytes per (spot, gene), {encoded} per value of the encoded sentences, {whole} per value of the table, "
+        f"{loss_parts.GATHERED} per (spot, gene) of all ranks if levels come from their spots, and {ring} per value of all image vectors in "
         "the ring."
     ) in text
     assert f"it issues {host.RING_HOP} operators per hop" in text

@@ -12,8 +12,9 @@ from comtip_kernels.rates import read_rates
 from comtip_fast.config.io import load_config
 from comtip_fast.plan.cost import AUTOCAST, FP32, Cost
 from comtip_fast.plan.hardware import make_cluster
-from comtip_fast.plan.parts import RankShare, infonce, level, pooling
+from comtip_fast.plan.loss_parts import infonce, level, pooling
 from comtip_fast.plan.plan import make_plan
+from comtip_fast.plan.rank_share import RankShare
 from comtip_fast.plan.sizes import Sizes
 from comtip_fast.plan.timing import compute_time, rates
 

@@ -13,8 +13,10 @@ from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
 from comtip_fast.plan.cost import AUTOCAST, FP32, total
 from comtip_fast.plan.engine import EngineSpec
+from comtip_fast.plan.loss_parts import infonce, level, pair, pooling
 from comtip_fast.plan.memory import step_rows
-from comtip_fast.plan.parts import RankShare, infonce, level, pair, pooling, text_attention
+from comtip_fast.plan.parts import text_attention
+from comtip_fast.plan.rank_share import RankShare
 from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
 from tests.comtip_fast.plan_measure import MORE_FORMULAS, Measured, measure, measure_peak
 
