@@ -27,7 +27,7 @@ from comtip_fast.evaluation.scoring import (
     levels_pcc,
     score_section,
 )
-from comtip_fast.evaluation.seen import any_known, choose_sections, lineage_facts, section_facts
+from comtip_fast.evaluation.seen import any_known, choose_sections, lineage_facts, readout_facts, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference, check_tiles, spot_inputs
 from comtip_fast.evaluation.trained import METHODS, TrainOptions
 from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
@@ -171,6 +171,7 @@ def evaluate(
         "shuffled_draws": SHUFFLES,
         "gene_list": None if genes is None else list(genes),
         "lineage": lineage_facts(predictor),
+        "readout": readout_facts(predictor),
         "reference_sections": [train_shards.manifest.sections[n].section_id for n in reference.numbers],
         "trained_methods": {m.name: m.facts for m in trained},
         "cohorts": cohorts,
@@ -328,6 +329,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "n_spots": sum(p["n_spots"] for p in parts),
         "genes_50_hvg": list(dict.fromkeys(key for p in parts for key in p["genes_50_hvg"])),
         "hvg_from": parts[0]["hvg_from"],
+        "readout_heads": parts[0]["readout_heads"],
         "donor_seen_in_training": any_known([p["donor_seen_in_training"] for p in parts]),
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
         "platforms_not_in_training": sorted({p["platform"] for p in parts if p["platform_seen_in_training"] is False}),

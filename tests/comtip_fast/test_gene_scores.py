@@ -193,6 +193,26 @@ def test_predictions_have_ensembl_ids_and_validation_scores(tiny_run: Path, tiny
     np.testing.assert_allclose(again.var["validation_pcc"], joined.var["validation_pcc"])
 
 
+def test_a_comparison_names_the_runs_that_learnt_from_the_section(
+    tiny_run: Path, tiny_shards: ShardSet, visium_like: ad.AnnData, caplog: pytest.LogCaptureFixture
+):
+    model = comtip_fast.load(tiny_run, "cpu")
+    run = model.predictor.config.name
+
+    def seen(section: str | ad.AnnData, **facts: str) -> tuple[str, str, bool]:
+        caplog.clear()
+        record = model.compare(section, ["ERBB2"], facts=facts or None).uns["comtip"]
+        return record["section_seen_by"], record["donor_seen_by"], "are not scores on new data" in caplog.text
+
+    assert seen(f"{tiny_shards.path}:x1") == ("none", "none", False)
+    assert seen(f"{tiny_shards.path}:t1") == (run, run, True)
+    assert f"section t1: the model has learnt from it ({run})" in caplog.text
+    # The donor of an AnnData is unknown unless it is stated; the section itself is recognised.
+    assert seen(visium_like, species="human") == ("none", "unknown", False)
+    assert seen(visium_like, species="human", donor="donor_a") == ("none", run, True)
+    assert f"the model has learnt from another section of its donor ({run})" in caplog.text
+
+
 @pytest.fixture
 def visium_like(tiny_run: Path, tiny_shards: ShardSet) -> ad.AnnData:
     """The test section as an AnnData with an image and raw counts, in another order of spots and genes."""
