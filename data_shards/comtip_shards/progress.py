@@ -44,9 +44,7 @@ class Progress:
         if self._show and self._bar.disable and now - self._last >= LOG_EVERY_S and self._done < self._total:
             self._last = now
             left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-            log.info(
-                "%s: %d of %d %ss, %.1f min left", self._label, self._done, self._total, self._unit, left / 60
-            )
+            log.info("%s: %d of %d %ss, %.1f min left", self._label, self._done, self._total, self._unit, left / 60)
 
     def __enter__(self) -> Progress:
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from comtip_shards.errors import SourceError
 from comtip_shards.progress import Progress
 from comtip_shards.qc import counts, geometry, picture

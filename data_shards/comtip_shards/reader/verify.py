@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import REPORT_FILE, REPORTS, ShardEntry, sha256_of
