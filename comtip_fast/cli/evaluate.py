@@ -94,8 +94,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write the files and print the summary table; with ``--tasks``, also run the downstream tasks."""
-    from comtip_fast.evaluation.evaluate import summary_table
     from comtip_fast.evaluation.run import evaluate_run
+    from comtip_fast.evaluation.summary import summary_table
 
     sections = None if args.sections is None else names_in("--sections", [args.sections])
     names = tasks_of(args.tasks, args.gene_sets)

@@ -333,7 +333,7 @@ def _choose(
     """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds), per normalisation.
 
     Sections that measured none of ``genes`` are not scored; a fold without another section is left out. ``design`` is that of all training
-    sections; those of leave-one-out folds, which do not contain the section that is left out, are made one after the other, so that one
+    sections; those of leave-one-out folds, which do not contain the section that is left out, are computed one after the other, so that one
     is in memory.
     """
     pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
