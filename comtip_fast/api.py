@@ -19,12 +19,13 @@ from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFa
 from comtip_shards.slides.tiles import StainStats, stain_stats
 
 from comtip_fast.adaptation import adapt
+from comtip_fast.adaptation.section import lineage_section, seen_before
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
 from comtip_fast.data.anndata_file import rows_copy
 from comtip_fast.data.measured import measured_counts
 from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, is_anndata, open_section, recorded_facts
 from comtip_fast.data.tile_sources import ArrayTiles, TileGeometry
-from comtip_fast.evaluation.compare import joined_with_measured
+from comtip_fast.evaluation.compare import joined_with_measured, record_seen
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.evaluation.tasks.run import evaluate_tasks
 from comtip_fast.inference import Predictor, predict_section
@@ -169,6 +170,10 @@ class Model:
             for genes that the section did not measure). ``var`` has the further columns ``measured`` (bool), ``detection``
             (share of spots with a positive count), ``pcc``, ``pcc_partial`` (mean tile colour and log total counts regressed
             out) and ``pcc_raw``; NaN where undefined. For nulls and baselines, see :func:`comtip_fast.evaluate`.
+            ``uns["comtip"]`` has ``section_seen_by`` and ``donor_seen_by``: the runs that learnt from the section, and those that
+            trained on its donor (``none`` or ``unknown`` if there are none, or if it is not known); a warning names them, because the
+            scores are then not scores on new data. Outside of a shard set, a section is recognised by counts and image, and its donor
+            is a fact to state.
 
         Raises
         ------
@@ -191,7 +196,10 @@ class Model:
         )
         answer = self._predict(opened, genes)
         species = species_of(self.predictor, opened.species, f"section {opened.section_id}")
-        joined_with_measured(answer, measured_counts(section, species, options, fmt), opened.tiles)
+        measured = measured_counts(section, species, options, fmt)
+        joined_with_measured(answer, measured, opened.tiles)
+        seen = seen_before(self.predictor, lineage_section(section, opened, species, options, measured))
+        record_seen(answer, opened.section_id, seen)
         return answer
 
     def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:

@@ -71,7 +71,7 @@ def build_shards(
     tile_um
         Width of a tile in um; by default 112, or the nearest width that all images have.
     progress
-        Show a progress bar on a terminal.
+        Show a progress bar on a terminal, or log the progress without one.
     on_error
         ``skip`` leaves out a section that cannot be built and reports it; ``stop`` (default) raises the error.
     **settings

@@ -156,7 +156,22 @@ def _merged(
         loadings.append(factor * np.where(at, part.std_G[row] * part.loading_KG[:, row], 0))
     std = np.where(std > 1e-9, std, 1.0)
     joined, weight_MK = join([head.map_of(block) for head in heads], weights)
-    return joined, NormHead(weight_MK, np.concatenate(loadings) / std, mean, std)
+    weight_MK, loading_KG = _distinct_programmes(weight_MK, np.concatenate(loadings))
+    return joined, NormHead(weight_MK, loading_KG / std, mean, std)
+
+
+def _distinct_programmes(weight_MK: np.ndarray, loading_KG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a head's weights and loadings with each programme once; the loadings of equal programmes are added.
+
+    The head of a tissue that a model was adapted to has the programmes of the heads that it was merged from. Without this, the next merge
+    would have them twice, and each further tissue would double the size of the readout.
+    """
+    _, first, of = np.unique(weight_MK, axis=1, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.argsort(order)
+    added = np.zeros((len(first), loading_KG.shape[1]))
+    np.add.at(added, rank[of.ravel()], loading_KG)
+    return weight_MK[:, first[order]], added
 
 
 def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str, Correction | None]) -> CohortHead:

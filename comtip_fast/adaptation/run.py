@@ -159,6 +159,13 @@ def adapt(
         raise ValueError(f"{run}: the model has no readout to adapt; train with readout.kind=auto")
     found = read_section(predictor, section, stated_options(facts, pooling, counts), fmt)
     seen = seen_before(predictor, found.facts)
+    if seen["section_seen_by"]:
+        log.warning(
+            "section %s: the model has learnt from it (%s), so its test spots are no new data and the scores of the comparison, also those "
+            "of the unadapted model, are too high; compare on a section that no run used",
+            found.facts.section_id,
+            ", ".join(seen["section_seen_by"]),
+        )
     chosen = _splits(found, predictor.tile_um, fraction, splits, seed)
     compared = [_compare(predictor, found, s, i) for i, s in enumerate(chosen)]
     table = pd.concat([rows for rows, _ in compared], ignore_index=True)

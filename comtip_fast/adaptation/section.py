@@ -116,7 +116,7 @@ def read_section(
 
 
 def seen_before(predictor: Predictor, section: LineageSection) -> dict[str, list[str] | None]:
-    """Return which runs of the model used a section, or trained on its donor; a warning is logged if a run used the section.
+    """Return which runs of the model used a section, or trained on its donor.
 
     Returns
     -------
@@ -127,13 +127,6 @@ def seen_before(predictor: Predictor, section: LineageSection) -> dict[str, list
     """
     (uses,) = predictor.lineage.uses([section])
     used = names_of_uses(uses, LEARNING)
-    if used:
-        log.warning(
-            "section %s: the model has learnt from it (%s), so its test spots are no new data and the scores of the comparison, also those "
-            "of the unadapted model, are too high; compare on a section that no run used",
-            section.section_id,
-            ", ".join(used),
-        )
     known = used if used or predictor.lineage.parents_known else None
     return {"section_seen_by": known, "donor_seen_by": predictor.lineage.runs_that_trained_on(section.donor)}
 
@@ -165,19 +158,42 @@ def _facts(
     options: SourceOptions,
     counts: MeasuredCounts,
 ) -> LineageSection:
-    """Return the lineage entry of the section, with split ``train``, from its shard set or else from the stated facts."""
-    shards = _shards_of(spec)
-    if shards is not None:
-        meta = shards.manifest.sections[shards.section_number(opened.section_id)]
-        return replace(LineageSection.of(meta), split="train")
-    facts = options.facts
-    missing = [f"`{name}`" for name in ("tissue", "donor") if not getattr(facts, name)]
+    """Return the lineage entry of the section, with split ``train``; tissue and donor must be known."""
+    if _shards_of(spec) is not None:
+        return lineage_section(spec, opened, species, options, counts)
+    missing = [f"`{name}`" for name in ("tissue", "donor") if not getattr(options.facts, name)]
     if missing:
         verb, them = ("are", "both") if len(missing) == 2 else ("is", "it")
         raise SourceError(
             f"section {opened.section_id}: {' and '.join(missing)} {verb} not stated; state {them}, because the adapted "
             "model records tissue and donor, and evaluation reports sections of the same donor as seen"
         )
+    found = lineage_section(spec, opened, species, options, counts)
+    if not found.picture:
+        log.warning(
+            "section %s: no hires image in uns['spatial'], so the adapted model identifies the section only by its id; add the image "
+            "and adapt again, or keep this id when you evaluate the model on the section",
+            opened.section_id,
+        )
+    return found
+
+
+def lineage_section(
+    spec: str | Path | ad.AnnData,
+    opened: SectionTiles,
+    species: str,
+    options: SourceOptions,
+    counts: MeasuredCounts,
+) -> LineageSection:
+    """Return the lineage entry of a section, with split ``train``: of its shard set, or else of stated facts, counts and image.
+
+    Without a hires image, it has no fingerprint, and :meth:`Lineage.uses` knows the section by its id only.
+    """
+    shards = _shards_of(spec)
+    if shards is not None:
+        meta = shards.manifest.sections[shards.section_number(opened.section_id)]
+        return replace(LineageSection.of(meta), split="train")
+    facts = options.facts
     return LineageSection(
         section_id=opened.section_id,
         dataset="adaptation",
@@ -194,16 +210,11 @@ def _facts(
 
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
-    """Return the fingerprint that identifies the section under another id; without a hires image, warn and return {}."""
+    """Return the fingerprint that identifies the section under another id; {} without a hires image."""
     spatial = opened.template.uns.get("spatial", {})
     images = [spatial[name].get("images", {}) for name in library_names(spatial)]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:
-        log.warning(
-            "section %s: no hires image in uns['spatial'], so the adapted model identifies the section only by its id; add the image "
-            "and adapt again, or keep this id when you evaluate the model on the section",
-            opened.section_id,
-        )
         return {}
     pixels = np.asarray(picture)[..., :3]
     pixels = pixels if pixels.dtype == np.uint8 else np.clip(pixels * 255.0, 0, 255).astype(np.uint8)

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--genes",
         nargs="+",
         default=["all"],
-        help="score only these genes: symbols, Ensembl ids or @FILE; all (default) scores the model's genes",
+        help="score only these genes, also in the tasks that score the 50 most variable genes: symbols, Ensembl ids or @FILE; all "
+        "(default) scores the model's genes",
     )
     parser.add_argument(
         "--train-shards",
@@ -93,13 +94,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write the files and print the summary table; with ``--tasks``, also run the downstream tasks."""
-    from comtip_fast.evaluation.evaluate import summary_table
     from comtip_fast.evaluation.run import evaluate_run
+    from comtip_fast.evaluation.summary import summary_table
 
     sections = None if args.sections is None else names_in("--sections", [args.sections])
     names = tasks_of(args.tasks, args.gene_sets)
+    genes = gene_list(args.genes)
     out_folder(args)
-    options = _task_options(args, names)  # before the slow work
+    options = _task_options(args, names, genes)  # before the slow work
     result = evaluate_run(
         args.run_dir,
         args.shards,
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         sections=sections,
         train_shards=args.train_shards,
         gene_vectors=args.gene_vectors,
-        genes=gene_list(args.genes),
+        genes=genes,
         null_draws=args.null_draws,
         trained=[name for name in names if name in METHODS],
         epochs=EPOCHS if args.epochs is None else args.epochs,
@@ -128,7 +130,7 @@ def tasks_of(given: list[str], gene_sets: Path | None) -> list[str]:
     return list(dict.fromkeys(given))
 
 
-def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | None:
+def _task_options(args: argparse.Namespace, names: list[str], genes: list[str] | None) -> TaskOptions | None:
     """Open the files and encoders of the tasks, and return the options of the tasks; None without tasks.
 
     Raises
@@ -164,6 +166,7 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
         n_bootstrap=n_bootstrap,
         epochs=EPOCHS if args.epochs is None else args.epochs,
         seed=args.seed,
+        genes=genes,
     )
     check_tasks(names, options)
     return options

@@ -99,7 +99,9 @@ def _predict_section(args: argparse.Namespace) -> int:
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
     origins = ", ".join(f"{n} {k}" for k, n in seen.items())
-    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes ({origins})")
+    by_vector = sum(model.predictor.has_vector(key) for key in answer.var["key"][answer.var["training"] != "trained"])
+    vectors = f"; {by_vector} of the genes that were not trained have a gene vector" if args.gene_vectors else ""
+    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes ({origins}{vectors})")
     return 0
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 import anndata as ad
 import numpy as np
 
-from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K, LAYER_MEASURED_RAW, LAYER_RAW
+from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K, LAYER_MEASURED_RAW, LAYER_RAW, UNS
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.measured import MeasuredCounts
 from comtip_fast.data.tile_sources import TileSource
 from comtip_fast.evaluation.metrics import partial_pcc_per_gene
 from comtip_fast.evaluation.train_reference import mean_colours
 from comtip_fast.metrics import pcc_per_gene
+
+log = logging.getLogger("comtip_fast")
 
 
 def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: TileSource) -> None:
@@ -62,3 +67,28 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: Ti
         column = np.full(answer.n_vars, np.nan)
         column[found] = part
         answer.var[name] = column
+
+
+def record_seen(answer: ad.AnnData, section_id: str, seen: Mapping[str, list[str] | None]) -> None:
+    """Record in ``uns["comtip"]`` which runs learnt from a compared section or from its donor, and warn if any did.
+
+    Parameters
+    ----------
+    answer
+        Result of :meth:`comtip_fast.api.Model.predict`.
+    section_id
+        Name of the section in the warning.
+    seen
+        ``section_seen_by`` and ``donor_seen_by``: labels of runs; None if they are unknown.
+    """
+    answer.uns[UNS] |= {name: "unknown" if runs is None else "; ".join(runs) or "none" for name, runs in seen.items()}
+    for what, runs in (("it", seen["section_seen_by"]), ("another section of its donor", seen["donor_seen_by"])):
+        if runs:
+            log.warning(
+                "section %s: the model has learnt from %s (%s), so the scores of the comparison are not scores on new data; compare on "
+                "a section of a donor that no run used",
+                section_id,
+                what,
+                ", ".join(runs),
+            )
+            return

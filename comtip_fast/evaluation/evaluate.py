@@ -27,7 +27,7 @@ from comtip_fast.evaluation.scoring import (
     levels_pcc,
     score_section,
 )
-from comtip_fast.evaluation.seen import any_known, choose_sections, lineage_facts, section_facts
+from comtip_fast.evaluation.seen import any_known, choose_sections, lineage_facts, readout_facts, section_facts
 from comtip_fast.evaluation.train_reference import TrainReference, check_tiles, spot_inputs
 from comtip_fast.evaluation.trained import METHODS, TrainOptions
 from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
@@ -171,6 +171,7 @@ def evaluate(
         "shuffled_draws": SHUFFLES,
         "gene_list": None if genes is None else list(genes),
         "lineage": lineage_facts(predictor),
+        "readout": readout_facts(predictor),
         "reference_sections": [train_shards.manifest.sections[n].section_id for n in reference.numbers],
         "trained_methods": {m.name: m.facts for m in trained},
         "cohorts": cohorts,
@@ -328,6 +329,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "n_spots": sum(p["n_spots"] for p in parts),
         "genes_50_hvg": list(dict.fromkeys(key for p in parts for key in p["genes_50_hvg"])),
         "hvg_from": parts[0]["hvg_from"],
+        "readout_heads": parts[0]["readout_heads"],
         "donor_seen_in_training": any_known([p["donor_seen_in_training"] for p in parts]),
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
         "platforms_not_in_training": sorted({p["platform"] for p in parts if p["platform_seen_in_training"] is False}),
@@ -370,25 +372,3 @@ def predictors_of(*entries: dict[str, Any]) -> list[str]:
 def write_metrics(metrics: dict[str, Any], path: Path) -> None:
     """Write ``metrics.json``; numbers that are not finite become null."""
     write_atomic(path, json.dumps(finite_or_none(metrics), indent=1, allow_nan=False) + "\n")
-
-
-def summary_table(metrics: dict[str, Any]) -> str:
-    """Return the mean PCCs of log1p CP10K as a text table, with one line per cohort and predictor that has scores."""
-    lines = [f"{'cohort':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
-    for cohort, entry in metrics["cohorts"].items():
-        for name in predictors_of(entry):
-            s = entry[name]["cp10k"]
-            if s is not None:
-                cells = [s["mean_pcc_50_hvg"], s["mean_pcc_all"], s["partial_pcc_50_hvg"]]
-                text = [f"{c:.3f}" if c is not None else "-" for c in cells]
-                lines.append(f"{cohort:<28}{name:<24}{text[0]:>8}{text[1]:>8}{text[2]:>9}{_note(s)}")
-    return "\n".join(lines)
-
-
-def _note(scores: dict[str, Any]) -> str:
-    """Return what a line of the table says about a method that knows only some genes; empty text otherwise."""
-    if scores.get("fitted_genes", 0) == scores.get("genes", 0):
-        return ""
-    of_model = scores["model_on_fitted"]
-    cells = ["-" if of_model[k] is None else f"{of_model[k]:.3f}" for k in ("mean_pcc_50_hvg", "mean_pcc_all")]
-    return f"   {scores['fitted_genes']} of {scores['genes']} genes, on which zero_shot has {cells[0]} and {cells[1]}"

@@ -12,6 +12,7 @@ from comtip_shards.sections.duplicates import spot_hashes
 
 from comtip_fast.export import vectors_record
 from comtip_fast.inference import Predictor
+from comtip_fast.inference.answers import cohorts_of
 from comtip_fast.lineage import LEARNING, LineageSection, names_of_uses
 
 log = logging.getLogger("comtip_fast")
@@ -64,7 +65,7 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
 
 
 def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[str, Any]:
-    """Return the entries of ``metrics.json`` that state which runs used a section, its donor and its platform.
+    """Return the entries of ``metrics.json`` that state which heads predict a section, and which runs used it, its donor and its platform.
 
     ``donor_seen_in_training`` and ``platform_seen_in_training`` are None if it is unknown, see
     :meth:`comtip_fast.lineage.Lineage.runs_that_trained_on`.
@@ -77,6 +78,7 @@ def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[s
     donor = list(dict.fromkeys([*(of_donor or []), *trained]))
     platform = lineage.runs_that_trained_on_platform(meta.platform)
     return {
+        "readout_heads": cohorts_of(predictor, meta.species, meta.tissue, f"section {meta.section_id}"),
         "platform": meta.platform,
         "platform_seen_in_training": None if platform is None else bool(platform),
         "platform_seen_by": platform or [],
@@ -108,6 +110,11 @@ def in_gene_vectors(predictor: Predictor, shards: ShardSet, number: int) -> bool
             shards.manifest.sections[number].section_id,
         )
     return found
+
+
+def readout_facts(predictor: Predictor) -> dict[str, Any] | None:
+    """Return kind and weight of every head of the readout (:meth:`Readout.describe`); None for a model without one."""
+    return None if predictor.bundle.readout is None else predictor.bundle.readout.describe()
 
 
 def any_known(values: Sequence[bool | None]) -> bool | None:

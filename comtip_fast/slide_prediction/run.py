@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
+from comtip_shards.progress import Progress
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
@@ -23,7 +23,6 @@ from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.hdf5.opening import open_hdf5
 from PIL import Image
-from tqdm import tqdm
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, UNS
@@ -44,7 +43,6 @@ PIECE_BYTES = 64 << 20
 """Approximate size of a piece of predictions."""
 STAIN_TILES = 512
 """Tiles, evenly spaced over the tissue, from which stain statistics are computed."""
-LOG_EVERY_S = 30.0
 HASHED_BYTES, HASHED_BLOCK = 64 << 20, 64 << 10
 """Number of bytes that are hashed of a large file, to detect a changed slide, and number of bytes per block."""
 FORMAT = 1
@@ -262,7 +260,8 @@ def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show
     if not todo:
         return
     stain = _stain(layout) if prediction.predictor.normalises_stain else None
-    with _Progress(f"{layout.name}: encoding", n, n - sum(min(PIECE_TILES, n - starts[i]) for i in todo), show) as done:
+    resumed = n - sum(min(PIECE_TILES, n - starts[i]) for i in todo)
+    with Progress(f"{layout.name}: encoding", n, unit="tile", show=show, done=resumed) as done:
         for i in todo:
             rows = slice(starts[i], min(starts[i] + PIECE_TILES, n))
             tiles = layout.tiles(rows)
@@ -290,7 +289,8 @@ def _predict(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, sho
         return size
     store = PieceFeatures(pieces, PIECE_TILES, prediction.width)
     whole = prediction.summarise(store, n, layout.grid.xy_N2)
-    with _Progress(f"{layout.name}: prediction", n, n - sum(min(size, n - starts[i]) for i in todo), show) as done:
+    resumed = n - sum(min(size, n - starts[i]) for i in todo)
+    with Progress(f"{layout.name}: prediction", n, unit="tile", show=show, done=resumed) as done:
         for i in todo:
             rows = np.arange(starts[i], min(starts[i] + size, n))
             values = np.empty((2, rows.size, prediction.n_genes), np.float32)
@@ -332,33 +332,3 @@ def _join(layout: _Layout, request: SlideRequest, pieces: Pieces, out: Path, siz
 
     cp10k, raw = (MatrixRows((n, len(request.var)), partial(rows_of, norm)) for norm in (0, 1))
     write_h5ad(data, out, {"X": cp10k, f"layers/{LAYER_CP10K}": cp10k, f"layers/{LAYER_RAW}": raw})
-
-
-class _Progress:
-    """Progress bar of tiles on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager.
-
-    Without ``show``, a message is logged only if the work is resumed.
-    """
-
-    def __init__(self, what: str, total: int, done: int, show: bool) -> None:
-        self._what, self._total, self._first, self._done, self._show = what, total, done, done, show
-        self._bar = tqdm(total=total, initial=done, desc=what, disable=None if show else True, unit="tile")
-        self._start = self._last = time.monotonic()
-        if done:
-            log.info("%s: resuming, %d of %d tiles are complete", what, done, total)
-
-    def update(self, n: int) -> None:
-        """Count ``n`` more finished tiles, and log the progress if it is due."""
-        self._done += n
-        self._bar.update(n)
-        now = time.monotonic()
-        if self._show and self._bar.disable and now - self._last >= LOG_EVERY_S:
-            self._last = now
-            left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
-            log.info("%s: %d of %d tiles, %.1f min left", self._what, self._done, self._total, left / 60)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -239,8 +239,14 @@ class CoMTIPTask:
             known = int((self.genes.vector_GK != 0).any(dim=1).sum())
             lines.append(f"  gene vectors of {known} of {genes.trained.size} trained genes")
         for cohort, rows in genes.eligible.items():
-            lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
+            lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection{self._not_validated(cohort)}")
         return "\n".join(lines)
+
+    def _not_validated(self, cohort: str) -> str:
+        """Return the part of :meth:`describe` on a cohort without a section of split ``val``; empty text if there is one."""
+        shards = self.shards
+        split = {s.split for i, s in enumerate(shards.manifest.sections) if shards.cohort_of_section(i) == cohort}
+        return "" if "val" in split else "; no section of split val, so its scores do not decide when training stops"
 
     def leaks(self) -> list[str]:
         """Return warnings of leakage: the messages of :func:`comtip_fast.training.warm_start.parent_leaks`."""

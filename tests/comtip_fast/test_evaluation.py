@@ -10,12 +10,13 @@ from comtip_shards import ShardSet
 from scipy import stats
 
 from comtip_fast.evaluation.baselines import ALPHAS, fit_ridge, fit_ridges
-from comtip_fast.evaluation.evaluate import choose_sections, evaluate, summary_table, write_metrics
+from comtip_fast.evaluation.evaluate import choose_sections, evaluate, write_metrics
 from comtip_fast.evaluation.folds import ridge_folds
 from comtip_fast.evaluation.metrics import Score, null_scores, partial_pcc_per_gene, residuals, score
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.scoring import PREDICTORS
+from comtip_fast.evaluation.summary import summary_table
 from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.metrics import mean_pcc, mean_with_zeros, pcc_per_gene
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from comtip_fast.evaluation.evaluate import _merge_sections, summary_table
+from comtip_fast.evaluation.evaluate import _merge_sections
+from comtip_fast.evaluation.summary import summary_table
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskOptions
 from comtip_fast.evaluation.tasks.expression import trained_rows
 from comtip_fast.evaluation.trained.bleep import BleepTask
@@ -75,6 +76,7 @@ def section_facts(name: str, genes: list[str]) -> dict[str, Any]:
         "n_genes_scored": 7,
         "n_genes_unseen": 4,
         "hvg_from": "training sections",
+        "readout_heads": ["human_breast"],
         "donor_seen_in_training": False,
         "donor_seen_by": [],
         "platform": "Visium",

@@ -19,6 +19,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.evaluation.evaluate import Evaluation, evaluate
 from comtip_fast.evaluation.gene_table import COLUMNS, benjamini_hochberg, null_p_values
 from comtip_fast.evaluation.metrics import partial_pcc_per_gene
+from comtip_fast.evaluation.summary import summary_table
 from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor
@@ -135,7 +136,8 @@ def test_two_models_are_compared_on_the_same_listed_genes(
         assert entry["n_genes_all"] == len(table)
         assert entry["ridge_colour"]["cp10k"] is not None
         scores.append(entry["ridge_colour"]["cp10k"]["mean_pcc_all"])
-        assert "first 50 genes" in " ".join((out / "report.html").read_text().split())
+        message = f"x1 measured {len(table)} of them, of which no run trained {entry['n_genes_unseen']};"
+        assert message in " ".join((out / "report.html").read_text().split())
     assert scores[0] == pytest.approx(scores[1]), "the baseline does not depend on the model's genes"
 
 
@@ -143,6 +145,11 @@ def test_genes_that_a_section_did_not_measure_are_recorded(evaluation: Evaluatio
     result = evaluate(evaluation.predictor, tiny_shards, genes=["TTN", "CD74", "ALB"], n_null=2)
     assert result.metrics["sections"]["x1"]["genes_not_measured"] == ["TTN", "ALB"]
     assert result.gene_table()["gene"].tolist() == ["CD74"]
+    unseen = evaluate(
+        evaluation.predictor, tiny_shards, genes=["CD74", evaluation.predictor.held_out_genes[0][6:]], n_null=2
+    )
+    assert "first 50" in summary_table(unseen.metrics)
+    assert "x1: measured 2 of the listed genes; no run trained 1 of these, but ridge" in summary_table(unseen.metrics)
 
 
 BAD_LISTS = {
@@ -191,6 +198,48 @@ def test_predictions_have_ensembl_ids_and_validation_scores(tiny_run: Path, tiny
     write_h5ad(joined, tmp_path / "x.h5ad")
     again = ad.read_h5ad(tmp_path / "x.h5ad")
     np.testing.assert_allclose(again.var["validation_pcc"], joined.var["validation_pcc"])
+
+
+def test_a_comparison_names_the_runs_that_learnt_from_the_section(
+    tiny_run: Path, tiny_shards: ShardSet, visium_like: ad.AnnData, caplog: pytest.LogCaptureFixture
+):
+    model = comtip_fast.load(tiny_run, "cpu")
+    run = model.predictor.config.name
+
+    def seen(section: str | ad.AnnData, **facts: str) -> tuple[str, str, bool]:
+        caplog.clear()
+        record = model.compare(section, ["ERBB2"], facts=facts or None).uns["comtip"]
+        return record["section_seen_by"], record["donor_seen_by"], "are not scores on new data" in caplog.text
+
+    assert seen(f"{tiny_shards.path}:x1") == ("none", "none", False)
+    assert seen(f"{tiny_shards.path}:t1") == (run, run, True)
+    assert f"section t1: the model has learnt from it ({run})" in caplog.text
+    # The donor of an AnnData is unknown unless it is stated; the section itself is recognised.
+    assert seen(visium_like, species="human") == ("none", "unknown", False)
+    assert seen(visium_like, species="human", donor="donor_a") == ("none", run, True)
+    assert f"the model has learnt from another section of its donor ({run})" in caplog.text
+
+
+def test_a_prediction_counts_the_untrained_genes_that_have_a_vector(
+    tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    keys = [*Predictor.load(tiny_run).trained_genes[:3], "human:ALB"]
+    arrays = np.random.default_rng(0).normal(size=(4, 2)), np.tile([0.0, 1.0, 0.0, 1.0], (4, 1)), np.ones(4)
+    GeneVectors(keys, *(a.astype(np.float32) for a in arrays), {}).save(tmp_path / "v.safetensors")
+    command = [
+        "predict",
+        str(tiny_run),
+        f"{tiny_shards.path}:x1",
+        "--genes",
+        "ERBB2",
+        "TTN",
+        "ALB",
+        "--out",
+        str(tmp_path / "x.h5ad"),
+    ]
+    assert main([*command, "--gene-vectors", str(tmp_path / "v.safetensors")]) == 0
+    found = capsys.readouterr().out
+    assert "(2 never seen, 1 trained; 1 of the genes that were not trained have a gene vector)" in found
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
 
 from comtip_fast.adaptation import correction
-from comtip_fast.adaptation.correction import base_head, with_head
+from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, with_head
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.inference import section as section_module
@@ -186,8 +186,10 @@ def test_a_kernel_that_several_heads_have_is_kept_once() -> None:
     np.testing.assert_allclose(joined(x) @ weight, want, atol=1e-12)
 
 
-def test_repeated_adaptation_to_new_tissues_does_not_add_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without that, their number doubled each time, until the export of the adapted model was refused."""
+def test_repeated_adaptation_to_new_tissues_adds_neither_kernels_nor_programmes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without that, their numbers doubled each time, until the export of the adapted model was refused."""
     other = replace(fit([section(2)]), cohort="human_skin")
     readout = Readout(SETTINGS, [fit([section(1)]), other])
     for tissue in ("lung", "liver", "heart"):
@@ -195,9 +197,35 @@ def test_repeated_adaptation_to_new_tissues_does_not_add_kernels(monkeypatch: py
         arrays, header = readout.to_arrays()
         readout = Readout.from_arrays(arrays, header)
         assert len(readout.heads[-1].map_of("vector").kernels) == 2
+        assert readout.heads[-1].blocks["vector"]["cp10k"].weight_FK.shape[1] == 2 * G
     monkeypatch.setattr(correction, "MOST_KERNELS", 1)
     with pytest.raises(ValueError, match="no head for human_brain, and the 5 heads of human have 2 kernels"):
         base_head(readout, "human_brain", "human")
+
+
+def test_programmes_that_are_merged_predict_as_before() -> None:
+    readout, x = (
+        Readout(SETTINGS, [fit([section(1)]), replace(fit([section(2)]), cohort="human_skin")]),
+        section(3).x_NF,
+    )
+    for tissue in ("lung", "liver"):
+        want = readout.predict(x, KEYS, None)[0]
+        readout = with_head(readout, base_head(readout, f"human_{tissue}", "human"))
+        found = readout.predict(x, KEYS, f"human_{tissue}")[0]
+        np.testing.assert_allclose(found["raw"], want["raw"], atol=1e-5)
+
+
+def test_leave_one_out_scores_do_not_depend_on_features_of_the_section_that_is_left_out() -> None:
+    """They are the scores that the section has as the only validation section of a fit to the others."""
+    sections = [section(1), section(2, n=30), section(4, n=20)]
+    scale = np.linspace(0.5, 2, F)
+    found = fit(sections).facts["vector"]["cp10k"]["score"]
+    each = []
+    for left_out in sections:
+        train = [s for s in sections if s is not left_out]
+        data = CohortData("human_breast", KEYS, train, [left_out], np.zeros(F), np.ones(F), np.arange(G), scale_F=scale)
+        each.append(fit_cohort(data, SETTINGS, kinds=("kernel",), grid=FIXED).facts["vector"]["cp10k"]["score"])
+    assert found == pytest.approx(np.mean(each), rel=1e-12)
 
 
 def test_spots_at_once_are_fewer_with_more_landmarks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +321,17 @@ def test_a_head_of_one_kind_has_no_features_of_the_other() -> None:
     # Without sections to compare kinds on, the first is used.
     alone = fit([section(1)], kinds=("kernel", "linear"), grid=None)
     assert {alone.facts[b][norm]["kind"] for b in alone.blocks for norm in NORMS} == {"kernel"}
+
+
+def test_records_of_results_name_the_kind_of_every_head() -> None:
+    kernel, linear = fit([section(1)]), replace(fit([section(2)], kinds=("linear",)), cohort="human_skin")
+    found = Readout(SETTINGS, [kernel, linear]).describe()
+    assert {found["human_breast"][b][norm]["kind"] for b in kernel.blocks for norm in NORMS} == {"kernel"}
+    assert {found["human_skin"][b][norm]["kind"] for b in linear.blocks for norm in NORMS} == {"linear"}
+    weights = [found["human_breast"][b]["cp10k"]["weight"] for b in kernel.blocks]
+    assert sum(weights) + found["human_breast"]["levels"] == pytest.approx(1)
+    added = Correction("vector", linear.blocks["vector"]["cp10k"], {})
+    adapted = corrected_head(
+        base_head(Readout(SETTINGS, [kernel]), "human_breast", "human"), np.arange(G), {"cp10k": added, "raw": None}
+    )
+    assert [adapted.kind_of("vector", norm) for norm in NORMS] == ["kernel and linear", "kernel"]

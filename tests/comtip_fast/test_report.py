@@ -37,6 +37,9 @@ def test_sections_that_training_used_are_reported(tiny_run: Path, tiny_shards: S
     assert "best baseline: <strong>" in page
     assert page.count('src="data:image') >= 2 * 3
     assert "95 % interval over the 2 sections" in page
+    assert re.search(
+        r"by a mixture \(weights in brackets\): (kernel )?ridge regression on the encoder&#39;s vector \(0", page
+    )
     # Without scripts no tab opens a panel, so none is hidden.
     panels = re.findall(r'<section role="tabpanel"[^>]*>', page)
     assert len(panels) == 2

@@ -1,5 +1,7 @@
 """The training task: every option runs a step, every loss reaches the parts it trains, and results do not depend on impl=."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,10 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_describe_names_what_is_trained(tiny_overrides: list[str]):
-    text = make(tiny_overrides).describe()
+    task = make(tiny_overrides)
+    text = task.describe()
     assert "98 spots" in text
-    assert "human_breast" in text
+    assert re.search("human_breast: [0-9]+ genes pass genes.min_detection$", text, re.MULTILINE)
+    sections = task.shards.manifest.sections
+    sections[:] = [replace(s, split="" if s.split == "val" else s.split) for s in sections]
+    assert "min_detection; no section of split val, so its scores do not decide when training stops" in task.describe()

@@ -200,6 +200,19 @@ def test_the_probe_is_compared_on_the_unseen_genes_that_training_measured(quick:
     assert {r.method for r in rows if "unseen" in r.metric} == {"comtip zero-shot"}
 
 
+def test_a_list_of_genes_replaces_those_that_a_task_chooses(quick: Path, tiny_shards: ShardSet):
+    predictor = Predictor.load(quick)
+    unseen = [k.partition(":")[2] for k in predictor.held_out_genes][:2]
+    listed = [unseen[0], *(k.partition(":")[2] for k in predictor.trained_genes[:3]), unseen[1]]
+    options = TaskOptions(n_bootstrap=0, n_null=2, genes=tuple(listed))
+    rows = run_tasks(["probe"], predictor, tiny_shards, tiny_shards, options)
+    for metric, genes in (("pcc_50", listed), ("pcc_unseen", unseen)):
+        found = one(rows, "probe", metric, "comtip zero-shot").value
+        assert found == pytest.approx(evaluate_genes(predictor, tiny_shards, genes), abs=1e-4)
+    with pytest.raises(ValueError, match="`genes`, section x1: 1 of 1 are not human genes"):
+        run_tasks(["probe"], predictor, tiny_shards, tiny_shards, replace(options, genes=("NOGENE",)))
+
+
 def evaluate_genes(predictor: Predictor, shards: ShardSet, symbols: list[str]) -> float:
     """Return the mean PCC of the zero-shot prediction of some genes in section x1."""
     found = evaluate(predictor, shards, sections=["x1"], genes=symbols, n_null=0)
@@ -264,10 +277,12 @@ def test_gene_sets_are_scored_and_small_ones_left_out(rows: list[TaskRow]):
 def test_the_command_writes_rows_next_to_the_scores(quick: Path, tiny_shards: ShardSet, tmp_path: Path, capsys):
     arguments = ["evaluate", str(quick), "--shards", str(tiny_shards.path), "--out", str(tmp_path), "--device", "cpu"]
     more = ["--null-draws", "3", "--bootstrap", "0", "--tasks", "retrieval", "probe", "--encoder", "timm:test_vit"]
-    assert main([*arguments, *more]) == 0
+    assert main([*arguments, *more, "--genes", "CD74", "ERBB2"]) == 0
     assert "image_to_gene_r1" in capsys.readouterr().out
     found = json.loads((tmp_path / "tasks.json").read_text())
     assert found["sections"] == ["x1"]
+    assert found["gene_list"] == ["CD74", "ERBB2"]
+    assert found["readout"] == json.loads((tmp_path / "metrics.json").read_text())["readout"]
     assert found["encoders"]["timm:test_vit (random weights)"]["weights"] == "random, seed 0"
     assert {r["task"] for r in found["rows"]} == {"retrieval", "probe"}
     assert all(r["low"] is None for r in found["rows"])  # no bootstrap

@@ -13,8 +13,9 @@ from comtip_fast.config.io import load_config
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.evaluation import unseen
 from comtip_fast.evaluation.baselines import fit_ridge
-from comtip_fast.evaluation.evaluate import Evaluation, evaluate, summary_table
+from comtip_fast.evaluation.evaluate import Evaluation, evaluate
 from comtip_fast.evaluation.report.summaries import intervals
+from comtip_fast.evaluation.summary import summary_table
 from comtip_fast.evaluation.unseen import SHUFFLES, exchanged
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor

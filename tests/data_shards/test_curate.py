@@ -58,6 +58,14 @@ def tiny(tmp_path: Path) -> Section:
     return open_source(tmp_path / "s")[0].read()
 
 
+def test_pages_state_on_which_side_of_its_threshold_a_check_warns(sound: Section):
+    found = [f for f in check_section(sound).findings if f.status == OK and f.threshold is not None]
+    assert {"equal_totals", "stain", "blur", "background", "on_tissue", "scale"} <= {f.name for f in found}
+    for f in found:
+        side = "below" if f.figure >= f.threshold else "from"
+        assert f.limit == f"{side} {f.threshold:g}", f.name
+
+
 def test_sound_sections_raise_no_alarm(sound: Section, breast: Section):
     for section in (sound, breast):
         report = check_section(section)

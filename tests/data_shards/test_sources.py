@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,25 @@ def legacy(tmp_path: Path) -> Path:
 
 
 FACTS = {"species": "human", "tissue": "breast"}
+
+
+def test_legacy_st_names_count_tables_that_have_no_image(legacy: Path, caplog: pytest.LogCaptureFixture):
+    shutil.copy(legacy / "A1.tsv.gz", legacy / "B7.tsv.gz")
+    pd.DataFrame({"note": ["x"]}, index=["first"]).to_csv(legacy / "remarks.tsv", sep="\t")
+    (legacy / "cut.tsv.gz").write_bytes((legacy / "A1.tsv.gz").read_bytes()[:30])
+    assert [s.meta.section_id for s in open_source(legacy, overrides=FACTS)] == ["A1"]
+    assert (
+        "left out, because they have no image: B7; put the H&E image of each next to its counts, as B7_HE.jpg"
+        in caplog.text
+    )
+    caplog.clear()
+    open_source(legacy, samples=["A1"], overrides=FACTS)
+    assert "B7" not in caplog.text
+    (legacy / "A1_HE.png").unlink()
+    with pytest.raises(
+        SourceError, match=r"count tables without images: A1, B7; put .* as A1_HE.jpg. .*gene vectors only"
+    ):
+        detect(legacy)
 
 
 def test_legacy_st_without_positions_uses_the_array(legacy: Path):

@@ -61,6 +61,11 @@ def test_the_cost_is_stated_section_by_section():
     assert "`min_mpp`" in lines[-1]
     alike = scaled(0.25, 0.5)
     assert len(tile_text(alike, choose_tile(alike))) == 1
+    # The lowres image of a Visium run: the smallest default tile has 32 px, so the image is upsampled.
+    assert (
+        tile_text(low := scaled(16.1), choose_tile(low))[1]
+        == "  s0: 16.1 um/px: one px of the image covers 21.2 px of the tile"
+    )
     old = choose_tile(scaled(0.25), px=128, um=224.0, min_mpp=4.0)
     assert scale_cost(scaled(0.25)[0], old) == "0.25 um/px, blurred to 4: one resolved px covers 5.2 px of the tile"
     assert "resampled to the tile's 1.75: finer detail is lost" in str(

@@ -47,6 +47,13 @@ LABELS = {
     "supervised": "Regression trained from initial weights (supervised)",
     "bleep": "BLEEP-like: mean of the nearest training spots (supervised)",
 }
+BLOCKS = {"vector": "the encoder's vector", "frozen": "the frozen stem's features"}
+KINDS = {
+    "kernel": "kernel ridge regression",
+    "linear": "ridge regression",
+    "kernel and linear": "kernel ridge regression with a linear correction",
+}
+"""Descriptions of the heads of the readout."""
 BASELINES = ("ridge_colour", "ridge_features", "ridge_frozen", "supervised", "bleep")
 """Supervised methods other than this model; a card of the page shows the best of them."""
 SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
@@ -174,12 +181,30 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
                 "entry": entry,
                 "donor": _donor(result, [s["meta"].donor for s in own], entry["donor_seen_in_training"]),
                 "sections": own,
+                "readout": _readout(result.metrics["readout"], entry["readout_heads"]),
                 "baseline": best_baseline(entry),
                 "ridge_colour": _input_of(own[0]["metrics"]["ridge_colour"]),
                 "bars": charts.score_bars(entry, spans, title),
             }
         )
     return out
+
+
+def _readout(described: dict[str, Any] | None, heads: list[str]) -> str:
+    """Return what predicts log1p CP10K of a cohort: the heads of the readout on each block of features, and the level sentences."""
+    if described is None or not heads:
+        return "level sentences alone"
+    parts = []
+    for cohort in heads:
+        head = described[cohort]
+        of_block = [
+            f"{KINDS[found['cp10k']['kind']]} on {BLOCKS[block]} ({found['cp10k']['weight']:.2f})"
+            for block, found in head.items()
+            if block != "levels" and found["cp10k"]["weight"] > 0
+        ]
+        text = ", ".join([*of_block, f"level sentences ({head['levels']:.2f})"])
+        parts.append(text if len(heads) == 1 else f"{cohort.replace('_', ' ')}: {text}")
+    return parts[0] if len(parts) == 1 else f"mean over the heads of {len(parts)} tissues: {'; '.join(parts)}"
 
 
 def _donor(result: Evaluation, donors: list[str], seen: bool | None) -> tuple[str, str]:

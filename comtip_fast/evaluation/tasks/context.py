@@ -16,6 +16,7 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.tile_sources import ShardTiles
 from comtip_fast.evaluation.encoders import TileEncoder
 from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.gene_table import resolve_list
 from comtip_fast.evaluation.tasks.gene_sets import GeneSets
 from comtip_fast.evaluation.tasks.intervals import block_weights, spatial_blocks
 from comtip_fast.evaluation.tasks.labels import LabelFile
@@ -24,6 +25,7 @@ from comtip_fast.evaluation.train_reference import TrainReference, mean_colour
 from comtip_fast.evaluation.trained import TrainOptions
 from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.lineage import symbol_of
 from comtip_fast.training.readout.fit import neighbouring_spots
 
 log = logging.getLogger("comtip_fast")
@@ -42,6 +44,8 @@ class TaskOptions:
     encoders: Encoders = field(default_factory=dict)
     """Further encoders to compare with, by name."""
     gene_sets: GeneSets = field(default_factory=dict)
+    genes: tuple[str, ...] | None = None
+    """Symbols or Ensembl ids; the first 50 that a section measured replace its 50 most variable genes."""
     labels: LabelFile | None = None
     """None uses the labels that the shard set stores."""
     n_bootstrap: int = 200
@@ -106,6 +110,9 @@ class TaskContext:
         self._train_shards = train_shards
         self._read: dict[tuple[bool, int], SectionInputs] = {}
         self._trained = dict(options.trained)
+        listed = options.genes
+        self._listed = None if listed is None else {n: resolve_list(listed, shards, n)[0] for n in self.numbers}
+        """Keys of the listed genes that each section measured, by number of the section."""
         self.probes: dict[int, list[TaskRow]] = {}
         """Rows of the task ``probe`` by section number, once computed."""
 
@@ -165,12 +172,17 @@ class TaskContext:
         return self._trained[name]
 
     def most_variable(self, cohort: str, number: int) -> list[str]:
-        """Return the keys of the (up to) 50 most variable genes that a scored section measured."""
+        """Return the keys of the (up to) 50 most variable genes that a scored section measured; with a list, of its first 50."""
+        if self._listed is not None:
+            return self._listed[number][:PROBE_GENES]
         measured = self.measured(number)
         return [k for k in self.ranked(cohort, number) if k in measured][:PROBE_GENES]
 
     def unseen(self, section: SectionInputs) -> list[str]:
-        """Return the keys of the (up to) 50 most variable held-out genes that a scored section measured."""
+        """Return the keys of the (up to) 50 most variable held-out genes that a section measured; with a list, of its untrained genes."""
+        if self._listed is not None:
+            trained = self.predictor.trained_symbols
+            return [k for k in self._listed[section.number] if symbol_of(k) not in trained][:PROBE_GENES]
         own = set(self.predictor.held_out_genes) & self.measured(section.number)
         ranked = [k for k in self.ranked(section.cohort, section.number) if k in own]
         return list(dict.fromkeys([*ranked, *sorted(own)]))[:PROBE_GENES]

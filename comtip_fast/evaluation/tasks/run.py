@@ -11,7 +11,7 @@ from comtip_shards import ShardSet
 
 from comtip_fast.evaluation.encoders import open_encoder
 from comtip_fast.evaluation.feature_files import FeatureFiles
-from comtip_fast.evaluation.seen import choose_sections, lineage_facts
+from comtip_fast.evaluation.seen import choose_sections, lineage_facts, readout_facts
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, VECTOR, Encoders, TaskContext, TaskOptions
 from comtip_fast.evaluation.tasks.expression import pathway_rows, probe_rows, trained_rows
@@ -47,6 +47,7 @@ def task_options(
     epochs: int = EPOCHS,
     folder: Path | None = None,
     seed: int = 0,
+    genes: Sequence[str] | None = None,
 ) -> TaskOptions:
     """Open encoders, gene sets and labels, so that errors in them are raised before the evaluation; see :func:`evaluate_tasks`.
 
@@ -73,6 +74,7 @@ def task_options(
     return TaskOptions(
         encoders=opened,
         gene_sets={} if gene_sets is None else read_gmt(gene_sets),
+        genes=None if genes is None else tuple(genes),
         labels=None if labels is None else LabelFile(labels),
         n_bootstrap=n_bootstrap,
         train=TrainOptions(epochs=epochs, folder=folder, seed=seed),
@@ -122,8 +124,8 @@ def run_tasks(
     ------
     ValueError
         A task is unknown or lacks its gene sets, tiles have another size, a section is unknown, has ambiguous labels or lacks
-        embeddings of a spot, all sections were used in training, ``train_shards`` lacks the training sections of a scored cohort,
-        or a method cannot be trained.
+        embeddings of a spot, a listed gene is unknown or listed twice, a section measured none of the listed genes, all sections were
+        used in training, ``train_shards`` lacks the training sections of a scored cohort, or a method cannot be trained.
     FileNotFoundError
         A section has no embeddings, or the file of weights that a method starts from does not exist.
     """
@@ -148,7 +150,9 @@ def run_tasks(
                 for k, e in options.encoders.items()
             },
             "trained_methods": {name: context.trained(name).facts for name in tasks if name in METHODS},
+            "gene_list": None if options.genes is None else list(options.genes),
             "lineage": lineage_facts(predictor),
+            "readout": readout_facts(predictor),
         }
         write_rows(rows, facts, out)
     return rows
@@ -163,6 +167,7 @@ def evaluate_tasks(
     sections: Sequence[str] | None = None,
     train_shards: ShardPaths | None = None,
     gene_vectors: Path | str | None = None,
+    genes: Sequence[str] | None = None,
     encoders: Sequence[str] = (),
     gene_sets: Path | str | None = None,
     labels: str | None = None,
@@ -181,6 +186,9 @@ def evaluate_tasks(
         Names in :data:`comtip_fast.evaluation.tasks.TASKS`.
     out
         Existing folder for ``tasks.json`` and ``tasks.csv``; None writes nothing.
+    genes
+        Symbols or Ensembl ids. The first 50 that a section measured replace the 50 most variable genes in ``probe``, ``domains`` and the
+        trained methods; those that no run trained replace the held-out genes of ``probe``. Other tasks do not use the list.
     encoders
         Further encoders to compare with, see :data:`comtip_fast.constants.ENCODER_HELP`.
     gene_sets
@@ -220,6 +228,7 @@ def evaluate_tasks(
         epochs=epochs,
         folder=None if out is None else Path(out) / "trained",
         seed=seed,
+        genes=genes,
     )
     train = training_shards(Path(run), predictor.config.data.shards, train_shards)
     folder = None if out is None else Path(out)

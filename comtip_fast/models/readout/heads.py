@@ -93,6 +93,12 @@ class CohortHead:
         """Return what the weights of a block multiply."""
         return self.maps.get(block, FeatureMap())
 
+    def kind_of(self, block: str, norm: str) -> str:
+        """Return how a block predicts a normalisation: ``kernel`` or ``linear`` or, after an adaptation, ``kernel and linear``."""
+        weight, n = np.asarray(self.blocks[block][norm].weight_FK), self.map_of(block).n_kernel_values
+        used = [kind for kind, part in (("kernel", weight[:n]), ("linear", weight[n:])) if part.any()]
+        return " and ".join(used) or ("kernel" if n and not self.map_of(block).linear else "linear")
+
     def scores(self, block: str, x_NF: np.ndarray) -> dict[str, np.ndarray]:
         """Return the programme scores (N, K) of both normalisations from the standardised features of a block."""
         mapped, norms = self.map_of(block), self.blocks[block]
@@ -192,6 +198,19 @@ class Readout:
         """Return a list with the head of the cohort; if the cohort has no head or is None, return all heads."""
         own = [h for h in self.heads if h.cohort == cohort]
         return own or self.heads
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return {cohort: {block: {normalisation: kind and weight}}} for records of results; ``levels`` is the weight of the sentences."""
+        return {
+            head.cohort: {
+                block: {
+                    norm: {"kind": head.kind_of(block, norm), "weight": float(head.mix[norm][block])} for norm in norms
+                }
+                for block, norms in head.blocks.items()
+            }
+            | {"levels": head.levels}
+            for head in self.heads
+        }
 
     # -- for an export ----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from comtip_shards import ShardSet
+from comtip_shards.progress import Progress
 from comtip_shards.sampling.rng import generator
 from scipy import sparse
 
@@ -93,7 +94,13 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     sections = shards.manifest.sections
     rows = tables.genes.trained[tables.measured[train].any(0)]
     valid = [i for i, s in enumerate(sections) if s.split == "val" and shards.cohort_of_section(i) == cohort]
-    raw = {i: part for i in [*train, *valid] if (part := reader.read(i, rows)) is not None}
+    raw: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+    with Progress(f"features for the readout of {cohort}", len(train) + len(valid), unit="section", show=True) as bar:
+        for i in [*train, *valid]:
+            part = reader.read(i, rows)
+            if part is not None:
+                raw[i] = part
+            bar.update()
     fitted = [i for i in train if i in raw]
     n = sum(len(raw[i][0]) for i in fitted)
     if n < MIN_SPOTS or rows.size < 2:

@@ -260,27 +260,56 @@ def _fit_block(
     grid: ReadoutGrid,
 ) -> BlockFit:
     """Choose the number of programmes and the penalty of each normalisation, and fit its head on all training sections."""
-    mapped, transform, weights = _design(kind, np.concatenate([s.x_NF for s in train]), factor_F)
-    train, valid = ([replace(s, x_NF=transform(s.x_NF)) for s in part] for part in (train, valid))
-    design, per_spot = DecomposedFeatures.of(train), kind == "linear"
+    design = _Design.of(kind, train, factor_F)
     heads: BlockHeads = {}
     facts: BlockFacts = {}
-    for norm, (K, alpha, score) in _choose(train, _folds(train, valid), design, genes, grid, per_spot).items():
-        head = RidgePath(train, norm, design, per_spot=per_spot).fit(K, alpha)
-        heads[norm] = replace(head, weight_FK=weights(head.weight_FK))
+    for norm, (K, alpha, score) in _choose(design, _folds(train, valid), genes, grid).items():
+        head = design.path(norm).fit(K, alpha)
+        heads[norm] = replace(head, weight_FK=design.weights(head.weight_FK))
         facts[norm] = {"programmes": K, "alpha": alpha, "score": score}
-    return mapped, heads, facts
+    return design.mapped, heads, facts
 
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
-def _design(kind: str, x_NF: np.ndarray, factor_F: np.ndarray) -> tuple[FeatureMap, Transform, Transform]:
-    """Return what the weights of heads of a kind multiply, the features on which ridge regression is fitted, and its weights for the map.
+@dataclass(frozen=True)
+class _Design:
+    """The features on which heads of a kind are fitted to some sections."""
 
-    ``factor_F`` are the factors of the block's training features ``x_NF`` in the penalty, or in distances. Expression does not select
-    the landmarks.
-    """
+    kind: str
+    factor_F: np.ndarray
+    """Factors of the block's features in the penalty, or in distances."""
+    fitted: list[SectionTable]
+    """The sections, unchanged."""
+    mapped: FeatureMap
+    """What the weights of the heads multiply. Its landmarks are spots of these sections; expression does not select them."""
+    transform: Transform
+    """Maps features of the block to those on which ridge regression is fitted."""
+    weights: Transform
+    """Maps the weights of this ridge regression to those of the map."""
+    sections: list[SectionTable]
+    """The sections with transformed features."""
+    decomposed: DecomposedFeatures
+
+    @classmethod
+    def of(cls, kind: str, sections: list[SectionTable], factor_F: np.ndarray) -> _Design:
+        """Choose the kernel of kernel heads on the sections, and decompose their features."""
+        mapped, transform, weights = _transforms(kind, np.concatenate([s.x_NF for s in sections]), factor_F)
+        found = [replace(s, x_NF=transform(s.x_NF)) for s in sections]
+        return cls(kind, factor_F, sections, mapped, transform, weights, found, DecomposedFeatures.of(found))
+
+    def on(self, sections: list[SectionTable]) -> _Design:
+        """Return the design of a fold, whose sections are all or some of these; its kernel has no landmark of another section."""
+        return self if sections is self.fitted else _Design.of(self.kind, sections, self.factor_F)
+
+    def path(self, norm: str) -> RidgePath:
+        """Return ridge regression for a normalisation of counts."""
+        return RidgePath(self.sections, norm, self.decomposed, per_spot=self.kind == "linear")
+
+
+def _transforms(kind: str, x_NF: np.ndarray, factor_F: np.ndarray) -> tuple[FeatureMap, Transform, Transform]:
+    """Return the attributes ``mapped``, ``transform`` and ``weights`` of :class:`_Design` for training features ``x_NF``."""
     if kind == "linear":
         return FeatureMap(), lambda x: x * factor_F, lambda w: factor_F[:, None] * w
     kernel = KernelMap.fit(x_NF, factor_F)
@@ -299,17 +328,13 @@ def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
 
 
 def _choose(
-    train: list[SectionTable],
-    folds: Folds,
-    design: DecomposedFeatures,
-    genes: np.ndarray,
-    grid: ReadoutGrid,
-    per_spot: bool,
+    design: _Design, folds: Folds, genes: np.ndarray, grid: ReadoutGrid
 ) -> dict[str, tuple[int, float, float | None]]:
     """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds), per normalisation.
 
-    Sections that measured none of ``genes`` are not scored; a fold without another section is left out. ``design`` has the features of
-    ``train``; those of other folds are decomposed one after the other, so that one is in memory.
+    Sections that measured none of ``genes`` are not scored; a fold without another section is left out. ``design`` is that of all training
+    sections; those of leave-one-out folds, which do not contain the section that is left out, are computed one after the other, so that one
+    is in memory.
     """
     pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
     scored = [(fit, [s for s in held_out if s.measured_G[genes].any()]) for fit, held_out in folds]
@@ -319,11 +344,12 @@ def _choose(
         return dict.fromkeys(NORMS, middle)
     total = {norm: np.zeros(len(pairs)) for norm in NORMS}
     for fit, held_out in folds:
-        of_fit = design if fit is train else DecomposedFeatures.of(fit)
+        own = design.on(fit)
+        mapped = [replace(s, x_NF=own.transform(s.x_NF)) for s in held_out]
         for norm in NORMS:
-            path = RidgePath(fit, norm, of_fit, per_spot=per_spot)
+            path = own.path(norm)
             heads = (path.fit(K, alpha) for K, alpha in pairs)
-            total[norm] += [np.mean([_mean_pcc(head, s, norm, genes) for s in held_out]) for head in heads]
+            total[norm] += [np.mean([_mean_pcc(head, s, norm, genes) for s in mapped]) for head in heads]
     best = {norm: int(scores.argmax()) for norm, scores in total.items()}
     return {norm: (*pairs[i], float(total[norm][i] / len(folds))) for norm, i in best.items()}
 

@@ -114,7 +114,7 @@ def build_shards(
         (i, n), 1 <= i <= n: build the i-th of n parts of the set from the same sources, for example on several machines;
         :func:`comtip_shards.builder.merge.merge_sets` merges them.
     progress
-        Show a progress bar on a terminal.
+        Show a progress bar on a terminal, or log the progress without one.
     on_error
         ``stop`` raises for the first section that cannot be built. ``skip`` leaves out the sections that cannot be built,
         reports them in :attr:`BuildReport.skipped`, and builds the others, whose staged data is kept, so that the same call

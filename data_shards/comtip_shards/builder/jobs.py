@@ -11,9 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pickle import PicklingError
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from comtip_shards.errors import ShardError
+from comtip_shards.progress import Progress
 
 T = TypeVar("T")
 _watching = False
@@ -37,7 +36,7 @@ def run_jobs(
     jobs
         Number of worker processes, which are spawned, not forked; 1 runs in this process.
     label, unit, progress
-        Settings of the progress bar on a terminal.
+        Settings of the progress bar on a terminal, or of the lines in the log without one.
 
     Raises
     ------
@@ -45,8 +44,7 @@ def run_jobs(
         A worker process was killed, possibly because memory ran out, or an argument cannot be pickled. Exceptions of
         ``function`` are raised unchanged.
     """
-    bar = tqdm(total=len(arguments), desc=label, unit=unit, disable=None if progress else True)
-    with bar:
+    with Progress(label, len(arguments), unit=unit, show=progress) as bar:
         if jobs <= 1 or len(arguments) <= 1:
             results = []
             for a in arguments:
@@ -56,7 +54,9 @@ def run_jobs(
         return _in_processes(function, arguments, jobs, bar)
 
 
-def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> list[T]:
+def _in_processes(
+    function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], jobs: int, bar: Progress
+) -> list[T]:
     from joblib import Parallel, delayed
 
     # loky replaces a worker whose memory has grown by 300 MB, as it does when reading large images, and warns as if it failed.

@@ -20,6 +20,8 @@ PX_STEP = 32
 """A default width in px is a multiple of this, and so of the usual patch sizes (8, 16, 32)."""
 ALIKE = 1.05
 """Largest ratio of um per px of sections that count as equally scaled."""
+MOST_UPSAMPLED = 2.0
+"""Largest number of px of a tile for one px of the image, along a side, that is not reported."""
 CHANGE = "`tile_um`, `tile_px` and `min_mpp` change this; a section of another scale can be built into another set"
 
 
@@ -101,8 +103,8 @@ def check_tile(tile: TileSpec) -> TileSpec:
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
     """Return what the tile costs a section: resolution that the image has and the set loses, or tiles that are upsampled.
 
-    ``None`` if the tile keeps the image's resolution within 5 %, or if the image is only downsampled to the tile's own um per
-    px, and this is at most that of the default tile (0.5, within 5 %).
+    ``None`` if the tile keeps the image's resolution within 5 %, with at most :data:`MOST_UPSAMPLED` px for one px of the image along a
+    side, or if the image is only downsampled to the tile's own um per px, and this is at most that of the default tile (0.5, within 5 %).
     """
     tile_mpp = tile.um / tile.px
     kept = max(tile_mpp, tile.min_mpp)
@@ -117,6 +119,8 @@ def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
         )
     if tile_mpp > ALIKE * max(section.mpp, FIELD_UM / FIELD_PX):
         return f"{section.mpp:.3g} um/px, resampled to the tile's {tile_mpp:.3g}: finer detail is lost"
+    if section.mpp > MOST_UPSAMPLED * tile_mpp:
+        return f"{section.mpp:.3g} um/px: one px of the image covers {(section.mpp / tile_mpp) ** 2:.1f} px of the tile"
     return None
 
 

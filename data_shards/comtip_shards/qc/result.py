@@ -12,6 +12,8 @@ from comtip_shards.errors import SourceError
 OK, WARN, FAIL, NOT_APPLICABLE = "ok", "warn", "fail", "not applicable"
 STATUSES = (FAIL, WARN, OK, NOT_APPLICABLE)
 FORMAT, VERSION = "comtip-section-report", 1
+WARN_BELOW = frozenset({"equal_totals", "stain", "blur", "on_tissue"})
+"""Checks that warn if the figure is small; the others warn if it is large."""
 MAX_LISTED_SPOTS = 1000
 """Maximum number of spot ids in a report; their total number is always reported."""
 
@@ -33,6 +35,12 @@ class Finding:
     """What to do, empty if the check passed or is not applicable."""
     spots: Sequence[int] = ()
     """Rows of the affected spots."""
+
+    @property
+    def limit(self) -> str:
+        """The threshold with the side on which the check warns, e.g. ``below 0.4``; empty if nothing was measured."""
+        side = "below" if self.name in WARN_BELOW else "from"
+        return "" if self.threshold is None else f"{side} {self.threshold:g}"
 
     @property
     def line(self) -> str:

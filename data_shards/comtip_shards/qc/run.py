@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from comtip_shards.errors import SourceError
+from comtip_shards.progress import Progress
 from comtip_shards.qc import counts, geometry, picture
 from comtip_shards.qc.context import CELL, MAX_PATCHES, MAX_PICTURE_PX, PATCH_MPP, PATCH_PX, PICTURE_MPP, SectionContext
 from comtip_shards.qc.page import COUNTS_PER_SPOT, counts_per_spot, overlay, pages, write_pages
@@ -183,7 +183,7 @@ def check_sources(
     tile_um
         Width in um of the tiles to be cut; by default that of a build (112).
     progress
-        Show a progress bar on a terminal.
+        Show a progress bar on a terminal, or log the progress without one.
 
     Raises
     ------
@@ -197,8 +197,11 @@ def check_sources(
     foreign = _foreign(out) if out.exists() else []
     if foreign:
         raise SourceError(f"{out} contains other files ({', '.join(foreign[:3])}); give a new folder")
-    bar = tqdm(sources, desc="checks", unit="section", disable=None if progress else True)
-    reports = [check_source(s, tile_um=tile_um) for s in bar]
+    reports = []
+    with Progress("checks", len(sources), unit="section", show=progress) as bar:
+        for source in sources:
+            reports.append(check_source(source, tile_um=tile_um))
+            bar.update()
     write_pages([(r.section_id, pages(r), r.summary()) for r in reports], out)
     return reports
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import REPORT_FILE, REPORTS, ShardEntry, sha256_of
 from comtip_shards.format.tar_index import index_tar
 from comtip_shards.names import FOREIGN
+from comtip_shards.progress import Progress
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.section import meta_of
 from comtip_shards.sections.splits import check_splits
@@ -59,7 +59,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
     path
         Folder or URL of the set.
     progress
-        Show a progress bar on a terminal.
+        Show a progress bar on a terminal, or log the progress without one.
     remote
         Cache, timeouts and credentials for a URL.
 
@@ -94,11 +94,14 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
         check_splits([meta_of(s) for s in shards.manifest.sections])
     except SourceError as error:
         report.problems.append(str(error))
-    for shard in tqdm(shards.manifest.shards, desc="verify", unit="shard", disable=None if progress else True):
-        _verify_shard(shards, shard, table, report)
-        if len(report.problems) >= MAX_PROBLEMS:
-            report.problems.append("... and possibly more; verification stopped here")
-            break
+    files = shards.manifest.shards
+    with Progress("verify", len(files), unit="shard", show=progress) as bar:
+        for shard in files:
+            _verify_shard(shards, shard, table, report)
+            bar.update()
+            if len(report.problems) >= MAX_PROBLEMS:
+                report.problems.append("... and possibly more; verification stopped here")
+                break
     return report
 
 

@@ -10,7 +10,10 @@ neighbours are one step apart along both x and y: 150 um. The grid exceeds 33 x 
 
 from __future__ import annotations
 
+import gzip
+import logging
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -23,10 +26,12 @@ from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.open import image_size
 from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
-from comtip_shards.sources.files.packaging import find
+from comtip_shards.sources.files.packaging import find, is_gzip
 from comtip_shards.sources.files.spots import SpotPositions, join, read_spots_table
 from comtip_shards.sources.files.tables import numbers, read_counts_table, read_table
 from comtip_shards.sources.geometry import ScaleCheck, platform_pitch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ _1K = _Array("legacy Spatial Transcriptomics", 200.0, 100.0, 1.0)
 _2K = _Array("ST 2k array", 150.0, 110.0, sqrt(2))
 _GRID_1K = (33.5, 35.5)
 """Upper limits of the array coordinates on a 1k array, with half a step of tolerance."""
+MAX_HEADER = 1 << 24
+"""Largest number of bytes of a header that is skipped."""
 _MANY_SPOTS = 50
 """Minimum number of spots from which a chessboard is inferred; fewer spots of a 1k array may form one by chance."""
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
@@ -62,7 +69,28 @@ def recognise(path: Path) -> str | None:
 
 
 def _sections(path: Path) -> dict[str, tuple[Path, list[Path]]]:
-    """Return {section id: (counts, images)}, with images that are called HE first."""
+    """Return {section id: (counts, images)}, with images that are called HE first, of the tables that have an image."""
+    return {name: (counts, images) for name, (counts, images) in _tables(path).items() if images}
+
+
+def without_images(path: Path) -> list[str]:
+    """Return the ids of the count tables of a folder that have no image."""
+    return [name for name, (counts, images) in _tables(path).items() if not images and _has_spots(counts)]
+
+
+def _has_spots(table: Path) -> bool:
+    """Return whether the first row of a table is named by array coordinates, as those of counts are."""
+    try:
+        with gzip.open(table, "rb") if is_gzip(table) else table.open("rb") as file:
+            file.readline(MAX_HEADER)
+            name = file.readline(64).partition(b"\t")[0]
+    except (OSError, EOFError, zlib.error):
+        return False
+    return bool(_SPOT_ID.match(name.decode("utf-8", "replace").strip().strip('"')))
+
+
+def _tables(path: Path) -> dict[str, tuple[Path, list[Path]]]:
+    """Return {id: (counts, images)} of all tables whose name may be that of counts."""
     out: dict[str, tuple[Path, list[Path]]] = {}
     for counts in sorted(find(path, "*.tsv*")):
         match = _COUNTS.match(counts.name)
@@ -75,8 +103,7 @@ def _sections(path: Path) -> dict[str, tuple[Path, list[Path]]]:
             if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
         ]
         images = [p for p in images if "overlay" not in p.stem.lower()]
-        if images:
-            out[name] = (counts, sorted(images, key=lambda p: _CALLED_HE.search(p.stem) is None))
+        out[name] = (counts, sorted(images, key=lambda p: _CALLED_HE.search(p.stem) is None))
     return out
 
 
@@ -92,6 +119,14 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
         missing = "species" if facts.species is None else "tissue"
         raise SourceError(f"{path}: legacy ST files have no {missing}; set `{missing}`")
     names = pick(samples, list(found), path)
+    left_out = without_images(path) if samples is None else []
+    if left_out:
+        log.warning(
+            "%s: left out, because they have no image: %s; put the H&E image of each next to its counts, as %s_HE.jpg",
+            path,
+            ", ".join(left_out),
+            left_out[0],
+        )
     check_one_file("image", facts.image, names, path)
     return [_source(path, name, *found[name], facts, facts.species, facts.tissue) for name in names]
 

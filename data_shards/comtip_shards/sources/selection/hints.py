@@ -9,6 +9,7 @@ from comtip_shards.not_data import OME_TIFF, archive_kind, not_data
 from comtip_shards.slides.open import is_image
 from comtip_shards.sources.base import Reader
 from comtip_shards.sources.files.packaging import contents, is_gzip
+from comtip_shards.sources.legacy_st import without_images
 from comtip_shards.sources.tenx.space_ranger_files import RENAMED_BINS, has_bins
 
 MAX_FILES = 200
@@ -139,4 +140,10 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     for file in files:
         if file.suffix.lower() in _SUFFIXES:
             return f"{file.name}: {_SUFFIXES[file.suffix.lower()]}"
+    counts = without_images(path)
+    if counts:
+        return (
+            f"count tables without images: {', '.join(counts[:8])}; put the H&E image of each next to it, as {counts[0]}_HE.jpg. Without "
+            "images, counts serve for gene vectors only (`comtip genes vectors`)"
+        )
     return next((f"{e.name}: {text}" for e in entries for part, text in _PARTS if part in e.name), None)
