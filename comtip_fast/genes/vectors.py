@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from comtip_shards.sections.duplicates import SHARED_SPOTS
 from comtip_shards.storage.atomic import atomic_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from scipy import linalg
 
 from comtip_fast._version import __version__
 from comtip_fast.config.schema import TextConfig
@@ -208,6 +211,50 @@ class GeneVectors:
             lines.append(f"share of variance explained: {explained:.3f}")
         lines.append(f"licence: {self.header.get('licence') or 'not stated'}; sha256 {self.sha256[:16]}")
         return "\n".join(lines)
+
+
+def join_vectors(parts: Sequence[GeneVectors]) -> GeneVectors:
+    """Join vectors of different genes, such as those of two species, for a training that has both.
+
+    The axes of each part stay its own: a gene has its vector on the axes of its part, and 0 on those of the others. Vectors are divided by
+    the root mean square of their lengths in the part, so that no part outweighs another.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two parts, a gene is in two of them, or all vectors of a part are 0.
+    """
+    if len(parts) < 2:
+        raise ValueError("there is one file of gene vectors; give the others that it is joined with")
+    count = Counter(key for part in parts for key in part.keys)
+    twice = [key for key, n in count.items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} genes are in two of the files ({', '.join(twice[:3])} ...), which join different genes, such as those of two "
+            "species; compute one file from the counts of both instead"
+        )
+    lengths = [float(np.sqrt(np.square(part.vector_GK, dtype=np.float64).sum(1).mean())) for part in parts]
+    if not all(lengths):
+        raise ValueError("all vectors of one of the files are 0, so they distinguish no genes; leave this file out")
+    vectors = linalg.block_diag(*(part.vector_GK / length for part, length in zip(parts, lengths, strict=True)))
+    headers = [part.header for part in parts]
+    header = {
+        "comtip_fast": __version__,
+        "sources": [source for h in headers for source in h.get("sources", [])],
+        "joined": [{"sha256": p.sha256, "tissue": p.header.get("tissue", "")} for p in parts],
+        "tissue": "; ".join(dict.fromkeys(str(h["tissue"]) for h in headers if h.get("tissue"))),
+        "licence": "; ".join(dict.fromkeys(str(h["licence"]) for h in headers if h.get("licence"))),
+    }
+    # With the cells of some files alone, a section of the others would not be recognised.
+    all_known = all(part.cells.size for part in parts)
+    return GeneVectors(
+        [key for part in parts for key in part.keys],
+        vectors.astype(np.float32),
+        np.concatenate([part.moments_G4 for part in parts]),
+        np.concatenate([part.detection_G for part in parts]),
+        header,
+        smallest(*(part.cells for part in parts)) if all_known else np.zeros(0, np.uint64),
+    )
 
 
 def smallest(*hashes: np.ndarray) -> np.ndarray:

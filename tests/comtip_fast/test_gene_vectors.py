@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -21,7 +22,7 @@ from comtip_fast.cli import main
 from comtip_fast.data.coexpression import counts as counts_module
 from comtip_fast.data.coexpression.counts import open_counts
 from comtip_fast.data.coexpression.vectors import gene_vectors
-from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.genes.vectors import GeneVectors, join_vectors
 
 SYMBOLS = [
     "ERBB2",
@@ -311,6 +312,60 @@ def test_the_command_writes_the_file_and_names_what_it_covers(tmp_path: Path, ca
     assert GeneVectors.load(out).header["tissue"] == ""
     assert main(["genes", "vectors", str(table), "--out", str(tmp_path / "v.npy")]) == 2
     assert "ends in .safetensors" in capsys.readouterr().err
+
+
+def two_species(tmp_path: Path) -> list[GeneVectors]:
+    human = gene_vectors([write_table(tmp_path / "h.tsv.gz", make_counts(40, 1))], components=3, species="human")
+    table = tmp_path / "m.h5ad"
+    write_h5ad(
+        table,
+        sparse.csr_matrix(make_counts(40, 2)[:, :12].astype(np.float32)),
+        [s.capitalize() for s in SYMBOLS[:12]],
+    )
+    return [human, gene_vectors([table], components=2, species="mouse", licence="CC0", tissue="bulb")]
+
+
+def test_files_of_two_species_are_joined_on_axes_of_their_own(tmp_path: Path) -> None:
+    human, mouse = two_species(tmp_path)
+    both = join_vectors([human, mouse])
+    assert both.keys == [*human.keys, *mouse.keys]
+    assert both.vector_GK.shape == (len(both.keys), 5)
+    for part, axes, others in ((human, slice(3), slice(3, 5)), (mouse, slice(3, 5), slice(3))):
+        own = both.vector_GK[[both.row[k] for k in part.keys]]
+        np.testing.assert_array_equal(own[:, others], 0)
+        np.testing.assert_allclose(np.square(own).sum(1).mean(), 1, rtol=1e-5)
+        np.testing.assert_allclose(own[:, axes] * part.vector_GK.max() / own[:, axes].max(), part.vector_GK, rtol=1e-4)
+    np.testing.assert_array_equal(both.moments_G4[both.row[mouse.keys[0]]], mouse.moments_G4[0])
+    assert (both.header["licence"], both.header["tissue"]) == ("CC0", "bulb")
+    assert [s["species"] for s in both.header["sources"]] == ["human", "mouse"]
+    # A section that is among the cells of either file is recognised.
+    assert set(both.cells) == {*human.cells, *mouse.cells}
+    unknown = replace(mouse, cells=np.zeros(0, np.uint64))
+    assert join_vectors([human, unknown]).cells.size == 0
+
+
+def test_what_is_not_joined(tmp_path: Path) -> None:
+    human, mouse = two_species(tmp_path)
+    with pytest.raises(ValueError, match=r"28 genes are in two of the files \(human:"):
+        join_vectors([human, mouse, human])
+    with pytest.raises(ValueError, match="give the others"):
+        join_vectors([human])
+    with pytest.raises(ValueError, match="of one of the files are 0"):
+        join_vectors([human, replace(mouse, vector_GK=0 * mouse.vector_GK)])
+
+
+def test_the_command_joins_files_of_two_species(tmp_path: Path, capsys) -> None:
+    files = [tmp_path / "h.safetensors", tmp_path / "m.safetensors"]
+    for vectors, path in zip(two_species(tmp_path), files, strict=True):
+        vectors.save(path)
+    out = tmp_path / "both.safetensors"
+    command = ["genes", "vectors", *map(str, files), "--out", str(out)]
+    assert main([*command, "--components", "9"]) == 2
+    assert "--components: for counts only" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(command) == 0
+    assert "40 genes x 5 components (28 human, 12 mouse)" in capsys.readouterr().out
+    assert GeneVectors.load(out).row["mouse:Krt14"] >= 28
 
 
 def edit_file(path: Path, change) -> None:

@@ -86,7 +86,8 @@ def gene_vectors(
             spool.add(open_counts(path), species)
         if len(spool.all_species) > 1 and not orthologues:
             raise ValueError(
-                "the matrices are of two species; set `orthologues` to join them, or compute one file per species"
+                "the matrices are of two species; set `orthologues` to join genes of the same symbol, or compute one file per species and join "
+                "the files with `comtip genes vectors A.safetensors B.safetensors`"
             )
         standard = _Standard.fit(spool, weigh, min_detection)
         basis, spectrum, total = _subspace(spool, standard, components, seed)
