@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from comtip_shards.slides.pixel_scale import scale_length
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.figures import gene_histogram
 from comtip_fast.evaluation.report import write_report
-from comtip_fast.evaluation.report.page import LABELS, best_baseline
+from comtip_fast.evaluation.report.page import LABELS, _readout, best_baseline
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import LineageVectors
 
@@ -38,7 +39,8 @@ def test_sections_that_training_used_are_reported(tiny_run: Path, tiny_shards: S
     assert page.count('src="data:image') >= 2 * 3
     assert "95 % interval over the 2 sections" in page
     assert re.search(
-        r"by a mixture \(weights in brackets\): (kernel )?ridge regression on the encoder&#39;s vector \(0", page
+        r"by a mixture \(weights in brackets\): (log1p CP10K by )?(kernel )?ridge regression on the encoder&#39;s vector \(0",
+        page,
     )
     # Without scripts no tab opens a panel, so none is hidden.
     panels = re.findall(r'<section role="tabpanel"[^>]*>', page)
@@ -93,3 +95,20 @@ def test_the_scale_bar_has_a_round_length(width: float, length: int):
 def test_a_histogram_without_values_is_drawn():
     assert gene_histogram(np.zeros(0), np.zeros((0, 0)), "none").startswith("data:image/png")
     assert gene_histogram(np.array([np.nan, 0.3]), np.full((2, 2), np.nan), "some").startswith("data:image/png")
+
+
+def test_heads_of_raw_counts_are_stated_if_they_differ():
+    def head(raw: str, share: float) -> dict[str, Any]:
+        cp10k = {"kind": "kernel", "weight": 0.4}
+        both = {"cp10k": cp10k, "raw": {"kind": raw, "weight": share}}
+        return {"vector": {"cp10k": cp10k, "raw": cp10k}, "frozen": both, "levels": 0.2}
+
+    kernel = "kernel ridge regression on the encoder's vector (0.40), "
+    same = kernel + "kernel ridge regression on the frozen stem's features (0.40), level sentences (0.20)"
+    other = kernel + "ridge regression on the frozen stem's features (0.53), level sentences (0.20)"
+    assert _readout({"human_breast": head("kernel", 0.4)}, ["human_breast"]) == same
+    assert (
+        _readout({"human_breast": head("linear", 0.53)}, ["human_breast"])
+        == f"log1p CP10K by {same}; log1p raw counts by {other}"
+    )
+    assert _readout(None, []) == "level sentences alone"

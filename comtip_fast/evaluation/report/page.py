@@ -191,16 +191,25 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
 
 
 def _readout(described: dict[str, Any] | None, heads: list[str]) -> str:
-    """Return what predicts log1p CP10K of a cohort: the heads of the readout on each block of features, and the level sentences."""
+    """Return what predicts a cohort: the heads of the readout on each block of features, and the level sentences.
+
+    log1p raw counts are stated apart if their heads differ from those of log1p CP10K.
+    """
     if described is None or not heads:
         return "level sentences alone"
+    cp10k, raw = (_mixture(described, heads, norm) for norm in ("cp10k", "raw"))
+    return cp10k if raw == cp10k else f"log1p CP10K by {cp10k}; log1p raw counts by {raw}"
+
+
+def _mixture(described: dict[str, Any], heads: list[str], norm: str) -> str:
+    """Return what predicts one normalisation of counts, with the weights."""
     parts = []
     for cohort in heads:
         head = described[cohort]
         of_block = [
-            f"{KINDS[found['cp10k']['kind']]} on {BLOCKS[block]} ({found['cp10k']['weight']:.2f})"
+            f"{KINDS[found[norm]['kind']]} on {BLOCKS[block]} ({found[norm]['weight']:.2f})"
             for block, found in head.items()
-            if block != "levels" and found["cp10k"]["weight"] > 0
+            if block != "levels" and found[norm]["weight"] > 0
         ]
         text = ", ".join([*of_block, f"level sentences ({head['levels']:.2f})"])
         parts.append(text if len(heads) == 1 else f"{cohort.replace('_', ' ')}: {text}")
