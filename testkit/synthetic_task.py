@@ -18,7 +18,7 @@ from comtip_fast.genes.panel_sizes import padded_genes
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.losses import StepLosses
-from comtip_fast.training.task import CoMTIPTask
+from comtip_fast.training.task import CoMTIPTask, fuse_blocks
 
 SECTIONS = 64
 
@@ -117,6 +117,7 @@ class SyntheticTask(CoMTIPTask):
         )
         with torch.device(device):
             self.model = CoMTIP(config, self.sizes)
+            fuse_blocks(self.model, config, device)
         stem = self.model.vision.stem
         features = None if stem is None else (self.model.vision.n_patches, stem.width)
         loader: Any = SyntheticLoader(config, n, tile_px, group, features, device)

@@ -342,6 +342,9 @@ class EngineConfig:
     """Whether only the input of each transformer block is stored, and the block is recomputed in the backward pass."""
     compile: bool = False
     """Whether ``torch.compile`` compiles the blocks of both encoders."""
+    fused_blocks: bool = True
+    """Whether a GPU computes residual sums, norms, biases and GELU of transformer blocks by few kernels of this package, and
+    attention of images of up to 64 tokens by another; ``false`` leaves them to PyTorch and ``compile``. Not with ZeRO 3."""
     panel_sizes: Annotated[int, Field(ge=0, le=64)] = 0
     """Number of sizes per doubling to which a GPU pads the panel's genes and tokens, so that few distinct shapes occur; 0
     turns padding off. kernels/README.md has the cost. A CPU never pads."""

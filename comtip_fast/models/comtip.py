@@ -236,6 +236,16 @@ class CoMTIP(nn.Module):
         for block in self.transformer_blocks():
             block.compile()
 
+    def fuse_blocks(self) -> None:
+        """Compute the work between the products of every block by few kernels, where a block allows it, in place.
+
+        See :mod:`comtip_fast.models.fused_blocks`. Image encoders with other blocks do not change.
+        """
+        self.genes.fuse()
+        for encoder in (self.vision, self.teacher):
+            if isinstance(encoder, VisionEncoder):
+                encoder.fuse()
+
     def transformer_blocks(self) -> list[nn.Module]:
         """Return the transformer blocks of both encoders."""
         return [*self.vision.blocks, *self.genes.blocks]

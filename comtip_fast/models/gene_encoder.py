@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
+from comtip_fast.models.fused_blocks import Stream, after_attention, arguments, keep_biases, normed
 from comtip_fast.models.recompute import run_block, run_recomputed
 from comtip_fast.runtime import devices, torch_internals
 
@@ -84,6 +85,7 @@ class SentenceBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention: Attention = "auto"
+        self.fused = False
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = QKV(width, heads), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -97,8 +99,12 @@ class SentenceBlock(nn.Module):
         first_M: Tensor | None = None,
         first_S: Tensor | None = None,
         qkv_SC: Tensor | None = None,
-    ) -> Tensor:
+        branch_Sd: Tensor | None = None,
+        bias_d: Tensor | None = None,
+    ) -> Tensor | Stream:
         """Return the output of the block, (S, d), or only its rows at the ``[GENE]`` tokens, (N, d).
+
+        A fused block (:mod:`.fused_blocks`) returns it as a :class:`.fused_blocks.Stream`.
 
         Parameters
         ----------
@@ -115,22 +121,33 @@ class SentenceBlock(nn.Module):
             For each token, the index of the ``[GENE]`` token of its sentence, which attention for all tokens needs on a GPU.
         qkv_SC
             Result of :meth:`project` for the S tokens, (S, 3 d); None computes it.
+        branch_Sd, bias_d
+            The other fields of the stream that a fused block takes.
         """
         S, d = x_Sd.shape
+        normed_Sd: Tensor | None = None
+        if branch_Sd is not None and bias_d is not None:
+            x_Sd, normed_Sd = normed(Stream(x_Sd, branch_Sd, bias_d), self.norm_attention)
         if first_N is not None and qkv_SC is None and self.one_query(longest):
             impl: Impl = "triton" if self.attention == "triton" else "auto"
             attend = partial(one_query_attention, length_M=length_M, longest=longest, first_M=first_M, impl=impl)
             first_Nd = x_Sd[first_N]
             # A second norm of N rows costs less than the gradient of selecting rows of the first one's result.
-            attended = self.qkv(self.norm_attention(x_Sd), attend, self.norm_attention(first_Nd))
+            every_Sd = self.norm_attention(x_Sd) if normed_Sd is None else normed_Sd
+            attended = self.qkv(every_Sd, attend, self.norm_attention(first_Nd))
             x_Sd = first_Nd
         else:
-            qkv_S3HE = (self.project(x_Sd) if qkv_SC is None else qkv_SC).view(S, 3, self.heads, d // self.heads)
+            if qkv_SC is None:
+                qkv_SC = self.project(x_Sd) if normed_Sd is None else self.qkv(normed_Sd)
+            qkv_S3HE = qkv_SC.view(S, 3, self.heads, d // self.heads)
             attended = packed_attention_qkv(
                 qkv_S3HE, length_M, longest=longest, first_S=first_S, impl=self.attention
             ).reshape(S, d)
             if first_N is not None:
                 x_Sd, attended = x_Sd[first_N], attended[first_N]
+        if self.fused:
+            up, _, down = self.mlp
+            return after_attention(x_Sd, attended, self.out, self.norm_mlp, up, down)  # type: ignore[arg-type]
         x_Sd = x_Sd + self.out(attended)
         return x_Sd + self.mlp(self.norm_mlp(x_Sd))
 
@@ -192,6 +209,13 @@ class GeneEncoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, SentenceBlock)
             block.attention = name
+
+    def fuse(self) -> None:
+        """Let every block compute the work between its products by few kernels (:mod:`.fused_blocks`)."""
+        for block in self.blocks:
+            assert isinstance(block, SentenceBlock)
+            block.fused = True
+            keep_biases(block.out, block.mlp[0], block.mlp[2])
 
     def forward(self, genes: GeneTokens, sentences: slice | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order.
@@ -286,14 +310,16 @@ class GeneEncoder(nn.Module):
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = copy_sentence_rows(rows_Ud, plan)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
-            x_Sd = run_block(self.blocks[0], x_Sd, *rest[0], recompute=self.recompute)
+            out = run_block(self.blocks[0], x_Sd, *rest[0], recompute=self.recompute)
         else:
-            x_Sd = run_recomputed(self._first_block, rows_Ud, plan, *rest[0], recompute=self.recompute)
-        for block, arguments in zip(self.blocks[1:], rest[1:], strict=True):
-            x_Sd = run_block(block, x_Sd, *arguments, recompute=self.recompute)
-        return self.norm_out(x_Sd).index_select(0, back_N)
+            out = run_recomputed(self._first_block, rows_Ud, plan, *rest[0], recompute=self.recompute)
+        for block, others in zip(self.blocks[1:], rest[1:], strict=True):
+            x_Sd, *branch = arguments(out, recompute=self.recompute)
+            out = run_block(block, x_Sd, *others, None, *branch, recompute=self.recompute)
+        x_Nd = out.whole() if isinstance(out, Stream) else out
+        return self.norm_out(x_Nd).index_select(0, back_N)
 
-    def _first_block(self, rows_Ud: Tensor, plan: SentencePlan, *rest: Any) -> Tensor:
+    def _first_block(self, rows_Ud: Tensor, plan: SentencePlan, *rest: Any) -> Tensor | Stream:
         """Return the output of the first block, whose queries, keys and values are computed once for equal tokens.
 
         A panel repeats each name once per level, so there are many times fewer rows than tokens.

@@ -7,7 +7,7 @@ of p x p pixels, V = P - floor(r P) visible patches, d the encoder's width, c th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from comtip_fast.config.vision import VisionConfig, VitConfig
 from comtip_fast.models.adapters import add_adapters
+from comtip_fast.models.fused_blocks import Stream, arguments
 from comtip_fast.models.pretrained import fill_normalisation, load_weights, normalisation
 from comtip_fast.models.recompute import run_block
 from comtip_fast.models.stems import EfficientNetLite0Stem
-from comtip_fast.models.vit_blocks import attention_name, take_parts
+from comtip_fast.models.vit_blocks import PartsBlock, attention_name, take_parts
 
 
 class ImageTokens(NamedTuple):
@@ -153,9 +154,35 @@ class VisionEncoder(nn.Module):
             rows = torch.arange(features_BP.shape[0], device=features_BP.device)[:, None]
             features_BP = features_BP[rows, visible_BV]
         x = self.norm_pre(self._embedded(features_BP, visible_BV))
+        if self.fused:
+            (B, T, d) = x.shape
+            return self._tokens(*self._rows(x.reshape(B * T, d), (T,)))
         for block in self.blocks:
             x = run_block(block, x, recompute=self.recompute)
-        return self._tokens(x)
+        return self._tokens(self.norm(x))
+
+    def fuse(self) -> None:
+        """Let every block compute the work between its products by few kernels, if all blocks allow it (:mod:`.fused_blocks`)."""
+        blocks = [block for block in self.blocks if isinstance(block, PartsBlock) and block.can_fuse]
+        if len(blocks) == len(self.blocks):
+            for block in blocks:
+                block.fuse()
+
+    @property
+    def fused(self) -> bool:
+        """Whether every block is fused (:mod:`.fused_blocks`)."""
+        return all(isinstance(block, PartsBlock) and block.fused for block in self.blocks)
+
+    def _rows(self, x_Nd: Tensor, tokens: Sequence[int]) -> list[Tensor]:
+        """Return the normed output of the blocks for the rows of each part, (B, T, d), where ``tokens`` has the T of each part."""
+        out: Tensor | Stream = x_Nd
+        for block in self.blocks:
+            x, *branch = arguments(out, recompute=self.recompute)
+            out = run_block(block, x, tokens, *branch, recompute=self.recompute)
+        rows_Nd = out.whole() if isinstance(out, Stream) else out
+        images = rows_Nd.shape[0] // sum(tokens)
+        parts = rows_Nd.split([images * T for T in tokens])
+        return [self.norm(part.view(images, T, part.shape[1])) for part, T in zip(parts, tokens, strict=True)]
 
     @property
     def in_one_pass(self) -> bool:
@@ -190,10 +217,8 @@ class VisionEncoder(nn.Module):
         x_Md = x_BTd.view(B * T, d)
         # A row is selected at most once, so that its gradient does not depend on the order of sums.
         x_Nd = self.norm_pre(torch.cat([x_Md, x_Md.index_select(0, own_BV.flatten())]))
-        for block in self.blocks:
-            x_Nd = run_block(block, x_Nd, (T, n + V), recompute=False)
-        full, visible = x_Nd.split([B * T, B * (n + V)])
-        return self._tokens(full.view(B, T, d)), self._tokens(visible.view(B, n + V, d))
+        full_BTd, visible_BVd = self._rows(x_Nd, (T, n + V))
+        return self._tokens(full_BTd), self._tokens(visible_BVd)
 
     def _embedded(self, features_BV: Tensor, visible_BV: Tensor | None) -> Tensor:
         """Return class, distillation and register tokens, then embedded patches, (B, n + V, d), all with positions added."""
@@ -207,8 +232,7 @@ class VisionEncoder(nn.Module):
         return torch.cat([*prefix, x_BVd], dim=1) if prefix else x_BVd
 
     def _tokens(self, x_BTd: Tensor) -> ImageTokens:
-        """Return the output for the last block's result, (B, n + V, d)."""
-        x_BTd = self.norm(x_BTd)
+        """Return the output for the normed result of the last block, (B, n + V, d)."""
         patches_BVd = x_BTd[:, self.n_prefix :] if self.n_prefix else x_BTd
         return ImageTokens(patches_BVd, self.fc_norm(patches_BVd.mean(dim=1)))
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from comtip_fast.runtime import torch_internals
 
 
-def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, *args: Any, recompute: bool) -> Any:
     """Call ``block(*args)``; with ``recompute``, use activation checkpointing.
 
     A compiled block (:meth:`torch.nn.Module.compile`) is traced once for all sizes of the leading dimensions, in each of
@@ -25,20 +25,19 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
     return run_recomputed(block, *args, recompute=recompute)
 
 
-def run_recomputed(function: Callable[..., Tensor], *args: Any, recompute: bool) -> Tensor:
+def run_recomputed(function: Callable[..., Any], *args: Any, recompute: bool) -> Any:
     """Call ``function(*args)``; with ``recompute``, keep its arguments alone for the backward pass, and call it again there."""
     if recompute and torch.is_grad_enabled():
-        out: Tensor = checkpoint(function, *args, use_reentrant=False)
-        return out
+        return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
 
 
 def _mark_sizes(args: tuple[Any, ...]) -> None:
-    """Declare all dimensions of each tensor except the last as dynamic, and the only dimension of a vector.
+    """Declare all dimensions of each tensor except the last as dynamic, and the only dimension of a vector; not those of parameters.
 
     Otherwise PyTorch compiles a variant for the first size, and one for any size when it meets a second size, in each gradient
     mode. Sizes differ between all patches, visible patches and pieces of a batch.
     """
     for x in args:
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
             torch_internals.mark_dynamic(x, list(range(max(1, x.ndim - 1))))

@@ -16,11 +16,21 @@ from typing import Any
 
 import timm
 import torch
+from comtip_kernels import image_attention
 from timm.layers import Attention, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comtip_fast.models.fused_blocks import (
+    Stream,
+    after_attention,
+    is_plain_gelu,
+    is_plain_norm,
+    keep_biases,
+    normed,
+    takes_bias,
+)
 from comtip_fast.runtime.torch_internals import attention_backend
 
 TESTED = (1, 0, 31)
@@ -74,14 +84,26 @@ class PartsBlock(Block):
     """Whether the block has layer scales; set by :func:`take_parts`."""
     plain_mlp: bool
     """Whether the MLP has two linear layers and an activation only."""
+    fused: bool = False
+    """Whether rows pass through :meth:`_fused`."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, tokens: Sequence[int] | None = None, **options: Any
-    ) -> Tensor:
-        """Return the output for sequences (B, T, d) or, if ``tokens`` states each part's tokens per tile, for rows (N, d)."""
+        self,
+        x: Tensor,
+        tokens: Sequence[int] | None = None,
+        branch: Tensor | None = None,
+        branch_bias: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | Stream:
+        """Return the output for sequences (B, T, d) or, if ``tokens`` states each part's tokens per tile, for rows (N, d).
+
+        A fused block returns rows as a :class:`.fused_blocks.Stream`, and takes its fields.
+        """
         if tokens is None:
             out: Tensor = super().forward(x, **options)  # such as a mask
             return out
+        if self.fused:
+            return self._fused(x if branch is None or branch_bias is None else Stream(x, branch, branch_bias), tokens)
         attended = self.attn(self.norm1(x), tokens)
         x = x + (self.ls1(attended) if self.scales else attended)
         mlp: Any = self.mlp
@@ -89,6 +111,34 @@ class PartsBlock(Block):
         # timm's MLP also calls a norm and two dropouts, which do nothing here.
         rows = mlp.fc2(mlp.act(mlp.fc1(rows))) if self.plain_mlp else mlp(rows)
         return x + (self.ls2(rows) if self.scales else rows)
+
+    def fuse(self) -> None:
+        """Let :meth:`forward` compute the work between the products by few kernels (:mod:`.fused_blocks`)."""
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        keep_biases(attn.proj, mlp.fc1, mlp.fc2)
+        self.fused = True
+
+    def _fused(self, stream: Stream | Tensor, tokens: Sequence[int]) -> Stream:
+        """Return the stream after the block, see :mod:`.fused_blocks`."""
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        x_Nd, rows_Nd = normed(stream, self.norm1)
+        (N, d), H = x_Nd.shape, attn.num_heads
+        qkv_N3HE = attn.qkv(rows_Nd).view(N, 3, H, d // H)
+        attended_Nd = image_attention(qkv_N3HE, tokens).view(N, d)
+        return after_attention(x_Nd, attended_Nd, attn.proj, self.norm2, mlp.fc1, mlp.fc2)
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether :meth:`_fused` computes what :meth:`forward` does: no layer scales, adapters or norms within attention."""
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        if self.scales or not self.plain_mlp or attn.norms_heads or attn.norms_output or getattr(attn, "gate", None):
+            return False
+        layers = (attn.proj, mlp.fc1, mlp.fc2)
+        norms = is_plain_norm(self.norm1) and is_plain_norm(self.norm2)
+        return norms and is_plain_gelu(mlp.act) and all(map(takes_bias, layers))
 
 
 def take_parts(blocks: Sequence[nn.Module]) -> bool:

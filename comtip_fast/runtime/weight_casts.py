@@ -23,13 +23,18 @@ ParameterNames = Sequence[tuple[nn.Module, str]]
 def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the trained fp32 parameters of all linear layers in a module: (layer, attribute name).
 
+    The bias of a layer that states ``KEEPS_BIAS`` is left out.
     Subclasses of ``nn.Linear`` are left out unless they state ``CASTS_TOGETHER``: another forward pass may need the parameters.
     """
     out: list[tuple[nn.Module, str]] = []
     for layer in module.modules():
         if type(layer) is nn.Linear or getattr(layer, "CASTS_TOGETHER", False):
-            found = parameters_of(layer).items()
-            out += [(layer, n) for n, p in found if p is not None and p.requires_grad and p.dtype == torch.float32]
+            found = dict(parameters_of(layer))
+            if getattr(layer, "KEEPS_BIAS", False):
+                found.pop("bias")
+            out += [
+                (layer, n) for n, p in found.items() if p is not None and p.requires_grad and p.dtype == torch.float32
+            ]
     return out
 
 

@@ -35,6 +35,11 @@ def with_triton(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether the Triton kernels run on a device, so that ``"auto"`` selects them."""
+    return can_launch(device)
+
+
 @contextmanager
 def prefer(impl: Impl) -> Iterator[None]:
     """Use ``impl`` wherever ``"auto"`` is requested inside the ``with`` block, to compare implementations or debug.

@@ -193,6 +193,35 @@ def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -
     return Flops(2 * u, 5 * u)
 
 
+def image_attention(tiles: float, heads: int, head_width: int, tokens: int) -> Flops:
+    """Return the FLOPs of the packed attention kernel for images of ``tokens`` tokens each, one image per tile of the kernel.
+
+    Raises
+    ------
+    ValueError
+        If ``tokens`` exceeds the largest tile.
+    """
+    tile = image_tile(tokens)
+    u = tiles * heads * product(tile, tile, power_of_2(head_width))
+    return Flops(2 * u, 5 * u)
+
+
+def image_tile(tokens: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> int:
+    """Return the smallest tile of the packed attention kernel for an image of ``tokens`` tokens.
+
+    Raises
+    ------
+    ValueError
+        If ``tokens`` exceeds every tile.
+    """
+    fitting = [t for t in tiles if t >= tokens]
+    if not fitting:
+        raise ValueError(
+            f"image_attention: an image has {tokens} tokens, and the largest tile has {max(tiles)}; use impl='auto'"
+        )
+    return min(fitting)
+
+
 def one_query_attention(sentences: float, heads: int, width: float, longest: int) -> Flops:
     """Return the FLOPs of the kernel of attention with one query per sentence and head, padding included.
 

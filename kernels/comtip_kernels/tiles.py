@@ -82,3 +82,21 @@ def one_query_tiles(mode: str, heads: int, width: int, longest: int) -> dict[str
     chosen = ONE_QUERY[mode]
     sizes = {"BH": power_of_2(heads), "BT": power_of_2(longest), "BD": min(chosen["BD"], power_of_2(width))}
     return chosen | sizes
+
+
+POINTWISE_ROWS = 128
+"""Rows per program in the backward passes of ``residual_norm`` and ``bias_gelu``, whose sums over rows are added afterwards."""
+GELU: dict[str, Any] = {"R": 4, "BD": 512, "num_warps": 4, "num_stages": 1}
+GELU_GRADS: dict[str, Any] = {"R": 4, "BD": 512, "num_warps": 8, "num_stages": 1}
+
+
+def norm_tiles(width: int) -> dict[str, Any]:
+    """Return the tile and launch options of ``residual_norm``: whole rows of ``width`` elements, about 2,048 elements."""
+    BD = power_of_2(width)
+    return {"R": max(1, 2048 // BD), "BD": BD, "num_warps": 4, "num_stages": 1}
+
+
+def norm_grads_tiles(width: int) -> dict[str, Any]:
+    """Return the tile and launch options of ``residual_norm_grads``, which holds three tiles of sums in registers."""
+    BD = power_of_2(width)
+    return {"R": max(1, 2048 // BD), "BD": BD, "num_warps": 8, "num_stages": 1}

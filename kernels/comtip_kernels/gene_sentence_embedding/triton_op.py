@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels import flops
 from comtip_kernels.gene_sentence_embedding import triton_kernels as kernels
 from comtip_kernels.gene_sentence_embedding.plan import VALUE_SLOT, SentencePlan, plan_sentences
-from comtip_kernels.tl_common import launch, power_of_2
+from comtip_kernels.tl_common import cdiv, launch, power_of_2
 
 Maybe = Tensor | None
 
@@ -80,7 +79,7 @@ def sentence_rows_grads(
     tables = [(token if t is None else t).contiguous() for t in (token, kinds, position, level, identity)]
     dgain, dbias = grad.new_empty(0), grad.new_empty(0)
     if gain is not None:
-        programs = triton.cdiv(U, kernels.NORM_ROWS)
+        programs = cdiv(U, kernels.NORM_ROWS)
         through, dgains, dbiases = (torch.empty(n, D, device=grad.device) for n in (U, programs, programs))
         if U:
             ids = [token_id if i is None else i for i in (token_id, kind_id, slot_id, lo_id, hi_id, mix, identity_id)]
@@ -131,7 +130,7 @@ def copy_rows(rows: Tensor, row_S: Tensor, order_S: Tensor, start_U1: Tensor, mo
     out = torch.empty(S, D, device=rows.device, dtype=rows.dtype)
     if S:
         options = kernels.rows_options(kernels.COPY, power_of_2(D))
-        launch(kernels.copy_rows, (triton.cdiv(S, options["R"]),), rows.contiguous(), row_S, out, S, D, **options)
+        launch(kernels.copy_rows, (cdiv(S, options["R"]),), rows.contiguous(), row_S, out, S, D, **options)
     return out
 
 

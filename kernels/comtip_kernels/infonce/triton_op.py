@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
@@ -19,6 +18,7 @@ from comtip_kernels.infonce.unit import unit_vectors
 from comtip_kernels.products import add_product
 from comtip_kernels.tl_common import (
     INTERPRETING,
+    cdiv,
     fit_tiles,
     input_precision,
     launch,
@@ -89,7 +89,7 @@ def compute_lse(
     (R, D), C = x.shape, y.shape[0]
     mode = product_mode(x.dtype)
     tiles = fit_tiles(kernels.FORWARD[mode], D, SMALL)
-    n_m, n_n = triton.cdiv(R, tiles["BM"]), triton.cdiv(C, tiles["BN"])
+    n_m, n_n = cdiv(R, tiles["BM"]), cdiv(C, tiles["BN"])
     row_sums = torch.empty(n_n, R, device=x.device, dtype=torch.float32)
     col_sums = torch.empty(n_m, C, device=x.device, dtype=torch.float32)
     positive = torch.empty(R if masks.diagonal else 0, device=x.device, dtype=torch.float32)
@@ -127,7 +127,7 @@ def _exact(q: Tensor, k: Tensor, sums: Tensor, scale: Tensor, masks: MaskOperand
     n_rows, (n_cols, width) = low.shape[0], k.shape
     launch(
         kernels.exact_lse,
-        (triton.cdiv(n_rows, tiles["BM"]),),
+        (cdiv(n_rows, tiles["BM"]),),
         q,
         k,
         lse,
@@ -168,10 +168,10 @@ def compute_gradients(
     dx, dy = (torch.empty(n, D, device=x.device, dtype=torch.float32) for n in (R, C))
     for first in range(0, R, length):
         last = min(first + length, R)
-        n_row_tiles = triton.cdiv(last - first, tiles["BM"])
+        n_row_tiles = cdiv(last - first, tiles["BM"])
         launch(
             kernels.grad_tiles,
-            (n_row_tiles * triton.cdiv(C, tiles["BN"]),),
+            (n_row_tiles * cdiv(C, tiles["BN"]),),
             x,
             y,
             chunk,

@@ -11,13 +11,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from comtip_kernels import tiles as sizes
+from comtip_kernels.block_pointwise import triton_kernels as pointwise
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger.aot import LedgerEntry
 from comtip_kernels.one_query_attention import triton_kernels as one_query
 from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
-from comtip_kernels.tiles import one_query_tiles
 
 LAUNCHES = Path(__file__).with_name("launches.json")
 """Variants that training and inference launch with the shipped configs, recorded by ``python -m testkit.rehearsal``."""
@@ -27,6 +28,7 @@ PACKAGES = {
     "embedding": "gene_sentence_embedding",
     "attention": "packed_attention",
     "one_query": "one_query_attention",
+    "pointwise": "block_pointwise",
 }
 """Package of each operation's kernels."""
 MODES = ("bf16", "tf32", "tf32x3")
@@ -140,6 +142,7 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
         "BT": tile,
         "BE": 64,
         "PARTS": 3,
+        "EQUAL": False,
         "UPCAST": False,
         "PRECISION": "ieee" if mode == "bf16" else mode,
     }
@@ -152,7 +155,7 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
 def _one_query(mode: str, longest: int, *, backward: bool) -> LedgerEntry:
     """Return attention with one query for sentences of up to ``longest`` tokens of width 512, and 8 heads."""
     kernel = one_query.one_query_grads if backward else one_query.one_query_forward
-    constants = one_query_tiles(mode, 8, 512, longest) | {
+    constants = sizes.one_query_tiles(mode, 8, 512, longest) | {
         "UPCAST": False,
         "PRECISION": "ieee" if mode == "bf16" else mode,
     }
@@ -161,6 +164,16 @@ def _one_query(mode: str, longest: int, *, backward: bool) -> LedgerEntry:
     operands = {n: ELEMENT[mode] for n in kernel.arg_names if n.endswith("_ptr")} | ids
     name = f"{'backward' if backward else 'forward'}_{constants['BT']}_{mode}"
     return _entry("one_query", name, kernel, operands, constants, ("n_heads",))
+
+
+def _pointwise(kernel: Any, config: dict[str, Any], dtype: str) -> LedgerEntry:
+    """Return one kernel between the products of a block of width 1,024, with an fp32 stream and products in ``dtype``."""
+    constants = config | {"STREAM_GRAD": True, "COPY": dtype != "fp32", "ROWS": sizes.POINTWISE_ROWS}
+    of_products = ("branch_ptr", "dbranch_ptr", "out_ptr", "grad_ptr")
+    if "gelu" in kernel.__name__:
+        of_products = ("x_ptr", "out_ptr", "grad_ptr", "dx_ptr")
+    operands = dict.fromkeys(of_products, dtype)
+    return _entry("pointwise", f"{kernel.__name__}_{dtype}", kernel, operands, constants, tensor_cores=False)
 
 
 def entries() -> list[LedgerEntry]:
@@ -202,6 +215,13 @@ def _largest() -> list[LedgerEntry]:
             _embedding("copy_rows", embedding.copy_rows, embedding.COPY, dtype),
             _embedding("sum_pieces", embedding.sum_pieces, embedding.SUM, dtype),
             _embedding("norm_grads", embedding.norm_grads, embedding.NORM, dtype),
+        ]
+        norms = (sizes.norm_tiles(1024), sizes.norm_grads_tiles(1024))
+        out += [
+            _pointwise(pointwise.residual_norm, norms[0], dtype),
+            _pointwise(pointwise.residual_norm_grads, norms[1], dtype),
+            _pointwise(pointwise.bias_gelu, sizes.GELU, dtype),
+            _pointwise(pointwise.bias_gelu_grads, sizes.GELU_GRADS, dtype),
         ]
     for mode, tile in attention.LAUNCH:
         out += [_attention(mode, tile, backward=backward) for backward in (False, True)]

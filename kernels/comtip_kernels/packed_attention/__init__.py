@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from comtip_kernels.dispatch import choose, with_triton
+from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.packed_attention.cpu import packed_attention_cpu, packed_attention_qkv_cpu
 from comtip_kernels.packed_attention.peers import (
     packed_attention_flash,
@@ -17,14 +17,22 @@ from comtip_kernels.packed_attention.peers import (
     ready_peers,
     require_peer,
 )
-from comtip_kernels.packed_attention.reference import packed_attention_reference
+from comtip_kernels.packed_attention.reference import image_attention_reference, packed_attention_reference
 from comtip_kernels.tl_common import operand_dtype, product_mode
 
-__all__ = ["attention_name", "packed_attention", "packed_attention_qkv", "packed_attention_reference"]
+__all__ = [
+    "attention_name",
+    "image_attention",
+    "packed_attention",
+    "packed_attention_qkv",
+    "packed_attention_reference",
+]
 Attention = Literal["auto", "triton", "cpu", "reference", "flash", "varlen", "sdpa"]
 LONGEST = {"bf16": 48, "tf32": 48, "tf32x3": 24}
 """Tokens of the longest sentence that the Triton kernels support, by the mode of their products
 (:func:`comtip_kernels.tl_common.product_mode`); on a GPU, longer sentences use flash-attn or torch."""
+IMAGE_TOKENS = {"bf16": 64, "tf32": 64, "tf32x3": 32}
+"""Tokens of the largest image that the Triton kernels support, by the mode of their products."""
 _IMPLEMENTATIONS = {
     "reference": packed_attention_reference,
     "cpu": packed_attention_cpu,
@@ -42,6 +50,12 @@ def _unbound(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _IMPLEMENTATIONS_QKV = {name: _unbound(function) for name, function in _IMPLEMENTATIONS.items()}
 _IMPLEMENTATIONS_QKV["cpu"] = packed_attention_qkv_cpu
 _IMPLEMENTATIONS_QKV["triton"] = with_triton("comtip_kernels.packed_attention.triton_op", "packed_attention_qkv_triton")
+
+
+_IMPLEMENTATIONS_IMAGES = {
+    "reference": image_attention_reference,
+    "triton": with_triton("comtip_kernels.packed_attention.images_triton_op", "image_attention_triton"),
+}
 
 
 def _choose(operands: tuple[Tensor, ...], longest: int, impl: str, implementations: Mapping[str, Any]) -> Any:
@@ -140,6 +154,40 @@ def packed_attention_qkv(
     if first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
         return run(qkv_S3HE, length_N, longest, first_S)
     out: Tensor = run(qkv_S3HE, length_N, longest)
+    return out
+
+
+def image_attention(qkv_N3HE: Tensor, tokens: Sequence[int], *, impl: Impl = "auto") -> Tensor:
+    """Return the attention of :func:`packed_attention` within images, for q, k and v in one tensor.
+
+    Parameters
+    ----------
+    qkv_N3HE
+        Queries, keys and values (N, 3, H, E): those of B images of ``tokens[0]`` rows each, then of B images of ``tokens[1]`` rows
+        each, and so on.
+    tokens
+        Rows of an image in each part; their sum divides N.
+    impl
+        Implementation (:mod:`comtip_kernels.dispatch`). On a GPU, ``auto`` selects the Triton kernel for images of up to 64 tokens
+        (32 in fp32 without tf32), and ``reference``, which is PyTorch's ``scaled_dot_product_attention``, beyond.
+
+    Returns
+    -------
+    Tensor
+        (N, H, E), in the dtype of the products.
+
+    Raises
+    ------
+    ValueError
+        If an image has more tokens than ``impl='triton'`` supports, or ``impl`` is not available.
+    """
+    longest, limit = max(tokens), IMAGE_TOKENS[product_mode(operand_dtype(qkv_N3HE))]
+    if impl == "triton" and longest > limit:
+        raise ValueError(
+            f"image_attention: an image has {longest} tokens and impl='triton' supports {limit}; use impl='auto'"
+        )
+    order = ("reference",) if longest > limit else None
+    out: Tensor = choose("image_attention", impl, (qkv_N3HE,), _IMPLEMENTATIONS_IMAGES, order)(qkv_N3HE, tokens)
     return out
 
 

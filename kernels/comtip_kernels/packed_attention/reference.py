@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,3 +24,14 @@ def packed_attention_reference(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, leng
     )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep_NT[:, None, None, :])
     return out.transpose(1, 2)[sentence_S, slot_S]
+
+
+def image_attention_reference(qkv_N3HE: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return softmax(q k^T / sqrt(E)) v within each image, (N, H, E): one call of PyTorch's attention per part."""
+    N, _, H, E = qkv_N3HE.shape
+    images = N // sum(tokens)
+    parts = []
+    for part, T in zip(qkv_N3HE.split([images * T for T in tokens]), tokens, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in part.view(images, T, 3, H, E).unbind(2))
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images * T, H, E))
+    return torch.cat(parts)

@@ -3,7 +3,8 @@
 Sentences are concatenated. Tile i owns the sentences that begin in [i W, (i + 1) W), W = BT - longest + 1: all their tokens lie
 in [i W, i W + BT), so the assignment needs no packing plan, only ``longest``. The products of a tile are dense; a
 mask separates its sentences (a NaN among the values, which a weight of 0 does not remove, reaches every sentence of its
-tile). Each token belongs to one tile: no atomics. Tiles are on grid axis 0, whose limit no batch reaches.
+tile). Each token belongs to one tile: no atomics. With EQUAL, every sentence has W tokens, such as the patches of an image, and a
+tile owns one: no index is read. Tiles are on grid axis 0, whose limit no batch reaches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from comtip_kernels.flops import attention_tile
 LOG2E = tl.constexpr(1.4426950408889634)
 # The number of tokens changes from step to step, the window with the longest sentence of a panel.
 _SIZES = ["n_tokens", "window"]
+
+
+@triton.jit
+def _first(first_ptr, token, n_tokens, window, EQUAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the first token of each token's sentence; -1 behind the last token."""
+    if EQUAL:
+        return tl.where(token < n_tokens, token - token % window, -1)
+    return tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
 
 
 @triton.jit
@@ -93,6 +102,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     v_stride_token,
     v_stride_head,
     v_stride_dim,
+    EQUAL: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -101,7 +111,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     """Store softmax(q k^T scale) v of one tile and head."""
     tile, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
     token = tile * window + tl.arange(0, BT)
-    first = tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
+    first = _first(first_ptr, token, n_tokens, window, EQUAL)
     owned = (first >= tile * window) & (first < (tile + 1) * window)
     q = _load(q_ptr, token, head, owned, q_stride_token, q_stride_head, q_stride_dim, head_dim, BE, UPCAST)
     k = _load(k_ptr, token, head, owned, k_stride_token, k_stride_head, k_stride_dim, head_dim, BE, UPCAST)
@@ -138,6 +148,7 @@ def attention_grads(  # type: ignore[no-untyped-def]
     g_stride_head,
     g_stride_dim,
     PARTS: tl.constexpr,
+    EQUAL: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -150,7 +161,7 @@ def attention_grads(  # type: ignore[no-untyped-def]
     heads_apart = n_heads * PARTS
     tile, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
     token = tile * window + tl.arange(0, BT)
-    first = tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
+    first = _first(first_ptr, token, n_tokens, window, EQUAL)
     owned = (first >= tile * window) & (first < (tile + 1) * window)
     q = _load(q_ptr, token, head, owned, q_stride_token, q_stride_head, q_stride_dim, head_dim, BE, UPCAST)
     k = _load(k_ptr, token, head, owned, k_stride_token, k_stride_head, k_stride_dim, head_dim, BE, UPCAST)

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels import flops
 from comtip_kernels.gene_sentence_embedding.plan import first_tokens
 from comtip_kernels.packed_attention import triton_kernels as kernels
-from comtip_kernels.tl_common import INTERPRETING, input_precision, launch, operand_dtype, power_of_2, product_mode
+from comtip_kernels.tl_common import (
+    INTERPRETING,
+    cdiv,
+    input_precision,
+    launch,
+    operand_dtype,
+    power_of_2,
+    product_mode,
+)
 
 
 def launch_options(q: Tensor, longest: int, *, backward: bool = False) -> tuple[int, tuple[int], dict[str, Any]]:
@@ -23,7 +30,7 @@ def launch_options(q: Tensor, longest: int, *, backward: bool = False) -> tuple[
     BT = kernels.best_tile(mode, longest)
     window = BT - longest + 1
     constants = {"BT": BT, "BE": power_of_2(E), "UPCAST": INTERPRETING, "PRECISION": input_precision(mode)}
-    return window, (triton.cdiv(S, window) * H,), constants | kernels.config(mode, BT, backward=backward)
+    return window, (cdiv(S, window) * H,), constants | kernels.config(mode, BT, backward=backward)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Tensor:
@@ -32,7 +39,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> 
         window, grid, options = launch_options(q, longest)
         strides = (*q.stride(), *k.stride(), *v.stride())
         tensors = (q, k, v, first_S, out)
-        launch(kernels.attention_forward, grid, *tensors, *q.shape, window, q.shape[2] ** -0.5, *strides, **options)
+        sizes = (*q.shape, window, q.shape[2] ** -0.5)
+        launch(kernels.attention_forward, grid, *tensors, *sizes, *strides, EQUAL=False, **options)
     return out
 
 
@@ -45,7 +53,8 @@ def _backward(
         tensors = (q, k, v, grad, first_S, *results)
         strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
         options["PARTS"] = results[0].stride(0) // (q.shape[1] * q.shape[2])
-        launch(kernels.attention_grads, grid, *tensors, *q.shape, window, q.shape[2] ** -0.5, *strides, **options)
+        sizes = (*q.shape, window, q.shape[2] ** -0.5)
+        launch(kernels.attention_grads, grid, *tensors, *sizes, *strides, EQUAL=False, **options)
 
 
 @torch.library.custom_op("comtip::packed_attention", mutates_args=())

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels import flops
 from comtip_kernels.products import add_product
 from comtip_kernels.sentence_table import triton_kernels as kernels
-from comtip_kernels.tl_common import INTERPRETING, fit_tiles, input_precision, launch, power_of_2, product_mode
+from comtip_kernels.tl_common import INTERPRETING, cdiv, fit_tiles, input_precision, launch, power_of_2, product_mode
 
 SMALL = {"BM": 16, "BN": 32, "BK": 32}
 """Tile sizes in the interpreter."""
@@ -52,7 +51,7 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
 
 def gene_parts(tiles: dict[str, Any], n_spots: int, n_genes: int, width: int) -> tuple[int, int]:
     """Return the number of parts into which ``weighted_sum`` divides the panel, and the genes of a part."""
-    blocks = triton.cdiv(n_spots, tiles["BM"]) * triton.cdiv(width, tiles["BD"])
+    blocks = cdiv(n_spots, tiles["BM"]) * cdiv(width, tiles["BD"])
     return flops.panel_parts(blocks, n_genes, tiles["NG"])
 
 
@@ -86,7 +85,7 @@ def sampled_dot(vector: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> Te
     out = torch.empty(B, G, device=vector.device, dtype=torch.float32)
     if out.numel():
         tiles = choose_tiles(kernels.SAMPLED_DOT, vector, Q, D)
-        n_m, n_g = triton.cdiv(B, tiles["BM"]), triton.cdiv(G, tiles["NG"])
+        n_m, n_g = cdiv(B, tiles["BM"]), cdiv(G, tiles["NG"])
         # ``out`` replaces the weight, prior and scale, which this mode does not read.
         tensors = (vector, table, out, levels.contiguous(), out, out, out)
         sizes = (B, G, Q, D, *vector.stride(), *table.stride(), n_m)
@@ -104,7 +103,7 @@ def weighted_sum(weight: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> T
     tiles = choose_tiles(kernels.WEIGHTED_SUM, table, Q, D)
     parts, part_genes = gene_parts(tiles, B, G, D)
     out = torch.empty(parts, B, D, device=weight.device, dtype=torch.float32)
-    grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]), parts)
+    grid = (cdiv(B, tiles["BM"]), cdiv(D, tiles["BD"]), parts)
     tensors = (table, weight.float().contiguous(), levels.contiguous(), out)
     sizes = (B, G, Q, D, *table.stride(), part_genes)
     launch(kernels.weighted_sum, grid, *tensors, *sizes, **_precision(table), **_without_inner(tiles))
@@ -119,7 +118,7 @@ def weighted_sum_transpose(vector: Tensor, weight: Tensor, levels: Tensor, n_lev
     out = torch.empty(G, n_levels, D, device=vector.device, dtype=torch.float32)
     if out.numel():
         tiles = choose_tiles(kernels.WEIGHTED_SUM_TRANSPOSE, vector, n_levels, D)
-        grid = (triton.cdiv(G, tiles["NG"]), triton.cdiv(D, tiles["BD"]))
+        grid = (cdiv(G, tiles["NG"]), cdiv(D, tiles["BD"]))
         tensors = (vector, weight.float().contiguous(), levels.contiguous(), out)
         sizes = (B, G, n_levels, D, *vector.stride())
         launch(kernels.weighted_sum_transpose, grid, *tensors, *sizes, **_precision(vector), **_without_inner(tiles))
@@ -134,7 +133,7 @@ def level_loss(
     (B, D), (G, Q, _) = image.shape, table.shape
     image, table = _operand(image, bf16), _operand(table, bf16)
     tiles = choose_tiles(kernels.LEVEL_LOSS, image, Q, D)
-    n_m, n_g = triton.cdiv(B, tiles["BM"]), triton.cdiv(G, tiles["NG"])
+    n_m, n_g = cdiv(B, tiles["BM"]), cdiv(G, tiles["NG"])
     parts = torch.empty(n_m * n_g, device=image.device, dtype=torch.float32)
     if parts.numel():
         tensors = (
@@ -175,7 +174,7 @@ def level_loss_grads(
         return torch.zeros_like(image, dtype=torch.float32), dtable.zero_().view(G, Q, D), _no_prior(image, prior)
     dimage = torch.empty(B, D, device=image.device, dtype=torch.float32)
     tiles = choose_tiles(kernels.LEVEL_GRADIENT, image, Q, D)
-    n_m = triton.cdiv(B, tiles["BM"])
+    n_m = cdiv(B, tiles["BM"])
     sums = torch.empty(n_m if prior is not None else 0, G, Q, device=image.device, dtype=torch.float32)
     n_genes = min(G, flops.level_chunk(B, Q, image.element_size()))
     row_length = flops.padded(n_genes * Q)
@@ -184,7 +183,7 @@ def level_loss_grads(
     constants = {"PRIOR": prior is not None} | _precision(image)
     for first in range(0, G, n_genes):
         last = min(first + n_genes, G)
-        n_g = triton.cdiv(last - first, tiles["NG"])
+        n_g = cdiv(last - first, tiles["NG"])
         sizes = (B, last, Q, D, *image.stride(), *table.stride(), first, n_m, row_length)
         launch(kernels.level_gradient, (n_m * n_g,), *tensors, chunk, sums, *sizes, G, **constants, **tiles)
         w = chunk[:, : (last - first) * Q]
