@@ -7,7 +7,6 @@ from torch import Tensor
 
 from comtip_kernels.block_pointwise.reference import bias_gelu_reference, residual_norm_reference
 from comtip_kernels.dispatch import Impl, choose, with_triton
-from comtip_kernels.tl_common import operand_dtype
 
 __all__ = ["bias_gelu", "residual_norm"]
 _TRITON = "comtip_kernels.block_pointwise.triton_op"
@@ -43,7 +42,7 @@ def residual_norm(
     eps
         Added to the variance.
     dtype
-        Dtype of the norm; None is that of products (:func:`comtip_kernels.operand_dtype`).
+        Dtype of the norm; None is that of the branch, which a product has computed.
     impl
         Implementation (:mod:`comtip_kernels.dispatch`).
 
@@ -58,7 +57,7 @@ def residual_norm(
         If ``impl`` is not available or does not support the operands.
     """
     operands = (x_Nd, branch_Nd, branch_bias_d, gain_d, bias_d)
-    dtype = operand_dtype(x_Nd, branch_Nd) if dtype is None else dtype
+    dtype = branch_Nd.dtype if dtype is None else dtype
     out: tuple[Tensor, Tensor] = choose("residual_norm", impl, operands, _NORM)(*operands, eps, dtype)
     return out
 

@@ -17,11 +17,13 @@ def residual_norm_reference(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum in the dtype of ``x_Nd``, and its LayerNorm in ``dtype``."""
-    stream = (x_Nd.float() + branch_Nd.float() + branch_bias_d.float()).to(x_Nd.dtype)
-    normed = F.layer_norm(stream.float(), gain_d.shape, gain_d.float(), bias_d.float(), eps)
+    wide = torch.promote_types(x_Nd.dtype, torch.float32)
+    stream = (x_Nd.to(wide) + branch_Nd.to(wide) + branch_bias_d.to(wide)).to(x_Nd.dtype)
+    normed = F.layer_norm(stream.to(wide), gain_d.shape, gain_d.to(wide), bias_d.to(wide), eps)
     return stream, normed.to(dtype)
 
 
 def bias_gelu_reference(x_Nd: Tensor, bias_d: Tensor) -> Tensor:
     """Return GELU(x + bias) in the dtype of ``x_Nd``."""
-    return F.gelu(x_Nd.float() + bias_d.float()).to(x_Nd.dtype)
+    wide = torch.promote_types(x_Nd.dtype, torch.float32)
+    return F.gelu(x_Nd.to(wide) + bias_d.to(wide)).to(x_Nd.dtype)

@@ -24,9 +24,11 @@ _SIZES = ["n_tokens", "window"]
 @triton.jit
 def _first(first_ptr, token, n_tokens, window, EQUAL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the first token of each token's sentence; -1 behind the last token."""
-    if EQUAL:
-        return tl.where(token < n_tokens, token - token % window, -1)
-    return tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
+    if EQUAL:  # the compiler would compare the types of two returned values
+        first = tl.where(token < n_tokens, token - token % window, -1)
+    else:
+        first = tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
+    return first
 
 
 @triton.jit
