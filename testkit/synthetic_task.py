@@ -18,7 +18,7 @@ from comtip_fast.genes.panel_sizes import padded_genes
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.losses import StepLosses
-from comtip_fast.training.task import CoMTIPTask, fuse_blocks
+from comtip_fast.training.task import CoMTIPTask
 
 SECTIONS = 64
 
@@ -117,7 +117,7 @@ class SyntheticTask(CoMTIPTask):
         )
         with torch.device(device):
             self.model = CoMTIP(config, self.sizes)
-            fuse_blocks(self.model, config, device)
+            self.model.fuse_blocks(config.engine, device)
         stem = self.model.vision.stem
         features = None if stem is None else (self.model.vision.n_patches, stem.width)
         loader: Any = SyntheticLoader(config, n, tile_px, group, features, device)

@@ -16,7 +16,6 @@ from comtip_fast.data.upload import PackedTensors
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.losses import Numbers, Parts
-from comtip_fast.training.task import fuse_blocks
 from testkit.synthetic_task import SECTIONS, SyntheticTask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +147,7 @@ class GeneratedTask(SyntheticTask):
         cpu = torch.device("cpu")
         super().__init__(config, group or SingleProcessGroup(), tile_px, cpu)
         self.model.genes.set_attention(config.text.attention)
-        fuse_blocks(self.model, config, device)
+        self.model.fuse_blocks(config.engine, device)
         if config.engine.compile:
             self.model.compile_blocks()
         self.device, self.model, self.genes = device, self.model.to(device), self.genes.to(device)

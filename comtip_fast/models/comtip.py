@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from comtip_kernels.dispatch import runs_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comtip_fast.collectives import Group, counts_of, gather_rows, share_of
-from comtip_fast.config.schema import RunConfig
+from comtip_fast.config.schema import EngineConfig, RunConfig
 from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models.gene_encoder import GeneEncoder
 from comtip_fast.models.image_encoder import ImageTokens, VisionEncoder
@@ -236,11 +237,22 @@ class CoMTIP(nn.Module):
         for block in self.transformer_blocks():
             block.compile()
 
-    def fuse_blocks(self) -> None:
-        """Compute the work between the products of every block by few kernels, where a block allows it, in place.
+    def fuse_blocks(self, engine: EngineConfig, device: torch.device) -> None:
+        """Fuse the blocks of both encoders in place (:mod:`comtip_fast.models.fused_blocks`), where the kernels for it run.
 
-        See :mod:`comtip_fast.models.fused_blocks`. Image encoders with other blocks do not change.
+        An image encoder with other blocks does not change. ZeRO 3 makes the weights of a linear layer or norm available when that
+        module is called, which a fused block does not do.
+
+        Parameters
+        ----------
+        engine
+            Engine of the run; ``fused_blocks`` turns this on.
+        device
+            Device of the model.
         """
+        shards_weights = engine.kind == "deepspeed" and engine.zero_stage == 3
+        if not engine.fused_blocks or shards_weights or not runs_kernels(device):
+            return
         self.genes.fuse()
         for encoder in (self.vision, self.teacher):
             if isinstance(encoder, VisionEncoder):

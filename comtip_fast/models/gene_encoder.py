@@ -217,6 +217,11 @@ class GeneEncoder(nn.Module):
             block.fused = True
             keep_biases(block.out, block.mlp[0], block.mlp[2])
 
+    @property
+    def fused(self) -> bool:
+        """Whether the blocks are fused."""
+        return all(isinstance(block, SentenceBlock) and block.fused for block in self.blocks)
+
     def forward(self, genes: GeneTokens, sentences: slice | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order.
 

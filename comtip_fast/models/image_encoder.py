@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from comtip_kernels.packed_attention import image_attention_runs
 from timm.layers import Mlp, PatchEmbed, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -194,7 +195,12 @@ class VisionEncoder(nn.Module):
         return self.takes_parts and not self.recompute
 
     def attention_name(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Return the implementation of attention for all patches of a tile; see :func:`.vit_blocks.attention_name`."""
+        """Return the implementation of attention for all patches of a tile; see :func:`.vit_blocks.attention_name`.
+
+        ``triton`` is :func:`comtip_kernels.image_attention` in fused blocks.
+        """
+        if self.fused and image_attention_runs(device, dtype, self.n_patches + self.n_prefix):
+            return "triton"
         return attention_name(self.blocks, self.n_patches, device, dtype)
 
     def encode_both(self, features_BP: Tensor, visible_BV: Tensor) -> tuple[ImageTokens, ImageTokens]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comtip_kernels.dispatch import runs_kernels
 from comtip_kernels.packed_attention import attention_name
 from comtip_shards import ShardSet, open_sets
 from torch import Tensor, nn
@@ -132,7 +131,9 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
     attention = check_attention(config, device, sizes.longest)
     model.genes.set_attention(config.text.attention)
     log.info("attention of the sentence encoder: %s", attention)
-    fuse_blocks(model, config, device)
+    model.fuse_blocks(config.engine, device)
+    if model.genes.fused:
+        log.info("blocks of the sentence encoder%s: fused", " and the image encoder" if model.vision.fused else "")
     dtype = torch.bfloat16 if in_bf16(config.train.precision, device) else torch.float32
     log.info("attention of the image encoder: %s", model.vision.attention_name(device, dtype))
     if config.loss.mfm > 0:
@@ -141,17 +142,6 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
     if config.engine.compile:
         model.compile_blocks()
     return model
-
-
-def fuse_blocks(model: CoMTIP, config: RunConfig, device: torch.device) -> None:
-    """Fuse the blocks of a model (:meth:`.CoMTIP.fuse_blocks`), if ``engine.fused_blocks`` is on and this package's kernels run.
-
-    ZeRO 3 makes the weights of a linear layer or norm available when that module is called, which a fused block does not do.
-    """
-    shards_weights = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
-    if config.engine.fused_blocks and runs_kernels(device) and not shards_weights:
-        model.fuse_blocks()
-        log.info("blocks of the sentence encoder%s: fused", " and the image encoder" if model.vision.fused else "")
 
 
 def check_vision(config: RunConfig, n_patches: int) -> None:

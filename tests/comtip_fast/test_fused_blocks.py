@@ -14,11 +14,10 @@ from test_vit_blocks import KNOWN, OPTIONS, SMALL, built, inputs, results
 from torch import Tensor, nn
 
 from comtip_fast.config.io import load_config
-from comtip_fast.models import image_encoder
+from comtip_fast.models import comtip, image_encoder
 from comtip_fast.models.gene_encoder import GeneEncoder
 from comtip_fast.models.image_encoder import VisionEncoder
 from comtip_fast.runtime.weight_casts import cast_together, linear_parameters
-from comtip_fast.training import task
 from comtip_fast.training.task import build_task
 
 FUSED = {"no prefix", "class token", "distillation", "registers, no class token", "norm before"}
@@ -148,7 +147,7 @@ def test_checkpointing_stores_one_tensor_per_block():
 def test_blocks_are_fused_where_kernels_run_and_weights_are_whole(
     settings: tuple[str, ...], kernels: bool, fuses: bool, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(task, "runs_kernels", lambda device: kernels)
+    monkeypatch.setattr(comtip, "runs_kernels", lambda device: kernels)
     config = load_config(None, [*tiny_overrides, "vision.target=ema", *settings])
     model = build_task(config, torch.device("cpu")).model
     assert model.teacher is not None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose, with_triton
+from comtip_kernels.dispatch import Impl, choose, runs_kernels, with_triton
 from comtip_kernels.packed_attention.cpu import packed_attention_cpu, packed_attention_qkv_cpu
 from comtip_kernels.packed_attention.peers import (
     packed_attention_flash,
@@ -18,7 +18,7 @@ from comtip_kernels.packed_attention.peers import (
     require_peer,
 )
 from comtip_kernels.packed_attention.reference import image_attention_reference, packed_attention_reference
-from comtip_kernels.tl_common import operand_dtype, product_mode
+from comtip_kernels.tl_common import TRITON_DTYPES, operand_dtype, product_mode
 
 __all__ = [
     "attention_name",
@@ -181,7 +181,7 @@ def image_attention(qkv_N3HE: Tensor, tokens: Sequence[int], *, impl: Impl = "au
     ValueError
         If an image has more tokens than ``impl='triton'`` supports, or ``impl`` is not available.
     """
-    longest, limit = max(tokens), IMAGE_TOKENS[product_mode(operand_dtype(qkv_N3HE))]
+    longest, limit = max(tokens), _image_limit(operand_dtype(qkv_N3HE))
     if impl == "triton" and longest > limit:
         raise ValueError(
             f"image_attention: an image has {longest} tokens and impl='triton' supports {limit}; use impl='auto'"
@@ -189,6 +189,15 @@ def image_attention(qkv_N3HE: Tensor, tokens: Sequence[int], *, impl: Impl = "au
     order = ("reference",) if longest > limit else None
     out: Tensor = choose("image_attention", impl, (qkv_N3HE,), _IMPLEMENTATIONS_IMAGES, order)(qkv_N3HE, tokens)
     return out
+
+
+def image_attention_runs(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Return whether :func:`image_attention` selects the Triton kernel for images of ``tokens`` tokens."""
+    return runs_kernels(device) and dtype in TRITON_DTYPES and tokens <= _image_limit(dtype)
+
+
+def _image_limit(dtype: torch.dtype) -> int:
+    return IMAGE_TOKENS[product_mode(dtype)]
 
 
 def attention_name(impl: Attention, device: torch.device, dtype: torch.dtype, longest: int) -> str:
