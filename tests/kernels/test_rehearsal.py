@@ -249,7 +249,9 @@ def test_a_step_of_a_gpu_config_runs_the_ledgers_bf16_kernels():
     record = train(Walk("1gpu", 1, (*SMALL, "text.depth=2")))  # attention for all tokens, and with one query
     known = {e.signature for e in entries()}
     assert not {launch.entry.name for launch in record.launches if launch.signature not in known}
-    products = [launch for launch in record.launches if launch.entry.op != "embedding"]
+    between = {launch.entry.kernel.__name__ for launch in record.launches if launch.entry.op == "pointwise"}
+    assert between == {"residual_norm", "residual_norm_grads", "bias_gelu", "bias_gelu_grads"}
+    products = [launch for launch in record.launches if launch.entry.op not in ("embedding", "pointwise")]
     assert {launch.entry.op for launch in products} == {"infonce", "table", "attention", "one_query"}
     assert {launch.tensors[0][0] for launch in products} == {"bfloat16"}  # the first tensor of each is an operand
     assert record.operators["aten::_foreach_addcdiv_"] or record.operators["aten::_fused_adamw_"]
