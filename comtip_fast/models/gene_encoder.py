@@ -138,10 +138,11 @@ class SentenceBlock(nn.Module):
             x_Sd = first_Nd
         else:
             if qkv_SC is None:
-                qkv_SC = self.project(x_Sd) if normed_Sd is None else self.qkv(normed_Sd)
+                qkv_SC = self.project(x_Sd) if normed_Sd is None else F.linear(normed_Sd, self.qkv.weight)
             qkv_S3HE = qkv_SC.view(S, 3, self.heads, d // self.heads)
+            bias_C = self.qkv.bias if self.fused else None
             attended = packed_attention_qkv(
-                qkv_S3HE, length_M, longest=longest, first_S=first_S, impl=self.attention
+                qkv_S3HE, length_M, longest=longest, first_S=first_S, bias_C=bias_C, impl=self.attention
             ).reshape(S, d)
             if first_N is not None:
                 x_Sd, attended = x_Sd[first_N], attended[first_N]
@@ -159,8 +160,9 @@ class SentenceBlock(nn.Module):
         return self.attention in ("auto", "triton") and longest <= LONGEST and self.heads <= MOST_HEADS
 
     def project(self, x_Rd: Tensor) -> Tensor:
-        """Return queries, keys and values (R, 3 d) of any rows."""
-        qkv_RC: Tensor = self.qkv(self.norm_attention(x_Rd))
+        """Return queries, keys and values (R, 3 d) of any rows; those of a fused block without their bias, which attention adds."""
+        normed_Rd = self.norm_attention(x_Rd)
+        qkv_RC: Tensor = F.linear(normed_Rd, self.qkv.weight) if self.fused else self.qkv(normed_Rd)
         return qkv_RC
 
 
@@ -215,7 +217,7 @@ class GeneEncoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, SentenceBlock)
             block.fused = True
-            keep_biases(block.out, block.mlp[0], block.mlp[2])
+            keep_biases(block.qkv, block.out, block.mlp[0], block.mlp[2])
 
     @property
     def fused(self) -> bool:

@@ -116,7 +116,7 @@ class PartsBlock(Block):
         """Let :meth:`forward` compute the work between the products by few kernels (:mod:`.fused_blocks`)."""
         attn: Any = self.attn
         mlp: Any = self.mlp
-        keep_biases(attn.proj, mlp.fc1, mlp.fc2)
+        keep_biases(attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         self.fused = True
 
     def _fused(self, stream: Stream | Tensor, tokens: Sequence[int]) -> Stream:
@@ -125,8 +125,8 @@ class PartsBlock(Block):
         mlp: Any = self.mlp
         x_Nd, rows_Nd = normed(stream, self.norm1)
         (N, d), H = x_Nd.shape, attn.num_heads
-        qkv_N3HE = attn.qkv(rows_Nd).view(N, 3, H, d // H)
-        attended_Nd = image_attention(qkv_N3HE, tokens).view(N, d)
+        qkv_N3HE = F.linear(rows_Nd, attn.qkv.weight).view(N, 3, H, d // H)
+        attended_Nd = image_attention(qkv_N3HE, tokens, attn.qkv.bias).view(N, d)
         return after_attention(x_Nd, attended_Nd, attn.proj, self.norm2, mlp.fc1, mlp.fc2)
 
     @property
@@ -136,7 +136,7 @@ class PartsBlock(Block):
         mlp: Any = self.mlp
         if self.scales or not self.plain_mlp or attn.norms_heads or attn.norms_output or getattr(attn, "gate", None):
             return False
-        layers = (attn.proj, mlp.fc1, mlp.fc2)
+        layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         norms = is_plain_norm(self.norm1) and is_plain_norm(self.norm2)
         return norms and is_plain_gelu(mlp.act) and all(map(takes_bias, layers))
 

@@ -143,11 +143,13 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
         "BE": 64,
         "PARTS": 3,
         "EQUAL": False,
+        "BIAS": (mode, tile) not in attention.UNBIASED,
         "UPCAST": False,
         "PRECISION": "ieee" if mode == "bf16" else mode,
     }
     constants |= {n: 1 for n in kernel.arg_names if n.endswith("_stride_dim")}
-    pointers = [n for n in kernel.arg_names if n.endswith("_ptr") and n != "first_ptr"]
+    others = ("first_ptr", "bias_ptr", "sums_ptr")
+    pointers = [n for n in kernel.arg_names if n.endswith("_ptr") and n not in others]
     name = f"{'backward' if backward else 'forward'}_{tile}_{mode}"
     return _entry("attention", name, kernel, dict.fromkeys(pointers, ELEMENT[mode]), constants, ("n_heads",))
 

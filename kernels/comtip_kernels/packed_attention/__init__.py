@@ -17,7 +17,11 @@ from comtip_kernels.packed_attention.peers import (
     ready_peers,
     require_peer,
 )
-from comtip_kernels.packed_attention.reference import image_attention_reference, packed_attention_reference
+from comtip_kernels.packed_attention.reference import (
+    image_attention_reference,
+    packed_attention_reference,
+    with_bias,
+)
 from comtip_kernels.tl_common import TRITON_DTYPES, operand_dtype, product_mode
 
 __all__ = [
@@ -52,9 +56,10 @@ _IMPLEMENTATIONS_QKV["cpu"] = packed_attention_qkv_cpu
 _IMPLEMENTATIONS_QKV["triton"] = with_triton("comtip_kernels.packed_attention.triton_op", "packed_attention_qkv_triton")
 
 
+_biased_sentences = with_triton("comtip_kernels.packed_attention.biased_triton_op", "sentence_attention_triton")
 _IMPLEMENTATIONS_IMAGES = {
     "reference": image_attention_reference,
-    "triton": with_triton("comtip_kernels.packed_attention.images_triton_op", "image_attention_triton"),
+    "triton": with_triton("comtip_kernels.packed_attention.biased_triton_op", "image_attention_triton"),
 }
 
 
@@ -123,6 +128,7 @@ def packed_attention_qkv(
     *,
     longest: int | None = None,
     first_S: Tensor | None = None,
+    bias_C: Tensor | None = None,
     impl: Attention = "auto",
 ) -> Tensor:
     """Return the attention of :func:`packed_attention` for q, k and v in one tensor, the output of one projection.
@@ -138,6 +144,8 @@ def packed_attention_qkv(
     first_S
         :func:`comtip_kernels.first_tokens` of the lengths, which only the Triton kernels read; they compute it if it is None. A
         model computes it once for all layers.
+    bias_C
+        Bias of q, k and v, (3 H E), as in :func:`image_attention`.
 
     Returns
     -------
@@ -151,13 +159,18 @@ def packed_attention_qkv(
     """
     longest = _longest(length_N) if longest is None else longest
     run = _choose((qkv_S3HE,), longest, impl, _IMPLEMENTATIONS_QKV)
+    if bias_C is not None and first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
+        return _biased_sentences(qkv_S3HE, bias_C, longest, first_S)
+    qkv_S3HE = with_bias(qkv_S3HE, bias_C)
     if first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
         return run(qkv_S3HE, length_N, longest, first_S)
     out: Tensor = run(qkv_S3HE, length_N, longest)
     return out
 
 
-def image_attention(qkv_N3HE: Tensor, tokens: Sequence[int], *, impl: Impl = "auto") -> Tensor:
+def image_attention(
+    qkv_N3HE: Tensor, tokens: Sequence[int], bias_C: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
     """Return the attention of :func:`packed_attention` within images, for q, k and v in one tensor.
 
     Parameters
@@ -167,6 +180,8 @@ def image_attention(qkv_N3HE: Tensor, tokens: Sequence[int], *, impl: Impl = "au
         each, and so on.
     tokens
         Rows of an image in each part; their sum divides N.
+    bias_C
+        Bias of q, k and v, (3 H E), which the kernel adds; its gradient is summed where it is computed. None adds nothing.
     impl
         Implementation (:mod:`comtip_kernels.dispatch`). On a GPU, ``auto`` selects the Triton kernel for images of up to 64 tokens
         (32 in fp32 without tf32), and ``reference``, which is PyTorch's ``scaled_dot_product_attention``, beyond.
@@ -187,7 +202,7 @@ def image_attention(qkv_N3HE: Tensor, tokens: Sequence[int], *, impl: Impl = "au
             f"image_attention: an image has {longest} tokens and impl='triton' supports {limit}; use impl='auto'"
         )
     order = ("reference",) if longest > limit else None
-    out: Tensor = choose("image_attention", impl, (qkv_N3HE,), _IMPLEMENTATIONS_IMAGES, order)(qkv_N3HE, tokens)
+    out: Tensor = choose("image_attention", impl, (qkv_N3HE,), _IMPLEMENTATIONS_IMAGES, order)(qkv_N3HE, tokens, bias_C)
     return out
 
 

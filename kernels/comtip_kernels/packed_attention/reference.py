@@ -26,9 +26,17 @@ def packed_attention_reference(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, leng
     return out.transpose(1, 2)[sentence_S, slot_S]
 
 
-def image_attention_reference(qkv_N3HE: Tensor, tokens: Sequence[int]) -> Tensor:
+def with_bias(qkv_N3HE: Tensor, bias_C: Tensor | None) -> Tensor:
+    """Return q, k and v (N, 3, H, E) plus their bias (3 H E), in their dtype."""
+    if bias_C is None:
+        return qkv_N3HE
+    return (qkv_N3HE + bias_C.view(qkv_N3HE.shape[1:])).to(qkv_N3HE.dtype)
+
+
+def image_attention_reference(qkv_N3HE: Tensor, tokens: Sequence[int], bias_C: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(E)) v within each image, (N, H, E): one call of PyTorch's attention per part."""
     N, _, H, E = qkv_N3HE.shape
+    qkv_N3HE = with_bias(qkv_N3HE, bias_C)
     images = N // sum(tokens)
     parts = []
     for part, T in zip(qkv_N3HE.split([images * T for T in tokens]), tokens, strict=True):

@@ -38,9 +38,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> 
     if out.numel():
         window, grid, options = launch_options(q, longest)
         strides = (*q.stride(), *k.stride(), *v.stride())
-        tensors = (q, k, v, first_S, out)
+        tensors = (q, k, v, q, first_S, out)
         sizes = (*q.shape, window, q.shape[2] ** -0.5)
-        launch(kernels.attention_forward, grid, *tensors, *sizes, *strides, EQUAL=False, **options)
+        launch(kernels.attention_forward, grid, *tensors, *sizes, *strides, EQUAL=False, BIAS=False, **options)
     return out
 
 
@@ -50,11 +50,11 @@ def _backward(
     """Store the gradients of q, k and v in ``results``: contiguous (S, H, E), or the parts of one (S, 3, H, E)."""
     if results[0].numel():
         window, grid, options = launch_options(q, longest, backward=True)
-        tensors = (q, k, v, grad, first_S, *results)
+        tensors = (q, k, v, grad, q, first_S, *results, q)
         strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
         options["PARTS"] = results[0].stride(0) // (q.shape[1] * q.shape[2])
         sizes = (*q.shape, window, q.shape[2] ** -0.5)
-        launch(kernels.attention_grads, grid, *tensors, *sizes, *strides, EQUAL=False, **options)
+        launch(kernels.attention_grads, grid, *tensors, *sizes, *strides, EQUAL=False, BIAS=False, **options)
 
 
 @torch.library.custom_op("comtip::packed_attention", mutates_args=())
