@@ -45,6 +45,8 @@ COLUMNS = (
     "fused_ratio",
     "torch",
 )
+QKV = 6
+"""Index of q, k and v of equal tokens among the arguments of a block of the sentence encoder."""
 OWN = {"residual_norm", "residual_norm_grads", "bias_gelu", "bias_gelu_grads"}
 """Kernels of this package that do pointwise work."""
 
@@ -139,6 +141,8 @@ def _block(record: Record, block: nn.Module, args: tuple[Any, ...], calls: int, 
         torch.autograd.backward(results, gradients)
     first = given[0]
     kind = f"{type(block).__name__} {first.shape[0]} to {results[0].shape[0]} rows of {first.shape[1]}"
+    if len(args) > QKV and args[QKV] is not None:
+        kind += ", q, k and v given"
     return Block(kind, calls, eager, None if fused else trace(call, [*given, *weights]))
 
 
