@@ -37,6 +37,7 @@ PARTS = (
     Part("nccl", 60, "one NCCL rank: collectives, DDP, ZeRO, and the loss over emulated ranks"),
     Part("jpeg", 40, "JPEG decoding with nvJPEG and DALI against libjpeg"),
     Part("cases", 150, "the kernels' test cases (pytest -m gpu tests/kernels)", "bench.evidence.parts.cases_pytest"),
+    Part("plain", 60, "the step with the blocks of PyTorch and timm", "bench.evidence.parts.step_plain"),
     Part("compiled", 100, "the step with engine.compile", "bench.evidence.parts.step_compiled"),
 )
 """The parts in the order in which they run. Their deadlines sum to more than ``--minutes``, because most parts need less than theirs;

@@ -24,9 +24,9 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum (N, d), norm (N, d) in ``dtype``, and mean and reciprocal deviation of every row (2, N), fp32."""
     N, d = x.shape
-    stream = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    out = torch.empty(x.shape, device=x.device, dtype=dtype)
-    stats = torch.empty(2, N, device=x.device, dtype=torch.float32)
+    stream = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
+    stats = x.new_empty((2, N), dtype=torch.float32)
     if N:
         options = tiles.norm_tiles(d)
         tensors = (x, branch, branch_bias, gain, bias, stream, out, stats)
@@ -43,9 +43,9 @@ def _norm_grads(
     """
     (N, d), ROWS = stream.shape, tiles.POINTWISE_ROWS
     copy = branch != stream.dtype
-    dx = torch.empty(stream.shape, device=stream.device, dtype=stream.dtype)
-    dbranch = torch.empty(stream.shape if copy else (0,), device=stream.device, dtype=branch)
-    sums = torch.empty(cdiv(N, ROWS), 3, d, device=stream.device, dtype=torch.float32)
+    dx = torch.empty_like(stream)
+    dbranch = stream.new_empty(stream.shape if copy else (0,), dtype=branch)
+    sums = stream.new_empty((cdiv(N, ROWS), 3, d), dtype=torch.float32)
     if N:
         tensors = (grad, grad if stream_grad is None else stream_grad, stream, stats, gain)
         constants = {"STREAM_GRAD": stream_grad is not None, "COPY": copy, "ROWS": ROWS}
@@ -58,7 +58,7 @@ def _norm_grads(
 def _gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Return GELU(x + bias) (N, d) in the dtype of ``x``."""
     N, d = x.shape
-    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    out = torch.empty_like(x)
     if N:
         options = tiles.GELU
         grid = cdiv(N, options["R"]) * cdiv(d, options["BD"])
@@ -69,8 +69,8 @@ def _gelu(x: Tensor, bias: Tensor) -> Tensor:
 def _gelu_grads(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of ``x`` in its dtype, and that of ``bias`` in fp32."""
     (N, d), ROWS, options = x.shape, tiles.POINTWISE_ROWS, tiles.GELU_GRADS
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    sums = torch.empty(cdiv(N, ROWS), d, device=x.device, dtype=torch.float32)
+    dx = torch.empty_like(x)
+    sums = x.new_empty((cdiv(N, ROWS), d), dtype=torch.float32)
     if N:
         grid = sums.shape[0] * cdiv(d, options["BD"])
         launch(kernels.bias_gelu_grads, (grid,), grad, x, bias, dx, sums, N, d, ROWS=ROWS, **options)

@@ -143,7 +143,7 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
         "BE": 64,
         "PARTS": 3,
         "EQUAL": False,
-        "BIAS": (mode, tile) not in attention.UNBIASED,
+        "BIAS": (mode, tile) in attention.BIASED,
         "UPCAST": False,
         "PRECISION": "ieee" if mode == "bf16" else mode,
     }

@@ -139,7 +139,7 @@ def _attention(qkv: Tensor, bias: Maybe, first_S: Maybe, tokens: list[int]) -> T
         if first_S is not None
         else {flops.image_tile(T, tiles) for T in tokens}
     )
-    if any((mode, tile) in kernels.UNBIASED for tile in used):
+    if any((mode, tile) not in kernels.BIASED for tile in used):
         qkv, bias = with_bias(qkv, bias), None
     out: Tensor = _Attention.apply(qkv, None if bias is None else bias.contiguous(), first_S, tokens)
     return out
