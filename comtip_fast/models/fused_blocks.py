@@ -69,17 +69,33 @@ def normed(stream: Stream | Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def after_attention(
-    x_Nd: Tensor, attended_Nd: Tensor, out: nn.Linear, norm: nn.Module, up: nn.Linear, down: nn.Linear
+    x_Nd: Tensor,
+    attended_Nd: Tensor,
+    layers: tuple[nn.Linear, nn.Module, nn.Linear, nn.Linear],
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Stream:
     """Return the stream after a block, from what its attention computed.
 
     Parameters
     ----------
     x_Nd, attended_Nd
-        Stream before the block, and the values that attention computed, before their projection ``out``.
-    out, norm, up, down
-        The block's layers after attention.
+        Stream before the block, and the values that attention computed, before their projection.
+    layers
+        The projection of attention, the norm before the MLP, and the MLP's two linear layers.
+    scales
+        Layer scales (d,) of attention and of the MLP (Touvron et al. 2021), None for none.
     """
-    x_Nd, rows_Nd = normed(Stream(x_Nd, F.linear(attended_Nd, out.weight), out.bias), norm)
+    out, norm, up, down = layers
+    x_Nd, rows_Nd = normed(Stream(x_Nd, *_branch(attended_Nd, out, scales[0])), norm)
     hidden = bias_gelu(F.linear(rows_Nd, up.weight), up.bias)
-    return Stream(x_Nd, F.linear(hidden, down.weight), down.bias)
+    return Stream(x_Nd, *_branch(hidden, down, scales[1]))
+
+
+def _branch(rows: Tensor, layer: nn.Linear, scale_d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the product of a branch's last layer without its bias, and the bias.
+
+    A layer scale multiplies the layer's weights, which are far fewer than its results.
+    """
+    if scale_d is None:
+        return F.linear(rows, layer.weight), layer.bias
+    return F.linear(rows, layer.weight * scale_d[:, None]), layer.bias * scale_d

@@ -21,13 +21,14 @@ from comtip_kernels import (
     first_tokens,
     gene_sentence_embedding,
     one_query_attention,
+    operand_dtype,
     packed_attention_qkv,
     plan_panel,
     plan_sentences,
     sentence_start,
 )
 from comtip_kernels.one_query_attention import LONGEST, MOST_HEADS
-from comtip_kernels.packed_attention import Attention
+from comtip_kernels.packed_attention import Attention, adds_bias
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -138,9 +139,9 @@ class SentenceBlock(nn.Module):
             x_Sd = first_Nd
         else:
             if qkv_SC is None:
-                qkv_SC = self.project(x_Sd) if normed_Sd is None else F.linear(normed_Sd, self.qkv.weight)
+                qkv_SC = self.project(x_Sd, longest, normed_Sd)
             qkv_S3HE = qkv_SC.view(S, 3, self.heads, d // self.heads)
-            bias_C = self.qkv.bias if self.fused else None
+            bias_C = self.qkv.bias if self._bias_is_added_later(qkv_SC, longest) else None
             attended = packed_attention_qkv(
                 qkv_S3HE, length_M, longest=longest, first_S=first_S, bias_C=bias_C, impl=self.attention
             ).reshape(S, d)
@@ -148,7 +149,7 @@ class SentenceBlock(nn.Module):
                 x_Sd, attended = x_Sd[first_N], attended[first_N]
         if self.fused:
             up, _, down = self.mlp
-            return after_attention(x_Sd, attended, self.out, self.norm_mlp, up, down)  # type: ignore[arg-type]
+            return after_attention(x_Sd, attended, (self.out, self.norm_mlp, up, down))  # type: ignore[arg-type]
         x_Sd = x_Sd + self.out(attended)
         return x_Sd + self.mlp(self.norm_mlp(x_Sd))
 
@@ -159,11 +160,20 @@ class SentenceBlock(nn.Module):
         """
         return self.attention in ("auto", "triton") and longest <= LONGEST and self.heads <= MOST_HEADS
 
-    def project(self, x_Rd: Tensor) -> Tensor:
-        """Return queries, keys and values (R, 3 d) of any rows; those of a fused block without their bias, which attention adds."""
-        normed_Rd = self.norm_attention(x_Rd)
-        qkv_RC: Tensor = F.linear(normed_Rd, self.qkv.weight) if self.fused else self.qkv(normed_Rd)
+    def project(self, x_Rd: Tensor, longest: int, normed_Rd: Tensor | None = None) -> Tensor:
+        """Return queries, keys and values (R, 3 d) of any rows of sentences of up to ``longest`` tokens.
+
+        ``normed_Rd`` is their norm, if it is known. A fused block leaves out the bias if attention adds it.
+        """
+        if normed_Rd is None:
+            normed_Rd = self.norm_attention(x_Rd)
+        later = self._bias_is_added_later(normed_Rd, longest)
+        qkv_RC: Tensor = F.linear(normed_Rd, self.qkv.weight) if later else self.qkv(normed_Rd)
         return qkv_RC
+
+    def _bias_is_added_later(self, rows: Tensor, longest: int) -> bool:
+        """Return whether attention adds the bias of q, k and v, which costs less than the sum of its gradient by PyTorch."""
+        return self.fused and adds_bias(rows.device, operand_dtype(rows), longest, impl=self.attention)
 
 
 class GeneEncoder(nn.Module):
@@ -335,7 +345,7 @@ class GeneEncoder(nn.Module):
         assert isinstance(block, SentenceBlock)
         if len(self.blocks) == 1 and block.one_query(rest[1]):
             return run_block(block, copy_sentence_rows(rows_Ud, plan), *rest, recompute=False)
-        qkv_SC = copy_sentence_rows(block.project(rows_Ud), plan)
+        qkv_SC = copy_sentence_rows(block.project(rows_Ud, rest[1]), plan)
         return run_block(block, copy_sentence_rows(rows_Ud, plan), *rest, qkv_SC, recompute=False)
 
     def _plan(

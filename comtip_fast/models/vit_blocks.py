@@ -16,7 +16,8 @@ from typing import Any
 
 import timm
 import torch
-from comtip_kernels import image_attention
+from comtip_kernels import image_attention, operand_dtype
+from comtip_kernels.packed_attention import adds_bias
 from timm.layers import Attention, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -125,16 +126,20 @@ class PartsBlock(Block):
         mlp: Any = self.mlp
         x_Nd, rows_Nd = normed(stream, self.norm1)
         (N, d), H = x_Nd.shape, attn.num_heads
-        qkv_N3HE = F.linear(rows_Nd, attn.qkv.weight).view(N, 3, H, d // H)
-        attended_Nd = image_attention(qkv_N3HE, tokens, attn.qkv.bias).view(N, d)
-        return after_attention(x_Nd, attended_Nd, attn.proj, self.norm2, mlp.fc1, mlp.fc2)
+        # A bias that attention does not add costs nothing in the linear layer.
+        dtype = operand_dtype(rows_Nd)
+        later = attn.qkv.bias if adds_bias(rows_Nd.device, dtype, max(tokens), images=True) else None
+        qkv_NC = F.linear(rows_Nd, attn.qkv.weight, attn.qkv.bias if later is None else None)
+        attended_Nd = image_attention(qkv_NC.view(N, 3, H, d // H), tokens, later).view(N, d)
+        scales = (getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None))
+        return after_attention(x_Nd, attended_Nd, (attn.proj, self.norm2, mlp.fc1, mlp.fc2), scales)
 
     @property
     def can_fuse(self) -> bool:
-        """Whether :meth:`_fused` computes what :meth:`forward` does: no layer scales, adapters or norms within attention."""
+        """Whether :meth:`_fused` computes what :meth:`forward` does: no adapters, gates, other MLPs or norms within attention."""
         attn: Any = self.attn
         mlp: Any = self.mlp
-        if self.scales or not self.plain_mlp or attn.norms_heads or attn.norms_output or getattr(attn, "gate", None):
+        if not self.plain_mlp or attn.norms_heads or attn.norms_output or getattr(attn, "gate", None):
             return False
         layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         norms = is_plain_norm(self.norm1) and is_plain_norm(self.norm2)

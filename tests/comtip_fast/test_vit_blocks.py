@@ -230,8 +230,8 @@ def test_a_block_has_the_options_of_timm():
 
 # -- fused blocks ------------------------------------------------------------------------------------------------
 
-FUSED = {"no prefix", "class token", "distillation", "registers, no class token", "norm before"}
-"""Encoders of ``KNOWN`` whose blocks can be fused: layer scales, SwiGLU and adapters do not allow it."""
+FUSED = {"no prefix", "class token", "distillation", "registers, no class token", "norm before", "layer scale"}
+"""Encoders of ``KNOWN`` whose blocks can be fused: SwiGLU and adapters do not allow it."""
 
 
 def fused_copy(encoder: VisionEncoder) -> VisionEncoder:
@@ -279,10 +279,11 @@ def bf16_results(encoder: VisionEncoder, features: Tensor, visible: Tensor, toge
     return {f"output {i}": x.detach() for i, x in enumerate(outputs)} | gradients
 
 
+@pytest.mark.parametrize("config", [replace(SMALL, depth=3), KNOWN["layer scale"]], ids=["plain", "layer scale"])
 @pytest.mark.parametrize("together", [False, True])
-def test_bf16_differs_from_plain_blocks_by_rounding(together: bool):
+def test_bf16_differs_from_plain_blocks_by_rounding(config: VisionConfig, together: bool):
     """Relative to fp64, errors of outputs and gradients are at most slightly larger than those of plain blocks."""
-    exact = built(replace(SMALL, depth=3))
+    exact = built(config)
     features, visible = inputs(exact)
     want = results(exact, features, visible)
     plain = copy.deepcopy(exact).float()

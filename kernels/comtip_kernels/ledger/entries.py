@@ -17,6 +17,7 @@ from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger.aot import LedgerEntry
 from comtip_kernels.one_query_attention import triton_kernels as one_query
+from comtip_kernels.packed_attention import BIASED_MODES
 from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
 
@@ -143,7 +144,7 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
         "BE": 64,
         "PARTS": 3,
         "EQUAL": False,
-        "BIAS": (mode, tile) in attention.BIASED,
+        "BIAS": mode in BIASED_MODES,
         "UPCAST": False,
         "PRECISION": "ieee" if mode == "bf16" else mode,
     }

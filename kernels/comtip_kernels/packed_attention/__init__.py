@@ -37,6 +37,8 @@ LONGEST = {"bf16": 48, "tf32": 48, "tf32x3": 24}
 (:func:`comtip_kernels.tl_common.product_mode`); on a GPU, longer sentences use flash-attn or torch."""
 IMAGE_TOKENS = {"bf16": 64, "tf32": 64, "tf32x3": 32}
 """Tokens of the largest image that the Triton kernels support, by the mode of their products."""
+BIASED_MODES = ("bf16", "tf32x3")
+"""Modes in which the Triton kernels add a bias: with tf32 they would spill registers."""
 _IMPLEMENTATIONS = {
     "reference": packed_attention_reference,
     "cpu": packed_attention_cpu,
@@ -160,7 +162,8 @@ def packed_attention_qkv(
     longest = _longest(length_N) if longest is None else longest
     run = _choose((qkv_S3HE,), longest, impl, _IMPLEMENTATIONS_QKV)
     if bias_C is not None and first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
-        return _biased_sentences(qkv_S3HE, bias_C, longest, first_S)
+        biased: Tensor = _biased_sentences(qkv_S3HE, bias_C, longest, first_S)
+        return biased
     qkv_S3HE = with_bias(qkv_S3HE, bias_C)
     if first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
         return run(qkv_S3HE, length_N, longest, first_S)
@@ -209,6 +212,33 @@ def image_attention(
 def image_attention_runs(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
     """Return whether :func:`image_attention` selects the Triton kernel for images of ``tokens`` tokens."""
     return runs_kernels(device) and dtype in TRITON_DTYPES and tokens <= _image_limit(dtype)
+
+
+def adds_bias(
+    device: torch.device, dtype: torch.dtype, longest: int, *, images: bool = False, impl: Attention = "auto"
+) -> bool:
+    """Return whether attention adds the bias of q, k and v in its kernel; otherwise it costs less in their linear layer.
+
+    Parameters
+    ----------
+    device, dtype
+        Device and dtype of q, k and v.
+    longest
+        Tokens of the longest sentence, or of the largest image.
+    images
+        Whether these are images (:func:`image_attention`), not sentences (:func:`packed_attention_qkv`).
+    impl
+        Implementation for sentences.
+    """
+    mode = product_mode(dtype)
+    limit = (IMAGE_TOKENS if images else LONGEST)[mode]
+    return (
+        mode in BIASED_MODES
+        and impl in ("auto", "triton")
+        and runs_kernels(device)
+        and dtype in TRITON_DTYPES
+        and longest <= limit
+    )
 
 
 def _image_limit(dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels import flops
+from comtip_kernels.packed_attention import BIASED_MODES
 from comtip_kernels.packed_attention import triton_kernels as kernels
 from comtip_kernels.packed_attention.reference import with_bias
 from comtip_kernels.packed_attention.triton_op import launch_options
@@ -132,14 +133,7 @@ class _Attention(torch.autograd.Function):
 
 def _attention(qkv: Tensor, bias: Maybe, first_S: Maybe, tokens: list[int]) -> Tensor:
     qkv = qkv.to(operand_dtype(qkv))
-    mode = product_mode(qkv.dtype)
-    tiles = kernels.tiles_of(mode)
-    used = (
-        {flops.attention_tile(tokens[0], tiles)}
-        if first_S is not None
-        else {flops.image_tile(T, tiles) for T in tokens}
-    )
-    if any((mode, tile) not in kernels.BIASED for tile in used):
+    if product_mode(qkv.dtype) not in BIASED_MODES:
         qkv, bias = with_bias(qkv, bias), None
     out: Tensor = _Attention.apply(qkv, None if bias is None else bias.contiguous(), first_S, tokens)
     return out

@@ -239,8 +239,6 @@ LAUNCH: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
 }
 """Launch options by mode and tokens of a tile, for the combinations that compile without spills on sm_80 and sm_90. Tiles of 128
 tokens spill in the backward pass, and so do tiles of 64 for fp32 without tf32."""
-BIASED = {("bf16", 32), ("bf16", 64), ("tf32x3", 32)}
-"""Combinations that add a bias without spills, with every supported release of Triton."""
 
 
 def config(mode: str, tile: int, *, backward: bool) -> dict[str, Any]:
