@@ -33,11 +33,13 @@ def run_recomputed(function: Callable[..., Any], *args: Any, recompute: bool) ->
 
 
 def _mark_sizes(args: tuple[Any, ...]) -> None:
-    """Declare all dimensions of each tensor except the last as dynamic, and the only dimension of a vector; not those of parameters.
+    """Declare all dimensions of each tensor except the last as dynamic, and the only dimension of a vector of integers.
+
+    A vector of other numbers is a bias, of the width of the rows.
 
     Otherwise PyTorch compiles a variant for the first size, and one for any size when it meets a second size, in each gradient
     mode. Sizes differ between all patches, visible patches and pieces of a batch.
     """
     for x in args:
-        if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+        if isinstance(x, Tensor) and (x.ndim > 1 or not x.is_floating_point()):
             torch_internals.mark_dynamic(x, list(range(max(1, x.ndim - 1))))

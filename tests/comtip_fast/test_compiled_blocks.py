@@ -65,6 +65,28 @@ def test_image_blocks_are_compiled_once_in_each_gradient_mode(encoder: VisionEnc
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("scale", [False, True], ids=["", "layer scale"])
+def test_fused_image_blocks_are_compiled_for_few_arguments(scale: bool, recompute: bool):
+    """Two in each gradient mode: for the first block, which adds no branch, and for the others; or for the tokens of each part."""
+    torch.compiler.reset()
+    counters.clear()
+    vit = ["vision.backbone=vit_tiny_patch16_224", "vision.vit.patch_px=8", "vision.vit.depth=2"]
+    settings = [*vit, "vision.vit.init_values=0.1"] if scale else SMALL
+    built = VisionEncoder(load_config(None, settings).vision, 32)
+    built.recompute = recompute
+    built.fuse()
+    assert built.fused
+    for block in built.blocks:
+        block.compile(backend="eager")
+    take_steps(built)
+    found = counters["stats"]["unique_graphs"]
+    take_steps(built)
+    assert counters["stats"]["unique_graphs"] == found
+    assert found == 4
+    assert not counters["graph_break"]
+
+
 def test_without_marks_every_size_is_a_variant(encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch):
     """What the marks are for: PyTorch compiles for one size first."""
     monkeypatch.setattr(recompute, "_mark_sizes", lambda _args: None)
