@@ -164,10 +164,15 @@ class VisionEncoder(nn.Module):
 
     def fuse(self) -> None:
         """Let every block compute the work between its products by few kernels, if all blocks allow it (:mod:`.fused_blocks`)."""
-        blocks = [block for block in self.blocks if isinstance(block, PartsBlock) and block.can_fuse]
-        if len(blocks) == len(self.blocks):
-            for block in blocks:
+        if self.can_fuse:
+            for block in self.blocks:
+                assert isinstance(block, PartsBlock)
                 block.fuse()
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether every block can be fused."""
+        return all(isinstance(block, PartsBlock) and block.can_fuse for block in self.blocks)
 
     @property
     def fused(self) -> bool:

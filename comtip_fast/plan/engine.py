@@ -32,6 +32,8 @@ class EngineSpec:
     bucket_bytes: float = 25 * MEGABYTE
     compiled: bool = False
     """Whether blocks are compiled (``engine.compile``), so that the host issues fewer operators than are counted."""
+    fused: bool = False
+    """Whether blocks are fused (``engine.fused_blocks``): on a GPU, if weights are whole."""
     ema: bool = False
     """Whether weights are averaged (``optim.ema``): every rank holds the average of the trained weights that it holds."""
 
@@ -83,6 +85,7 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
         micro_batches=e.micro_batches,
         activation_checkpointing=e.activation_checkpointing,
         compiled=e.compile,
+        fused=e.fused_blocks and gpu and not (kind == "deepspeed" and e.zero_stage == 3),
         offload_optimizer=e.offload_optimizer,
         offload_param=e.offload_param,
         bucket_bytes=e.bucket_mb * MEGABYTE,

@@ -6,6 +6,8 @@ micro-batches and engines; a test compares them with every step in ``bench/rehea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from comtip_fast.plan.engine import EngineSpec
 from comtip_fast.plan.sizes import Sizes
 
@@ -13,6 +15,15 @@ from comtip_fast.plan.sizes import Sizes
 VISION_BLOCK, VISION_FORWARD, VISION_AGAIN = 43, 19, 18
 VISION_BOTH = 48
 """Operators of a block, forward and backward, if all patches and the visible patches take one pass."""
+FUSED_BLOCK, FUSED_FORWARD, FUSED_TEXT_FORWARD = 18, 11, 7
+"""Operators of a fused block (``engine.fused_blocks``) of either encoder, forward and backward, and forward alone by encoder."""
+FUSED_AGAIN, FUSED_TEXT_AGAIN, FUSED_WHOLE = 22, 17, 4
+"""Further operators of a fused block under activation checkpointing: recomputation by encoder, and to add the branch before a block, in
+a pass without gradients."""
+FUSED_FIXED, FUSED_FIXED_PIECES, FUSED_PER_PIECE = 875, 735, 319
+"""As :data:`FIXED`, :data:`FIXED_PIECES` and :data:`PER_PIECE`, if the blocks of both encoders are fused."""
+CASTS = 6
+"""Operators per fused block and micro-batch by which autocast casts weights under ZeRO; other engines cast a block's in one call."""
 TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 34, 14, 17
 PREFIX, PREFIX_FORWARD, PREFIX_BOTH = 8, 4, 11
 """Operators of class and register tokens per call of the image encoder: forward and backward, forward alone, and if all
@@ -27,20 +38,52 @@ DDP, ZERO_PIECE, RING_HOP = 59, 268, 51
 """Further operators of DDP, of ZeRO per micro-batch, and of the ring loss per other rank."""
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Operators of the parts of a step."""
+
+    image: int
+    """Of a block of the image encoder for one set of patches, forward and backward."""
+    both: int
+    """The same, if all patches and the visible patches take one pass."""
+    image_forward: int
+    image_again: int
+    text: int
+    text_forward: int
+    text_again: int
+    fixed: int
+    fixed_pieces: int
+    per_piece: int
+    zero: int
+    """Further operators of ZeRO per micro-batch."""
+
+
+def _counts(s: Sizes, e: EngineSpec) -> Counts:
+    """Return the numbers of operators for plain blocks, or for fused ones."""
+    if e.fused and s.can_fuse:
+        added = FUSED_WHOLE * e.activation_checkpointing
+        zero = DDP + CASTS * (s.depth + s.text_depth)
+        image = (FUSED_BLOCK, FUSED_BLOCK, FUSED_FORWARD + added, FUSED_AGAIN)
+        text = (FUSED_BLOCK, FUSED_TEXT_FORWARD + added, FUSED_TEXT_AGAIN)
+        return Counts(*image, *text, FUSED_FIXED, FUSED_FIXED_PIECES, FUSED_PER_PIECE, zero)
+    image = (VISION_BLOCK, VISION_BOTH, VISION_FORWARD, VISION_AGAIN)
+    return Counts(*image, TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN, FIXED, FIXED_PIECES, PER_PIECE, ZERO_PIECE)
+
+
 def operators(s: Sizes, e: EngineSpec, ranks: int) -> int:
     """Return the number of operators in one rank's step with the losses of the default config."""
-    n, branches = e.micro_batches, 2 if s.has_mfm else 1
+    n, branches, c = e.micro_batches, 2 if s.has_mfm else 1, _counts(s, e)
     if s.has_mfm and s.one_pass and not e.activation_checkpointing:
-        image = VISION_BOTH * s.depth + PREFIX_BOTH * (s.prefix > 0) - EMBEDDED_ONCE
+        image = c.both * s.depth + PREFIX_BOTH * (s.prefix > 0) - EMBEDDED_ONCE
     else:
-        image = branches * (VISION_BLOCK * s.depth + PREFIX * (s.prefix > 0))
-    text = TEXT_BLOCK * s.text_depth
+        image = branches * (c.image * s.depth + PREFIX * (s.prefix > 0))
+    text = c.text * s.text_depth
     if n == 1:
-        out = FIXED + image + text
+        out = c.fixed + image + text
     else:
-        first_pass = VISION_FORWARD * s.depth + PREFIX_FORWARD * (s.prefix > 0)
-        out = FIXED_PIECES + n * (PER_PIECE + image + first_pass) + text + TEXT_FORWARD * s.text_depth
+        first_pass = c.image_forward * s.depth + PREFIX_FORWARD * (s.prefix > 0)
+        out = c.fixed_pieces + n * (c.per_piece + image + first_pass) + text + c.text_forward * s.text_depth
     if e.activation_checkpointing:
-        out += n * branches * VISION_AGAIN * s.depth + TEXT_AGAIN * s.text_depth
-    out += {"single": 0, "ddp": DDP, "deepspeed": n * ZERO_PIECE}[e.kind]
+        out += n * branches * c.image_again * s.depth + c.text_again * s.text_depth
+    out += {"single": 0, "ddp": DDP, "deepspeed": n * c.zero}[e.kind]
     return out + (RING_HOP * (ranks - 1) if e.loss_form == "ring" else 0)

@@ -9,6 +9,7 @@ from comtip_kernels import flops
 from comtip_kernels.ledger import sizes
 from comtip_kernels.one_query_attention import LONGEST, MOST_HEADS
 
+from comtip_fast.plan import fused
 from comtip_fast.plan.cost import (
     INDEX,
     STATISTIC,
@@ -79,6 +80,11 @@ def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
             pointwise(n, d, p.stream, reads=2, keep=0, name="positions"),
             Cost("patch indices", saved=2 * b * patches * INDEX if masked else 0),
         ]
+    if w.fused and s.can_fuse:
+        blocks = fused.ImageBlocks(depth=s.depth, d=d, hidden=s.mlp, heads=s.heads)
+        every = blocks.costs(b, patches + s.prefix, p, weights=not one_pass, checkpointing=w.checkpointing)
+        costs = [*start, *every, norm(n, d, p)]
+        return costs if s.vision_trained else forward_only(costs)
     # Rows of the visible patches are multiplied together with those of all patches.
     kind = BlockKind(compiled=w.compiled, parts=in_one_pass(s, w), weights=not one_pass)
     vit_block = block(n, patches + s.prefix, d, s.mlp, s.heads, p, kind)
@@ -209,28 +215,46 @@ def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:
     p, d, N = w.precision, s.width, w.table_rows
     n = N * s.tokens
     attend, by_length = text_attention(s, w), results_by_length(s, w)
-    kind = BlockKind(compiled=w.compiled, stacks=not packed(s, w))
+    kind = BlockKind(compiled=w.compiled and not w.fused, stacks=not packed(s, w))
+    bias = not adds_bias(s, w)
 
-    def block_of(kind: BlockKind) -> list[Cost]:
-        layer = block(n, s.attended, d, 4 * d, s.text_heads, p, kind)
-        return [by_length, *(attend if c.name == attend.name else c for c in layer)]
+    def block_of(*, branch: bool = False, projects: bool = True) -> list[Cost]:
+        if not w.fused:
+            layer = block(n, s.attended, d, 4 * d, s.text_heads, p, replace(kind, projects=projects))
+            return [by_length, *(attend if c.name == attend.name else c for c in layer)]
+        projection = [*fused.start(n, d, p, branch=branch), linear(n, d, 3 * d, p, bias=bias)]
+        stack = [Cost("stack gradients", back_moved=6 * n * d * p.operand)] if kind.stacks else []
+        return [*(projection if projects else []), attend, *stack, *fused.after_attention(n, d, 4 * d, p)]
 
-    every = [norm(n, d, p), cast(n, d, p), linear(n, d, 3 * d, p)]
-    once = first_qkv(s, w) if s.equal_tokens else every
-    first = [*once, *block_of(replace(kind, projects=False))] if s.equal_tokens else block_of(kind)
+    # With activation checkpointing, a branch is added before the next block.
+    branch = w.fused and not w.checkpointing
+    single = [
+        *fused.start(n, d, p, branch=branch and s.text_depth > 1, used_again=False),
+        linear(n, d, 3 * d, p, bias=bias),
+    ]
+    once = first_qkv(s, w, bias=bias) if s.equal_tokens else single
+    first = [*once, *block_of(projects=False)] if s.equal_tokens else block_of()
+    after = [linear(N, d, d, p), *residual(N, d, p), *mlp(N, d, 4 * d, p)]
     last = [
-        *(one_query(s, w) if has_one_query(s) else every_query(s, w, once if s.text_depth == 1 else every)),
-        linear(N, d, d, p),
-        *residual(N, d, p),
-        *mlp(N, d, 4 * d, p),
+        *(one_query(s, w) if has_one_query(s) else every_query(s, w, once if s.text_depth == 1 else single)),
+        *(fused.after_attention(N, d, 4 * d, p) if w.fused else after),
         Cost("first tokens", saved=N * INDEX),
     ]
-    blocks = [first, *([block_of(kind)] * (s.text_depth - 2)), last] if s.text_depth > 1 else [last]
+    blocks = [first, *([block_of(branch=branch)] * (s.text_depth - 2)), last] if s.text_depth > 1 else [last]
     if w.checkpointing:
         stream = d * p.stream
         stored = [distinct_tokens(s, w) if s.equal_tokens else n, *([n] * (s.text_depth - 1))]
         blocks = [checkpointed(b, tokens * stream, "block input") for b, tokens in zip(blocks, stored, strict=True)]
-    return [cost for b in blocks for cost in b]
+    added = fused.whole(N, d, p) if w.fused else []
+    if w.fused and w.checkpointing:
+        added += (s.text_depth - 1) * fused.whole(n, d, p)
+    return [*(cost for b in blocks for cost in b), *added]
+
+
+def adds_bias(s: Sizes, w: RankShare) -> bool:
+    """Return whether attention within sentences adds the bias of q, k and v, and sums its gradient."""
+    by_kernel = packed(s, w) and s.text_attention in ("auto", "triton")
+    return w.fused and by_kernel and fused.adds_bias(w.precision, s.longest, images=False)
 
 
 def results_by_length(s: Sizes, w: RankShare) -> Cost:
@@ -273,9 +297,9 @@ def one_query(s: Sizes, w: RankShare) -> list[Cost]:
     if w.gpu:
         attend = on_l2(attend, w, sizes.one_query_attention(ceil(N), ceil(n), H, d, s.longest, ""))
     per_head = linear(N * H, E, d, p, bias=False, weights=False)
+    branch = w.fused and not w.checkpointing and s.text_depth > 1
     return [
-        norm(n, d, p),
-        cast(n, d, p),
+        *fused.start(n, d, p, branch=branch, used_again=False),
         first_rows(n, N, d, p.stream, p),
         norm(N, d, p),
         linear(N, d, d, p),
@@ -290,11 +314,16 @@ def distinct_tokens(s: Sizes, w: RankShare) -> float:
     return min(w.table_rows * s.tokens, w.table_rows / s.Q * (s.tokens - 1) + s.Q * s.longest)
 
 
-def first_qkv(s: Sizes, w: RankShare) -> list[Cost]:
+def first_qkv(s: Sizes, w: RankShare, *, bias: bool = True) -> list[Cost]:
     """Return the costs of q, k and v of the distinct tokens in the first block, and of copying them to all tokens."""
     d, p, U = s.width, w.precision, distinct_tokens(s, w)
     copied = (w.table_rows * s.tokens + U) * 3 * d * p.operand
-    return [norm(U, d, p), cast(U, d, p), linear(U, d, 3 * d, p), Cost("copy q, k, v", moved=copied, back_moved=copied)]
+    return [
+        norm(U, d, p),
+        cast(U, d, p),
+        linear(U, d, 3 * d, p, bias=bias),
+        Cost("copy q, k, v", moved=copied, back_moved=copied),
+    ]
 
 
 def first_rows(n: float, N: float, d: int, size: int, p: Precision) -> Cost:
@@ -321,4 +350,6 @@ def text_attention(s: Sizes, w: RankShare) -> Cost:
     # The backward pass reads q, k, v and the gradient, and stores three gradients.
     moved = 7 * n * s.width * w.precision.operand
     cost = replace(cost, flops=issued.forward, back_flops=issued.backward, back_moved=moved)
-    return on_l2(cost, w, sizes.packed_attention(ceil(n), s.text_heads, E, s.longest, 0, ""))
+    cost = on_l2(cost, w, sizes.packed_attention(ceil(n), s.text_heads, E, s.longest, 0, ""))
+    window = flops.attention_tile(s.longest) - s.longest + 1
+    return fused.bias_sums(cost, ceil(n / window), s.width) if adds_bias(s, w) else cost

@@ -310,6 +310,7 @@ def rank_share(s: Sizes, e: EngineSpec, c: Cluster) -> RankShare:
         gpu=c.device.name != "cpu",
         checkpointing=e.activation_checkpointing,
         compiled=e.compiled,
+        fused=e.fused,
         ring=e.loss_form == "ring" and c.ranks > 1,
     )
 

@@ -59,6 +59,8 @@ class RankShare:
     """Whether activation checkpointing is used."""
     compiled: bool = False
     """Whether Inductor compiles the blocks."""
+    fused: bool = False
+    """Whether blocks are fused (``engine.fused_blocks``), if they are of a kind that can be."""
     ring: bool = False
     """Whether InfoNCE passes blocks of images around."""
 

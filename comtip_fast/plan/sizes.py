@@ -120,6 +120,8 @@ class Sizes:
     has_mfm: bool
     one_pass: bool
     """Whether the image encoder can encode all patches and the visible ones in one pass over its blocks."""
+    can_fuse: bool
+    """Whether the blocks of the image encoder can be fused (``engine.fused_blocks``)."""
     vision_trained: bool
     """Whether any parameter of the image encoder is trained in some step; otherwise it has no backward pass."""
     has_teacher: bool
@@ -281,6 +283,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         candidates=paat.candidates if paat.adversary == "hard" else 1,
         has_mfm=loss.mfm > 0,
         one_pass=E.takes_parts,
+        can_fuse=E.can_fuse,
         vision_trained=any(p.requires_grad and f"vision.{n}" not in frozen for n, p in E.named_parameters()),
         has_teacher=model.teacher is not None,
         has_pair=loss.pair > 0,
