@@ -32,8 +32,8 @@ class EngineSpec:
     bucket_bytes: float = 25 * MEGABYTE
     compiled: bool = False
     """Whether blocks are compiled (``engine.compile``), so that the host issues fewer operators than are counted."""
-    fused: bool = False
-    """Whether blocks are fused (``engine.fused_blocks``): on a GPU, if weights are whole."""
+    fused_blocks: bool = False
+    """Whether blocks may be fused (``engine.fused_blocks`` on a GPU)."""
     ema: bool = False
     """Whether weights are averaged (``optim.ema``): every rank holds the average of the trained weights that it holds."""
 
@@ -41,6 +41,11 @@ class EngineSpec:
     def precision(self) -> Precision:
         """Bytes of an element in the model's forward and backward pass."""
         return AUTOCAST if self.bf16 else FP32
+
+    @property
+    def fused(self) -> bool:
+        """Whether blocks are fused: not if parameters are sharded."""
+        return self.fused_blocks and self.zero_stage < 3
 
     def shares_table(self, sentences: int, ranks: int) -> bool:
         """Return whether the sentence table is sharded; it is not with one rank or with fewer sentences than ranks."""
@@ -85,7 +90,7 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
         micro_batches=e.micro_batches,
         activation_checkpointing=e.activation_checkpointing,
         compiled=e.compile,
-        fused=e.fused_blocks and gpu and not (kind == "deepspeed" and e.zero_stage == 3),
+        fused_blocks=e.fused_blocks and gpu,
         offload_optimizer=e.offload_optimizer,
         offload_param=e.offload_param,
         bucket_bytes=e.bucket_mb * MEGABYTE,

@@ -87,3 +87,34 @@ def operators(s: Sizes, e: EngineSpec, ranks: int) -> int:
         out += n * branches * c.image_again * s.depth + c.text_again * s.text_depth
     out += {"single": 0, "ddp": DDP, "deepspeed": n * c.zero}[e.kind]
     return out + (RING_HOP * (ranks - 1) if e.loss_form == "ring" else 0)
+
+
+LAUNCHES, LAUNCHES_PIECES, LAUNCHES_HOP = 34, 47, 4
+"""Launches of this package's kernels in a step with plain blocks: without and with micro-batches, and per other rank in the ring."""
+
+
+def launches(s: Sizes, e: EngineSpec, ranks: int) -> int:
+    """Return the number of launches of this package's kernels in one rank's step, in addition to :func:`operators`.
+
+    A pass over a fused block launches two norms with their sums, one GELU and, for images, one attention per set of patches. The first
+    norm of an encoder's first block is PyTorch's, with activation checkpointing that of every block.
+    """
+    n, both = e.micro_batches, s.has_mfm
+    out = LAUNCHES if n == 1 else LAUNCHES_PIECES
+    out += LAUNCHES_HOP * (ranks - 1) if e.loss_form == "ring" else 0
+    if not e.fused:
+        return out
+    again = e.activation_checkpointing
+    passes = 3 if again else 2
+    one, first = (
+        (3, 0) if again else (4, 1)
+    )  # a pass of images: norms, GELU, attention; norms that the first block lacks
+    text = (2 if again else 3) * s.text_depth - first
+    out += text * (passes + (n > 1))
+    if s.can_fuse:
+        if both:
+            image = 2 * one * s.depth if again else (one + 1) * s.depth - first
+        else:
+            image = one * s.depth - first
+        out += n * (passes * image + (n > 1) * (one * s.depth - first))
+    return out

@@ -11,7 +11,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.cost import Cost, forward_only
 from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
-from comtip_fast.plan.host import operators
+from comtip_fast.plan.host import launches, operators
 from comtip_fast.plan.loss_parts import level, pooling
 from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, step_rows
 from comtip_fast.plan.parts import image_head, sentence_table, step_parts, vision
@@ -69,6 +69,8 @@ class Plan:
     loader: LoaderRate
     operators: int
     """Operators that the host issues in a step without compilation."""
+    launches: int
+    """Launches of this package's kernels that the host issues in a step."""
     validation: ValidationTime | None
     """None if ``train.validate_every`` is 0."""
 
@@ -79,8 +81,8 @@ class Plan:
 
     @property
     def host_seconds(self) -> float:
-        """Seconds that the host needs to issue the operators of a step without compilation."""
-        return self.operators * self.cluster.efficiency.launch_s
+        """Seconds that the host needs to issue the operators and launches of a step without compilation."""
+        return (self.operators + self.launches) * self.cluster.efficiency.launch_s
 
     @property
     def spots_per_s(self) -> float:
@@ -178,9 +180,9 @@ def make_plan(
         _optimizer_time(s, e, cluster),
         *time_collectives(traffic, cluster, _overlap(parts, cluster, e)),
     ]
-    issued = operators(s, e, W)
+    issued, launched = operators(s, e, W), launches(s, e, W)
     if cluster.device.name != "cpu" and not e.compiled:
-        times += _deficit("host", issued * cluster.efficiency.launch_s, times)
+        times += _deficit("host", (issued + launched) * cluster.efficiency.launch_s, times)
     tiles = s.B / cluster.nodes / _total(times) if s.loads_tiles else 0.0
     rate = loader_tiles_per_s if loader_tiles_per_s is not None else assumed_loader_rate(cluster, inputs.tile_px)
     available = rate if s.loads_tiles else None
@@ -205,6 +207,7 @@ def make_plan(
             measured=loader_tiles_per_s is not None,
         ),
         operators=issued,
+        launches=launched,
         validation=_validation(config, drawn, e, cluster, rate, validation_spots),
     )
 

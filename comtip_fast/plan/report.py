@@ -154,7 +154,7 @@ def _host(plan: Plan) -> list[str]:
     """Return the line on the host's time; empty for a CPU, where this time is part of each operation."""
     if plan.cluster.device.name == "cpu":
         return []
-    issued = f"  host: {plan.operators:,} operators in {seconds(plan.host_seconds)}"
+    issued = f"  host: {plan.operators:,} operators and {plan.launches:,} launches in {seconds(plan.host_seconds)}"
     if plan.engine.compiled:
         return [f"{issued} without engine.compile, which issues fewer"]
     waits = {t.name for t in plan.times}
@@ -232,7 +232,7 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
             "bytes_per_s": plan.loader.bytes_per_s,
             "available_tiles_per_s": plan.loader.available_tiles_per_s,
         },
-        "host": {"operators": plan.operators, "seconds": plan.host_seconds},
+        "host": {"operators": plan.operators, "launches": plan.launches, "seconds": plan.host_seconds},
         "validation": None
         if plan.validation is None
         else {"spots": plan.validation.spots, "seconds": plan.validation.seconds, "every": plan.validation.every},

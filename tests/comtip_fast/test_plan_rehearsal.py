@@ -141,6 +141,12 @@ def test_the_host_issues_the_operators_counted(pair: tuple[dict[str, str], Plan]
     assert plan.operators == pytest.approx(float(row["operators"]), rel=0.02)
 
 
+def test_the_host_launches_the_kernels_counted(pair: tuple[dict[str, str], Plan]):
+    """To 2 %, or by the four launches that the demo has less."""
+    row, plan = pair
+    assert plan.launches == pytest.approx(float(row["launches"]), rel=0.02, abs=4)
+
+
 def test_the_fitted_costs_are_those_in_the_documents():
     text = " ".join((ROOT / "docs/scaling.md").read_text(encoding="utf-8").split())
     encoded, whole = parts.TABLE_REST
