@@ -145,12 +145,12 @@ def residual_norm_triton(
     x: Tensor, branch: Tensor, branch_bias: Tensor, gain: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the sum and its LayerNorm; see :func:`comtip_kernels.residual_norm`."""
-    operands = (x.contiguous(), branch.contiguous(), branch_bias, gain, bias)
+    operands = [t.contiguous() for t in (x, branch, branch_bias, gain, bias)]
     out: tuple[Tensor, Tensor] = _ResidualNorm.apply(*operands, eps, dtype)
     return out
 
 
 def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
     """Return GELU(x + bias); see :func:`comtip_kernels.bias_gelu`."""
-    out: Tensor = _BiasGelu.apply(x.contiguous(), bias)
+    out: Tensor = _BiasGelu.apply(x.contiguous(), bias.contiguous())
     return out
