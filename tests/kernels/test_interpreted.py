@@ -13,8 +13,10 @@ import pytest
 
 HERE = Path(__file__).parent
 SHARED = (
+    "test_block_pointwise.py",
     "test_fixed_shapes.py",
     "test_gene_sentence_embedding.py",
+    "test_image_attention.py",
     "test_infonce.py",
     "test_packed_attention.py",
     "test_one_query_attention.py",

@@ -17,10 +17,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 from comtip_kernels import SentenceSizes, dispatch, plan_panel, plan_sentences, tl_common
+from comtip_kernels.block_pointwise import triton_op as pointwise
 from comtip_kernels.gene_sentence_embedding import triton_op as embedding
 from comtip_kernels.infonce import blocks_triton_op as blocks
 from comtip_kernels.infonce import triton_op as infonce
 from comtip_kernels.one_query_attention import triton_op as one_query
+from comtip_kernels.packed_attention import biased_triton_op as biased
 from comtip_kernels.packed_attention import triton_op as attention
 from comtip_kernels.sentence_table import triton_op as table
 from triton.backends.compiler import GPUTarget
@@ -76,7 +78,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], set[str]]
         tile_class = tuple(sorted((k, str(v)) for k, v in options.items()))
         seen[kernel.__name__, dtypes, tile_class].add(f"{specialization} {rest}")
 
-    for module in (infonce, table, attention, one_query, embedding):
+    for module in (infonce, table, attention, biased, one_query, embedding, pointwise):
         monkeypatch.setattr(module, "launch", record)
     return seen
 
@@ -122,6 +124,23 @@ def step(b: int, m: int, genes: int, tokens: int, dtype: torch.dtype) -> None:
     one_query.attend(query, tokens_x, starts[:genes], starts, longest, 0.1)
     one_query.attend_grads(query, tokens_x, query, starts, starts, longest, 0.1)
     embed(genes, tokens, D, dtype)
+    between_products(b, tokens, D, dtype)
+
+
+def between_products(images: int, tokens: int, D: int, dtype: torch.dtype) -> None:
+    """Call the operators of a block between its products, for sentences and for images in two parts."""
+    bias, first = torch.zeros(3 * D), torch.zeros(tokens, dtype=torch.int32)
+    parts = [50, 26] if dtype == torch.bfloat16 else [30, 14]
+    for rows, where in ((tokens, (first, [17])), (images * sum(parts), (None, parts))):
+        qkv = torch.zeros(rows, 3, 2, D // 2, dtype=dtype)
+        biased.attend(qkv, bias, *where)
+        biased.attend_grads(qkv, bias, qkv[:, 0].contiguous(), *where)
+        x, branch = torch.zeros(rows, D), torch.zeros(rows, D, dtype=dtype)
+        stream, out, stats = pointwise._norm(x, branch, bias[:D], bias[:D], bias[:D], 1e-5, dtype)
+        pointwise._norm_grads(out, stream, stream, stats, bias[:D], dtype)
+        wide = torch.zeros(rows, 2 * D, dtype=dtype)
+        pointwise._gelu(wide, bias[: 2 * D])
+        pointwise._gelu_grads(wide, wide, bias[: 2 * D])
 
 
 def embed(genes: int, tokens: int, D: int, dtype: torch.dtype) -> None:

@@ -12,8 +12,10 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
+from comtip_kernels.block_pointwise import triton_op as pointwise
 from comtip_kernels.infonce.triton_op import infonce_grads, infonce_lse
 from comtip_kernels.one_query_attention import triton_op as one_query
+from comtip_kernels.packed_attention import biased_triton_op as biased
 from comtip_kernels.packed_attention.triton_op import attend, attend_grads
 from comtip_kernels.sentence_table import triton_op as table
 from torch.nn import functional as F
@@ -70,6 +72,31 @@ def test_attention_rounds_p_and_ds():
         check(got, with_rounding, without)
 
 
+def test_attention_rounds_q_k_and_v_after_their_bias_was_added():
+    """Their sums in fp32 are no operands of tensor cores; images and sentences are the same."""
+    qkv, grad, bias = randn(0, 60, 3, 2, 16), randn(1, 60, 2, 16), torch.randn(96) * 2
+    first = torch.arange(0, 60, 20, dtype=torch.int32).repeat_interleave(20)
+    for where in ((None, [20]), (first, [20])):
+        out = biased.attend(qkv, bias, *where)
+        dqkv, dbias = biased.attend_grads(qkv, bias, grad, *where)
+        g = grad.to(F64).unflatten(0, (3, 20)).transpose(1, 2)
+        sums = qkv.to(F64) + bias.to(F64).view(3, 2, 16)
+        both = []
+        for given in (rounded(sums), sums):
+            q, k, v = given.unflatten(0, (3, 20)).permute(2, 0, 3, 1, 4)
+            p = (q @ k.mT / 4).softmax(-1)
+            dp = g @ v.mT
+            ds = rounded(p * (dp - (p * dp).sum(-1, keepdim=True)) / 4)
+            of_parts = torch.stack([ds @ k, ds.mT @ q, rounded(p).mT @ g]).permute(1, 3, 0, 2, 4).flatten(0, 1)
+            both.append(((rounded(p) @ v).transpose(1, 2).flatten(0, 1), of_parts))
+        (want, dwant), (without, dwithout) = both
+        check(out, rounded(want), rounded(without))
+        check(dqkv, rounded(dwant), rounded(dwithout))
+        # The gradient of the bias is the sum before it is rounded.
+        close = float((dbias.to(F64) - dwant.sum(0).flatten()).norm())
+        assert close < 0.2 * float((dqkv.to(F64).sum(0).flatten() - dwant.sum(0).flatten()).norm())
+
+
 def test_attention_with_one_query_rounds_p_and_ds():
     query, grad = (randn(i, 40, 4, 16) for i in range(2))
     x = randn(2, 400, 16)
@@ -85,6 +112,41 @@ def test_attention_with_one_query_rounds_p_and_ds():
     check(dquery, rounded(rounded(ds) @ x), rounded(ds @ x))
     both = rounded(rounded(ds).mT @ query + rounded(p).mT @ grad), rounded(ds.mT @ query + p.mT @ grad)
     check(dx.view(40, 10, 16), *both)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16 stream", "fp32 stream"])
+def test_the_norm_is_that_of_the_stored_sum(dtype: torch.dtype):
+    """A bf16 stream is rounded before its statistics, so that the backward pass computes the same norm again."""
+    x, branch = randn(0, 40, 96).to(dtype), randn(1, 40, 96)
+    bias, gain = (torch.randn(96, generator=torch.Generator().manual_seed(i)) for i in (2, 3))
+    out, norm, _ = pointwise.norm_op(x, branch, bias, gain, bias, 1e-5, torch.float32)
+    total = x.to(F64) + branch.to(F64) + bias.to(F64)
+    if dtype == BF16:
+        assert torch.equal(out.to(F64), rounded(total))
+    stored, plain = (F.layer_norm(t, (96,), gain.to(F64), bias.to(F64), 1e-5) for t in (out.to(F64), total))
+    if dtype == BF16:
+        check(norm, stored, plain)
+    else:
+        torch.testing.assert_close(norm.to(F64), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_between_products_are_rounded_once():
+    """Sums of gradients are those of the fp32 values, not of the bf16 ones that are stored."""
+    x, branch, grad, stream_grad = (randn(i, 40, 96) for i in range(4))
+    zero, one = torch.zeros(96), torch.ones(96)
+    out, _, stats = pointwise.norm_op(x.float(), branch, zero, one, zero, 1e-5, BF16)
+    dx, dbranch, sums = pointwise.norm_grads_op(grad, stream_grad.float(), out, stats, one, BF16)
+    assert torch.equal(dbranch, dx.to(BF16))
+    leaf = out.to(F64).requires_grad_()
+    (want,) = torch.autograd.grad(F.layer_norm(leaf, (96,)), leaf, grad.to(F64))
+    want = want + stream_grad.to(F64)
+    torch.testing.assert_close(dx.to(F64), want, rtol=1e-4, atol=1e-4)
+    check(sums[2], want.sum(0), rounded(want).sum(0))
+    dx, dbias = pointwise.gelu_grads_op(grad, x, one)
+    leaf = (x.to(F64) + 1).requires_grad_()
+    (want,) = torch.autograd.grad(F.gelu(leaf), leaf, grad.to(F64))
+    check(dx, rounded(want), want)
+    check(dbias, want.sum(0), rounded(want).sum(0))
 
 
 @pytest.mark.parametrize("loss", [False, True])
