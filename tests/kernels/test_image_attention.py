@@ -89,14 +89,16 @@ def test_images_of_32_tokens_without_tf32(fast, size: tuple, nan_outputs: None):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_only_its_image_is_read(fast, dtype: torch.dtype, nan_outputs: None):
-    """q, k and v lie in memory full of NaN; NaN in one image changes no other image, and no other part."""
+    """q, k, v and their bias lie in memory full of NaN; NaN in one image changes no other image, and no other part."""
     tokens = (26, 9)
     qkv, bias = case(3, tokens, 1, 12, dtype)
     want = run(impl_of(fast), qkv, bias, tokens, fast.device)
     big = torch.full((qkv.shape[0] + 70, 4, 3, 20), float("nan"), dtype=dtype, device=fast.device)
     inside = big[: qkv.shape[0], :3, :1, :12]
     inside.copy_(qkv)
-    got = run(impl_of(fast), inside, bias, tokens, fast.device)
+    beyond = torch.full((bias.shape[0] + 20,), float("nan"), device=fast.device)
+    beyond[: bias.shape[0]] = bias
+    got = run(impl_of(fast), inside, beyond[: bias.shape[0]], tokens, fast.device)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for own in (slice(26, 52), slice(3 * 26 + 9, 3 * 26 + 18)):

@@ -20,6 +20,9 @@ OPS = (
     "table_pool",
     "level_cross_entropy",
     "pair_scores",
+    "residual_norm",
+    "bias_gelu",
+    "image_attention",
 )
 
 
