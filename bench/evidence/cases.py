@@ -27,7 +27,8 @@ from comtip_kernels.infonce.blocks import BlockIds, block_gradients, block_lse
 from torch import Tensor
 from torch.nn import functional as F
 
-Loss = Callable[..., Tensor]
+Loss = Callable[..., Tensor | tuple[Tensor, ...]]
+"""An implementation: a function of the inputs that returns one result, or several."""
 Product = tuple[int, int, int]
 """m, k, n of an (m, k) times a (k, n) matrix."""
 
@@ -59,6 +60,13 @@ class Case:
     """Matrix products of the definition, in the forward and in the backward pass."""
     fp32_inputs: bool = False
     """Whether training passes every input in fp32 under bf16 autocast; otherwise in bf16."""
+    fp32: tuple[int, ...] = ()
+    """Indices of inputs that are fp32 in every precision, such as the parameters of a norm."""
+
+    def cast(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the inputs without gradients, those that are neither scalars nor always fp32 in ``dtype``."""
+        kept = [i for i, t in enumerate(self.inputs) if t.ndim == 0 or i in self.fp32]
+        return [t.detach().to(t.dtype if i in kept else dtype) for i, t in enumerate(self.inputs)]
 
 
 def dense_infonce(x: Tensor, y: Tensor, scale: Tensor, *, weight_B: Tensor | None = None, **masks: Any) -> Tensor:

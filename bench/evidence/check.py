@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.evidence.cases import Case, Loss, dense_infonce
+from bench.evidence.timing import results
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Checked:
     """Outcome of one comparison."""
 
     output: int
-    """Index of the output with the largest error of a row: 0 is the value, i the gradient of input i."""
+    """Index of the output with the largest error of a row: 0 is the value, i the gradient of input i. If there are several values,
+    they come first."""
     error: float
     """The largest error of a row (:func:`worst_row`); infinity if a value is not finite."""
     changed: int | None
@@ -105,11 +107,12 @@ def nan_memory() -> Iterator[None]:
 
 
 def gradients(loss: Loss, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the value of ``loss`` and the gradients of all inputs; the gradient of the value is fixed."""
+    """Return the values of ``loss`` and the gradients of all inputs; the gradients of the values are fixed."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    out = loss(*leaves)
-    out.backward(torch.linspace(0.5, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype))
-    return [t.detach() for t in (out, *(leaf.grad for leaf in leaves))]  # type: ignore[misc, union-attr]
+    out = results(loss(*leaves))
+    probes = [torch.linspace(0.5, 1, t.numel(), device=t.device).view(t.shape).to(t.dtype) for t in out]
+    torch.autograd.backward(out, probes)
+    return [t.detach() for t in (*out, *(leaf.grad for leaf in leaves))]  # type: ignore[misc, union-attr]
 
 
 def truth(case: Case, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -144,7 +147,7 @@ def worst_row(got: Tensor, want: Tensor) -> float:
 def compare(case: Case, precision: Precision) -> Checked:
     """Compare every row of our outputs with the reference in fp64, and two runs with each other."""
     device = case.inputs[0].device.type
-    inputs = [t.detach().to(t.dtype if t.ndim == 0 else precision.inputs) for t in case.inputs]
+    inputs = case.cast(precision.inputs)
     with precision.active(device):
         with nan_memory():
             ours = gradients(case.ours, inputs)

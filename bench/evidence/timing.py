@@ -95,6 +95,11 @@ def _estimate_ms(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 2
 
 
+def results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the results of an operation, of which most have one."""
+    return (out,) if isinstance(out, Tensor) else out
+
+
 def time_passes(loss: Loss, inputs: list[Tensor], device: str, *, budget_ms: float = 300.0) -> Passes:
     """Time the forward pass, with recording of the graph, and the backward pass, each within ``budget_ms``."""
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -103,8 +108,8 @@ def time_passes(loss: Loss, inputs: list[Tensor], device: str, *, budget_ms: flo
 
 
 def _time_backward(loss: Loss, leaves: list[Tensor], device: str, budget_ms: float) -> Time:
-    out = loss(*leaves)
-    upstream = torch.ones_like(out)
+    out = results(loss(*leaves))
+    upstream = [torch.ones_like(t) for t in out]
 
     def backward() -> None:
         torch.autograd.grad(out, leaves, upstream, retain_graph=True, allow_unused=True)
@@ -118,8 +123,8 @@ def _peak_mib(loss: Loss, leaves: list[Tensor], device: str) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = loss(*leaves)
-    torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+    out = results(loss(*leaves))
+    torch.autograd.grad(out, leaves, [torch.ones_like(t) for t in out], allow_unused=True)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 

@@ -25,7 +25,8 @@ import torch._functorch.config as functorch_config
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "data_shards")]
 
-from bench.evidence.cases import (  # noqa: E402 (after sys.path)
+from bench.evidence.block_cases import images_case, pointwise_cases  # noqa: E402 (after sys.path)
+from bench.evidence.cases import (  # noqa: E402
     Case,
     Loss,
     attention_case,
@@ -71,6 +72,8 @@ def all_cases(device: str, small: bool) -> list[Case]:
         *(attention_case(device, N, *heads, longest, peers) for longest, N in lengths.items()),
         one_query_case(device, *((12, 2, 32, 16) if small else (65536, 8, 512, 18))),
         *table_cases(device, *((20, 9, 5, 32) if small else (4096, 2048, 32, 512))),
+        *pointwise_cases(device, *((9, 20) if small else (77_824, 768))),
+        images_case(device, *((2, 2, 16, (7, 4)) if small else (1024, 12, 64, (50, 26)))),
     ]
 
 
@@ -134,7 +137,7 @@ def rows_of(case: Case, name: str, passes: Passes, share: float) -> list[dict[st
 def time_case(case: Case, device: str, peaks: tuple[float, float], dry: bool) -> list[dict[str, str]]:
     """Time our implementation and the others, print the times, and return their rows; a dry run returns none."""
     providers: dict[str, Loss] = {"ours": case.ours, "torch eager": case.reference, **case.peers}
-    if not dry:
+    if not dry and "torch.compile" not in providers:
         providers["torch.compile"] = torch.compile(case.reference)
     for name, reason in case.missing.items():
         print(f"{case.op:<26}{name:<24}is not timed: {reason}")

@@ -262,6 +262,9 @@ def test_a_dry_run_checks_and_times_every_operation(dry_rows: list[dict[str, str
         "table_pool",
         "level_cross_entropy",
         "pair_scores",
+        "residual_norm",
+        "bias_gelu",
+        "image_attention",
     }
     checked = {r["name"] for r in dry_rows if r["metric"] == "largest error of a row" and r["part"] == "correct"}
     assert checked == ops
@@ -274,6 +277,7 @@ def test_a_dry_run_checks_and_times_every_operation(dry_rows: list[dict[str, str
     assert {
         "eager",
         "sdpa, padded",
+        "sdpa",
         "cuBLAS, the products alone",
         "liger, both directions",
         "flash",

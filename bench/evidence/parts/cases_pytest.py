@@ -24,6 +24,8 @@ FILES = (
     "test_one_query_attention.py",
     "test_gene_sentence_embedding.py",
     "test_fixed_shapes.py",
+    "test_block_pointwise.py",
+    "test_image_attention.py",
 )
 """Test files that ``tests/kernels/test_interpreted.py`` also runs."""
 WORKERS = 6

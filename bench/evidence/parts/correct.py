@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from comtip_kernels import infonce
 
-from bench.evidence import cases
+from bench.evidence import block_cases, cases
 from bench.evidence.cases import Case
 from bench.evidence.check import PRECISIONS, Precision, compare, is_refusal, loss_bias
 from bench.evidence.rows import CHANNEL, Row, Rows
@@ -64,6 +64,8 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
         yield partial(cases.attention_case, device, 5, 1, 16, 6)
         yield partial(cases.one_query_case, device, 5, 2, 16, 6)
         yield partial(cases.table_cases, device, 6, 4, 3, 16)
+        yield partial(block_cases.pointwise_cases, device, 6, 20)
+        yield partial(block_cases.images_case, device, 2, 2, 16, (7, 4))
         return
     for D in (512, 300):
         yield partial(cases.infonce_case, device, 1000, 1900, D)
@@ -75,6 +77,10 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
         yield partial(cases.attention_case, device, 3001, 8, 64, longest)
     for D, longest in ((512, 18), (300, 10), (1024, 64)):
         yield partial(cases.one_query_case, device, 3001, 8, D, longest)
+    for N, d in ((3001, 512), (1003, 300), (40_000, 768), (500, 1024)):
+        yield partial(block_cases.pointwise_cases, device, N, d)
+    for E, tokens in ((64, (50, 26)), (40, (32, 9)), (64, (64,))):
+        yield partial(block_cases.images_case, device, 301, 12, E, tokens)
     yield partial(cases.table_cases, device, 1024, 148, 10, 512)
     yield partial(cases.masked_cases, device)
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from bench.evidence import cases
+from bench.evidence import block_cases, cases
 from bench.evidence.cases import Case, Loss
 from bench.evidence.parts.ceilings import matrix_products
 from bench.evidence.rows import Row, Rows
 from bench.evidence.timing import time_passes, time_products
+
+EAGER = {"packed_attention": "sdpa, padded", "image_attention": "sdpa"}
+"""Names of PyTorch's attention; that of other operations in PyTorch is ``eager``."""
 
 
 def run(rows: Rows, dry: bool) -> None:
@@ -41,6 +44,8 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
         yield partial(cases.attention_case, device, 8, 2, 16, 16, ("flash", "varlen"))
         yield partial(cases.one_query_case, device, 8, 2, 16, 12)
         yield partial(cases.table_cases, device, 8, 5, 3, 16)
+        yield partial(block_cases.pointwise_cases, device, 6, 16)
+        yield partial(block_cases.images_case, device, 2, 2, 16, (7, 4))
         return
     yield partial(cases.infonce_case, device, 1024, 2048, 512)
     yield partial(cases.infonce_case, device, 1024, 1024, 512)
@@ -49,6 +54,9 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
     for longest in (18, 10, 48):
         yield partial(cases.attention_case, device, 2_432_000 // (3 + longest), 8, 64, longest, ("flash", "varlen"))
     yield partial(cases.one_query_case, device, 1024 * 32, 8, 512, 18)
+    yield partial(block_cases.pointwise_cases, device, 1024 * 76, 768)
+    yield partial(block_cases.pointwise_cases, device, 403_456, 512)
+    yield partial(block_cases.images_case, device, 1024, 12, 64, (50, 26))
     yield partial(cases.table_cases, device, 1024, 148, 32, 512)
     yield partial(cases.infonce_case, device, 8192, 16384, 512)
     yield partial(cases.infonce_case, device, 8192, 8192, 512)
@@ -59,10 +67,10 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
 def time_case(rows: Rows, case: Case, device: str, ceiling: float) -> None:
     """Send the times of our implementation, of eager PyTorch, of other implementations, and of the matrix products alone."""
     providers: dict[str, Loss] = {"ours": case.ours}
-    providers |= {"sdpa, padded" if case.op == "packed_attention" else "eager": case.reference, **case.peers}
+    providers |= {EAGER.get(case.op, "eager"): case.reference, **case.peers}
     dtype = torch.float32 if case.fp32_inputs else torch.bfloat16
     named = "fp32 under bf16 autocast" if case.fp32_inputs else "bf16"
-    inputs = [t.detach().to(t.dtype if t.ndim == 0 else dtype) for t in case.inputs]
+    inputs = case.cast(dtype)
     for name, loss in providers.items():
         where = {"size": case.size, "dtype": named, "provider": name}
         _guarded(rows, case, where, partial(_passes, rows, case, loss, inputs, device, ceiling, where))
