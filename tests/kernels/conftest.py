@@ -7,6 +7,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -61,8 +62,16 @@ def skip_without_gpu(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs that a kernel leaves unwritten are NaN."""
-    real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(float("nan")))
+
+    def filled(real: Any) -> Any:
+        def call(*args: Any, **options: Any) -> torch.Tensor:
+            out = real(*args, **options)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import flops, image_attention
-from comtip_kernels.packed_attention import IMAGE_TOKENS, triton_kernels
+from comtip_kernels.packed_attention import IMAGE_TOKENS, adds_bias, triton_kernels
 from comtip_kernels.packed_attention import biased_triton_op as op
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -79,18 +79,32 @@ def test_every_number_of_tokens_has_the_smallest_tile(mode: str):
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_tile_that_does_not_add_a_bias_gets_q_k_and_v_with_it(monkeypatch: pytest.MonkeyPatch):
-    """With a bias, tiles of 64 tokens spill in tf32; their launches have none, and PyTorch adds it."""
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_a_bias_that_the_kernel_would_spill_is_added_before(precision: str, monkeypatch: pytest.MonkeyPatch):
+    """With tf32, kernels that add a bias spill registers: their launches have none, and PyTorch adds it."""
     seen = []
     real = op.launch
-    monkeypatch.setattr(op, "launch", lambda *args, **options: (seen.append(options), real(*args, **options)))
+    monkeypatch.setattr(op, "launch", lambda *args, **options: (seen.append(options["BIAS"]), real(*args, **options)))
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
-        for tokens in ((50, 26), (26,)):
-            qkv, bias = torch.randn(sum(tokens), 3, 1, 8, requires_grad=True), torch.randn(24, requires_grad=True)
-            image_attention(qkv, tokens, bias, impl="triton").sum().backward()
+        for dtype in (F32, BF16):
+            qkv, bias = torch.randn(26, 3, 1, 8, requires_grad=True), torch.randn(24, requires_grad=True)
+            image_attention(qkv.to(dtype), (26,), bias, impl="triton").sum().backward()
             assert bias.grad is not None
+            assert adds_bias(qkv.device, dtype, 26, images=True) == seen[-1]
     finally:
         torch.set_float32_matmul_precision(before)
-    assert [(o["BT"], o["BIAS"]) for o in seen] == [(64, False), (32, False)] * 2 + [(32, True)] * 2
+    assert seen == [precision == "highest"] * 2 + [True] * 2
+
+
+def test_where_attention_adds_a_bias():
+    here = torch.device("cpu")
+    assert adds_bias(here, BF16, 64, images=True)
+    assert adds_bias(here, F32, 32, images=True)
+    assert not adds_bias(here, F32, 33, images=True)
+    assert not adds_bias(here, BF16, 65, images=True)
+    assert adds_bias(here, BF16, 48)
+    assert not adds_bias(here, BF16, 49)
+    assert not adds_bias(here, BF16, 48, impl="sdpa")
+    assert not adds_bias(here, torch.float16, 16)
