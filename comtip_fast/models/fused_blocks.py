@@ -7,8 +7,10 @@ plain blocks up to rounding: a bias is added in fp32, after the product was roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from comtip_kernels import bias_gelu, residual_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,7 +72,7 @@ def normed(stream: Stream | Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def after_attention(
     x_Nd: Tensor,
-    attended_Nd: Tensor,
+    attended: Sequence[Tensor],
     layers: tuple[nn.Linear, nn.Module, nn.Linear, nn.Linear],
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Stream:
@@ -78,24 +80,29 @@ def after_attention(
 
     Parameters
     ----------
-    x_Nd, attended_Nd
-        Stream before the block, and the values that attention computed, before their projection.
+    x_Nd
+        Stream before the block.
+    attended
+        Values that attention computed, before their projection: (N, d), or the rows of each part. Parts are projected separately, because
+        a concatenated input would be stored in addition to them.
     layers
         The projection of attention, the norm before the MLP, and the MLP's two linear layers.
     scales
         Layer scales (d,) of attention and of the MLP (Touvron et al. 2021), None for none.
     """
     out, norm, up, down = layers
-    x_Nd, rows_Nd = normed(Stream(x_Nd, *_branch(attended_Nd, out, scales[0])), norm)
+    x_Nd, rows_Nd = normed(Stream(x_Nd, *_branch(attended, out, scales[0])), norm)
     hidden = bias_gelu(F.linear(rows_Nd, up.weight), up.bias)
-    return Stream(x_Nd, *_branch(hidden, down, scales[1]))
+    return Stream(x_Nd, *_branch([hidden], down, scales[1]))
 
 
-def _branch(rows: Tensor, layer: nn.Linear, scale_d: Tensor | None) -> tuple[Tensor, Tensor]:
+def _branch(parts: Sequence[Tensor], layer: nn.Linear, scale_d: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the product of a branch's last layer without its bias, and the bias.
 
     A layer scale multiplies the layer's weights, which are far fewer than its results.
     """
-    if scale_d is None:
-        return F.linear(rows, layer.weight), layer.bias
-    return F.linear(rows, layer.weight * scale_d[:, None]), layer.bias * scale_d
+    weight, bias = layer.weight, layer.bias
+    if scale_d is not None:
+        weight, bias = weight * scale_d[:, None], bias * scale_d  # type: ignore[assignment]
+    rows = [F.linear(part, weight) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows), bias

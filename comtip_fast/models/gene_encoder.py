@@ -149,7 +149,7 @@ class SentenceBlock(nn.Module):
                 x_Sd, attended = x_Sd[first_N], attended[first_N]
         if self.fused:
             up, _, down = self.mlp
-            return after_attention(x_Sd, attended, (self.out, self.norm_mlp, up, down))  # type: ignore[arg-type]
+            return after_attention(x_Sd, [attended], (self.out, self.norm_mlp, up, down))  # type: ignore[arg-type]
         x_Sd = x_Sd + self.out(attended)
         return x_Sd + self.mlp(self.norm_mlp(x_Sd))
 

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from comtip_kernels import image_attention, operand_dtype
-from comtip_kernels.packed_attention import adds_bias
+from comtip_kernels.packed_attention import adds_bias, image_attention_runs
 from timm.layers import Attention, GluMlp, LayerNorm, LayerScale, Mlp, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -66,6 +66,12 @@ class PartsAttention(Attention):
 
     def _part(self, qkv_M: Tensor, tokens: int, gate_M: Tensor | None) -> Tensor:
         """Return the projected attention (M, d) of a part's rows."""
+        x_M = self.attended(qkv_M, tokens)
+        out: Tensor = self.proj(x_M if gate_M is None else x_M * gate_M)
+        return out
+
+    def attended(self, qkv_M: Tensor, tokens: int) -> Tensor:
+        """Return the attention (M, d) of a part's rows before its projection."""
         M, width = qkv_M.shape  # a rank may have no tile, so no size is left to be inferred
         q, k, v = qkv_M.view(M // tokens, tokens, 3, self.num_heads, width // (3 * self.num_heads)).unbind(2)
         if self.norms_heads:
@@ -74,8 +80,7 @@ class PartsAttention(Attention):
         x_M = x_BHTE.transpose(1, 2).reshape(M, width // 3)
         if self.norms_output:
             x_M = self.norm(x_M)
-        out: Tensor = self.proj(x_M if gate_M is None else x_M * gate_M)
-        return out
+        return x_M
 
 
 class PartsBlock(Block):
@@ -127,12 +132,16 @@ class PartsBlock(Block):
         x_Nd, rows_Nd = normed(stream, self.norm1)
         (N, d), H = x_Nd.shape, attn.num_heads
         # A bias that attention does not add costs nothing in the linear layer.
-        dtype = operand_dtype(rows_Nd)
-        later = attn.qkv.bias if adds_bias(rows_Nd.device, dtype, max(tokens), images=True) else None
+        dtype, longest = operand_dtype(rows_Nd), max(tokens)
+        later = attn.qkv.bias if adds_bias(rows_Nd.device, dtype, longest, images=True) else None
         qkv_NC = F.linear(rows_Nd, attn.qkv.weight, attn.qkv.bias if later is None else None)
-        attended_Nd = image_attention(qkv_NC.view(N, 3, H, d // H), tokens, later).view(N, d)
+        if image_attention_runs(rows_Nd.device, dtype, longest):
+            attended = [image_attention(qkv_NC.view(N, 3, H, d // H), tokens, later).view(N, d)]
+        else:
+            parts = qkv_NC.split([N // sum(tokens) * T for T in tokens])
+            attended = [attn.attended(part, T) for part, T in zip(parts, tokens, strict=True)]
         scales = (getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None))
-        return after_attention(x_Nd, attended_Nd, (attn.proj, self.norm2, mlp.fc1, mlp.fc2), scales)
+        return after_attention(x_Nd, attended, (attn.proj, self.norm2, mlp.fc1, mlp.fc2), scales)
 
     @property
     def can_fuse(self) -> bool:

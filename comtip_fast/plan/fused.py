@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from comtip_kernels import flops
+from comtip_kernels.packed_attention import IMAGE_TOKENS
 from comtip_kernels.tiles import POINTWISE_ROWS
 
 from comtip_fast.plan.cost import STATISTIC, Cost, Precision, attention, cast, checkpointed, linear, norm
@@ -65,10 +66,9 @@ def after_attention(n: float, d: int, hidden: int, p: Precision, *, weights: boo
     ]
 
 
-def adds_bias(p: Precision, longest: float, *, images: bool) -> bool:
-    """Return whether the packed kernel adds the bias of q, k and v (``comtip_kernels.packed_attention.adds_bias``)."""
-    limits = (64, 32) if images else (48, 24)
-    return longest <= limits[0 if p.is_bf16 else 1]
+def packs_images(p: Precision, longest: int) -> bool:
+    """Return whether the packed kernel computes attention within images of up to ``longest`` tokens, and adds the bias of q, k and v."""
+    return longest <= IMAGE_TOKENS["bf16" if p.is_bf16 else "tf32x3"]
 
 
 def bias_sums(cost: Cost, tiles: float, d: int) -> Cost:
@@ -85,11 +85,22 @@ def image_attention(images: float, tokens: int, d: int, heads: int, p: Precision
 
 
 def image_block(
-    images: float, tokens: int, d: int, hidden: int, heads: int, p: Precision, *, weights: bool, branch: bool
+    images: float,
+    tokens: int,
+    d: int,
+    hidden: int,
+    heads: int,
+    p: Precision,
+    *,
+    packed: bool,
+    weights: bool,
+    branch: bool,
 ) -> list[Cost]:
-    """Return the costs of a block of the image encoder for one part of the rows; ``branch`` as in :func:`start`."""
+    """Return the costs of a block of the image encoder for one part of the rows.
+
+    ``packed`` is :func:`packs_images` for the largest part, ``branch`` as in :func:`start`.
+    """
     n = images * tokens
-    packed = adds_bias(p, tokens, images=True)
     within = image_attention(images, tokens, d, heads, p) if packed else attention(n, tokens, d, heads, p)
     # PyTorch's attention stacks the gradients of q, k and v, and the results of several parts are concatenated.
     stack = [] if packed else [Cost("stack gradients", moved=2 * n * d * p.operand, back_moved=12 * n * d * p.operand)]
@@ -112,19 +123,26 @@ class ImageBlocks:
     heads: int
 
     def costs(
-        self, images: float, tokens: int, p: Precision, *, weights: bool = True, checkpointing: bool = False
+        self,
+        images: float,
+        tokens: int,
+        p: Precision,
+        *,
+        packed: bool = True,
+        weights: bool = True,
+        checkpointing: bool = False,
     ) -> list[Cost]:
         """Return the costs of all fused blocks for images of ``tokens`` tokens, and of adding the last branch.
 
         With activation checkpointing, the branch of every block is added after it, and only the sum is stored.
         """
         n, sizes = images * tokens, (self.d, self.hidden, self.heads, p)
-        first = image_block(images, tokens, *sizes, weights=weights, branch=False)
+        first = image_block(images, tokens, *sizes, packed=packed, weights=weights, branch=False)
         add = whole(n, self.d, p)
         if checkpointing:
             return self.depth * [*checkpointed(first, n * self.d * p.stream, "block input"), *add]
         return [
             *first,
-            *((self.depth - 1) * image_block(images, tokens, *sizes, weights=weights, branch=True)),
+            *((self.depth - 1) * image_block(images, tokens, *sizes, packed=packed, weights=weights, branch=True)),
             *add,
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from comtip_fast.plan.engine import EngineSpec
+from comtip_fast.plan.fused import packs_images
 from comtip_fast.plan.sizes import Sizes
 
 # Operators of a transformer block: forward and backward, forward alone, and recomputation under activation checkpointing.
@@ -22,6 +23,8 @@ FUSED_AGAIN, FUSED_TEXT_AGAIN, FUSED_WHOLE = 22, 17, 4
 a pass without gradients."""
 FUSED_FIXED, FUSED_FIXED_PIECES, FUSED_PER_PIECE = 875, 735, 319
 """As :data:`FIXED`, :data:`FIXED_PIECES` and :data:`PER_PIECE`, if the blocks of both encoders are fused."""
+UNPACKED_IMAGES, FUSED_SCALES = 14, 22
+"""Further operators of a fused block of the image encoder: if PyTorch computes attention within two sets of patches, and for layer scales."""
 CASTS = 6
 """Operators per fused block and micro-batch by which autocast casts weights under ZeRO; other engines cast a block's in one call."""
 TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN = 34, 14, 17
@@ -60,14 +63,24 @@ class Counts:
 
 def _counts(s: Sizes, e: EngineSpec) -> Counts:
     """Return the numbers of operators for plain blocks, or for fused ones."""
-    if e.fused and s.can_fuse:
-        added = FUSED_WHOLE * e.activation_checkpointing
-        zero = DDP + CASTS * (s.depth + s.text_depth)
-        image = (FUSED_BLOCK, FUSED_BLOCK, FUSED_FORWARD + added, FUSED_AGAIN)
-        text = (FUSED_BLOCK, FUSED_TEXT_FORWARD + added, FUSED_TEXT_AGAIN)
-        return Counts(*image, *text, FUSED_FIXED, FUSED_FIXED_PIECES, FUSED_PER_PIECE, zero)
     image = (VISION_BLOCK, VISION_BOTH, VISION_FORWARD, VISION_AGAIN)
-    return Counts(*image, TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN, FIXED, FIXED_PIECES, PER_PIECE, ZERO_PIECE)
+    if not e.fused:
+        return Counts(*image, TEXT_BLOCK, TEXT_FORWARD, TEXT_AGAIN, FIXED, FIXED_PIECES, PER_PIECE, ZERO_PIECE)
+    added = FUSED_WHOLE * e.activation_checkpointing
+    zero = DDP + CASTS * s.text_depth
+    if s.can_fuse:
+        zero += CASTS * s.depth
+        again = 0 if _packs_images(s, e) else UNPACKED_IMAGES
+        scaled = FUSED_SCALES * s.layer_scale
+        one, both = FUSED_BLOCK + again // 2 + scaled, FUSED_BLOCK + again + scaled
+        image = (one, both, FUSED_FORWARD + added + again // 4, FUSED_AGAIN + again // 4)
+    text = (FUSED_BLOCK, FUSED_TEXT_FORWARD + added, FUSED_TEXT_AGAIN)
+    return Counts(*image, *text, FUSED_FIXED, FUSED_FIXED_PIECES, FUSED_PER_PIECE, zero)
+
+
+def _packs_images(s: Sizes, e: EngineSpec) -> bool:
+    """Return whether the packed kernel computes attention within images."""
+    return packs_images(e.precision, s.P + s.prefix)
 
 
 def operators(s: Sizes, e: EngineSpec, ranks: int) -> int:
@@ -106,14 +119,14 @@ def launches(s: Sizes, e: EngineSpec, ranks: int) -> int:
         return out
     again = e.activation_checkpointing
     passes = 3 if again else 2
-    one, first = (
-        (3, 0) if again else (4, 1)
-    )  # a pass of images: norms, GELU, attention; norms that the first block lacks
+    attends = int(_packs_images(s, e))
+    # A pass of images: norms, GELU and attention; norms that the first block lacks.
+    one, first = (2 + attends, 0) if again else (3 + attends, 1)
     text = (2 if again else 3) * s.text_depth - first
     out += text * (passes + (n > 1))
     if s.can_fuse:
         if both:
-            image = 2 * one * s.depth if again else (one + 1) * s.depth - first
+            image = 2 * one * s.depth if again else (one + attends) * s.depth - first
         else:
             image = one * s.depth - first
         out += n * (passes * image + (n > 1) * (one * s.depth - first))

@@ -8,6 +8,7 @@ from math import ceil
 from comtip_kernels import flops
 from comtip_kernels.ledger import sizes
 from comtip_kernels.one_query_attention import LONGEST, MOST_HEADS
+from comtip_kernels.packed_attention import LONGEST as SENTENCE_TOKENS
 
 from comtip_fast.plan import fused
 from comtip_fast.plan.cost import (
@@ -82,7 +83,9 @@ def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
         ]
     if w.fused and s.can_fuse:
         blocks = fused.ImageBlocks(depth=s.depth, d=d, hidden=s.mlp, heads=s.heads)
-        every = blocks.costs(b, patches + s.prefix, p, weights=not one_pass, checkpointing=w.checkpointing)
+        packed_images = fused.packs_images(p, (s.P if in_one_pass(s, w) else patches) + s.prefix)
+        options = {"packed": packed_images, "weights": not one_pass, "checkpointing": w.checkpointing}
+        every = blocks.costs(b, patches + s.prefix, p, **options)
         costs = [*start, *every, norm(n, d, p)]
         return costs if s.vision_trained else forward_only(costs)
     # Rows of the visible patches are multiplied together with those of all patches.
@@ -253,8 +256,7 @@ def sentence_blocks(s: Sizes, w: RankShare) -> list[Cost]:
 
 def adds_bias(s: Sizes, w: RankShare) -> bool:
     """Return whether attention within sentences adds the bias of q, k and v, and sums its gradient."""
-    by_kernel = packed(s, w) and s.text_attention in ("auto", "triton")
-    return w.fused and by_kernel and fused.adds_bias(w.precision, s.longest, images=False)
+    return w.fused and packed(s, w) and s.text_attention in ("auto", "triton")
 
 
 def results_by_length(s: Sizes, w: RankShare) -> Cost:
@@ -335,8 +337,12 @@ def first_rows(n: float, N: float, d: int, size: int, p: Precision) -> Cost:
 
 
 def packed(s: Sizes, w: RankShare) -> bool:
-    """Return whether sentences are short enough for this package's kernel of attention on a GPU."""
-    return w.gpu and s.longest <= max(flops.ATTENTION_TILES)
+    """Return whether sentences are short enough for this package's kernel of attention on a GPU.
+
+    If ``text.attention`` names another one, its costs are assumed to be the same.
+    """
+    limit = SENTENCE_TOKENS["bf16" if w.precision.is_bf16 else "tf32x3"]
+    return w.gpu and s.longest <= limit
 
 
 def text_attention(s: Sizes, w: RankShare) -> Cost:

@@ -93,7 +93,8 @@ def test_the_shares_of_hgmma_in_the_text_are_those_of_the_table(plot: ModuleType
     (one,), (in_pieces,) = shares[True, False], shares[True, True]
     whole, pieces = shares[False, False], shares[False, True]
     assert (
-        f"HGMMA computes {one:.0f} % of the FLOPs of this package's kernels in a step of `1gpu.yaml` (attention in tiles of 32: {100 - one:.0f} %) and "
+        f"HGMMA computes {one:.0f} % of the FLOPs of this package's kernels in a step of `1gpu.yaml` "
+        f"(attention in tiles of 32: {100 - one:.0f} %) and "
         f"{min(whole):.0f} to {max(whole):.0f} % in one of the other GPU configs ({in_pieces:.0f} % and {min(pieces):.0f} to "
         f"{max(pieces):.0f} % with four micro-batches and activation checkpointing)"
     ) in " ".join(README.split())
