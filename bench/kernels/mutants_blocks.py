@@ -29,7 +29,6 @@ MUTANTS = [
         "_first",
         ("tail", "mask=token < n_tokens", "mask=token < n_tokens - 1"),
         ("tail of images", "tl.where(token < n_tokens, ", "tl.where(token < n_tokens - 1, "),
-        ("mask of images", "tl.where(token < n_tokens, token - token % window, -1)", "token - token % window"),
         ("other image", "token - token % window", "token * 0"),
     ),
     *of(

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from comtip_kernels import tiles as table
-from comtip_kernels.flops import attention_tile, infonce_chunk, level_chunk, panel_parts
+from comtip_kernels.flops import attention_tile, image_tile, infonce_chunk, level_chunk, panel_parts
 from comtip_kernels.ledger import traffic
 from comtip_kernels.ledger.traffic import Traffic, fewest_loads, library_product
 from comtip_kernels.rates import Rates, read_rates
@@ -185,6 +185,45 @@ def one_query_attention(N: int, S: int, H: int, D: int, longest: int, name: str)
         yield Sized("one_query_attention", part, name, moved, rows * D * BF16, products * u, moved.distinct, N, again)
 
 
+def image_attention(B: int, tokens: tuple[int, ...], H: int, E: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of attention with a bias within B images in parts of ``tokens`` tokens."""
+    pairs, rows = B * sum(T * T for T in tokens), B * sum(tokens)
+    for backward, tensors, products in ((False, 4, 2), (True, 7, 5)):
+        moved = Traffic(0, 0, 0)
+        for T in tokens:
+            moved += traffic.image_attention(B, T, H, E, BF16, image_tile(T), backward=backward)
+        if backward:
+            moved += _sum_of_parts(B * len(tokens), 3 * H * E)
+        part, u = ("backward" if backward else "forward"), 2 * pairs * H * E
+        floors = (tensors * rows * H * E * BF16, products * u)
+        yield Sized("image_attention", part, name, moved, *floors, moved.distinct, B * H, u if backward else 0)
+
+
+def residual_norm(N: int, d: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of residual sum and LayerNorm: an fp32 stream, a bf16 branch."""
+    forward = traffic.residual_norm(N, d, 4, BF16, table.norm_tiles(d))
+    programs, parts = ceil(N / table.norm_tiles(d)["R"]), ceil(N / table.POINTWISE_ROWS)
+    yield Sized("residual_norm", "forward", name, forward, 2 * N * d * (4 + BF16), 0, forward.distinct, programs)
+    backward = traffic.residual_norm_grads(N, d, 4, BF16, table.POINTWISE_ROWS) + _sum_of_parts(parts, 3 * d)
+    floor = N * d * (2 * 4 + BF16 + 4 + BF16)
+    yield Sized("residual_norm", "backward", name, backward, floor, 0, backward.distinct, parts)
+
+
+def bias_gelu(N: int, d: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of bias and GELU in bf16."""
+    forward = traffic.bias_gelu(N, d, BF16, table.GELU)
+    programs, parts = (ceil(N / rows) * ceil(d / table.GELU["BD"]) for rows in (table.GELU["R"], table.POINTWISE_ROWS))
+    yield Sized("bias_gelu", "forward", name, forward, 2 * N * d * BF16, 0, forward.distinct, programs)
+    sums = _sum_of_parts(ceil(N / table.POINTWISE_ROWS), d)
+    backward = traffic.bias_gelu_grads(N, d, BF16, table.POINTWISE_ROWS) + sums
+    yield Sized("bias_gelu", "backward", name, backward, 3 * N * d * BF16, 0, backward.distinct, parts)
+
+
+def _sum_of_parts(parts: int, numbers: int) -> Traffic:
+    """Return the traffic of torch's sum over programs of ``numbers`` fp32 numbers each."""
+    return Traffic(4 * parts * numbers, 4 * parts * numbers, 4 * numbers)
+
+
 def sentence_table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of pooling, pair scores and L_level."""
 
@@ -203,7 +242,7 @@ def sentence_table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]
     sampled = traffic.sampled_dot(B, G, Q, D, BF16, pick)
     summed = traffic.weighted_sum(B, G, Q, D, BF16, pool, parts)
     if parts > 1:  # torch adds the sums of the parts
-        summed += Traffic(4 * parts * vectors, 4 * parts * vectors, 4 * vectors)
+        summed += _sum_of_parts(parts, vectors)
     transposed = traffic.weighted_sum_transpose(B, G, Q, D, BF16, transpose)
     loss = traffic.sampled_dot(B, G, Q, D, BF16, level, loss=True)
     dloss = traffic.level_backward(B, G, Q, D, BF16, gradient, level_chunk(B, Q, BF16))
@@ -273,6 +312,12 @@ def sizes() -> list[Sized]:
         n * sum(lengths), 8, 64, 16, n * sum(x * x for x in lengths), "256k sentences of 3 to 16, 8 heads x 64"
     )
     out += one_query_attention(65_536, 851_552, 8, 512, 18, "2,048 genes x 32 levels, 8 heads, D = 512")
+    # Blocks in a step of configs/1gpu.yaml: all 49 patches of 1,024 tiles and the 25 visible ones, each with a class token, in
+    # ViT-B/32; and the tokens of its panel.
+    out += image_attention(1024, (50, 26), 12, 64, "1,024 images of 50 and 26 tokens, 12 heads x 64")
+    for N, d in ((77_824, 768), (403_456, 512)):
+        out += residual_norm(N, d, f"{N:,} rows, d = {d}")
+        out += bias_gelu(N, 4 * d, f"{N:,} rows, d = {4 * d:,}")
     out += sentence_table(4096, 2048, 32, 512, "B = 4k, G = 2k, Q = 32, D = 512")
     out += sentence_table(1024, 2048, 32, 512, "B = 1k, G = 2k, Q = 32, D = 512")
     return out

@@ -186,6 +186,46 @@ def _first_loads(S: int, W: int, tile: int, tiles: int) -> int:
     return full * tile + sum(S - i * W for i in range(full, tiles))
 
 
+def image_attention(
+    images: int, T: int, H: int, E: int, size: int, tile: int, *, backward: bool, bias: bool = True
+) -> Traffic:
+    """Return the traffic of attention within images of T tokens, one per tile, with or without a bias of q, k and v in fp32."""
+    width = max(16, 1 << (E - 1).bit_length())
+    reads, writes, products = (4, 3, 5) if backward else (3, 1, 2)
+    again = 3 if backward and (bias or size == 4) else 0  # q, k and the gradient, from a cache
+    biases = (5 if backward else 3) * bias  # those of q and k again
+    return Traffic(
+        loaded=(reads + again) * images * T * H * E * size + 4 * biases * images * H * E,
+        distinct=reads * images * T * H * E * size + 4 * 3 * bias * H * E,
+        stored=writes * images * T * H * E * size + 4 * 3 * (bias and backward) * images * H * E,
+        flops=products * images * H * 2 * tile * tile * width,
+    )
+
+
+def residual_norm(N: int, d: int, stream: int, branch: int, t: Tiles) -> Traffic:
+    """Return the traffic of residual sum and LayerNorm of N rows; ``stream`` and ``branch`` are bytes of an element."""
+    moved, vectors = N * d * (stream + branch), 3 * 4 * d  # both biases and the gain
+    return Traffic(moved + ceil(N / t["R"]) * vectors, moved + vectors, moved + 8 * N)
+
+
+def residual_norm_grads(N: int, d: int, stream: int, branch: int, rows: int) -> Traffic:
+    """Return the traffic of its gradients, with that of the stream, ``rows`` per program; sums of parts are not included."""
+    programs, copy = ceil(N / rows), branch if branch != stream else 0
+    loaded = N * (d * (2 * stream + branch) + 8)
+    return Traffic(loaded + 4 * programs * d, loaded + 4 * d, N * d * (stream + copy) + 4 * 3 * programs * d)
+
+
+def bias_gelu(N: int, d: int, size: int, t: Tiles) -> Traffic:
+    """Return the traffic of bias and GELU of N rows."""
+    return Traffic(N * d * size + 4 * ceil(N / t["R"]) * d, N * d * size + 4 * d, N * d * size)
+
+
+def bias_gelu_grads(N: int, d: int, size: int, rows: int) -> Traffic:
+    """Return the traffic of its gradients, ``rows`` per program; sums of parts are not included."""
+    programs, loaded = ceil(N / rows), 2 * N * d * size
+    return Traffic(loaded + 4 * programs * d, loaded + 4 * d, N * d * size + 4 * programs * d)
+
+
 def one_query_attention(N: int, S: int, H: int, D: int, size: int, t: Tiles, *, backward: bool) -> Traffic:
     """Return the traffic of attention with one query per sentence and head, for N sentences of S tokens in all.
 

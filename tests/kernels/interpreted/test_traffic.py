@@ -8,7 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
-from comtip_kernels import flops, plan_sentences
+from comtip_kernels import flops, plan_sentences, tiles
+from comtip_kernels.block_pointwise import triton_op as pointwise
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding_kernels
 from comtip_kernels.gene_sentence_embedding import triton_op as embedding
 from comtip_kernels.infonce import blocks_triton_op as blocks
@@ -17,6 +18,7 @@ from comtip_kernels.infonce import triton_op as infonce
 from comtip_kernels.ledger import traffic
 from comtip_kernels.ledger.count import Counted, counting
 from comtip_kernels.one_query_attention import triton_op as one_query
+from comtip_kernels.packed_attention import biased_triton_op as biased
 from comtip_kernels.packed_attention import triton_kernels as attention_kernels
 from comtip_kernels.packed_attention import triton_op as attention
 from comtip_kernels.sentence_table import triton_kernels as table_kernels
@@ -126,6 +128,41 @@ def test_attention(lengths: list[int], H: int, E: int):
     with counting() as counted:
         attention.attend_grads(q, k, v, g, first, longest)
     same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=True))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(
+    ("T", "E", "dtype"), [(5, 16, torch.float32), (32, 20, torch.float32), (50, 20, torch.bfloat16)], ids=str
+)
+def test_image_attention(T: int, E: int, dtype: torch.dtype, bias: bool):
+    images, H = 3, 2
+    qkv = torch.randn(images * T, 3, H, E).to(dtype)
+    given = (qkv, torch.randn(3 * H * E) if bias else None)
+    tile, size = flops.image_tile(T), dtype.itemsize
+    with counting() as counted:
+        out = biased.attend(*given, None, [T])
+    same(counted, traffic.image_attention(images, T, H, E, size, tile, backward=False, bias=bias))
+    with counting() as counted:
+        biased.attend_grads(*given, out, None, [T])
+    same(counted, traffic.image_attention(images, T, H, E, size, tile, backward=True, bias=bias))
+
+
+@pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("N", "d"), [(1, 16), (129, 33), (5, 1100)])
+def test_work_between_products(N: int, d: int, branch: torch.dtype):
+    x, y, vectors, size = torch.randn(N, d), torch.randn(N, d).to(branch), torch.randn(3, d).unbind(0), branch.itemsize
+    with counting() as counted:
+        stream, out, stats = pointwise._norm(x, y, *vectors, 1e-5, branch)
+    same(counted, traffic.residual_norm(N, d, 4, size, tiles.norm_tiles(d)))
+    with counting() as counted:
+        pointwise._norm_grads(out, stream * 2, stream, stats, vectors[1], branch)
+    same(counted, traffic.residual_norm_grads(N, d, 4, size, tiles.POINTWISE_ROWS))
+    with counting() as counted:
+        pointwise._gelu(y, vectors[0])
+    same(counted, traffic.bias_gelu(N, d, size, tiles.GELU))
+    with counting() as counted:
+        pointwise._gelu_grads(y * 2, y, vectors[0])
+    same(counted, traffic.bias_gelu_grads(N, d, size, tiles.POINTWISE_ROWS))
 
 
 @pytest.mark.parametrize(("lengths", "H", "D"), [([3], 1, 16), ([5, 7, 3, 2, 6, 9, 4], 2, 20), ([20, 1, 33], 5, 72)])
