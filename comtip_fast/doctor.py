@@ -171,7 +171,7 @@ def _flash_attn() -> DoctorCheck:
 def _attention() -> DoctorCheck:
     """Report which values of ``text.attention`` work here, what ``auto`` runs, and what the image encoder runs."""
     import torch
-    from comtip_kernels.packed_attention import attention_name
+    from comtip_kernels.packed_attention import attention_name, image_attention_runs
 
     from comtip_fast.runtime.torch_internals import attention_backend
 
@@ -188,8 +188,11 @@ def _attention() -> DoctorCheck:
         return DoctorCheck("Attention", "broken", problem, fix.removesuffix(", or use impl='reference'"))
     text = f"text.attention=auto runs {auto}; {', '.join(works)} can be chosen"
     # ViT-B/32, the encoder of the GPU configs, with tiles of 224 px.
-    image = attention_backend(12, 49, 64, device, dtype)
-    return DoctorCheck("Attention", "ok", f"{text}; the image encoder runs sdpa ({image})")
+    backend = attention_backend(12, 49, 64, device, dtype)
+    image = f"sdpa ({backend})"
+    if image_attention_runs(device, dtype, 49):
+        image = f"triton in fused blocks (images of up to 64 tokens), otherwise {image}"
+    return DoctorCheck("Attention", "ok", f"{text}; the image encoder runs {image}")
 
 
 def _deepspeed() -> DoctorCheck:

@@ -42,7 +42,7 @@ MUTANTS = [
         ATTENTION,
         "_store_sum",
         ("tail", "mask=dim < head_dim", "mask=dim < head_dim - 1"),
-        ("sums of another tile", "(tile * 3 + part)", "part"),
+        ("sums of another tile", "tile.to(tl.int64) * 3 + part", "part"),
     ),
     *of(
         ATTENTION,

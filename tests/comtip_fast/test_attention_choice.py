@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from comtip_fast.config.io import load_config
 from comtip_fast.doctor import _attention
-from comtip_fast.models import gene_encoder, vit_blocks
+from comtip_fast.models import comtip, gene_encoder, vit_blocks
 from comtip_fast.runtime import devices
 from comtip_fast.training import task
 from comtip_fast.training.task import build_task
@@ -250,6 +251,22 @@ def test_doctor_and_log_name_the_implementation(tiny_overrides: list[str], caplo
         build_task(load_config(None, [*tiny_overrides, "text.attention=sdpa"]), CPU)
     assert "attention of the sentence encoder: sdpa" in caplog.messages
     assert "attention of the image encoder: sdpa (flash)" in caplog.messages
+    assert not any("fused" in message for message in caplog.messages)
+
+
+def test_doctor_and_log_name_fused_blocks(
+    tiny_overrides: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    kernels = importlib.import_module("comtip_kernels.packed_attention")  # the package has a function of this name
+    for module in (kernels, comtip):
+        monkeypatch.setattr(module, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(kernels, "IMAGE_TOKENS", kernels.IMAGE_TOKENS | {"tf32x3": 64})
+    text = "triton in fused blocks (images of up to 64 tokens), otherwise sdpa (flash)"
+    assert _attention().detail.endswith(f"; the image encoder runs {text}")
+    with caplog.at_level("INFO", "comtip_fast"):
+        build_task(load_config(None, tiny_overrides), CPU)
+    assert "blocks of the sentence encoder and the image encoder: fused" in caplog.messages
+    assert "attention of the image encoder: triton" in caplog.messages
 
 
 def test_the_backend_of_the_image_encoder_is_the_one_that_runs(tiny_overrides: list[str]):

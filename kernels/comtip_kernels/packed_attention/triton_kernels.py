@@ -73,7 +73,8 @@ def _biased(  # type: ignore[no-untyped-def]
 def _store_sum(ptr, x, tile, part, head, n_heads, head_dim, BE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store the sum over the tokens of a tile into (tiles, 3, n_heads, head_dim)."""
     dim = tl.arange(0, BE)
-    tl.store(ptr + ((tile * 3 + part) * n_heads + head) * head_dim + dim, tl.sum(x, axis=0), mask=dim < head_dim)
+    row = (tile.to(tl.int64) * 3 + part) * n_heads + head
+    tl.store(ptr + row * head_dim + dim, tl.sum(x, axis=0), mask=dim < head_dim)
 
 
 @triton.jit
