@@ -237,7 +237,6 @@ class Bundle:
             folder / export_checks.VECTORS, meta.get("gene_vectors"), lineage.own, sizes.vector_dim
         )
         model = model.to(device).eval()
-        model.fuse_blocks(config.engine, torch.device(device))
         levels = LevelTable(**arrays)
         return cls(config, sizes, model, levels, genes, *rest, readout, lineage, vectors, initial_weights)
 

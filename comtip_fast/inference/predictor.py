@@ -101,6 +101,7 @@ class Predictor:
         self.given_vectors = vectors
         """The gene vectors that were given, if any; those of the export are ``bundle.vectors``."""
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
+        self.model.fuse_blocks(self.config.engine, self.device, trains=False)
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
             version = bundle.lineage.own.comtip_fast

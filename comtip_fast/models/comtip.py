@@ -237,7 +237,7 @@ class CoMTIP(nn.Module):
         for block in self.transformer_blocks():
             block.compile()
 
-    def fuse_blocks(self, engine: EngineConfig, device: torch.device) -> None:
+    def fuse_blocks(self, engine: EngineConfig, device: torch.device, *, trains: bool = True) -> None:
         """Fuse the blocks of both encoders in place (:mod:`comtip_fast.models.fused_blocks`), where the kernels for it run.
 
         An image encoder with other blocks does not change. ZeRO 3 makes the weights of a linear layer or norm available when that
@@ -249,8 +249,10 @@ class CoMTIP(nn.Module):
             Engine of the run; ``fused_blocks`` turns this on.
         device
             Device of the model.
+        trains
+            Whether the engine trains this model; inference with the weights of any engine is not sharded.
         """
-        shards_weights = engine.kind == "deepspeed" and engine.zero_stage == 3
+        shards_weights = trains and engine.kind == "deepspeed" and engine.zero_stage == 3
         if not engine.fused_blocks or shards_weights or not runs_kernels(device):
             return
         self.genes.fuse()

@@ -391,6 +391,7 @@ class CoMTIPTask:
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
             model = CoMTIP(replace(plain, vision=replace(plain.vision, pretrained="")), self.sizes)
         model.load_state_dict(merged_state(self.model))
+        model.fuse_blocks(plain.engine, self.device, trains=False)  # as a loaded export, whose readout is fitted here
         return model.to(self.device).eval()
 
     def _plain_config(self) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from comtip_kernels.packed_attention import Attention
 from torch import Tensor
 
 from comtip_fast.config.io import load_config
-from comtip_fast.models import comtip
+from comtip_fast.config.schema import EngineConfig
+from comtip_fast.evaluation.trained.encoder import initial_encoder
+from comtip_fast.export import Bundle
+from comtip_fast.inference import Predictor
+from comtip_fast.models import CoMTIP, comtip
 from comtip_fast.models.gene_encoder import GeneEncoder
 from comtip_fast.training.task import build_task
 from tests.comtip_fast.test_models import TEXT, genes
@@ -59,3 +64,43 @@ def test_blocks_are_fused_where_kernels_run_and_weights_are_whole(
     assert model.teacher is not None
     found = {b.fused for b in (*model.transformer_blocks(), *model.teacher.blocks)}
     assert found == {fuses}
+
+
+def fused_of(model: CoMTIP) -> bool:
+    found = {b.fused for b in model.transformer_blocks()}
+    assert len(found) == 1
+    return found.pop()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_loaded_export_is_fused_on_the_device_that_it_runs_on(
+    kernels: bool, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights are read on the CPU, and then moved."""
+    monkeypatch.setattr(comtip, "runs_kernels", lambda device: kernels and device.type == "meta")
+    assert not fused_of(Predictor.load(tiny_run).model)
+    predictor = Predictor.load(tiny_run, "meta")
+    assert fused_of(predictor.model) == kernels
+
+
+@pytest.mark.parametrize(
+    ("engine", "fuses"),
+    [(EngineConfig(kind="deepspeed", zero_stage=3), True), (EngineConfig(fused_blocks=False), False)],
+    ids=["zero 3", "off"],
+)
+def test_the_engine_of_training_shards_no_weights_of_an_export(
+    engine: EngineConfig, fuses: bool, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(comtip, "runs_kernels", lambda device: True)
+    bundle = Bundle.load(tiny_run / "export")
+    predictor = Predictor(replace(bundle, config=replace(bundle.config, engine=engine)))
+    assert fused_of(predictor.model) == fuses
+    assert initial_encoder(predictor, 0).fused == fuses
+
+
+def test_the_readout_of_an_export_is_fitted_with_fused_blocks(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(comtip, "runs_kernels", lambda device: True)
+    task = build_task(load_config(None, tiny_overrides), torch.device("cpu"))
+    assert fused_of(task._copy_of_model())

@@ -62,6 +62,8 @@ def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
     vision.stem = copy.deepcopy(model.stem)
     vision.pixel_mean.copy_(model.pixel_mean)
     vision.pixel_std.copy_(model.pixel_std)
+    if model.fused:
+        vision.fuse()
     return _trainable(vision)
 
 
