@@ -190,7 +190,7 @@ def _attention() -> DoctorCheck:
     # ViT-B/32, the encoder of the GPU configs, with tiles of 224 px.
     backend = attention_backend(12, 49, 64, device, dtype)
     image = f"sdpa ({backend})"
-    if image_attention_runs(device, dtype, 49):
+    if image_attention_runs(device, dtype, 50):
         image = f"triton in fused blocks (images of up to 64 tokens), otherwise {image}"
     return DoctorCheck("Attention", "ok", f"{text}; the image encoder runs {image}")
 
