@@ -113,12 +113,13 @@ class DeepSpeedEngine:
         group_of = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
         self._group_of = {name: group_of[id(p)] for name, p in self._trained()}
         self.autocast = autocast_of(config, device)
-        initialized = self._deepspeed.initialize(
-            model=StepModule(self.module, self.autocast),
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, group.size, device.type == "cuda"),
-            dist_init_required=False,
-        )
+        with _contiguous(self.module):
+            initialized = self._deepspeed.initialize(
+                model=StepModule(self.module, self.autocast),
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, group.size, device.type == "cuda"),
+                dist_init_required=False,
+            )
         self._engine = initialized[0]
         clock_backend(internals.comm_backend(self._deepspeed), clock_of(group, device))
         if self.stage:
@@ -359,6 +360,22 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
             f"offloading to nvme: cannot build DeepSpeed's {builder.name}: {error}; fix the build, or set "
             "engine.offload_optimizer and engine.offload_param to cpu"
         ) from error
+
+
+@contextmanager
+def _contiguous(module: nn.Module) -> Iterator[None]:
+    """Make parameters contiguous inside the block: DeepSpeed sends them as bytes, which the channels-last weights of a stem do not allow.
+
+    Their format is restored afterwards, unless ZeRO 3 has partitioned them.
+    """
+    # Weights of 1 x 1 convolutions are contiguous in both formats, with other strides.
+    others = [p for p in module.parameters() if p.ndim and p.stride(-1) != 1]
+    for p in others:
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+    yield
+    for p in others:
+        if p.ndim == 4 and not p.requires_grad:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
 def _moved(module: nn.Module) -> nn.Module:
