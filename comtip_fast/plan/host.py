@@ -70,10 +70,10 @@ def _counts(s: Sizes, e: EngineSpec) -> Counts:
     zero = DDP + CASTS * s.text_depth
     if s.can_fuse:
         zero += CASTS * s.depth
-        again = 0 if _packs_images(s, e) else UNPACKED_IMAGES
+        unpacked = 0 if _packs_images(s, e) else UNPACKED_IMAGES
         scaled = FUSED_SCALES * s.layer_scale
-        one, both = FUSED_BLOCK + again // 2 + scaled, FUSED_BLOCK + again + scaled
-        image = (one, both, FUSED_FORWARD + added + again // 4, FUSED_AGAIN + again // 4)
+        one, both = FUSED_BLOCK + unpacked // 2 + scaled, FUSED_BLOCK + unpacked + scaled
+        image = (one, both, FUSED_FORWARD + added + unpacked // 4, FUSED_AGAIN + unpacked // 4)
     text = (FUSED_BLOCK, FUSED_TEXT_FORWARD + added, FUSED_TEXT_AGAIN)
     return Counts(*image, *text, FUSED_FIXED, FUSED_FIXED_PIECES, FUSED_PER_PIECE, zero)
 
